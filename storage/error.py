@@ -1,0 +1,28 @@
+"""The two kinds of error that this project raises on purpose.
+
+`FatalError` is the user's to mend (a wrong field, a broken file, a full disk): trying again changes nothing.
+`RetryableError` passes by itself (a network that resets, a store that says slow down): trying again is right.
+Anything else that is raised is a fault of the program and keeps its traceback.
+"""
+
+
+class DistilError(Exception):
+    """One clear sentence, and where known the file and the line that it is about."""
+
+    def __init__(self, message: str, file: str = "", line: int | None = None) -> None:
+        # All three go to Exception so that the error survives the way back from a worker process.
+        super().__init__(message, file, line)
+        self.message = message
+        self.file = file
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class FatalError(DistilError):
+    """Trying again without changing something cannot help."""
+
+
+class RetryableError(DistilError):
+    """The same call may succeed later."""

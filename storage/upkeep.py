@@ -1,0 +1,87 @@
+"""Care of a store: `verify` re-hashes what is there, `gc` drops what nothing refers to any more.
+
+Called by `distil verify` and `distil gc`. Neither computes anything; what `verify` withdraws, `distil retry` rebuilds.
+"""
+
+import time
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+from storage import layout
+from storage.artifact import KINDS, Fault, Receipt, Ref
+from storage.error import FatalError
+from storage.store import Store
+
+DAY = 86_400.0
+
+
+def verify(store: Store, kinds: Iterable[str] = KINDS) -> list[Fault]:
+    """Re-hashes every file of every receipt; withdraws the receipt of each artifact that is not whole.
+
+    Returns what was wrong. The reason is noted as that artifact's failure, so that `status` names it.
+    """
+    faults = []
+    for kind in kinds:
+        for name in sorted(store.find(layout.receipts_folder(kind))):
+            if not name.endswith(layout.RECEIPT):
+                continue
+            key = name.rsplit("/", 1)[-1].removesuffix(layout.RECEIPT)
+            fault = _fault(store, kind, key)
+            if fault is not None:
+                store.withdraw(fault.ref)
+                store.fail(fault.ref, FatalError(fault.reason))
+                faults.append(fault)
+    return faults
+
+
+def _fault(store: Store, kind: str, key: str) -> Fault | None:
+    ref = Ref(kind, key, key[:12])
+    try:
+        receipt = store.receipt(ref)
+        ref = receipt.ref
+        store.check(receipt)
+    except FatalError as error:
+        return Fault(ref, str(error))
+    return None
+
+
+def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_age: float = DAY) -> list[str]:
+    """Files that neither belong to a kept (kind, key) nor are younger than `min_age` seconds, as paths in the store.
+
+    With `delete` they are removed: receipts first, so that nothing half-deleted counts as done. Old work in progress
+    and data that a newer receipt of the same key no longer names are dropped too.
+    """
+    before = time.time() - min_age
+    doomed = []
+    for kind in KINDS:
+        named = _named_content(store, kind, keep)
+        for path, detail in store.find(layout.receipts_folder(kind)).items():
+            key = path.rsplit("/", 1)[-1].split(".", 1)[0]
+            if (kind, key) not in keep and _age_known_and_older(detail, before):
+                doomed.append(path)
+        for path, detail in store.find(layout.data_folder(kind)).items():
+            key, content = path.split("/")[2:4]
+            if (key, content) not in named and _age_known_and_older(detail, before):
+                doomed.append(path)
+    doomed += [
+        path for path, detail in store.find(layout.scratch_folder()).items() if _age_known_and_older(detail, before)
+    ]
+    if delete:
+        for path in doomed:
+            store.remove(path)
+    return doomed
+
+
+def _named_content(store: Store, kind: str, keep: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """(key, content) pairs that a kept receipt names."""
+    kept: list[Receipt] = [receipt for receipt in store.receipts(kind) if (kind, receipt.key) in keep]
+    return {(receipt.key, receipt.content) for receipt in kept}
+
+
+def _age_known_and_older(detail: dict[str, Any], before: float) -> bool:
+    """True if the file is known to be older than `before` (seconds since 1970); of unknown age counts as young."""
+    stamp = detail.get("mtime") or detail.get("LastModified") or detail.get("created")
+    if isinstance(stamp, datetime):
+        stamp = stamp.timestamp()
+    return isinstance(stamp, int | float) and stamp < before
