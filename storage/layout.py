@@ -28,6 +28,10 @@ def data_folder(kind: str) -> str:
     return f"data/{kind}"
 
 
+def key_folder(kind: str, key: str) -> str:
+    return f"data/{kind}/{key}"
+
+
 def content_folder(kind: str, key: str, content: str) -> str:
     return f"data/{kind}/{key}/{content}"
 

@@ -202,6 +202,14 @@ class Store:
         """Takes the receipt back: from now on the artifact does not exist. The data stays for `gc`."""
         self._remove(layout.receipt_path(ref.kind, ref.key))
 
+    def drop_data(self, receipt: Receipt) -> None:
+        """Deletes the files of an artifact whose receipt was withdrawn."""
+        folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
+        for file in receipt.files:
+            self._remove(f"{folder}/{file.name}")
+        if self.is_local:
+            shutil.rmtree(self.path(layout.key_folder(receipt.kind, receipt.key)), ignore_errors=True)
+
     # ---- reading -------------------------------------------------------------------------------------------
 
     def local(self, receipt: Receipt) -> Path:

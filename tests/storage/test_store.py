@@ -1,0 +1,192 @@
+"""The store on a local folder and in memory: receipts, commit order, missing, verify, gc, leases."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage import layout
+from storage.artifact import Receipt, Ref
+from storage.error import FatalError, RetryableError
+from storage.fingerprint import key_of
+from storage.lease import Lease
+from storage.store import Store
+from storage.upkeep import gc, verify
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    if request.param == "local":
+        yield Store(tmp_path / "store")
+    else:
+        yield Store(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
+
+
+def ref_of(label: str, kind: str = "blocks") -> Ref:
+    return Ref(kind, key_of(kind, 1, {"label": label}, []), label)
+
+
+def put(store: Store, label: str, data: bytes = b"bytes", kind: str = "blocks") -> Receipt:
+    with store.scratch() as folder:
+        (folder / "inner").mkdir()
+        (folder / "blocks.arrow").write_bytes(data)
+        (folder / "inner" / "more.txt").write_bytes(b"more")
+        return store.commit(
+            ref_of(label, kind), folder, schema=1, rows=3, tokens=7, settings={"a": 1}, parents=["p"], info={"n": 2}
+        )
+
+
+def test_what_is_committed_is_there_and_reads_back(store: Store) -> None:
+    written = put(store, "a")
+    read = store.receipt(ref_of("a"))
+    assert read == written
+    assert (read.rows, read.tokens, read.size, read.info) == (3, 7, 9, {"n": 2})
+    assert (store.check(read) / "blocks.arrow").read_bytes() == b"bytes"
+    assert (store.local(read) / "inner" / "more.txt").read_bytes() == b"more"
+
+
+def test_missing_keeps_the_order_and_leaves_out_what_is_done(store: Store) -> None:
+    put(store, "b")
+    refs = [ref_of("c"), ref_of("b"), ref_of("a")]
+    assert store.missing(refs) == [refs[0], refs[2]]
+    assert store.missing([]) == []
+
+
+def test_data_without_a_receipt_does_not_exist(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def power_cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_write", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        put(store, "a")
+    monkeypatch.undo()
+    assert store.find(layout.data_folder("blocks"))
+    assert store.missing([ref_of("a")]) == [ref_of("a")]
+    with pytest.raises(FatalError, match="not in the store"):
+        store.receipt(ref_of("a"))
+
+
+def test_a_receipt_whose_data_was_deleted_counts_as_missing(store: Store) -> None:
+    receipt = put(store, "a")
+    store.fs.rm(store.path(layout.key_folder("blocks", receipt.key)), recursive=True)
+    assert store.missing([ref_of("a")]) == [ref_of("a")]
+
+
+def test_two_writers_of_one_key_do_no_harm(store: Store) -> None:
+    first = put(store, "a", b"one")
+    second = put(store, "a", b"two!")
+    assert first.content != second.content
+    assert (store.check(store.receipt(ref_of("a"))) / "blocks.arrow").read_bytes() == b"two!"
+    assert (store.check(first) / "blocks.arrow").read_bytes() == b"one"
+
+
+def test_writing_the_same_bytes_again_mends_a_damaged_file(store: Store) -> None:
+    receipt = put(store, "a")
+    damage(store, receipt)
+    put(store, "a")
+    assert verify(store) == []
+
+
+def test_a_failure_is_noted_until_a_success(store: Store) -> None:
+    store.fail(ref_of("a"), FatalError("part_1.gz is cut short", "part_1.gz", 12))
+    store.fail(ref_of("b"), RetryableError("reset"))
+    failures = {failure.label: failure for failure in store.failures("blocks")}
+    assert (failures["a"].file, failures["a"].line, failures["a"].retryable) == ("part_1.gz", 12, False)
+    assert failures["b"].retryable
+    put(store, "a")
+    assert [failure.label for failure in store.failures("blocks")] == ["b"]
+
+
+def damage(store: Store, receipt: Receipt) -> None:
+    path = store.path(layout.data_path(receipt.kind, receipt.key, receipt.content, "blocks.arrow"))
+    data = bytearray(store.fs.cat_file(path))
+    data[0] ^= 1
+    store.fs.pipe_file(path, bytes(data))
+    shutil.rmtree(store.cache, ignore_errors=True)
+
+
+def test_verify_names_and_withdraws_exactly_what_is_wrong(store: Store) -> None:
+    receipts = {label: put(store, label) for label in "abcd"}
+    damage(store, receipts["b"])
+    swapped = store.fs.cat_file(store.path(layout.receipt_path("blocks", receipts["a"].key)))
+    store.fs.pipe_file(store.path(layout.receipt_path("blocks", receipts["c"].key)), swapped)
+    faults = verify(store)
+    assert {fault.ref.key for fault in faults} == {receipts["b"].key, receipts["c"].key}
+    assert any("blocks.arrow" in fault.reason for fault in faults)
+    assert store.missing([ref_of(label) for label in "abcd"]) == [ref_of("b"), ref_of("c")]
+    assert verify(store) == []
+
+
+def test_an_edited_receipt_is_noticed(store: Store) -> None:
+    receipt = put(store, "a")
+    path = store.path(layout.receipt_path("blocks", receipt.key))
+    store.fs.pipe_file(path, store.fs.cat_file(path).replace(b'"rows":3', b'"rows":4'))
+    with pytest.raises(FatalError, match="changed after it was written"):
+        store.receipt(ref_of("a"))
+
+
+def test_a_file_of_another_size_is_refused_before_it_is_read(store: Store) -> None:
+    receipt = put(store, "a")
+    path = store.path(layout.data_path("blocks", receipt.key, receipt.content, "blocks.arrow"))
+    store.fs.pipe_file(path, b"short")
+    store.fs.pipe_file(path, b"sh")
+    with pytest.raises(FatalError, match=r"blocks\.arrow"):
+        store.local(receipt)
+
+
+def test_gc_is_dry_and_spares_what_is_kept_or_young(store: Store) -> None:
+    kept, dropped = put(store, "kept"), put(store, "dropped")
+    keep = {("blocks", kept.key)}
+    assert gc(store, keep, delete=True) == []
+    doomed = gc(store, keep, min_age=-60)
+    assert doomed
+    assert all(dropped.key in path for path in doomed)
+    assert store.missing([ref_of("dropped")]) == []
+    assert gc(store, keep, delete=True, min_age=-60) == doomed
+    assert store.missing([ref_of("dropped"), ref_of("kept")]) == [ref_of("dropped")]
+    assert verify(store) == []
+
+
+def test_gc_drops_bytes_that_a_newer_receipt_replaced(store: Store) -> None:
+    old, new = put(store, "a", b"old"), put(store, "a", b"new")
+    doomed = gc(store, {("blocks", new.key)}, min_age=-60, delete=True)
+    assert all(old.content in path for path in doomed)
+    assert len(doomed) == 2
+    assert verify(store) == []
+
+
+def test_scratch_is_gone_afterwards(store: Store) -> None:
+    with store.scratch() as folder:
+        (folder / "x").write_text("x")
+    assert not folder.exists()
+
+
+def test_the_newest_holder_of_a_lease_wins_and_the_old_one_notices(store: Store) -> None:
+    first = Lease.take(store, "k")
+    first.renew()
+    second = Lease.take(store, "k")
+    second.renew()
+    with pytest.raises(FatalError, match="taken over"):
+        first.renew()
+
+
+def test_notes_are_remembered(store: Store) -> None:
+    assert store.noted("hash", "file:///a b/ü") is None
+    store.note("hash", "file:///a b/ü", {"sha256": "0"})
+    assert store.noted("hash", "file:///a b/ü") == {"sha256": "0"}
+
+
+@pytest.mark.parametrize("key", ["", "../../etc/passwd", "a" * 63, "A" * 64])
+def test_a_ref_takes_only_keys(key: str) -> None:
+    with pytest.raises(ValueError, match="not a key"):
+        Ref("blocks", key, "label")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_read_only_store_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o500)
+    with pytest.raises(FatalError, match="may not be written"):
+        put(Store(tmp_path / "store"), "a")
