@@ -137,6 +137,7 @@ def fused_loss(
             temperature=temperature,
             chunk_rows=chunk_rows,
             vocab_multiple=vocab_multiple,
+            learn=torch.is_grad_enabled() and any(x.requires_grad for x in (features_NH, weight_VH, bias_V)),
         )
         total, distil_sum, mlm_sum = _decoder_loss(features_NH, weight_VH, bias_V, rows, plan)
         distil, mlm = distil_sum * temperature**2 * per_row, mlm_sum * per_masked
@@ -153,10 +154,10 @@ def decoder_logits(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Ch
     dtype = _gemm_dtype(features_NH)
     features_NH, weight_VH, bias_V = features_NH.to(dtype), weight_VH.to(dtype), bias_V.to(dtype)
 
-    def logits_nV(start: int, stop: int) -> Tensor:
+    def chunk(start: int, stop: int) -> Tensor:
         return torch.addmm(bias_V, features_NH[start:stop], weight_VH.t())
 
-    return logits_nV
+    return chunk
 
 
 def pad_decoder(weight_VH: Tensor, bias_V: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -170,19 +171,20 @@ def pad_decoder(weight_VH: Tensor, bias_V: Tensor, multiple: int) -> tuple[Tenso
 class _Rows(NamedTuple):
     """What the rows are compared with."""
 
-    labels_N: Tensor
-    valid_N: Tensor | None
+    labels: Tensor
+    valid: Tensor | None
     teacher_logits: ChunkLogits | None
 
 
 class _Plan(NamedTuple):
-    """Factors of the sum of KL and of the sum of cross-entropies in the total (None: part not wanted), and sizes."""
+    """How to compute: the factors of both sums in the total (None: not wanted), sizes, and if gradients are wanted."""
 
     distil: Tensor | None
     mlm: Tensor | None
     temperature: float
     chunk_rows: int
     vocab_multiple: int
+    learn: bool
 
 
 class _CarryGradient(torch.autograd.Function):
@@ -195,7 +197,7 @@ class _CarryGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it without types
+    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         """The stored gradients times the one from outside."""
         features_NH, weight_VH, bias_V = ctx.saved_tensors
@@ -207,83 +209,85 @@ def _decoder_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted total (with gradient), sum of KL and sum of cross-entropies, over all chunks."""
     inputs = (features_NH, weight_VH, bias_V)
-    learn = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     dtype = _gemm_dtype(features_NH)
     with torch.no_grad(), torch.autocast(features_NH.device.type, enabled=False):
-        distil_sum, mlm_sum, gradients = _walk_chunks(*(tensor.to(dtype) for tensor in inputs), rows, plan, learn)
+        distil_sum, mlm_sum, gradients = _walk_chunks(
+            features_NH.to(dtype), weight_VH.to(dtype), bias_V.to(dtype), rows, plan
+        )
         total = torch.zeros_like(distil_sum)
         if plan.distil is not None:
             total = total + plan.distil * distil_sum
         if plan.mlm is not None:
             total = total + plan.mlm * mlm_sum
-        typed = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=False)]
-    if learn:
-        total = _CarryGradient.apply(total, *inputs, *typed)
+    if plan.learn:
+        typed = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True)]
+        total = _CarryGradient.apply(total, *inputs, *typed)  # type: ignore[no-untyped-call]
     return total, distil_sum, mlm_sum
 
 
 def _walk_chunks(
-    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _Rows, plan: _Plan, learn: bool
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _Rows, plan: _Plan
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Sum of KL, sum of cross-entropies and, if asked, the gradients of the total to features, weight and bias."""
+    """Sum of KL, sum of cross-entropies and, if wanted, the gradients of the total to features, weight and bias."""
     vocabulary, dtype = weight_VH.shape[0], _sum_dtype(features_NH.dtype)
     weight_VH, bias_V = pad_decoder(weight_VH, bias_V, plan.vocab_multiple)
-    if rows.valid_N is not None:  # 0 x NaN is NaN: rubbish in slots that do not count must not reach a GEMM
-        features_NH = features_NH.masked_fill(~rows.valid_N[:, None], 0)
-    distil_sum = torch.zeros((), dtype=dtype, device=features_NH.device)
-    mlm_sum = torch.zeros_like(distil_sum)
-    grad_features = torch.empty_like(features_NH)
-    grad_weight = torch.zeros_like(weight_VH, dtype=dtype) if learn else weight_VH
-    grad_bias = torch.zeros_like(bias_V, dtype=dtype) if learn else bias_V
+    if rows.valid is not None:  # 0 x NaN is NaN: rubbish in slots that do not count must not reach a GEMM
+        features_NH = features_NH.masked_fill(~rows.valid[:, None], 0)
+    distil_sum = mlm_sum = torch.zeros((), dtype=dtype, device=features_NH.device)
+    if plan.learn:
+        grad_features = torch.empty_like(features_NH)
+        grad_weight = torch.zeros_like(weight_VH, dtype=dtype)
+        grad_bias = torch.zeros_like(bias_V, dtype=dtype)
     for start in range(0, features_NH.shape[0], plan.chunk_rows):
-        stop = min(start + plan.chunk_rows, features_NH.shape[0])
-        features_nH = features_NH[start:stop]
+        chunk = slice(start, min(start + plan.chunk_rows, features_NH.shape[0]))
+        features_nH = features_NH[chunk]
         student_nV = torch.addmm(bias_V, features_nH, weight_VH.t()).to(dtype)
         teacher_nV = None
         if rows.teacher_logits is not None:
-            teacher_nV = rows.teacher_logits(start, stop).to(dtype)
+            teacher_nV = rows.teacher_logits(chunk.start, chunk.stop).to(dtype)
             if teacher_nV.shape[1] < student_nV.shape[1]:
                 teacher_nV = F.pad(teacher_nV, (0, student_nV.shape[1] - teacher_nV.shape[1]), value=PADDED_BIAS)
-        valid_n = None if rows.valid_N is None else rows.valid_N[start:stop]
-        kl, entropy, grad_nV = _chunk_loss(student_nV, teacher_nV, rows.labels_N[start:stop], valid_n, plan)
+        valid_n = None if rows.valid is None else rows.valid[chunk]
+        kl, entropy, grad_nV = _chunk_loss(student_nV, teacher_nV, rows.labels[chunk], valid_n, plan)
         distil_sum, mlm_sum = distil_sum + kl, mlm_sum + entropy
-        if learn:
+        if plan.learn:
             grad_bias += grad_nV.sum(0)
-            grad_nV = grad_nV.to(features_NH.dtype)
-            torch.mm(grad_nV, weight_VH, out=grad_features[start:stop])
+            grad_nV = grad_nV.to(features_nH.dtype)
+            grad_features[chunk] = torch.mm(grad_nV, weight_VH)
             if grad_nV.dtype == dtype:
                 grad_weight.addmm_(grad_nV.t(), features_nH)
             else:
                 grad_weight += torch.mm(grad_nV.t(), features_nH)
-    gradients = (grad_features, grad_weight[:vocabulary], grad_bias[:vocabulary]) if learn else ()
+    gradients = (grad_features, grad_weight[:vocabulary], grad_bias[:vocabulary]) if plan.learn else ()
     return distil_sum, mlm_sum, gradients
 
 
 def _chunk_loss(
     student_nV: Tensor, teacher_nV: Tensor | None, labels_n: Tensor, valid_n: Tensor | None, plan: _Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of KL, sum of cross-entropies and the gradient [n, V] of the total to the student's logits."""
+    """Sum of KL, sum of cross-entropies and (if it is to learn) the gradient [n, V] of the total to the logits."""
     kl = entropy = torch.zeros((), dtype=student_nV.dtype, device=student_nV.device)
-    grad_nV = student_nV
+    grad_nV = torch.zeros_like(kl)
     if teacher_nV is not None and plan.distil is not None:
         log_p_nV = F.log_softmax(teacher_nV / plan.temperature, dim=-1)
         log_q_nV = F.log_softmax(student_nV / plan.temperature, dim=-1)
         p_nV = log_p_nV.exp()
         kl_n = (log_p_nV.sub_(log_q_nV).mul_(p_nV)).sum(-1)
         kl = (kl_n if valid_n is None else kl_n.masked_fill(~valid_n, 0)).sum()
-        grad_nV = log_q_nV.exp_().sub_(p_nV).mul_(plan.distil / plan.temperature)
-        if valid_n is not None:
-            grad_nV.masked_fill_(~valid_n[:, None], 0)
+        if plan.learn:
+            grad_nV = log_q_nV.exp_().sub_(p_nV).mul_(plan.distil / plan.temperature)
+            if valid_n is not None:
+                grad_nV.masked_fill_(~valid_n[:, None], 0)
     if plan.mlm is not None:
         masked_n = labels_n != NOT_MASKED
         if valid_n is not None:
             masked_n = masked_n & valid_n
-        index_n1 = labels_n.clamp(min=0)[:, None]
-        scale_n1 = (masked_n * plan.mlm)[:, None]
+        index_n1, scale_n1 = labels_n.clamp(min=0)[:, None], (masked_n * plan.mlm)[:, None]
         log_q_nV = F.log_softmax(student_nV, dim=-1)
         entropy = -(log_q_nV.gather(1, index_n1).squeeze(1) * masked_n).sum()
-        mlm_nV = log_q_nV.exp_().mul_(scale_n1).scatter_add_(1, index_n1, -scale_n1)
-        grad_nV = mlm_nV if plan.distil is None else grad_nV.add_(mlm_nV)
+        if plan.learn:
+            mlm_nV = log_q_nV.exp_().mul_(scale_n1).scatter_add_(1, index_n1, -scale_n1)
+            grad_nV = mlm_nV if plan.distil is None else grad_nV.add_(mlm_nV)
     return kl, entropy, grad_nV
 
 
