@@ -1,0 +1,208 @@
+"""What a recipe wants, as keys: the chain from snapshot to targets without computing any of it.
+
+    lineage = trace(store, recipe)
+    store.missing(lineage.blocks.values())
+
+Called by the flows (what to submit), `distil status`, `verify`, `retry` and `gc`. What a source holds is known once its
+receipt is there; until then its shards, and all that comes from them, are not in the lineage.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from storage.artifact import Receipt, Ref
+from storage.error import FatalError
+from storage.fingerprint import canonical_json, sha256_bytes
+from storage.store import Store
+from tasks.block import blocks_ref, counts_ref
+from tasks.config import Recipe
+from tasks.run import Part, RunSpec, make_run
+from tasks.shard import heldout_of, shards_of, source_ref
+from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
+from tasks.teach import calibration_ref, targets_ref
+from tasks.teacher import fingerprint_of
+from tasks.vocabulary import Vocabulary, load_vocabulary
+
+SAMPLE_SHARDS = 4
+"""Token counts and int8 calibration are estimated from the first so many shards, once, and then frozen."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One targets artifact: the teacher's word on one shard's blocks under one mask variant."""
+
+    blocks: Ref
+    variant: int
+    ref: Ref
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Every artifact of a recipe that can be named now. `blocks` maps a shard to its blocks."""
+
+    snapshot: Snapshot
+    sources: tuple[tuple[Source, Ref | None], ...]
+    shards: tuple[Ref, ...] = ()
+    heldout_shards: tuple[Ref, ...] = ()
+    blocks: Mapping[Ref, Ref] | None = None
+    sample: tuple[Ref, ...] = ()
+    counts: Ref | None = None
+    calibration: Ref | None = None
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def training_blocks(self) -> tuple[Ref, ...]:
+        """Blocks that are trained on, in the order of sources and shards."""
+        return tuple((self.blocks or {})[shard] for shard in self.shards)
+
+    @property
+    def heldout_blocks(self) -> tuple[Ref, ...]:
+        """Blocks that nobody trains on."""
+        return tuple((self.blocks or {})[shard] for shard in self.heldout_shards)
+
+    def stages(self) -> dict[str, tuple[Ref, ...]]:
+        """All named artifacts by stage, in the order of the chain."""
+        return {
+            "source": tuple(ref for _, ref in self.sources if ref),
+            "shard": (*self.shards, *self.heldout_shards),
+            "blocks": (*self.training_blocks, *self.heldout_blocks),
+            "counts": (self.counts,) if self.counts else (),
+            "calibration": (self.calibration,) if self.calibration else (),
+            "targets": tuple(target.ref for target in self.targets),
+        }
+
+
+def trace(store: Store, recipe: Recipe) -> Lineage:
+    """Names everything from the snapshot to the targets, as far as the sources' receipts tell. Reads, never computes."""
+    snapshot = take_snapshot(recipe.corpus)
+    sources = []
+    for source in snapshot.sources:
+        content = content_of(store, source)
+        sources.append((source, source_ref(source, content, recipe.corpus) if content else None))
+    receipts = _receipts(store, [ref for _, ref in sources if ref])
+    shards = tuple(ref for receipt in receipts for ref in shards_of(receipt))
+    heldout = tuple(ref for receipt in receipts for ref in heldout_of(receipt))
+    vocabulary = vocabulary_of(recipe)
+    blocks = {shard: blocks_ref(shard, recipe.blocks, vocabulary) for shard in (*shards, *heldout)}
+    lineage = Lineage(snapshot, tuple(sources), shards, heldout, blocks)
+    return _with_targets(store, recipe, lineage, vocabulary)
+
+
+def vocabulary_of(recipe: Recipe) -> Vocabulary:
+    """The tokenizer of the recipe: its own, else the teacher's."""
+    if recipe.blocks.tokenizer:
+        return load_vocabulary(recipe.blocks.tokenizer, "", recipe.teacher.trust_remote_code)
+    return load_vocabulary(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.trust_remote_code)
+
+
+def caches_targets(recipe: Recipe) -> bool:
+    """True if the run trains from cached targets."""
+    return recipe.targets.source == "cached" and recipe.loss.needs_teacher
+
+
+def teacher_key(recipe: Recipe) -> str:
+    """Fingerprint of the teacher, or "" when there is none."""
+    return fingerprint_of(recipe.teacher) if recipe.teacher.model else ""
+
+
+def plan_run(store: Store, recipe: Recipe, lineage: Lineage, *, warm_start: str = "") -> RunSpec:
+    """The training run over everything that is there. What is missing by now is left out, or refused, by policy.
+
+    `warm_start`: fingerprint of the model folder in train.warm_start. FatalError when targets.on_missing = raise and
+    some are missing.
+    """
+    parts = []
+    done = store.keys("blocks")
+    kept = store.keys("targets")
+    wanted: dict[str, list[Target]] = {}
+    for target in lineage.targets:
+        wanted.setdefault(target.blocks.key, []).append(target)
+    for ref in lineage.training_blocks:
+        targets = wanted.get(ref.key, [])
+        lost = [target.ref.label for target in targets if target.ref.key not in kept]
+        if lost and recipe.targets.on_missing == "raise":
+            raise FatalError(f"targets of {lost[0]} are missing and targets.on_missing = raise; run `distil retry`")
+        if ref.key in done and not lost:
+            parts.append(_part(store.receipt(ref), tuple(target.ref.key for target in targets)))
+    heldout = [_part(store.receipt(ref), ()) for ref in lineage.heldout_blocks if ref.key in done]
+    return make_run(
+        recipe,
+        manifest=tuple(part for part in parts if part.rows),
+        heldout=tuple(part for part in heldout if part.rows),
+        teacher_fingerprint=teacher_key(recipe),
+        start=warm_start,
+        counts=lineage.counts.key if lineage.counts else "",
+    )
+
+
+def pin_sample(store: Store, recipe: Recipe, sample: Sequence[Ref]) -> None:
+    """Freezes which blocks calibration and token counts come from, for this and all later snapshots."""
+    value = {"blocks": [{"key": ref.key, "label": ref.label} for ref in sample]}
+    store.note("sample", _sample_name(recipe), value)
+
+
+def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vocabulary) -> Lineage:
+    sample = _sample(store, recipe, lineage)
+    if not sample:
+        return lineage
+    counts = counts_ref(sample) if recipe.mask.kind == "smoothed" else None
+    calibration = None
+    targets: list[Target] = []
+    if caches_targets(recipe):
+        fingerprint = teacher_key(recipe)
+        counts_key = counts.key if counts else ""
+        if recipe.targets.encoding == "int8":
+            calibration = calibration_ref(sample, fingerprint, recipe.teacher, recipe.mask, recipe.targets, counts_key)
+        for blocks in lineage.training_blocks:
+            for variant in range(recipe.mask.variants):
+                ref = targets_ref(
+                    blocks,
+                    fingerprint,
+                    recipe.teacher,
+                    recipe.mask,
+                    recipe.targets,
+                    calibration.key if calibration else "",
+                    counts_key,
+                    variant,
+                )
+                targets.append(Target(blocks, variant, ref))
+    return Lineage(
+        lineage.snapshot,
+        lineage.sources,
+        lineage.shards,
+        lineage.heldout_shards,
+        lineage.blocks,
+        tuple(sample),
+        counts,
+        calibration,
+        tuple(targets),
+    )
+
+
+def _sample(store: Store, recipe: Recipe, lineage: Lineage) -> list[Ref]:
+    """The pinned sample if there is one and its blocks are still there, else the first shards of this snapshot."""
+    pinned = store.noted("sample", _sample_name(recipe))
+    if pinned is not None:
+        refs = [Ref("blocks", item["key"], item["label"]) for item in pinned["blocks"]]
+        if not store.missing(refs):
+            return refs
+    return list(lineage.training_blocks[:SAMPLE_SHARDS])
+
+
+def _sample_name(recipe: Recipe) -> str:
+    vocabulary = vocabulary_of(recipe)
+    settings = {
+        "corpus": recipe.corpus.model_dump(mode="json", exclude={"url", "pattern"}),
+        "blocks": recipe.blocks.model_dump(mode="json", exclude={"tokenizer"}),
+        "tokenizer": vocabulary.fingerprint,
+    }
+    return sha256_bytes(canonical_json(settings))
+
+
+def _receipts(store: Store, refs: Sequence[Ref]) -> list[Receipt]:
+    done = store.keys("source")
+    return [store.receipt(ref) for ref in refs if ref.key in done]
+
+
+def _part(receipt: Receipt, targets: tuple[str, ...]) -> Part:
+    return Part(label=receipt.label, blocks=receipt.key, targets=targets, rows=receipt.rows, tokens=receipt.tokens)

@@ -1,0 +1,91 @@
+"""metrics.jsonl: one line every few steps, on local disk, written by rank 0 of a training and followed by the flow.
+
+A line holds means over the steps since the last one: loss and its parts, learning rate, gradient norm, tokens a
+second, share of the time spent waiting for data. Held-out figures have lines of their own. On resume the file is cut
+back to the checkpoint's step, so that no step stands in it twice.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tasks.checkpoint import Progress
+from tasks.run import RunSpec
+from tasks.step import Sums
+
+PARTS = ("loss", "distil", "cosine", "mlm")
+
+
+class Heldout(NamedTuple):
+    """Masked cross-entropy (nats a token) and top-1 accuracy on held-out blocks."""
+
+    loss: float
+    top1: float
+
+
+class Meter:
+    """Collects steps and appends lines. Tensors stay on their device until a line is due."""
+
+    def __init__(self, run: RunSpec) -> None:
+        self.every = run.train.log_steps
+        self.last_step = run.total_steps
+        self.path = Path(run.folder) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._tokens = self._rows = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def cut_back(self, step: int) -> None:
+        """Drops lines after `step`, and a last line that a kill has cut short."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._since = time.perf_counter()
+
+    def add(self, progress: Progress, parts: Tensor, norm: Tensor, lr: float, sums: Sums, waited: float) -> None:
+        """Takes one step in; writes a line when one is due. `waited`: seconds waited for data since the start."""
+        self._pending.append((parts, norm.detach()))
+        self._tokens += sums.tokens
+        self._rows += sums.rows
+        if progress.step % self.every and progress.step != self.last_step:
+            return
+        seconds = time.perf_counter() - self._since
+        means = torch.stack([step_parts for step_parts, _ in self._pending]).mean(0).tolist()
+        self._append(
+            {
+                "step": progress.step,
+                **dict(zip(PARTS, means, strict=True)),
+                "grad_norm": float(torch.stack([step_norm for _, step_norm in self._pending]).mean()),
+                "lr": lr,
+                "tokens": progress.tokens,
+                "rows": self._rows,
+                "tokens_per_second": self._tokens / seconds,
+                "data_wait": (waited - self._waited) / seconds,
+                "seconds": seconds,
+                "time": time.time(),
+            }
+        )
+        self._pending, self._tokens, self._rows, self._waited = [], 0, 0, waited
+        self._since = time.perf_counter()
+
+    def validated(self, step: int, found: Heldout) -> None:
+        """Takes a look at held-out blocks in; its time is not training time."""
+        line = {"step": step, "heldout_loss": found.loss, "heldout_top1": found.top1, "time": time.time()}
+        self._append(line)
+        self._since = time.perf_counter()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a line that is being written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

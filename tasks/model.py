@@ -1,0 +1,59 @@
+"""The finished model as a Hugging Face folder in the store: weights, config and tokenizer. Called by tasks.train."""
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from storage.artifact import Receipt
+from storage.store import Store
+from tasks.checkpoint import Progress
+from tasks.run import SCHEMA, RunSpec
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def save_model(store: Store, run: RunSpec, student: PreTrainedModel, progress: Progress, tokenizer: Path) -> Receipt:
+    """Commits the model; AutoModel, AutoTokenizer and pipeline("fill-mask") load the artifact's folder.
+
+    `tokenizer` is the folder of the tokenizer that made the blocks.
+    """
+    with store.scratch() as folder:
+        student.save_pretrained(folder)
+        copy_tokenizer(tokenizer, folder)
+        return store.commit(
+            run.model_ref,
+            folder,
+            schema=SCHEMA,
+            rows=progress.cursor,
+            tokens=progress.tokens,
+            settings={"steps": progress.step},
+            parents=[run.run_key],
+            info={
+                "run_key": run.run_key,
+                "layers": student.config.num_hidden_layers,
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "teacher": run.teacher_fingerprint,
+                "loss": run.loss.model_dump(),
+                "positions": run.targets.positions,
+                "source": run.targets.source,
+                "encoding": run.targets.encoding,
+                "heldout_loss": progress.best,
+            },
+        )
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer's own files unchanged: a saved-again tokenizer may differ from what made the blocks."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)

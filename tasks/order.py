@@ -1,0 +1,71 @@
+"""Data order: a pure function of (train.seed, epoch, ordered manifest), so any rank can ask for any stretch of it.
+
+Shards are shuffled, then rows are shuffled inside a window of a few shards: it streams through a corpus that does not
+fit anywhere, and the cursor of a run is one global row number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Order:
+    """`sizes` are the rows of each part of the manifest, `window` how many parts are shuffled together."""
+
+    sizes: tuple[int, ...]
+    window: int
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        """Rows in one epoch."""
+        return sum(self.sizes)
+
+    def stretch(self, start: int, stop: int) -> tuple[Indices, Indices, Indices]:
+        """Parts, rows and epochs of the global rows start..stop-1; they may run on through several epochs."""
+        pieces = []
+        while start < stop:
+            epoch, offset = divmod(start, self.rows)
+            take = min(stop - start, self.rows - offset)
+            parts, rows = self._within(epoch, offset, offset + take)
+            pieces.append((parts, rows, np.full(take, epoch, np.int64)))
+            start += take
+        parts, rows, epochs = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        return parts, rows, epochs
+
+    def _within(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
+        pieces = []
+        begin = 0
+        for number, parts in enumerate(_windows(self, epoch)):
+            end = begin + sum(self.sizes[part] for part in parts)
+            if begin < stop and start < end:
+                chosen = _shuffled(self, epoch, number)[:, max(start, begin) - begin : min(stop, end) - begin]
+                pieces.append(chosen)
+            begin = end
+        joined = np.concatenate(pieces, axis=1)
+        return joined[0], joined[1]
+
+
+def _generator(seed: int, *path: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *path])))
+
+
+@lru_cache(maxsize=4)
+def _windows(order: Order, epoch: int) -> Sequence[tuple[int, ...]]:
+    shuffled = _generator(order.seed, epoch).permutation(len(order.sizes)).tolist()
+    return [tuple(shuffled[i : i + order.window]) for i in range(0, len(shuffled), order.window)]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(order: Order, epoch: int, number: int) -> Indices:
+    """Part and row of every position of one window, shape [2, rows of the window]."""
+    parts = _windows(order, epoch)[number]
+    part = np.concatenate([np.full(order.sizes[p], p, np.int64) for p in parts])
+    row = np.concatenate([np.arange(order.sizes[p], dtype=np.int64) for p in parts])
+    return np.stack([part, row])[:, _generator(order.seed, epoch, number + 1).permutation(len(part))]

@@ -1,0 +1,252 @@
+"""Trains a student against cached targets, a live teacher, or plain MLM, and commits the model.
+
+    python -m tasks.train RUN.json                            one process
+    torchrun --nproc-per-node 2 -m tasks.train RUN.json       several
+
+Reads RUN.json (tasks.run) and the store that it names; writes checkpoints and the model into the store, and
+metrics.jsonl and result.json into the run's folder. A run that was killed goes on from its newest checkpoint and ends
+with the same bits (CPU). SIGTERM writes a checkpoint and ends with status 143. Status 1 with one sentence on an error.
+"""
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from storage.artifact import Receipt
+from storage.error import DistilError, FatalError
+from storage.lease import Lease
+from storage.store import Store
+from tasks.batch import Corpus, Loader, Masking, stretches
+from tasks.build import Built, build
+from tasks.checkpoint import Progress, load_checkpoint, save_checkpoint
+from tasks.metrics import Meter
+from tasks.model import save_model
+from tasks.order import Order
+from tasks.run import RunSpec, read_run
+from tasks.schedule import lr_factor, make_optimizer, set_lr
+from tasks.step import Distiller, World, gradient_step, sum_counts
+from tasks.validate import heldout_loss
+
+STOPPED = 143
+"""Exit status after SIGTERM: 128 + 15, as a shell would say it."""
+
+
+@dataclass
+class StopSignal:
+    """Set by SIGTERM; looked at after each step."""
+
+    asked: bool = False
+
+    def ask(self, *_: object) -> None:
+        """Signal handler."""
+        self.asked = True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one training; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1:
+        print("usage: python -m tasks.train RUN.json", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    stop = StopSignal()
+    signal.signal(signal.SIGTERM, stop.ask)
+    try:
+        run = read_run(arguments[0])
+        with joined_world(run) as world:
+            finished = train(run, world, stop)
+    except DistilError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0 if finished else STOPPED
+
+
+@contextmanager
+def joined_world(run: RunSpec) -> Iterator[World]:
+    """The process group that torchrun asks for, if it started us; else a world of one."""
+    die_with_parent()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
+    if ranks == 1:
+        yield World()
+        return
+    if run.train.batch_rows < ranks:
+        raise FatalError(f"train.batch_rows = {run.train.batch_rows} is below the {ranks} ranks; raise it")
+    on_gpu = pick_device(run).type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        counting = dist.new_group(backend="gloo") if on_gpu else None
+        yield World(dist.get_rank(), ranks, counting)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(run: RunSpec) -> torch.device:
+    """The device of this rank. FatalError where CUDA is asked for and absent."""
+    there = torch.cuda.is_available()
+    if run.train.device == "cuda" and not there:
+        raise FatalError("train.device = cuda, but this machine has no CUDA device; set it to auto or cpu")
+    if run.train.device == "cpu" or not there:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def die_with_parent() -> None:
+    """Asks Linux to end this process with SIGTERM when its parent dies: no orphan trainer after a killed worker."""
+    if sys.platform == "linux":
+        import ctypes
+
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGTERM)
+
+
+def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
+    """Trains to the end (True) or to SIGTERM (False); the model is in the store when it returns True."""
+    store = Store(run.store)
+    if store.has(run.model_ref):
+        return True
+    torch.manual_seed(run.train.seed)
+    device = pick_device(run)
+    built = build(run, store, device)
+    optimizer = make_optimizer(built.student, run.train)
+    progress = load_checkpoint(store, run, built.student, optimizer)
+    lease = Lease.take(store, run.run_key) if world.rank == 0 else None
+    trainer = Trainer(run, store, built, optimizer, world, lease, device)
+    progress = trainer.loop(progress, stop)
+    finished = progress.step >= run.total_steps
+    if world.rank == 0 and finished:
+        receipt = save_model(store, run, built.student, progress, Path(built.vocabulary.folder))
+        write_result(run, receipt, progress)
+    if world.ranks > 1:
+        dist.barrier()
+    return finished
+
+
+class Trainer:
+    """The loop over steps. Holds what does not change during a run; what does is in Progress."""
+
+    def __init__(
+        self,
+        run: RunSpec,
+        store: Store,
+        built: Built,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        lease: Lease | None,
+        device: torch.device,
+    ) -> None:
+        self.run, self.store, self.built, self.optimizer = run, store, built, optimizer
+        self.world, self.lease, self.device = world, lease, device
+        on_gpu = device.type == "cuda"
+        self.autocast = torch.bfloat16 if on_gpu else None
+        distiller = Distiller(built.student, run.loss, compile_encoder=on_gpu and run.train.compile)
+        self.distiller: nn.Module = distiller
+        if world.ranks > 1:
+            head_unused = run.loss.distil == run.loss.mlm == 0
+            self.distiller = DistributedDataParallel(distiller, find_unused_parameters=head_unused)
+        self.meter = Meter(run) if world.rank == 0 else None
+
+    def loop(self, progress: Progress, stop: StopSignal) -> Progress:
+        """Steps until the run is whole or asked to stop; ends on a checkpoint either way."""
+        run, train = self.run, self.run.train
+        if self.meter:
+            self.meter.cut_back(progress.step)
+        self.distiller.train()
+        loader = self._loader(progress.step)
+        saved = progress.step
+        for batches in loader:
+            sums = sum_counts(batches, stop.asked, self.world)
+            # The same numbers on every resume: dropout depends on where we are, not on how we came here.
+            torch.manual_seed((train.seed << 32) + progress.step * self.world.ranks + self.world.rank)
+            lr = train.lr * lr_factor(progress.step, run.total_steps, train)
+            set_lr(self.optimizer, lr)
+            parts = gradient_step(self.distiller, self.built.supervision, batches, sums, self.world, self.autocast)
+            norm = nn.utils.clip_grad_norm_(self.built.student.parameters(), train.clip or math.inf)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            progress = self._advance(progress, sums.tokens)
+            last = progress.step >= run.total_steps
+            at_checkpoint = progress.step % train.checkpoint_steps == 0 or last or sums.stop
+            if self.world.ranks > 1:
+                dist.all_reduce(parts)
+            if self.meter:
+                self.meter.add(progress, parts, norm, lr, sums, loader.waited)
+            if self.device.type == "cpu" or at_checkpoint or progress.step % train.log_steps == 0:
+                self._refuse_nonfinite(progress, parts, norm)
+            progress = self._maybe_validate(progress, last)
+            if at_checkpoint:
+                saved = self._checkpoint(progress, saved)
+            if sums.stop:
+                break
+        return progress
+
+    def _loader(self, step: int) -> Loader:
+        run, train = self.run, self.run.train
+        cached = run.targets.source == "cached" and run.loss.needs_teacher
+        corpus = Corpus(self.store, run.manifest, cached)
+        order = Order(tuple(part.rows for part in run.manifest), train.window_shards, train.seed)
+        plan = stretches(step, run.total_steps, train.batch_rows, train.micro_rows, self.world.rank, self.world.ranks)
+        masking = Masking(self.built.vocabulary, run.mask, run.targets.positions == "all", self.built.counts)
+        return Loader(corpus, masking, order, plan, ahead=train.prefetch, pin=self.device.type == "cuda")
+
+    def _advance(self, progress: Progress, tokens: int) -> Progress:
+        step = progress.step + 1
+        return replace(progress, step=step, cursor=step * self.run.train.batch_rows, tokens=progress.tokens + tokens)
+
+    def _refuse_nonfinite(self, progress: Progress, parts: torch.Tensor, norm: torch.Tensor) -> None:
+        """Stops before anything not finite can reach a checkpoint."""
+        if not (bool(torch.isfinite(parts).all()) and bool(torch.isfinite(norm))):
+            total, distil, cosine, mlm = parts.tolist()
+            raise FatalError(
+                f"run {self.run.name}: the loss is not finite at step {progress.step} (total {total}, distil {distil}, "
+                f"cosine {cosine}, mlm {mlm}, gradient norm {float(norm)}); the last checkpoint is kept. "
+                "Lower train.lr or train.clip"
+            )
+
+    def _maybe_validate(self, progress: Progress, last: bool) -> Progress:
+        every = self.run.train.validate_steps
+        if not every or not self.run.heldout or not (last or progress.step % every == 0):
+            return progress
+        if self.world.rank == 0 and self.meter:
+            found = heldout_loss(self.store, self.run, self.built, self.device, self.autocast)
+            self.meter.validated(progress.step, found)
+            if progress.best is None or found.loss < progress.best:
+                progress = replace(progress, best=found.loss, best_step=progress.step)
+        return progress
+
+    def _checkpoint(self, progress: Progress, saved: int) -> int:
+        """Rank 0 writes; the others hold the same weights."""
+        if self.lease and self.meter and progress.step > saved:
+            self.lease.renew()
+            save_checkpoint(self.store, self.run, self.built.student, self.optimizer, progress)
+        return progress.step
+
+
+def write_result(run: RunSpec, receipt: Receipt, progress: Progress) -> None:
+    """Says in the run's folder what came out."""
+    result: dict[str, Any] = {
+        "model": {"kind": receipt.kind, "key": receipt.key, "label": receipt.label},
+        "steps": progress.step,
+        "tokens": progress.tokens,
+    }
+    (Path(run.folder) / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Data order: every row once an epoch, the same whoever asks, shuffled, windowed."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.order import Order
+
+ORDERS = st.builds(
+    Order,
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=9).map(tuple),
+    window=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+def pairs(order: Order, start: int, stop: int) -> list[tuple[int, int, int]]:
+    return list(zip(*(column.tolist() for column in order.stretch(start, stop)), strict=True))
+
+
+@given(ORDERS)
+def test_an_epoch_has_every_row_once(order: Order) -> None:
+    seen = pairs(order, order.rows, 2 * order.rows)
+    assert {epoch for _, _, epoch in seen} == {1}
+    assert sorted((part, row) for part, row, _ in seen) == [
+        (part, row) for part, size in enumerate(order.sizes) for row in range(size)
+    ]
+
+
+@given(ORDERS, st.data())
+def test_a_stretch_does_not_depend_on_how_it_is_cut(order: Order, data: st.DataObject) -> None:
+    stop = 3 * order.rows
+    cut = data.draw(st.integers(1, stop - 1))
+    assert pairs(order, 0, cut) + pairs(order, cut, stop) == pairs(order, 0, stop)
+
+
+def test_epochs_and_seeds_differ_and_rows_are_shuffled() -> None:
+    order = Order((50, 50, 50, 50), window=2, seed=1)
+    first, second = pairs(order, 0, 200), pairs(order, 200, 400)
+    assert [p[:2] for p in first] != [p[:2] for p in second]
+    assert first != pairs(Order(order.sizes, 2, seed=2), 0, 200)
+    assert [row for _, row, _ in first] != sorted(row for _, row, _ in first)
+
+
+def test_only_a_window_of_shards_is_open_at_once() -> None:
+    order = Order((100,) * 6, window=2, seed=0)
+    parts = order.stretch(0, order.rows)[0]
+    for window in np.split(parts, 3):
+        assert len(set(window.tolist())) == 2
