@@ -102,7 +102,7 @@ def fused_loss(
     student_hidden_ND: Tensor | None = None,
     teacher_hidden_ND: Tensor | None = None,
     valid_N: Tensor | None = None,
-    chunk_rows: int = 1024,
+    chunk_rows: int | None = None,
     vocab_multiple: int = 1,
 ) -> Losses:
     """The loss of one micro-batch, as its share of the whole step: each part is a sum over its rows / `counts`.
@@ -113,6 +113,7 @@ def fused_loss(
     `teacher_logits`: see `decoder_logits`; not called, and may be None, when the weight of distil is 0.
     `student_hidden_ND`, `teacher_hidden_ND`: may be None when the weight of cosine is 0.
     `valid_N`: False for slots that only fill up a static shape; whatever they hold, they add exactly nothing.
+    `chunk_rows`: rows in one chunk; None chooses by device and vocabulary.
     `vocab_multiple`: computes with the decoder padded to a multiple of this, for tensor cores.
 
     Only `total` carries a gradient, to features, weight, bias and student hidden; it can be used once. A part whose
@@ -135,7 +136,7 @@ def fused_loss(
             distil=weights.distil * temperature**2 * per_row if weights.distil else None,
             mlm=weights.mlm * per_masked if weights.mlm else None,
             temperature=temperature,
-            chunk_rows=chunk_rows,
+            chunk_rows=chunk_rows or _rows_in_chunk(weight_VH),
             vocab_multiple=vocab_multiple,
             learn=torch.is_grad_enabled() and any(x.requires_grad for x in (features_NH, weight_VH, bias_V)),
         )
@@ -149,10 +150,11 @@ def fused_loss(
     return Losses(total, distil, cosine, mlm)
 
 
-def decoder_logits(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> ChunkLogits:
+def decoder_logits(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, vocab_multiple: int = 1) -> ChunkLogits:
     """The teacher's logits, chunk by chunk, from its head features and its decoder (see tasks.encoder)."""
     dtype = _gemm_dtype(features_NH)
-    features_NH, weight_VH, bias_V = features_NH.to(dtype), weight_VH.to(dtype), bias_V.to(dtype)
+    features_NH = features_NH.to(dtype)
+    weight_VH, bias_V = pad_decoder(weight_VH.to(dtype), bias_V.to(dtype), vocab_multiple)
 
     def chunk(start: int, stop: int) -> Tensor:
         return torch.addmm(bias_V, features_NH[start:stop], weight_VH.t())
@@ -309,6 +311,11 @@ def _inverse(count: float | Tensor, dtype: torch.dtype, device: torch.device) ->
         count = count.to(device=device, dtype=dtype)
         return torch.where(count > 0, 1 / count, 0)
     return torch.full((), 1 / count if count > 0 else 0.0, dtype=dtype, device=device)
+
+
+def _rows_in_chunk(weight_VH: Tensor) -> int:
+    """On a CPU a chunk should stay near the cache; on a GPU about 256 MB of float32 logits make its GEMMs large."""
+    return 256 if weight_VH.device.type == "cpu" else max(256, 2**26 // weight_VH.shape[0])
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -111,10 +111,9 @@ def make_fresh(config: Mapping[str, Any], vocabulary: Vocabulary, seed: int = 0)
             f"student.config.vocab_size is {rest['vocab_size']} but the tokenizer has {vocabulary.size} pieces; "
             "remove the field or raise it."
         )
+    rest.update({name: value for name, value in _special_ids(vocabulary).items() if name in known})
     try:
-        made = config_class(**rest)
-        _set_special_ids(made, vocabulary)
-        return _build(AutoModelForMaskedLM.from_config, made, seed)
+        return _build(AutoModelForMaskedLM.from_config, config_class(**rest), seed)
     except (StrictDataclassError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise FatalError(f"student.config does not make a masked language model: {reason}") from error
@@ -143,18 +142,21 @@ def _student_config(
     config.tie_word_embeddings = _is_tied(teacher)
     config.dtype = torch.float32
     config._name_or_path = ""  # else the saved config names a folder of this machine
-    _set_special_ids(config, vocabulary)
+    for name, token in _special_ids(vocabulary).items():
+        if hasattr(config, name):
+            setattr(config, name, token)
     return config  # type: ignore[no-any-return]
 
 
-def _set_special_ids(config: Any, vocabulary: Vocabulary) -> None:
-    config.pad_token_id = vocabulary.pad
-    config.bos_token_id = vocabulary.bos
-    config.eos_token_id = vocabulary.eos
-    if hasattr(config, "cls_token_id"):
-        config.cls_token_id = vocabulary.bos
-    if hasattr(config, "sep_token_id"):
-        config.sep_token_id = vocabulary.eos
+def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """The tokenizer's own ids, under every name that a config may have for them."""
+    return {
+        "pad_token_id": vocabulary.pad,
+        "bos_token_id": vocabulary.bos,
+        "eos_token_id": vocabulary.eos,
+        "cls_token_id": vocabulary.bos,
+        "sep_token_id": vocabulary.eos,
+    }
 
 
 def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
