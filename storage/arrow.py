@@ -1,7 +1,7 @@
 """Arrow files: the schemas, one writer, one reader. Every file opens as a Hugging Face dataset too.
 
-    from datasets import load_dataset
-    load_dataset("arrow", data_files="…/blocks.arrow")
+from datasets import load_dataset
+load_dataset("arrow", data_files="…/blocks.arrow")
 """
 
 import os
@@ -73,9 +73,7 @@ def open_arrow(path: str | os.PathLike[str]) -> pa.ipc.RecordBatchFileReader:
     try:
         return pa.ipc.open_file(pa.memory_map(os.fspath(path), "r"))
     except (pa.ArrowInvalid, OSError) as error:
-        raise FatalError(
-            f"{path} is not a whole Arrow file ({error}); run `distil verify`", os.fspath(path)
-        ) from error
+        raise FatalError(f"{path} is not a whole Arrow file ({error}); run `distil verify`", os.fspath(path)) from error
 
 
 def read_table(path: str | os.PathLike[str]) -> pa.Table:

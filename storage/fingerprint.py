@@ -39,7 +39,5 @@ def sha256_files(paths: Iterable[Path]) -> str:
 def key_of(stage: str, schema: int, settings: Mapping[str, Any], parents: Iterable[str]) -> str:
     """The key of an artifact: what made it, from what, under which schema number (DESIGN: "What passes along")."""
     return sha256_bytes(
-        canonical_json(
-            {"stage": stage, "schema": schema, "settings": dict(settings), "parents": list(parents)}
-        )
+        canonical_json({"stage": stage, "schema": schema, "settings": dict(settings), "parents": list(parents)})
     )

@@ -1,11 +1,11 @@
 """The only place that spells a path inside a store.
 
-    receipts/KIND/KEY.receipt.json   says that the artifact exists; one listing of KIND answers `status`
-    receipts/KIND/KEY.failure.json   why it does not, until it does
-    data/KIND/KEY/CONTENT/NAME       the bytes; CONTENT is a hash of them, so different bytes never share a name
-    notes/TOPIC/NAME.json            small facts worth remembering (the hash of a source, two looks at a folder)
-    leases/KEY.json                  who trains this run now
-    scratch/                         work in progress on a local store
+receipts/KIND/KEY.receipt.json   says that the artifact exists; one listing of KIND answers `status`
+receipts/KIND/KEY.failure.json   why it does not, until it does
+data/KIND/KEY/CONTENT/NAME       the bytes; CONTENT is a hash of them, so different bytes never share a name
+notes/TOPIC/NAME.json            small facts worth remembering (the hash of a source, two looks at a folder)
+leases/KEY.json                  who trains this run now
+scratch/                         work in progress on a local store
 """
 
 RECEIPT = ".receipt.json"

@@ -23,7 +23,7 @@ from tasks.config import Mask
 from tasks.mask import IGNORED, Masked, mask_rows, row_digests
 from tasks.order import Indices, Order
 from tasks.run import Part
-from tasks.teach import TargetRows, check_digests, open_targets
+from tasks.targets import TargetRows, check_digests, open_targets
 from tasks.vocabulary import Vocabulary
 
 
@@ -57,8 +57,8 @@ class Batch(NamedTuple):
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors: dict[str, Any] = {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**{name: move(tensor) for name, tensor in tensors.items()})
+        moved = {name: move(x) if isinstance(x, Tensor) else x for name, x in self._asdict().items()}
+        return Batch(**moved)
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,11 @@ def _rows_of_part(corpus: Corpus, masking: Masking, part: int, variant: int, row
 
 def _every_position(masked: Masked, lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
     """All attended positions carry loss; labels stand where a token is masked."""
-    spread = np.full(masked.input_ids.shape, IGNORED, np.int64)
+    rows, length = masked.input_ids.shape
+    spread = np.full((rows, length), IGNORED, np.int64)
     row, slot = np.nonzero(masked.valid)
     spread[row, masked.positions[row, slot]] = masked.labels[row, slot]
-    return {"valid": np.arange(spread.shape[1]) < lengths[:, None], "labels": spread}
+    return {"valid": np.arange(length) < lengths[:, None], "labels": spread}
 
 
 def stretches(step: int, steps: int, batch_rows: int, micro_rows: int, rank: int, ranks: int) -> Iterator[list[range]]:

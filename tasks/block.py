@@ -8,35 +8,25 @@ or batch sizes. Text is read, tokenised and written piece by piece, so memory is
 """
 
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-from tokenizers import Tokenizer
 
 from storage.arrow import ArrowWriter, blocks_schema, open_arrow
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import key_of
 from storage.store import Store
 from tasks.config import Blocks as BlockSettings
-from tasks.vocabulary import Vocabulary, load_tokenizer
+from tasks.tokens import Counts, Ids, Int64s, Piece, tokenised
+from tasks.vocabulary import Vocabulary
 
 SCHEMA = 1
-PIECE_BYTES = 2_000_000
-"""UTF-8 bytes of text that are tokenised at once: enough for any number of threads, about 100 MB of encodings."""
-
-_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
-
-Ids = npt.NDArray[np.uint32]
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -52,14 +42,6 @@ class Blocks:
         return len(self.lengths)
 
 
-@dataclass
-class _Counts:
-    with_tokens: int = 0
-    text_tokens: int = 0
-    unknown: int = 0
-    literal_specials: int = 0
-
-
 def blocks_ref(shard: Ref, blocks: BlockSettings, vocabulary: Vocabulary) -> Ref:
     """Names the blocks of a text shard."""
     return Ref("blocks", key_of("blocks", SCHEMA, _settings(blocks, vocabulary), [shard.key]), shard.label)
@@ -71,7 +53,7 @@ def make_blocks(
     """Tokenises one text shard and packs it. Does nothing where the blocks are there, unless `force`.
 
     Receipt: rows = blocks, tokens = all that are not padding; info: documents, empty (documents without a token),
-    text_tokens (special tokens left out), unknown, literal_specials (see `_clean_table`).
+    text_tokens (special tokens left out), unknown, literal_specials (see tasks.tokens).
     """
     ref = blocks_ref(shard, blocks, vocabulary)
     if not force and store.has(ref):
@@ -81,10 +63,10 @@ def make_blocks(
     started = time.perf_counter()
     source = store.receipt(shard)
     text = store.local(source) / "text.arrow"
-    counts = _Counts()
+    counts = Counts()
     with store.scratch() as folder, store.scratch() as spool:
         pack = _packed if blocks.packing == "packed" else _one_a_document
-        pieces = _tokenised(text, vocabulary, counts)
+        pieces = tokenised(text, vocabulary, counts)
         lengths = _spool(pack(pieces, blocks.length, vocabulary), spool / "ids")
         _write(folder / "blocks.arrow", spool / "ids", lengths, blocks.length, vocabulary)
         return store.commit(
@@ -100,7 +82,7 @@ def make_blocks(
         )
 
 
-def _info(documents: int, counts: _Counts) -> dict[str, int]:
+def _info(documents: int, counts: Counts) -> dict[str, int]:
     return {
         "documents": documents,
         "empty": documents - counts.with_tokens,
@@ -162,87 +144,6 @@ def _settings(blocks: BlockSettings, vocabulary: Vocabulary) -> dict[str, Any]:
     return {"length": blocks.length, "packing": blocks.packing, "tokenizer": vocabulary.fingerprint}
 
 
-# ---- text -> ids -------------------------------------------------------------------------------------------
-
-
-class _Piece(NamedTuple):
-    """The ids of some documents end to end, how many belong to each (never 0), and whether the first one goes on
-    from the piece before."""
-
-    ids: Ids
-    sizes: Int64s
-    continued: bool
-
-
-def _tokenised(path: Path, vocabulary: Vocabulary, counts: _Counts) -> Iterator[_Piece]:
-    tokenizer = load_tokenizer(vocabulary)
-    clean, unknown = _clean_table(tokenizer, vocabulary)
-    last = -1
-    for texts, number in _pieces(path):
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        sizes = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
-        total = int(sizes.sum())
-        raw = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), dtype=np.uint32, count=total)
-        ids = clean[raw]
-        with_tokens = number + np.flatnonzero(sizes)
-        continued = total > 0 and int(with_tokens[0]) == last
-        last = int(with_tokens[-1]) if total else last
-        counts.with_tokens += len(with_tokens) - continued
-        counts.text_tokens += total
-        counts.literal_specials += int((ids != raw).sum())
-        counts.unknown += int(unknown[raw].sum())
-        if total:
-            yield _Piece(ids, sizes[sizes > 0], continued)
-
-
-def _clean_table(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Raw id -> id for the model, and whether the raw id means unknown.
-
-    Text that spells a special token (`<s>` is strike-through in HTML) would get its id, and an added token above the
-    model's rows would crash it. Inside a text both become unknown; the count of tokens stays what it was.
-    """
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    table = np.arange(max(highest + 1, vocabulary.size), dtype=np.uint32)
-    table[vocabulary.size :] = vocabulary.unk
-    table[[token for token in vocabulary.specials if token not in vocabulary.unknowns]] = vocabulary.unk
-    unknown = np.zeros(len(table), dtype=np.bool_)
-    unknown[list(vocabulary.unknowns)] = True
-    return table, unknown
-
-
-def _pieces(path: Path) -> Iterator[tuple[list[str], int]]:
-    """Documents in order, at most PIECE_BYTES at once, with the number of the first; a longer one comes in parts."""
-    reader = open_arrow(path)
-    first = 0
-    for index in range(reader.num_record_batches):
-        column = reader.get_batch(index).column("text")
-        ends = np.cumsum(pc.binary_length(column).to_numpy(zero_copy_only=False))
-        start = 0
-        while start < len(column):
-            before = ends[start - 1] if start else 0
-            stop = max(start + 1, int(np.searchsorted(ends, before + PIECE_BYTES, side="right")))
-            texts = column.slice(start, stop - start).to_pylist()
-            if stop > start + 1:
-                yield texts, first + start
-            else:
-                yield from (([part], first + start) for part in _parts(texts[0]))
-            start = stop
-        first += len(column)
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Cuts a text every PIECE_BYTES characters or later, before a single space between two words.
-
-    There the tokenizers of all families begin a new word anyway, so the tokens of the parts are those of the whole.
-    A text without such a space stays whole: Unigram, BPE and WordPiece take time in proportion to its length.
-    """
-    start = 0
-    while cut := _BETWEEN_WORDS.search(text, start + PIECE_BYTES):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
-
-
 # ---- ids -> blocks -----------------------------------------------------------------------------------------
 
 
@@ -253,7 +154,7 @@ class _Rows(NamedTuple):
     lengths: npt.NDArray[np.int32]
 
 
-def _packed(pieces: Iterator[_Piece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
+def _packed(pieces: Iterator[Piece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
     """Documents joined by eos and cut every length - 2 tokens; the last block is padded."""
     body = length - 2
     rest: Ids = np.empty(0, dtype=np.uint32)
@@ -270,7 +171,7 @@ def _packed(pieces: Iterator[_Piece], length: int, vocabulary: Vocabulary) -> It
         yield _padded_rows(rest, np.array([len(rest)]), length, vocabulary)
 
 
-def _one_a_document(pieces: Iterator[_Piece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
+def _one_a_document(pieces: Iterator[Piece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
     """Every document begins a block; a longer one is cut every length - 2 tokens."""
     rest: Ids = np.empty(0, dtype=np.uint32)  # of the last document, which the next piece may continue
     for ids, sizes, continued in pieces:

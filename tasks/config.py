@@ -33,7 +33,9 @@ class Corpus(Section):
     max_chars: int = Field(10_000_000, ge=1, description="Quarantine longer documents (characters)")
     drop_warnings: tuple[str, ...] = Field((), description="Drop documents with any of these quality warnings")
     min_harmful_pp: float | None = Field(
-        None, ge=0, description="Drop documents whose harmful_pp is below this (a low perplexity reads like harmful text)"
+        None,
+        ge=0,
+        description="Drop documents whose harmful_pp is below this (a low perplexity reads like harmful text)",
     )
     deduplicate: bool = Field(True, description="Drop exact duplicates inside a shard")
     heldout_per_mille: int = Field(5, ge=0, le=500, description="Of 1000 documents, so many are never trained on")
@@ -298,5 +300,3 @@ def beside(name: str, folder: Path) -> str:
         return name
     there = folder / name
     return str(there) if there.exists() else name
-
-

@@ -19,7 +19,7 @@ from tasks.config import Recipe
 from tasks.run import Part, RunSpec, make_run
 from tasks.shard import heldout_of, shards_of, source_ref
 from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
-from tasks.teach import calibration_ref, targets_ref
+from tasks.teach import calibration_ref, needs_calibration, targets_ref
 from tasks.teacher import fingerprint_of
 from tasks.vocabulary import Vocabulary, load_vocabulary
 
@@ -151,7 +151,7 @@ def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vo
     if caches_targets(recipe):
         fingerprint = teacher_key(recipe)
         counts_key = counts.key if counts else ""
-        if recipe.targets.encoding == "int8":
+        if needs_calibration(recipe.targets):
             calibration = calibration_ref(sample, fingerprint, recipe.teacher, recipe.mask, recipe.targets, counts_key)
         for blocks in lineage.training_blocks:
             for variant in range(recipe.mask.variants):

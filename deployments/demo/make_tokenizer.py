@@ -96,7 +96,13 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = train(list(training_lines(args.corpus)))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **SPECIAL, cls_token="<s>", sep_token="</s>", mask_token=MASK, model_max_length=512
+        tokenizer_object=tokenizer,
+        **SPECIAL,
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token=MASK,
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],  # ModernBERT takes no token_type_ids
     )
     fast.save_pretrained(args.out)
     print(f"{len(fast):,} pieces in {args.out}")

@@ -1,6 +1,5 @@
 """One optimizer step: the gradient does not depend on how the step is split."""
 
-
 import numpy as np
 import pytest
 import torch

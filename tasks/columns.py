@@ -1,0 +1,87 @@
+"""Documents out of a parquet file: the {id, text} export of OSCAR 2019, or any with a column `text` or `content`.
+
+Called by tasks/reader.py. Memory is bounded by a few pages and BATCH rows, whatever the size of the row groups.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.document import FIELDS, Document, Tally, labels_of, unknown_schema
+from tasks.lines import packing_of, reading_error
+
+BATCH = 64
+"""Rows that are decoded at once; documents of many megabytes exist."""
+
+_METADATA = ("metadata", "meta")
+
+
+def rows_of_parquet(
+    path: Path, chunks: Iterable[bytes], name: str, tally: Tally, folder: Path, limit: int
+) -> Iterator[Document]:
+    """Every row as a document, `line` being its row; null, wrong UTF-8 and more than `limit` bytes are quarantined.
+
+    Parquet has its footer at the end, so a packed file is unpacked into `folder` first; `chunks` is it unpacked.
+    FatalError: no text column, damaged or cut short.
+    """
+    with path.open("rb") as file:
+        packed = bool(packing_of(file.read(4)))
+    if packed:
+        path = folder / "unpacked.parquet"
+        with path.open("wb") as out:
+            out.writelines(chunks)
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
+            yield from _rows(parquet, name, tally, limit)
+    except (pa.ArrowException, OSError) as error:
+        raise reading_error(error, name) from error
+    finally:
+        if packed:
+            path.unlink()
+
+
+def _rows(parquet: pq.ParquetFile, name: str, tally: Tally, limit: int) -> Iterator[Document]:
+    schema = parquet.schema_arrow
+    field = next((field for field in FIELDS if field in schema.names and _is_text(schema.field(field).type)), "")
+    if not field:
+        raise unknown_schema(name, f"parquet columns {', '.join(schema.names[:8])} without {' or '.join(FIELDS)}")
+    tally.schema = "parquet"
+    metadata = next((column for column in _METADATA if column in schema.names), "")
+    columns = [field, metadata] if metadata else [field]
+    for batch in parquet.iter_batches(BATCH, columns=columns, use_threads=False):
+        texts = batch.column(field).cast(pa.large_binary()).to_pylist()
+        labels = batch.column(metadata).to_pylist() if metadata else [None] * len(texts)
+        for text, label in zip(texts, labels, strict=True):
+            tally.lines += 1
+            fault, chars = _measured(text, limit)
+            if fault:
+                tally.quarantine(tally.lines, fault, text or b"")
+                continue
+            tally.documents += 1
+            yield Document(text, chars, tally.lines, labels_of(label))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+    )
+
+
+def _measured(text: bytes | None, limit: int) -> tuple[str, int]:
+    """(what is wrong with it or empty, number of characters)."""
+    if text is None:
+        return "null", 0
+    if len(text) > limit:
+        return f"a text of {len(text):,} bytes", 0
+    try:
+        return "", len(text.decode())
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start + 1})", 0

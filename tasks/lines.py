@@ -1,0 +1,113 @@
+"""Lines out of packed or plain files, with bounded memory. Called by tasks/reader.py.
+
+    for line in split_lines(chunks_of(path, name), max_line_bytes): ...
+
+The packing is recognised by the first bytes, not by the name. Files of several gzip members or zstd frames are read
+to their end; one that is cut short or damaged is a FatalError. Nothing longer than a line is ever held, and a line that
+is too long is not held either: only its beginning is kept while the rest is skipped.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from storage.error import FatalError, RetryableError
+
+CHUNK = 1 << 20
+"""Unpacked bytes read at once."""
+
+HEAD = 400
+"""Bytes kept of a line that is too long."""
+
+ENDLESS = 64
+"""A line this many times longer than allowed ends the source: such a file is no text, or packed to do harm."""
+
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte 50 to 5f; pzstd writes such a frame first
+
+
+class LongLine(NamedTuple):
+    """A line that was skipped: its first bytes and its length in bytes."""
+
+    head: bytes
+    size: int
+
+
+def packing_of(head: bytes) -> str:
+    """`gzip`, `zstd` or empty, by the first four bytes of a file."""
+    if head.startswith(_GZIP):
+        return "gzip"
+    if head.startswith(_ZSTD) or (head[1:4] == _ZSTD_SKIPPABLE and 0x50 <= head[0] <= 0x5F):
+        return "zstd"
+    return ""
+
+
+def chunks_of(path: Path, name: str) -> Iterator[bytes]:
+    """The unpacked bytes of a local file in pieces of at most CHUNK; `name` is what errors call it.
+
+    Arrow's streams do the unpacking because they raise at a frame or member that is cut short, where zstandard's own
+    reader just ends, and because they never unpack more than they are asked for.
+    """
+    try:
+        with pa.OSFile(os.fspath(path), "rb") as file:
+            packing = packing_of(file.read(4))
+            file.seek(0)
+            stream = pa.CompressedInputStream(file, packing) if packing else file
+            while chunk := stream.read(CHUNK):
+                yield chunk
+    except OSError as error:
+        raise reading_error(error, name) from error
+
+
+def read_ahead(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same chunks, each next one unpacked by a thread while this one is used (unpacking needs no interpreter)."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, chunks, b"")
+        while chunk := coming.result():
+            coming = pool.submit(next, chunks, b"")
+            yield chunk
+
+
+def reading_error(error: Exception, name: str) -> FatalError | RetryableError:
+    """What a failed read means: an archive that is cut short or damaged, a file that is gone, or passing trouble."""
+    if isinstance(error, FileNotFoundError):
+        return FatalError(f"{name} is gone; put it back or take a new snapshot", name)
+    if isinstance(error, PermissionError):
+        return FatalError(f"{name} may not be read: {error}; change its permissions", name)
+    if isinstance(error, OSError) and error.errno is not None:
+        return RetryableError(f"{name} could not be read: {error}", name)
+    if "runcated" in str(error):
+        return FatalError(f"{name} is cut short ({error}); fetch it again", name)
+    return FatalError(f"{name} is damaged or cut short ({error}); fetch it again", name)
+
+
+def split_lines(chunks: Iterable[bytes], limit: int, name: str = "") -> Iterator[bytes | LongLine]:
+    """Lines without their newline, in order; one of more than `limit` bytes as a LongLine.
+
+    FatalError at a line of more than ENDLESS times `limit`.
+    """
+    parts: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        first, *rest = chunk.split(b"\n")
+        if size <= limit:
+            parts.append(first)
+        size += len(first)
+        if size > limit:
+            parts = [b"".join(parts)[:HEAD]]
+        if not rest:
+            if size > ENDLESS * limit:
+                raise FatalError(f"{name}: a line does not end after {size:,} bytes; this is no text file", name)
+            continue
+        yield b"".join(parts) if size <= limit else LongLine(parts[0], size)
+        last = rest.pop()
+        for line in rest:
+            yield line if len(line) <= limit else LongLine(line[:HEAD], len(line))
+        parts, size = [last], len(last)
+    if size:
+        yield b"".join(parts) if size <= limit else LongLine(parts[0][:HEAD], size)

@@ -1,0 +1,291 @@
+"""The teacher's word on every shard: channel calibration once, then one targets file a shard.
+
+    capture = open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, calibration)
+    calibrate(store, sample, capture)                 # Receipt; `sample` are the blocks that lineage pinned
+    make_targets(store, blocks, capture, variant=0)   # Receipt; probed against the live teacher before it counts
+
+Called by the flows, one call a shard, with one teacher loaded for all of them. What is there already is not made again.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from storage.arrow import TARGETS, ArrowWriter, open_arrow
+from storage.artifact import Receipt, Ref
+from storage.error import FatalError
+from storage.fingerprint import key_of
+from storage.store import Store
+from tasks.block import Blocks, open_blocks, read_counts
+from tasks.capture import (
+    Capture,
+    Inputs,
+    batches,
+    check_length,
+    encode,
+    hidden_states,
+    masked_inputs,
+    refuse_nonfinite,
+)
+from tasks.codec import CALIBRATED, Calibration, Codec, fit_calibration, make_codec
+from tasks.config import Mask, Targets, Teacher
+from tasks.probe import Parity, probe
+from tasks.targets import FILE, TargetRows, check_digests, describe, open_targets, read_targets, write_rows
+from tasks.teacher import shared_teacher
+from tasks.vocabulary import Vocabulary
+
+__all__ = [
+    "TargetRows",
+    "calibrate",
+    "calibration_ref",
+    "check_digests",
+    "make_targets",
+    "needs_calibration",
+    "open_capture",
+    "open_targets",
+    "read_calibration",
+    "targets_ref",
+]
+
+SCHEMA = 1
+CALIBRATION_FILE = "calibration.arrow"
+_CALIBRATION = pa.schema([("mean", pa.float32()), ("sd", pa.float32())])
+
+
+def open_capture(
+    store: Store,
+    teacher: Teacher,
+    vocabulary: Vocabulary,
+    mask: Mask,
+    targets: Targets,
+    counts: Ref | None = None,
+    calibration: Ref | None = None,
+    device: str = "auto",
+) -> Capture:
+    """Loads the teacher (once a process) and what was estimated; leave `calibration` out to calibrate."""
+    return Capture(
+        teacher=shared_teacher(teacher, device),
+        vocabulary=vocabulary,
+        mask=mask,
+        targets=targets,
+        counts=read_counts(store, counts) if counts else None,
+        counts_key=counts.key if counts else "",
+        calibration=read_calibration(store, calibration) if calibration else None,
+        calibration_key=calibration.key if calibration else "",
+    )
+
+
+# ---- calibration ---------------------------------------------------------------------------------------------
+
+
+def needs_calibration(targets: Targets) -> bool:
+    """True for the encodings that store channels relative to their mean and deviation."""
+    return targets.encoding in CALIBRATED
+
+
+def calibration_ref(
+    sample: Sequence[Ref], fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets, counts_key: str = ""
+) -> Ref:
+    """Names the calibration from a sample of blocks; the same for all encodings that need one."""
+    settings = _calibration_settings(fingerprint, teacher, mask, targets)
+    parents = [ref.key for ref in sample] + ([counts_key] if counts_key else [])
+    return Ref("calibration", key_of("calibration", SCHEMA, settings, parents), f"{sample[0].label}x{len(sample)}")
+
+
+def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: bool = False) -> Receipt:
+    """Mean and deviation of each channel over targets.calibration_rows blocks, spread evenly over the sample.
+
+    FatalError: no block in the sample, NaN or infinity from the teacher.
+    """
+    teacher = capture.teacher
+    ref = calibration_ref(
+        sample, teacher.fingerprint, teacher.settings, capture.mask, capture.targets, capture.counts_key
+    )
+    if not force and store.has(ref):
+        return store.receipt(ref)
+    started = time.perf_counter()
+    calibration, positions, rows = _estimate(store, sample, capture)
+    with store.scratch() as folder:
+        with ArrowWriter(folder / CALIBRATION_FILE, _CALIBRATION) as writer:
+            writer.write({"mean": pa.array(calibration.mean.numpy()), "sd": pa.array(calibration.sd.numpy())})
+        return store.commit(
+            ref,
+            folder,
+            schema=SCHEMA,
+            rows=rows,
+            tokens=positions,
+            settings=_calibration_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets),
+            parents=[part.key for part in sample] + ([capture.counts_key] if capture.counts_key else []),
+            info={"positions": positions, "width": teacher.width, **_machine(capture)},
+            timings={"seconds": time.perf_counter() - started},
+        )
+
+
+def read_calibration(store: Store, ref: Ref) -> Calibration:
+    """What `calibrate` kept. FatalError where there is none or its bytes changed."""
+    table = open_arrow(store.check(store.receipt(ref)) / CALIBRATION_FILE).read_all()
+    mean_D, sd_D = (torch.from_numpy(table.column(name).to_numpy().copy()) for name in ("mean", "sd"))
+    return Calibration(mean_D, sd_D)
+
+
+def _calibration_settings(fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets) -> dict[str, Any]:
+    return {
+        **_teaching_settings(fingerprint, teacher, mask),
+        "positions": targets.positions,
+        "rows": targets.calibration_rows,
+    }
+
+
+def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Calibration, int, int]:
+    """The calibration, and how many positions and blocks it comes from."""
+    opened = [open_blocks(store, ref, check=True) for ref in sample]
+    owner = np.repeat(np.arange(len(opened)), [len(blocks) for blocks in opened])
+    row = np.concatenate([np.arange(len(blocks)) for blocks in opened])
+    wanted = min(capture.targets.calibration_rows, len(row))
+    chosen = np.arange(wanted) * len(row) // max(1, wanted)
+    count = 0
+    sums = torch.zeros(2, capture.teacher.width, dtype=torch.float64)
+    for number, blocks in enumerate(opened):
+        rows = row[chosen[owner[chosen] == number]]
+        for inputs, hidden_ND in _forward(capture, blocks, rows, 0):
+            refuse_nonfinite(inputs, hidden_ND.isfinite().all(-1).cpu().numpy(), blocks, capture.teacher)
+            wide_ND = hidden_ND.double()
+            sums += torch.stack([wide_ND.sum(0), (wide_ND**2).sum(0)]).cpu()
+            count += len(hidden_ND)
+    if not count:
+        raise FatalError(f"blocks {sample[0].label}: no position to calibrate on; is there any text in corpus.url?")
+    return fit_calibration(count, sums[0], sums[1]), count, wanted
+
+
+# ---- targets -------------------------------------------------------------------------------------------------
+
+
+def targets_ref(
+    blocks: Ref,
+    fingerprint: str,
+    teacher: Teacher,
+    mask: Mask,
+    targets: Targets,
+    calibration_key: str,
+    counts_key: str,
+    variant: int,
+) -> Ref:
+    """Names one shard's targets under one mask variant.
+
+    teacher.dtype is in the key as the recipe says it: with "auto" any machine names, and may make, the same targets.
+    The other variants are not in it, so a recipe with more of them keeps those that it has.
+    """
+    settings = _targets_settings(fingerprint, teacher, mask, targets, variant)
+    parents = _parents(blocks, calibration_key, counts_key)
+    label = f"{blocks.label}.v{variant}" if mask.variants > 1 else blocks.label
+    return Ref("targets", key_of("targets", SCHEMA, settings, parents), label)
+
+
+def make_targets(store: Store, blocks: Ref, capture: Capture, variant: int = 0, *, force: bool = False) -> Receipt:
+    """Runs the teacher over one shard's blocks and keeps its encoded word. Does nothing where it is there.
+
+    Receipt: rows = blocks, tokens = those read; info: positions, digest over all row digests, probe.
+    FatalError: NaN or infinity (names block row and shard), a block too long, the parity probe fails.
+    """
+    teacher = capture.teacher
+    keys = (capture.calibration_key, capture.counts_key)
+    ref = targets_ref(blocks, teacher.fingerprint, teacher.settings, capture.mask, capture.targets, *keys, variant)
+    if not force and store.has(ref):
+        return store.receipt(ref)
+    started = time.perf_counter()
+    source = open_blocks(store, blocks, check=True)
+    codec = make_codec(capture.targets, teacher.width, capture.calibration, teacher.vocab_size)
+    with store.scratch() as folder:
+        digest = _write(folder / FILE, ref, source, capture, codec, variant)
+        written = read_targets(folder / FILE, ref)
+        advice = "take a finer targets.encoding (int8, bf16)" if codec.name != "bf16" else "this is a fault: report it"
+        parity = probe(capture, source, written, variant, advice)
+        info = _info(capture, written, digest, parity)
+        return store.commit(
+            ref,
+            folder,
+            schema=SCHEMA,
+            rows=len(source),
+            tokens=int(source.lengths.sum(dtype=np.int64)),
+            settings=_targets_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets, variant),
+            parents=_parents(blocks, *keys),
+            info=info,
+            timings={"seconds": time.perf_counter() - started},
+        )
+
+
+def _write(path: Any, ref: Ref, blocks: Blocks, capture: Capture, codec: Codec, variant: int) -> str:
+    """Streams the shard through the teacher into the file; returns the digest over all row digests."""
+    digest = hashlib.sha256()
+    facts = {
+        "blocks": blocks.key,
+        "positions": capture.targets.positions,
+        "mask_seed": str(capture.mask.seed),
+        "variant": str(variant),
+        "teacher": capture.teacher.fingerprint,
+        "dtype": str(capture.teacher.dtype).removeprefix("torch."),
+    }
+    with ArrowWriter(path, TARGETS, describe(codec, ref, facts)) as writer:
+        for inputs, hidden_ND in _forward(capture, blocks, np.arange(len(blocks)), variant):
+            payload_NP, finite_N = encode(capture.teacher, codec, hidden_ND)
+            refuse_nonfinite(inputs, finite_N.cpu().numpy(), blocks, capture.teacher)
+            write_rows(writer, inputs.digests, inputs.valid.sum(1), payload_NP.cpu().numpy())
+            digest.update(b"".join(inputs.digests))
+    return digest.hexdigest()
+
+
+def _forward(
+    capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], variant: int
+) -> Iterator[tuple[Inputs, torch.Tensor]]:
+    """Batch by batch: what the teacher reads, and its hidden states [N, D] at the kept positions."""
+    length = blocks.input_ids.shape[1]
+    check_length(capture.teacher, length)
+    for some in batches(capture.teacher, rows, length):
+        inputs = masked_inputs(capture, blocks, some, variant)
+        yield inputs, hidden_states(capture.teacher, inputs)
+
+
+def _info(capture: Capture, written: TargetRows, digest: str, parity: Parity) -> dict[str, Any]:
+    return {
+        "positions": int(written.counts.sum(dtype=np.int64)),
+        "bytes": written.codec.bytes_per_position,
+        "digest": digest,
+        "probe": {"kl": parity.kl, "cosine": parity.cosine, "rows": parity.rows},
+        **_machine(capture),
+    }
+
+
+def _machine(capture: Capture) -> dict[str, str]:
+    """What the bytes may depend on beyond the key."""
+    device = capture.teacher.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "dtype": str(capture.teacher.dtype).removeprefix("torch.")}
+
+
+def _teaching_settings(fingerprint: str, teacher: Teacher, mask: Mask) -> dict[str, Any]:
+    return {
+        "teacher": fingerprint,
+        "dtype": teacher.dtype,
+        "attention": teacher.attention,
+        "mask": mask.model_dump(mode="json", exclude={"variants"}),
+    }
+
+
+def _targets_settings(fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets, variant: int) -> dict[str, Any]:
+    encoding = {"encoding": targets.encoding} | ({"top_k": targets.top_k} if targets.encoding == "topk" else {})
+    return {
+        **_teaching_settings(fingerprint, teacher, mask),
+        **encoding,
+        "positions": targets.positions,
+        "variant": variant,
+    }
+
+
+def _parents(blocks: Ref, calibration_key: str, counts_key: str) -> list[str]:
+    return [key for key in (blocks.key, calibration_key, counts_key) if key]

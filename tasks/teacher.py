@@ -1,0 +1,252 @@
+"""The teacher: finds its folder, names it by a fingerprint, loads it checked and frozen.
+
+    teacher = load_teacher(recipe.teacher)            # on the GPU if there is one
+    key = fingerprint_of(recipe.teacher)              # the same in any folder and on any machine
+
+Called by tasks.teach, tasks.build, tasks.lineage and the scores. Weights are safetensors, or .bin files read with
+weights_only; code that comes with a model runs only if the recipe says teacher.trust_remote_code.
+"""
+
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+
+from storage.error import FatalError, RetryableError
+from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
+from tasks.config import Teacher
+from tasks.vocabulary import Vocabulary, fits, load_vocabulary
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""In this order, as transformers looks for them; either may be an index (`….index.json`) of several files."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "pytorch_model*.bin"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
+"""Config entries that say who saved the model, not what it computes; so do all that begin with an underscore."""
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A masked language model in evaluation mode, without gradients.
+
+    `vocab_size` are the rows of its decoder; it may have a few more than its tokenizer has pieces. `width` is D.
+    """
+
+    model: PreTrainedModel
+    vocabulary: Vocabulary
+    settings: Teacher
+    fingerprint: str
+    width: int
+    vocab_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
+    """Loads the teacher; `device` is auto, cpu or cuda.
+
+    FatalError: no weights, damaged or incomplete weights, a tokenizer that does not fit, no such device.
+    """
+    where = _device(device)
+    dtype = resolve_dtype(teacher, where)
+    folder = resolve_model(teacher.model, teacher.revision)
+    vocabulary = load_vocabulary(teacher.model, teacher.revision, teacher.trust_remote_code)
+    # Any: transformers' own types change with what else is imported.
+    model: Any = _load_weights(teacher, folder, dtype)
+    model.eval().requires_grad_(False).to(where)
+    decoder = model.get_output_embeddings()
+    if decoder is None:
+        raise FatalError(f"teacher {teacher.model} has no LM head; take a masked language model", teacher.model)
+    vocab_size = int(decoder.weight.shape[0])
+    fits(vocabulary, vocab_size, teacher.model)
+    return TeacherModel(
+        model=model,
+        vocabulary=vocabulary,
+        settings=teacher,
+        fingerprint=teacher_fingerprint(folder, teacher),
+        width=int(model.config.hidden_size),
+        vocab_size=vocab_size,
+        device=where,
+        dtype=dtype,
+    )
+
+
+@lru_cache(maxsize=1)
+def shared_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
+    """One loaded teacher for all shards that a process works on. Never change the model that it holds."""
+    return load_teacher(teacher, device)
+
+
+def resolve_dtype(teacher: Teacher, device: torch.device) -> torch.dtype:
+    """teacher.dtype, where auto means bfloat16 on a GPU and float32 on a CPU."""
+    if teacher.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
+
+
+# ---- which files ---------------------------------------------------------------------------------------------
+
+
+def resolve_model(name: str, revision: str = "") -> Path:
+    """The local folder of a model: `name` itself, or its download from the hub (once a process).
+
+    FatalError: neither a folder nor a hub id, no config.json, no weights. RetryableError: the hub does not answer.
+    """
+    folder = Path(name).expanduser()
+    if not (name and folder.is_dir()):
+        if not _HUB_ID.fullmatch(name) or folder.exists():
+            raise FatalError(f"model {name!r}: no such folder; name a folder with a saved model or a hub id", name)
+        folder = _download(name, revision)
+    if not (folder / "config.json").is_file():
+        raise FatalError(f"model {name}: there is no config.json in {folder}; save it with save_pretrained", name)
+    weight_files(folder, name)
+    return folder.resolve()
+
+
+def weight_files(folder: Path, name: str = "") -> tuple[Path, ...]:
+    """The files that hold the weights. FatalError if there are none, or if an index names one that is not there."""
+    name = name or str(folder)
+    for single in WEIGHTS:
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return (folder / single,)
+        if index.is_file():
+            files = tuple(folder / file for file in sorted(set(_read_json(index)["weight_map"].values())))
+            absent = [file.name for file in files if not file.is_file()]
+            if absent:
+                raise FatalError(f"model {name}: {absent[0]} is in {index.name} but not in {folder}; copy it", name)
+            return files
+    raise FatalError(
+        f"model {name}: the folder {folder} has no weights (model.safetensors); copy them there or save the model with "
+        "save_pretrained",
+        name,
+    )
+
+
+@lru_cache(maxsize=8)
+def _download(name: str, revision: str) -> Path:
+    # Deferred: who names a folder needs no HTTP stack.
+    from httpx import HTTPError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        wanted = f"{name} at revision {revision}" if revision else name
+        raise FatalError(
+            f"model {wanted}: there is no such folder here and no such model on the hub (or it is private and needs a "
+            "token); correct the name",
+            name,
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise FatalError(
+                f"model {name}: no such folder here, not in the hub's local cache, and HF_HUB_OFFLINE forbids to ask; "
+                "name a local folder or unset HF_HUB_OFFLINE",
+                name,
+            ) from error
+        raise RetryableError(
+            f"model {name}: no such folder here and the hub did not answer; check the name or the network (a local "
+            "folder always works)",
+            name,
+        ) from error
+
+
+# ---- fingerprint ---------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(teacher: Teacher) -> str:
+    """Fingerprint of the teacher that a recipe names, without loading it."""
+    return teacher_fingerprint(resolve_model(teacher.model, teacher.revision), teacher)
+
+
+def teacher_fingerprint(folder: Path, teacher: Teacher) -> str:
+    """sha256 over weights and config, the same for a copy in another folder; with the model's code if that may run."""
+    config = {
+        name: value
+        for name, value in _read_json(folder / "config.json").items()
+        if name not in _VOLATILE and not name.startswith("_")
+    }
+    files = list(weight_files(folder))
+    if teacher.trust_remote_code:
+        files += sorted(folder.glob("*.py"))
+    content = {path.name: _remembered_hash(path) for path in files}
+    return sha256_bytes(canonical_json({"config": config, "files": content}))
+
+
+def _remembered_hash(path: Path) -> str:
+    stat = path.stat()
+    return _hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash(path: Path, size: int, changed: int) -> str:
+    """sha256 of a file; size and time of change are here so that a changed file is read again."""
+    del size, changed
+    return sha256_file(path)
+
+
+# ---- loading -------------------------------------------------------------------------------------------------
+
+
+def _load_weights(teacher: Teacher, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    first = weight_files(folder, teacher.model)[0]
+    try:
+        model, found = AutoModelForMaskedLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=teacher.attention,
+            trust_remote_code=teacher.trust_remote_code,
+            use_safetensors=first.suffix == ".safetensors",
+            weights_only=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FatalError(
+            f"teacher {teacher.model}: {first.name} does not load as a masked language model ({reason}); "
+            "copy the model again or name another",
+            str(first),
+        ) from error
+    if found["missing_keys"]:
+        raise FatalError(
+            f"teacher {teacher.model}: its weights lack {sorted(found['missing_keys'])[0]}, so part of it would be "
+            "random; save it as AutoModelForMaskedLM, LM head included",
+            str(first),
+        )
+    result: PreTrainedModel = model
+    return result
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise FatalError('there is no GPU here; set train.device = "auto" or "cpu"')
+    return torch.device(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FatalError(f"{path}: cannot be read as JSON ({error}); copy the model again", str(path)) from error
+    if not isinstance(value, dict):
+        raise FatalError(f"{path}: not a JSON object; copy the model again", str(path))
+    return value
