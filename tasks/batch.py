@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.error import FatalError
 from storage.store import Store
 from tasks.block import Blocks, open_blocks
 from tasks.config import Mask
@@ -57,7 +58,8 @@ class Batch(NamedTuple):
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        moved = {name: move(x) if isinstance(x, Tensor) else x for name, x in self._asdict().items()}
+        moved: dict[str, Any] = self._asdict()
+        moved |= {name: move(x) for name, x in moved.items() if isinstance(x, Tensor)}
         return Batch(**moved)
 
 
@@ -93,7 +95,14 @@ class Corpus:
         """Targets of one part and mask variant; their hash is checked on first use."""
         with self._lock:
             if (part, variant) not in self._targets:
-                self._targets[part, variant] = open_targets(self.store, self.parts[part].targets_ref(variant))
+                opened = open_targets(self.store, self.parts[part].targets_ref(variant))
+                first = next(iter(self._targets.values()), opened)
+                if opened.codec.fingerprint != first.codec.fingerprint:
+                    raise FatalError(
+                        f"targets {opened.label} are encoded otherwise than those of {first.label}; run `distil verify`, "
+                        "then `distil retry`"
+                    )
+                self._targets[part, variant] = opened
             return self._targets[part, variant]
 
 

@@ -130,7 +130,7 @@ class Codec:
     def decode_topk(self, payload_NP: Tensor) -> TopK:
         """uint8 [N, P] of topk to ids (int64), log-probabilities and tail (float32)."""
         split = self.id_bytes * self.top_k
-        bytes_Nkb = payload_NP[:, :split].reshape(-1, self.top_k, self.id_bytes).long()
+        bytes_Nkb = payload_NP[:, :split].reshape(len(payload_NP), self.top_k, self.id_bytes).long()
         shifts_b = 8 * torch.arange(self.id_bytes, device=payload_NP.device)
         ids_Nk = (bytes_Nkb << shifts_b).sum(-1)
         logs_NK = _as_half(payload_NP[:, split:])
@@ -188,7 +188,7 @@ def _decode_int8(codec: Codec, payload_NP: Tensor) -> Tensor:
 def _encode_int4(codec: Codec, x_ND: Tensor) -> Tensor:
     """16 steps between -top and top of each group, none of them at zero: all of them are used."""
     padded_NE = F.pad(_normalised(codec, x_ND), (0, -codec.width % GROUP))
-    z_NGg = padded_NE.view(len(x_ND), -1, GROUP)
+    z_NGg = padded_NE.view(len(padded_NE), padded_NE.shape[1] // GROUP, GROUP)
     step_NG = z_NGg.abs().amax(-1) / 8
     scale_NG = (step_NG.clamp(min=2.0**-20).log2() * OCTAVE + MIDDLE).round_().clamp_(0, 255)
     nibbles_NGg = (z_NGg / _step(scale_NG)[..., None]).floor_().clamp_(-8, 7) + 8

@@ -77,7 +77,7 @@ def _download(source: Source) -> Iterator[bytes]:
         with fs.open(path, "rb") as file:
             while chunk := file.read(CHUNK):
                 yield chunk
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise reading_error(error, source.name) from error
     except OSError as error:
         raise RetryableError(f"{source.name} could not be fetched: {error}", source.name) from error

@@ -200,8 +200,10 @@ def _sample_name(recipe: Recipe) -> str:
 
 
 def _receipts(store: Store, refs: Sequence[Ref]) -> list[Receipt]:
+    """Receipts of the sources that are done; two files with the same bytes are one source."""
     done = store.keys("source")
-    return [store.receipt(ref) for ref in refs if ref.key in done]
+    once = {ref.key: ref for ref in reversed(refs)}
+    return [store.receipt(ref) for ref in refs if ref.key in done and once[ref.key] is ref]
 
 
 def _part(receipt: Receipt, targets: tuple[str, ...]) -> Part:

@@ -25,7 +25,7 @@ from storage.error import FatalError
 from tasks.columns import rows_of_parquet
 from tasks.config import Corpus
 from tasks.document import EXCERPT, FIELDS, Document, Tally, labels_of, unknown_schema
-from tasks.lines import LongLine, chunks_of, read_ahead, split_lines
+from tasks.lines import LongLine, chunks_of, split_lines
 
 _FOREIGN = {
     b"\xff\xfe": "UTF-16 text",
@@ -53,7 +53,7 @@ def read_documents(
         yield from rows_of_parquet(path, chain([sample], chunks), name, tally, folder, corpus.max_line_bytes)
         return
     sample = sample.removeprefix(b"\xef\xbb\xbf")
-    lines = split_lines(chain([sample], read_ahead(chunks)), corpus.max_line_bytes, name)
+    lines = split_lines(chain([sample], chunks), corpus.max_line_bytes, name)
     if companion is not None:
         tally.schema = "oscar-21.09"
         yield from _paragraphs(lines, corpus.max_line_bytes, tally)
@@ -212,7 +212,8 @@ def _looks_like_json(sample: bytes, name: str) -> bool:
 
 
 def _looks_like_text(sample: bytes, name: str) -> bool:
-    return ".txt" in name.lower() and b"\0" not in sample and not sample.startswith(tuple(_FOREIGN))
+    """True if the name says so and nothing speaks against it; single zero bytes do occur in text from the web."""
+    return ".txt" in name.lower() and 10 * sample.count(0) < len(sample) and not sample.startswith(tuple(_FOREIGN))
 
 
 def _has_paragraphs(sample: bytes) -> bool:

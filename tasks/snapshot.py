@@ -33,7 +33,7 @@ _BYSTANDER = re.compile(
 _SUFFIXES = re.compile(r"(\.(jsonl?|txt|parquet|gz|zst))+$", re.IGNORECASE)
 _TEXT_OF_PAIR = re.compile(r"(?P<stem>[A-Za-z-]+)_part_(?P<number>\d+)\.txt(\.gz|\.zst)?")
 _METADATA_OF_PAIR = re.compile(r"(?P<stem>[A-Za-z-]+)_meta_part_(?P<number>\d+)\.jsonl(\.gz|\.zst)?")
-_LINE = re.compile(r"(?P<hash>[0-9a-fA-F]{64}) [ *]?(?P<name>.+)")
+_LINE = re.compile(r"(?P<hash>[0-9a-fA-F]{64}) [ *]?(?P<name>\S.*)")
 _LABEL_LENGTH = 100
 
 

@@ -36,22 +36,9 @@ from tasks.capture import (
 from tasks.codec import CALIBRATED, Calibration, Codec, fit_calibration, make_codec
 from tasks.config import Mask, Targets, Teacher
 from tasks.probe import Parity, probe
-from tasks.targets import FILE, TargetRows, check_digests, describe, open_targets, read_targets, write_rows
+from tasks.targets import FILE, TargetRows, describe, read_targets, write_rows
 from tasks.teacher import shared_teacher
-from tasks.vocabulary import Vocabulary
-
-__all__ = [
-    "TargetRows",
-    "calibrate",
-    "calibration_ref",
-    "check_digests",
-    "make_targets",
-    "needs_calibration",
-    "open_capture",
-    "open_targets",
-    "read_calibration",
-    "targets_ref",
-]
+from tasks.vocabulary import Vocabulary, fits
 
 SCHEMA = 1
 CALIBRATION_FILE = "calibration.arrow"
@@ -68,9 +55,14 @@ def open_capture(
     calibration: Ref | None = None,
     device: str = "auto",
 ) -> Capture:
-    """Loads the teacher (once a process) and what was estimated; leave `calibration` out to calibrate."""
+    """Loads the teacher (once a process) and what was estimated; leave `calibration` out to calibrate.
+
+    FatalError as tasks.teacher.load_teacher, and for a tokenizer of the blocks that does not fit the teacher.
+    """
+    model = shared_teacher(teacher, device)
+    fits(vocabulary, model.vocab_size, teacher.model)
     return Capture(
-        teacher=shared_teacher(teacher, device),
+        teacher=model,
         vocabulary=vocabulary,
         mask=mask,
         targets=targets,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
@@ -119,16 +120,27 @@ def weight_files(folder: Path, name: str = "") -> tuple[Path, ...]:
         if (folder / single).is_file():
             return (folder / single,)
         if index.is_file():
-            files = tuple(folder / file for file in sorted(set(_read_json(index)["weight_map"].values())))
-            absent = [file.name for file in files if not file.is_file()]
-            if absent:
-                raise FatalError(f"model {name}: {absent[0]} is in {index.name} but not in {folder}; copy it", name)
-            return files
+            return _indexed_files(index, name)
     raise FatalError(
         f"model {name}: the folder {folder} has no weights (model.safetensors); copy them there or save the model with "
         "save_pretrained",
         name,
     )
+
+
+def _indexed_files(index: Path, name: str) -> tuple[Path, ...]:
+    """The files of an index, all of them beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or any(not isinstance(file, str) or Path(file).name != file for file in names):
+        raise FatalError(f"model {name}: {index} does not name files of its own folder; copy it again", str(index))
+    files = tuple(index.parent / file for file in sorted(names))
+    for file in files:
+        if not file.is_file():
+            raise FatalError(
+                f"model {name}: {file.name} is in {index.name} but not in {index.parent}; copy it", str(file)
+            )
+    return files
 
 
 @lru_cache(maxsize=8)
@@ -206,6 +218,7 @@ def _hash(path: Path, size: int, changed: int) -> str:
 
 def _load_weights(teacher: Teacher, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     first = weight_files(folder, teacher.model)[0]
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model, found = AutoModelForMaskedLM.from_pretrained(
             folder,

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils.logging import disable_progress_bar
 
 from storage.artifact import Receipt
 from storage.error import DistilError, FatalError
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("usage: python -m tasks.train RUN.json", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     stop = StopSignal()
     signal.signal(signal.SIGTERM, stop.ask)
     try:

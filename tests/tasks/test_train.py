@@ -43,6 +43,7 @@ def recipe_of(place: Path, home: Path, **train: object) -> Recipe:
         "store": str(home / "store"),
         "corpus": {"url": "unused"},
         "teacher": {"model": str(place / "teacher")},
+        "blocks": {"length": 32},
         "targets": {"source": "online"},
         "student": {"layers": 2, "dropout": 0.1},
         "train": {
@@ -170,13 +171,17 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(place: Path, tmp_path: Pa
 def test_two_ranks_end_like_one(
     place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """Without dropout; the loss parts too, since counts are of all ranks."""
-    values = {"max_steps": 50, "batch_rows": 6}
+    """Without dropout, at the default learning rate; the loss parts too, since counts are of all ranks.
+
+    Key biases have a gradient of zero but for rounding (softmax does not see them), which AdamW blows up: only they
+    need the wider bound.
+    """
+    values = {"max_steps": 50, "batch_rows": 6, "lr": 5e-4}
     one, two = run_of(place, tmp_path / "one", **values), run_of(place, tmp_path / "two", **values)
     runs = [run.model_copy(update={"student": run.student.model_copy(update={"dropout": 0.0})}) for run in (one, two)]
     first, second = finish(runs[0]), finish(runs[1], ranks=2)
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5 if "key.bias" in name else 1e-6)
     curves = [read_metrics(Path(run.folder) / "metrics.jsonl") for run in runs]
     assert curves[0][-2]["loss"] == pytest.approx(curves[1][-2]["loss"], rel=1e-4)
 

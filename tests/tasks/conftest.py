@@ -1,0 +1,115 @@
+"""Fixtures for the rooms' tests: little corpora of every schema, and a store."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from storage.store import Store
+from tasks.config import Corpus
+
+TEXTS = (
+    "Le camembert est un fromage de Normandie.\nIl se mange à point.",
+    "La loi du 9 décembre 1905 sépare les Églises et l'État.",
+    "Élodie a reçu 12 € et un œuf ; « naïve », elle les a gardés.",
+)
+
+
+@dataclass(frozen=True)
+class CorpusFolder:
+    """A folder that source files are written into; names that end in .gz or .zst are packed."""
+
+    path: Path
+    texts: tuple[str, ...] = TEXTS
+
+    def settings(self, **changes: Any) -> Corpus:
+        """The recipe section for this folder; nothing is held out unless asked for."""
+        return Corpus(**({"url": str(self.path), "heldout_per_mille": 0} | changes))
+
+    def write(self, name: str, data: bytes) -> Path:
+        """One file of these bytes, packed as its name says."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".gz"):
+            data = gzip.compress(data, mtime=0)
+        if name.endswith(".zst"):
+            data = zstandard.ZstdCompressor(write_checksum=True).compress(data)
+        path.write_bytes(data)
+        return path
+
+    def jsonl(self, name: str, records: Iterable[Any]) -> Path:
+        """One JSON record a line; a record that is bytes goes in as it is."""
+        lines = [one if isinstance(one, bytes) else json.dumps(one, ensure_ascii=False).encode() for one in records]
+        return self.write(name, b"".join(line + b"\n" for line in lines))
+
+    def oscar_2301(self, name: str, texts: Iterable[str] | None = None, **metadata: Any) -> Path:
+        """OSCAR 23.01 and Colossal OSCAR."""
+        return self.jsonl(name, [record_2301(text, **metadata) for text in (texts or self.texts)])
+
+    def oscar_2201(self, name: str, texts: Iterable[str] | None = None, **metadata: Any) -> Path:
+        """OSCAR 22.01."""
+        labels = {"identification": {"label": "fr", "prob": 0.9}, "annotation": None, "sentence_identifications": []}
+        records = [{"content": text, "warc_headers": {}, "metadata": labels | metadata} for text in texts or self.texts]
+        return self.jsonl(name, records)
+
+    def oscar_2109(self, number: int, texts: Iterable[str] | None = None) -> tuple[Path, Path]:
+        """An OSCAR 21.09 pair: text with a blank line after each document, and its metadata."""
+        texts = tuple(texts or self.texts)
+        metadata, offset = [], 0
+        for text in texts:
+            sentences = text.count("\n") + 1
+            metadata.append({"headers": {"warc-type": "conversion"}, "offset": offset, "nb_sentences": sentences})
+            offset += sentences + 1
+        text_path = self.write(f"fr_part_{number}.txt.gz", "".join(f"{text}\n\n" for text in texts).encode())
+        return text_path, self.jsonl(f"fr_meta_part_{number}.jsonl.gz", metadata)
+
+    def parquet(self, name: str, columns: dict[str, Any]) -> Path:
+        """A parquet file of several row groups."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path, row_group_size=2)
+        return path
+
+    def checksums(self, name: str = "fr_sha256.txt", mark: str = " ") -> Path:
+        """A checksum file over everything in its folder, one space between hash and name as OSCAR has it."""
+        folder = (self.path / name).parent
+        files = sorted(path for path in folder.iterdir() if path.is_file() and "sha256" not in path.name)
+        lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}{mark}{path.name}\n" for path in files]
+        path = self.path / name
+        path.write_text("".join(lines), encoding="utf-8")
+        return path
+
+
+def record_2301(text: str, **metadata: Any) -> dict[str, Any]:
+    """One record of OSCAR 23.01, with the nulls that real ones have."""
+    labels = {
+        "identification": {"label": "fr", "prob": 0.9},
+        "harmful_pp": None,
+        "tlsh": None,
+        "quality_warnings": None,
+        "categories": None,
+        "sentence_identifications": [None],
+    }
+    return {"content": text, "warc_headers": {"warc-type": "conversion"}, "metadata": labels | metadata}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> CorpusFolder:
+    """An empty corpus folder."""
+    folder = CorpusFolder(tmp_path / "corpus")
+    folder.path.mkdir()
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty local store."""
+    return Store(tmp_path / "store")
