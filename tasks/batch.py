@@ -99,8 +99,8 @@ class Corpus:
                 first = next(iter(self._targets.values()), opened)
                 if opened.codec.fingerprint != first.codec.fingerprint:
                     raise FatalError(
-                        f"targets {opened.label} are encoded otherwise than those of {first.label}; run `distil verify`, "
-                        "then `distil retry`"
+                        f"targets {opened.label} are encoded otherwise than those of {first.label}; run "
+                        "`distil verify`, then `distil retry`"
                     )
                 self._targets[part, variant] = opened
             return self._targets[part, variant]

@@ -1,4 +1,4 @@
-"""Builds what a training run needs before its first step: vocabulary, student, teacher's word. Called by tasks.train."""
+"""Builds what tasks.train needs before its first step: vocabulary, student, the teacher's word."""
 
 from dataclasses import dataclass
 

@@ -73,7 +73,7 @@ class Lineage:
 
 
 def trace(store: Store, recipe: Recipe) -> Lineage:
-    """Names everything from the snapshot to the targets, as far as the sources' receipts tell. Reads, never computes."""
+    """Names everything from the snapshot to the targets, as far as the sources' receipts tell; computes nothing."""
     snapshot = take_snapshot(recipe.corpus)
     sources = []
     for source in snapshot.sources:

@@ -9,7 +9,6 @@ weights_only; code that comes with a model runs only if the recipe says teacher.
 
 import json
 import pickle
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +19,16 @@ from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from storage.error import FatalError, RetryableError
+from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
 from tasks.config import Teacher
+from tasks.hub import download, is_hub_id
 from tasks.vocabulary import Vocabulary, fits, load_vocabulary
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """In this order, as transformers looks for them; either may be an index (`….index.json`) of several files."""
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "pytorch_model*.bin"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.py", "pytorch_model*.bin")
 _VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
 """Config entries that say who saved the model, not what it computes; so do all that begin with an underscore."""
 
@@ -103,9 +102,9 @@ def resolve_model(name: str, revision: str = "") -> Path:
     """
     folder = Path(name).expanduser()
     if not (name and folder.is_dir()):
-        if not _HUB_ID.fullmatch(name) or folder.exists():
+        if not is_hub_id(name) or folder.exists():
             raise FatalError(f"model {name!r}: no such folder; name a folder with a saved model or a hub id", name)
-        folder = _download(name, revision)
+        folder = download("model", name, revision, _HUB_FILES)
     if not (folder / "config.json").is_file():
         raise FatalError(f"model {name}: there is no config.json in {folder}; save it with save_pretrained", name)
     weight_files(folder, name)
@@ -141,42 +140,6 @@ def _indexed_files(index: Path, name: str) -> tuple[Path, ...]:
                 f"model {name}: {file.name} is in {index.name} but not in {index.parent}; copy it", str(file)
             )
     return files
-
-
-@lru_cache(maxsize=8)
-def _download(name: str, revision: str) -> Path:
-    # Deferred: who names a folder needs no HTTP stack.
-    from httpx import HTTPError
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        wanted = f"{name} at revision {revision}" if revision else name
-        raise FatalError(
-            f"model {wanted}: there is no such folder here and no such model on the hub (or it is private and needs a "
-            "token); correct the name",
-            name,
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
-        if constants.HF_HUB_OFFLINE:
-            raise FatalError(
-                f"model {name}: no such folder here, not in the hub's local cache, and HF_HUB_OFFLINE forbids to ask; "
-                "name a local folder or unset HF_HUB_OFFLINE",
-                name,
-            ) from error
-        raise RetryableError(
-            f"model {name}: no such folder here and the hub did not answer; check the name or the network (a local "
-            "folder always works)",
-            name,
-        ) from error
 
 
 # ---- fingerprint ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ that worker processes start fast. Called by tasks.block, tasks.mask, tasks.teach
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,8 +16,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from storage.error import FatalError, RetryableError
+from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
+from tasks.hub import download, is_hub_id
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SLACK = 256
@@ -36,7 +36,6 @@ _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mask": (("mask_token",), ("<mask>", "[MASK]")),
     "unk": (("unk_token",), ("<unk>", "[UNK]")),
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -107,44 +106,9 @@ def tokenizer_folder(name: str, revision: str = "") -> Path:
         if not (folder / "tokenizer.json").is_file():
             raise FatalError(_no_tokenizer(name), str(folder))
         return folder.resolve()
-    if not _HUB_ID.fullmatch(name) or folder.exists():
+    if not is_hub_id(name) or folder.exists():
         raise FatalError(f"tokenizer {name}: no such folder; name a folder with tokenizer.json or a hub id", name)
-    return _download(name, revision)
-
-
-def _download(name: str, revision: str) -> Path:
-    # Deferred: a worker that reads a folder needs no HTTP stack.
-    from httpx import HTTPError
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        wanted = f"{name} at revision {revision}" if revision else name
-        raise FatalError(
-            f"tokenizer {wanted}: there is no such folder here and no such model on the hub (or it is private and "
-            "needs a token); correct the name",
-            name,
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
-        if constants.HF_HUB_OFFLINE:
-            raise FatalError(
-                f"tokenizer {name}: no such folder here, not in the hub's local cache, and HF_HUB_OFFLINE forbids to "
-                "ask; name a local folder or unset HF_HUB_OFFLINE",
-                name,
-            ) from error
-        raise RetryableError(
-            f"tokenizer {name}: no such folder here and the hub did not answer; check the name or the network "
-            "(a local folder always works)",
-            name,
-        ) from error
+    folder = download("tokenizer", name, revision, FILES)
     if not (folder / "tokenizer.json").is_file():
         raise FatalError(_no_tokenizer(name), name)
     return folder
