@@ -1,0 +1,74 @@
+"""How computations become Prefect tasks and flows: names, retries, caching and persistence, all on this page.
+
+    bound_task(make_one, "teach", recipe.run).submit("fr_meta_part_3-0000", work)
+    distill = bound_flow(run_chain, "distill")
+
+Prefect keeps and caches nothing for us: the store says what is done. So persist_result is False and the cache policy
+is NO_CACHE everywhere; a cache would bring a deleted artifact back as "Cached".
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+from prefect import Flow, State, Task, flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import exponential_backoff
+
+from storage.error import DistilError, RetryableError
+from tasks.config import Run
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def will_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Only an error that may pass by itself is tried again."""
+    return isinstance(state.data, RetryableError)
+
+
+def bound_task(fn: Callable[..., R], verb: str, run: Run) -> Task[..., R]:
+    """A task whose runs are named after the verb and its first argument, `label`: `teach fr_meta_part_3-0000`."""
+    return task(
+        name=verb,
+        task_run_name=f"{verb} {{label}}",
+        retries=run.retries,
+        retry_delay_seconds=exponential_backoff(run.retry_seconds),
+        retry_condition_fn=will_pass,
+        persist_result=False,
+        cache_policy=NO_CACHE,
+    )(fn)
+
+
+def run_one(verb: str, label: str, work: Callable[[], R], run: Run) -> R:
+    """Runs one computation as a task run `verb label`, here and now, and returns what it gives or raises."""
+    return cast(R, bound_task(_call, verb, run)(label, work))
+
+
+def _call(label: str, work: Callable[[], R]) -> R:
+    """`label` only names the task run."""
+    return work()
+
+
+def bound_flow(fn: Callable[P, Any], name: str, *, run_name: str) -> Flow[P, Any]:
+    """A flow that ends Failed with one sentence on a DistilError, instead of a traceback."""
+
+    @wraps(fn)
+    def body(*args: P.args, **kwargs: P.kwargs) -> Any:
+        try:
+            return fn(*args, **kwargs)
+        except DistilError as error:
+            get_run_logger().error(error.message)
+            return Failed(message=error.message)
+
+    return flow(
+        name=name,
+        flow_run_name=run_name,
+        persist_result=False,
+        validate_parameters=True,
+        # One thread for each task in flight that waits for a worker process; more are not needed and cost nothing.
+        task_runner=ThreadPoolTaskRunner[Any](max_workers=512),
+    )(body)

@@ -1,0 +1,200 @@
+"""The `distil` command. Every command imports what it needs when it is called, so that `distil --help` is instant.
+
+Exit status: 0 done, 1 failed (one sentence on standard error), 2 bad usage.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from storage.error import DistilError
+
+if TYPE_CHECKING:
+    from tasks.config import Recipe
+
+DEMO = Path(__file__).resolve().parent.parent / "deployments" / "demo.toml"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Distil large masked language models into small fast ones, on corpora of web size, again and again.\n\n"
+    "Begin with `distil demo`: the whole chain on a bundled corpus and teacher, in a few minutes.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Recipe file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings over those of the recipe: train.lr=1e-3")
+]
+
+
+@app.command(epilog="Example:  distil demo train.max_steps=100")
+def demo(overrides: Overrides = None) -> None:
+    """Run the whole chain on the bundled French corpus and teacher, and say where to look."""
+    _run(_recipe(DEMO, overrides))
+
+
+@app.command(epilog="Example:  distil run deployments/pilot.toml corpus.url=/data/oscar train.lr=1e-3")
+def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run the whole chain: shards, blocks, targets, training, registration, scores. Only what is missing is made."""
+    _run(_recipe(recipe, overrides))
+
+
+@app.command(epilog="Example:  distil prepare deployments/pilot.toml corpus.pattern='fr_meta_part_1*'")
+def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Make shards, blocks and targets; train nothing."""
+    loaded = _recipe(recipe, overrides)
+    _flow(loaded, "flows.corpus", "prepare", loaded)
+
+
+@app.command(epilog="Example:  distil status deployments/pilot.toml --json")
+def status(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")] = False,
+) -> None:
+    """Show what is done, missing and failed, stage by stage."""
+    loaded = _recipe(recipe, overrides)
+    from flows import status as view
+    from flows.home import open_store
+
+    rows = view.stage_rows(open_store(loaded), loaded)
+    if as_json:
+        import json
+
+        print(json.dumps(view.as_json(rows), indent=1, ensure_ascii=False))
+    else:
+        view.show(loaded, rows)
+
+
+@app.command(epilog="Example:  distil retry deployments/pilot.toml --stage targets --shard fr_meta_part_3-0002")
+def retry(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    stage: Annotated[str, typer.Option(help="source, shard, blocks, counts, calibration or targets")] = "",
+    shard: Annotated[str, typer.Option(help="Label as `distil status` shows it")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Make it again even if it is there")] = False,
+) -> None:
+    """Try again all that is missing up to the targets, or one stage, or one shard."""
+    loaded = _recipe(recipe, overrides)
+    _flow(loaded, "flows.retry", "retry_shard", loaded, stage, shard, force)
+
+
+@app.command(epilog="Example:  distil verify deployments/pilot.toml")
+def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Hash every file of the store again, withdraw what is not whole, and name what the recipe lacks."""
+    loaded = _recipe(recipe, overrides)
+    from flows import status as view
+    from flows.home import open_store
+    from storage.upkeep import verify as check
+
+    store = open_store(loaded)
+    faults = check(store)
+    for fault in faults:
+        print(f"damaged  {view.named(fault.ref.kind, fault.ref.label, fault.reason)}")
+    damaged = {(fault.ref.kind, fault.ref.label) for fault in faults}
+    lacking = [
+        (row.stage, label)
+        for row in view.stage_rows(store, loaded)
+        for label in (*row.missing, *row.failed)
+        if (row.stage, label) not in damaged
+    ]
+    for kind, label in lacking:
+        print(f"missing  {kind} {label}")
+    if faults or lacking:
+        raise DistilError(
+            f"{len(faults)} damaged and withdrawn, {len(lacking)} missing; `distil retry {recipe}` makes them again"
+        )
+    print("all that is there is whole, and nothing is missing")
+
+
+@app.command(epilog="Example:  distil gc deployments/*.toml --delete")
+def gc(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE.toml...", help="Recipes whose artifacts are kept")],
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed")] = False,
+) -> None:
+    """List (or delete) files that no given recipe and no model refers to and that are older than a day."""
+    loaded = [_recipe(path, None) for path in recipes]
+    from flows import status as view
+    from flows.home import open_store
+    from storage.upkeep import gc as sweep
+
+    if len({recipe.store for recipe in loaded}) > 1:
+        raise DistilError("these recipes keep their artifacts in different stores; call gc once for each store")
+    store = open_store(loaded[0])
+    doomed = sweep(store, view.kept(store, loaded), delete=delete)
+    for path in doomed:
+        print(path)
+    print(f"{len(doomed)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)
+
+
+@app.command(epilog="Example:  distil score almanach/camembert-base deployments/pilot.toml")
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or models:/NAME@ALIAS")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="[RECIPE.toml]", help="Whose text and settings; the demo's if left out")
+    ] = DEMO,
+    overrides: Overrides = None,
+) -> None:
+    """Score any masked language model by a recipe's protocol: held-out text, fill-mask, speed, named entities."""
+    loaded = _recipe(recipe, overrides)
+    _flow(loaded, "flows.score", "score", loaded, model)
+
+
+def _run(recipe: "Recipe") -> None:
+    from flows.finished import all_done
+    from flows.home import open_store
+
+    done = all_done(open_store(recipe), recipe)
+    if done:
+        from flows.report import show_sheet
+
+        show_sheet(recipe.name, done.sheet)
+        print(done.sentence)
+        return
+    _flow(recipe, "flows.distill", "distill", recipe)
+
+
+def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
+    """The recipe, and the environment that Prefect, MLflow and transformers look at when they are imported."""
+    from flows.home import set_environment
+    from tasks.config import load_recipe
+
+    recipe = load_recipe(path, overrides or ())
+    set_environment(recipe.home)
+    return recipe
+
+
+def _flow(recipe: "Recipe", module: str, name: str, *arguments: Any) -> None:
+    """Runs a flow here, against the server of PREFECT_API_URL or one of our own; its sentence is ours."""
+    from flows.server import start_server
+
+    wait = start_server(recipe.home)
+    flow = getattr(import_module(module), name)  # takes seconds, while the server starts
+    wait()
+    state = flow(*arguments, return_state=True)
+    if state.is_completed():
+        print(state.message or "done")
+        return
+    cause = state.result(raise_on_failure=False)
+    if isinstance(cause, Exception):
+        raise cause  # a fault of the program keeps its traceback
+    raise DistilError(state.message or f"the run ended {state.name}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and status 1, never a traceback."""
+    try:
+        app()
+    except DistilError as error:
+        print(f"distil: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""From a corpus folder to the teacher's targets: sources, shards, blocks, token counts, calibration, targets.
+
+    prepare(recipe)        a flow of its own (deployment `prepare`), and the first half of `distill`
+
+Each stage asks the store what is missing and submits only that; a shard that fails holds back only what is made of it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from pebble import ProcessPool
+from prefect import State
+from prefect.artifacts import create_table_artifact
+from prefect.states import Completed, Failed
+
+from flows.bind import bound_flow
+from flows.home import open_store, settled
+from flows.pool import call, workers
+from flows.report import failure_rows, show_failures
+from flows.stage import Job, run_stage
+from storage.artifact import Failure, Ref
+from storage.error import DistilError
+from storage.store import Store
+from tasks.block import count_tokens, make_blocks
+from tasks.capture import Capture
+from tasks.config import Recipe
+from tasks.lineage import SAMPLE_SHARDS, Lineage, Target, pin_sample, trace, vocabulary_of
+from tasks.shard import shard_source, source_ref
+from tasks.snapshot import Source, content_of
+from tasks.teach import calibrate, make_targets, open_capture
+
+VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration": "calibrate", "targets": "teach"}
+"""Stage, as in the store and in `distil status`, and the word that its task runs are named after."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """What a retry is about: a stage, a shard of it, both or (all empty) whatever is missing.
+
+    `force` makes again what is there already.
+    """
+
+    stage: str = ""
+    shard: str = ""
+    force: bool = False
+
+    def takes(self, job: Job) -> bool:
+        """True if the job is meant. A shard of text belongs to the job of its source, a mask variant to its shard."""
+        if (self.stage or job.stage) not in (job.stage, "shard" if job.stage == "source" else job.stage):
+            return False
+        if job.stage == "source":
+            return not self.shard or job.label in (self.shard, self.shard.rsplit("-", 1)[0])
+        return not self.shard or self.shard in (job.label, job.label.rsplit(".v", 1)[0])
+
+    def named(self, lineage: Lineage) -> bool:
+        """True if the shard is one of this lineage, done or not."""
+        labels = {ref.label for refs in lineage.stages().values() for ref in refs}
+        return self.shard in labels | {source.label for source, _ in lineage.sources}
+
+
+EVERYTHING = Only()
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """What one stage did in this run: jobs that it was about, failures among them, seconds."""
+
+    stage: str
+    jobs: int
+    failures: tuple[Failure, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The lineage after all stages, and what each of them did. Stages with nothing to do are not listed."""
+
+    lineage: Lineage
+    stages: tuple[StageDone, ...]
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """All failures, in the order of the chain."""
+        return tuple(failure for stage in self.stages for failure in stage.failures)
+
+    def too_many_failed(self, recipe: Recipe) -> bool:
+        """True if the run must end Failed; without counts or calibration nothing can follow at all."""
+        vital = any(failure.kind in ("counts", "calibration") for failure in self.failures)
+        return vital or len(self.failures) > recipe.run.max_failed
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
+
+
+def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING) -> Prepared:
+    """Makes what is missing from sources to targets (or what `only` names). A shard's error never ends it early."""
+    lineage, stages = _text_stages(store, recipe, only, heldout_only=False)
+    _freeze_sample(store, recipe, lineage)
+    lineage = trace(store, recipe)
+    stages += _stage(store, recipe, only, _count_jobs(store, recipe, lineage))
+    if recipe.targets.on_missing == "compute" or only.stage:
+        stages += _stage(store, recipe, only, _calibration_jobs(store, recipe, lineage))
+        if not store.missing(ref for ref in (lineage.counts, lineage.calibration) if ref):
+            stages += _stage(store, recipe, only, _target_jobs(store, recipe, lineage))
+    return Prepared(lineage, tuple(stages))
+
+
+def prepare_heldout(store: Store, recipe: Recipe) -> Prepared:
+    """Makes held-out blocks only, for a score."""
+    lineage, stages = _text_stages(store, recipe, EVERYTHING, heldout_only=True)
+    return Prepared(lineage, tuple(stages))
+
+
+def _text_stages(store: Store, recipe: Recipe, only: Only, *, heldout_only: bool) -> tuple[Lineage, list[StageDone]]:
+    """Sources, then blocks, in worker processes."""
+    width = 2 * recipe.run.workers  # so that a worker process never waits for its next task
+    with workers(recipe.run) as pool:
+        lineage = trace(store, recipe)
+        stages = _stage(store, recipe, only, _source_jobs(store, recipe, lineage, pool), width)
+        lineage = trace(store, recipe)
+        shards = lineage.heldout_shards if heldout_only else (*lineage.shards, *lineage.heldout_shards)
+        stages += _stage(store, recipe, only, _block_jobs(store, recipe, lineage, shards, pool), width)
+    return lineage, stages
+
+
+def _stage(store: Store, recipe: Recipe, only: Only, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
+    """Runs those of one stage's jobs that are missing (or forced). Empty if there are none."""
+    meant = [job for job in jobs if only.takes(job)]
+    missing = {ref.key for ref in store.missing(job.ref for job in meant if job.ref)}
+    chosen = [replace(job, force=job.force or only.force) for job in meant]
+    chosen = [job for job in chosen if job.force or job.ref is None or job.ref.key in missing]
+    if not chosen:
+        return []
+    stage = chosen[0].stage
+    start = time.monotonic()
+    failures = run_stage(stage, VERBS[stage], chosen, store, recipe.run, min(width, recipe.run.window))
+    return [StageDone(stage, len(chosen), tuple(failures), time.monotonic() - start)]
+
+
+def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> None:
+    """Pins what counts and calibration are estimated from: the first shards whose blocks are there."""
+    blocks = lineage.sample
+    if store.missing(blocks):
+        absent = {ref.key for ref in store.missing(lineage.training_blocks)}
+        blocks = tuple(ref for ref in lineage.training_blocks if ref.key not in absent)[:SAMPLE_SHARDS]
+    if blocks:
+        pin_sample(store, recipe, blocks)
+
+
+# ---- jobs of each stage ------------------------------------------------------------------------------------
+
+
+def _source_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: ProcessPool) -> Iterator[Job]:
+    """One job a source: hash, read, cut into shards. A source of which a shard was lost is read again."""
+    lost = {ref.label.rsplit("-", 1)[0] for ref in store.missing((*lineage.shards, *lineage.heldout_shards))}
+    for source, ref in lineage.sources:
+        yield Job("source", source.label, ref, partial(_read_source, pool, store, source, recipe), source.label in lost)
+
+
+def _read_source(pool: ProcessPool, store: Store, source: Source, recipe: Recipe, *, force: bool) -> None:
+    try:
+        call(pool, recipe.run.shard_timeout, shard_source, store, source, recipe.corpus, force=force)
+    except DistilError as error:
+        # A source without checksum has no key before it was read once; now it may have one to note the failure under.
+        content = content_of(store, source)
+        if content:
+            store.fail(source_ref(source, content, recipe.corpus), error)
+        raise
+
+
+def _block_jobs(
+    store: Store, recipe: Recipe, lineage: Lineage, shards: Iterable[Ref], pool: ProcessPool
+) -> Iterator[Job]:
+    """One job a shard that is there."""
+    vocabulary = vocabulary_of(recipe)
+    absent = {ref.key for ref in store.missing(shards)}
+    for shard in shards:
+        if shard.key not in absent:
+            timeout = recipe.run.shard_timeout
+            work = partial(call, pool, timeout, make_blocks, store, shard, recipe.blocks, vocabulary)
+            yield Job("blocks", shard.label, (lineage.blocks or {})[shard], work)
+
+
+def _count_jobs(store: Store, recipe: Recipe, lineage: Lineage) -> Iterator[Job]:
+    """Token counts of the sample, where masks are smoothed by them."""
+    if lineage.counts:
+        work = partial(count_tokens, store, lineage.sample, vocabulary_of(recipe))
+        yield Job("counts", lineage.counts.label, lineage.counts, work)
+
+
+def _calibration_jobs(store: Store, recipe: Recipe, lineage: Lineage) -> Iterator[Job]:
+    """The teacher's channel statistics over the sample, where the encoding needs them."""
+    if lineage.calibration:
+        work = partial(_calibrate, store, recipe, lineage)
+        yield Job("calibration", lineage.calibration.label, lineage.calibration, work)
+
+
+def _calibrate(store: Store, recipe: Recipe, lineage: Lineage, *, force: bool) -> None:
+    calibrate(store, lineage.sample, _capture(store, recipe, lineage, None), force=force)
+
+
+def _target_jobs(store: Store, recipe: Recipe, lineage: Lineage) -> Iterator[Job]:
+    """One job a shard and mask variant whose blocks are there."""
+    absent = {ref.key for ref in store.missing(lineage.training_blocks)}
+    for target in lineage.targets:
+        if target.blocks.key not in absent:
+            yield Job("targets", target.ref.label, target.ref, partial(_teach, store, recipe, lineage, target))
+
+
+def _teach(store: Store, recipe: Recipe, lineage: Lineage, target: Target, *, force: bool) -> None:
+    capture = _capture(store, recipe, lineage, lineage.calibration)
+    make_targets(store, target.blocks, capture, target.variant, force=force)
+
+
+def _capture(store: Store, recipe: Recipe, lineage: Lineage, calibration: Ref | None) -> Capture:
+    """The teacher, loaded once a process, and what it needs."""
+    return open_capture(
+        store,
+        recipe.teacher,
+        vocabulary_of(recipe),
+        recipe.mask,
+        recipe.targets,
+        lineage.counts,
+        calibration,
+        recipe.train.device,
+    )
+
+
+# ---- flow and failures -------------------------------------------------------------------------------------
+
+
+def run_prepare(recipe: Recipe) -> State[Any]:
+    """Makes shards, blocks and targets of a corpus, as far as they are missing; trains nothing.
+
+    Args:
+        recipe: Everything that the run needs to know, section by section as in a recipe file.
+    """
+    recipe = settled(recipe)
+    prepared = prepare_corpus(open_store(recipe), recipe)
+    return close(recipe, prepared)
+
+
+prepare = bound_flow(run_prepare, "prepare", run_name="{recipe.name}")
+
+
+def close(recipe: Recipe, prepared: Prepared) -> State[Any]:
+    """Shows the failures and gives the state that a flow without training ends in."""
+    publish_failures(prepared.failures)
+    if prepared.too_many_failed(recipe):
+        return failed_state(prepared.failures)
+    jobs = sum(stage.jobs for stage in prepared.stages)
+    return Completed(message=f"{jobs - len(prepared.failures)} artifacts made" if jobs else "nothing to do")
+
+
+def publish_failures(failures: tuple[Failure, ...]) -> None:
+    """The failure table on the screen and as an artifact of the flow run."""
+    if failures:
+        rows = failure_rows(failures)
+        show_failures(rows)
+        create_table_artifact(rows, "failures", f"{len(failures)} failed; all others are done")
+
+
+def failed_state(failures: tuple[Failure, ...]) -> State[Any]:
+    """Failed, with a sentence that names the first failure."""
+    first = failures[0]
+    others = f" and {len(failures) - 1} more" if failures[1:] else ""
+    return Failed(
+        message=f"{first.kind} {first.label} failed{others}: {first.message}; all others are done, "
+        "mend the cause and start the same run again"
+    )

@@ -1,0 +1,130 @@
+"""Starts the trainer as a process of its own, passes signals on, follows metrics.jsonl while it runs.
+
+    result = launch(run, follow)      # python -m tasks.train RUN.json, or torchrun for several ranks
+
+The trainer has its own process group and is told to stop when this process dies, so no torchrun is left behind. When
+this process is asked to stop, the trainer gets SIGTERM and time to write a checkpoint.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from storage.error import FatalError
+from tasks.metrics import read_metrics
+from tasks.run import RunSpec, write_run
+
+GRACE_SECONDS = 60.0
+"""Time that a trainer gets for its checkpoint after SIGTERM."""
+METRICS = "metrics.jsonl"
+POLL_SECONDS = 0.5
+SET_PARENT_DEATH_SIGNAL = 1
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+Line = dict[str, Any]
+
+
+def launch(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str, Any]:
+    """Trains to the end and returns result.json. `follow` gets all lines of metrics.jsonl, again and again, and
+    whether these are the last ones.
+
+    FatalError with the trainer's own last sentence if it fails, or if somebody else stopped it.
+    """
+    folder = Path(run.folder)
+    path = write_run(run)
+    shutil.rmtree(folder / "ranks", ignore_errors=True)
+    log = folder / "train.log"
+    with log.open("wb") as output:
+        process = _start(run, path, output)
+        try:
+            status = _wait(process, folder / METRICS, follow)
+        finally:
+            _stop(process)
+    if status != 0:
+        raise FatalError(_reason(folder, status), str(log))
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def command(run: RunSpec, path: Path) -> list[str]:
+    """How the trainer is started; torchrun only where there are several ranks, since it takes seconds to start."""
+    trainer = ["-m", "tasks.train", str(path)]
+    if run.train.ranks == 1:
+        return [sys.executable, *trainer]
+    logs = ["--log-dir", str(path.parent / "ranks"), "--redirects", "3"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.train.ranks), *logs]
+    return [sys.executable, *torchrun, *trainer]
+
+
+def _start(run: RunSpec, path: Path, output: Any) -> subprocess.Popen[bytes]:
+    # The repository comes first on the path: the trainer needs no installed package of ours.
+    here = str(Path(__file__).resolve().parent.parent)
+    python_path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH", "")) if part)
+    return subprocess.Popen(
+        command(run, path),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+        preexec_fn=end_with_parent(),
+    )
+
+
+def end_with_parent() -> Callable[[], None]:
+    """What a child runs before it begins, so that it gets SIGTERM when this process dies, by whatever death.
+
+    It only calls a C function that is loaded already: after a fork in a process with threads, little else is safe.
+    """
+    parent = os.getpid()
+
+    def ask_kernel() -> None:
+        if _libc is not None:
+            _libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return ask_kernel
+
+
+def _wait(process: subprocess.Popen[bytes], metrics: Path, follow: Callable[[list[Line], bool], None]) -> int:
+    """Follows the metrics file until the trainer ends; returns its exit status."""
+    seen = -1.0
+    while process.poll() is None:
+        stamp = metrics.stat().st_mtime if metrics.exists() else -1.0
+        if stamp != seen:
+            seen = stamp
+            follow(read_metrics(metrics), False)
+        time.sleep(POLL_SECONDS)
+    follow(read_metrics(metrics), True)
+    return process.returncode
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the trainer if it still runs: SIGTERM, time for a checkpoint, then SIGKILL for the whole group."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what is left of the group, if anything
+    process.wait()
+
+
+def _reason(folder: Path, status: int) -> str:
+    """The trainer's last sentence. With several ranks each has a log of its own; the first that says something wins."""
+    for log in (*sorted((folder / "ranks").glob("**/stderr.log")), folder / "train.log"):
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+        said = [line.strip() for line in lines if line.strip()]
+        if said:
+            return f"training ended with status {status}: {said[-1]} (log: {log})"
+    return f"training ended with status {status} and said nothing; its log is {folder / 'train.log'}"

@@ -1,0 +1,42 @@
+"""Tries again what is missing: all of it, one stage, or one shard. `distil retry` and the deployment `retry-shard`.
+
+    retry_shard(recipe, stage="targets", shard="fr_meta_part_3-0002")
+
+The same stages as in `prepare`: a retry of what is done already does nothing, unless it is forced.
+"""
+
+from typing import Any
+
+from prefect import State
+
+from flows.bind import bound_flow
+from flows.corpus import VERBS, Only, close, prepare_corpus
+from flows.home import open_store, settled
+from storage.error import FatalError
+from tasks.config import Recipe
+
+STAGES = ("shard", *VERBS)
+
+
+def run_retry(recipe: Recipe, stage: str = "", shard: str = "", force: bool = False) -> State[Any]:
+    """Makes missing sources, blocks and targets again: all of them, those of one stage, or one shard.
+
+    Args:
+        recipe: The recipe that the shard belongs to.
+        stage: source, shard, blocks, counts, calibration or targets; empty means all of them.
+        shard: Label of a shard or source as `distil status` shows it; empty means all that are missing.
+        force: Make it again even if it is there.
+    """
+    if stage and stage not in STAGES:
+        raise FatalError(f"there is no stage {stage!r}; take one of {', '.join(STAGES)}")
+    if force and not (stage or shard):
+        raise FatalError("force needs a stage or a shard, so that not everything is made again")
+    recipe = settled(recipe)
+    only = Only(stage, shard, force)
+    prepared = prepare_corpus(open_store(recipe), recipe, only)
+    if shard and not prepared.stages and not only.named(prepared.lineage):
+        raise FatalError(f"no shard {shard!r} in {stage or 'any stage'} of {recipe.name}; `distil status` lists them")
+    return close(recipe, prepared)
+
+
+retry_shard = bound_flow(run_retry, "retry-shard", run_name="{recipe.name} {stage} {shard}")
