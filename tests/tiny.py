@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from storage.arrow import TEXT, ArrowWriter
@@ -17,7 +17,6 @@ from tasks.config import Blocks
 from tasks.run import Part
 from tasks.vocabulary import load_vocabulary
 
-PIECES = 300
 SUBJECTS = ("Le maire", "La salariée", "Un employeur", "Le juge", "Votre médecin", "La préfecture", "Ce contrat")
 VERBS = ("signe", "refuse", "demande", "transmet", "conserve", "vérifie", "modifie", "présente")
 OBJECTS = ("le dossier", "une attestation", "la convention collective", "un congé payé", "les documents", "sa carte")
@@ -40,14 +39,20 @@ def documents(count: int, seed: int = 0) -> list[str]:
 
 
 def save_tokenizer(folder: Path) -> Path:
-    """A Unigram tokenizer like CamemBERT's, of at most PIECES pieces, into `folder`."""
-    tokenizer = Tokenizer(models.Unigram())
+    """A Unigram tokenizer like CamemBERT's into `folder`: whole words, halves of words, letters.
+
+    Its pieces are written down, not trained: the trainer's order of pieces changes from process to process.
+    """
+    words = sorted({word.strip(".") for sentence in sentences(2000) for word in sentence.split()})
+    halves = sorted({part for word in words for part in (word[: len(word) // 2], word[len(word) // 2 :]) if part})
+    letters = sorted({letter for word in words for letter in word})
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    plain = dict.fromkeys(["▁", ".", *(f"▁{word}" for word in words), *halves, *letters, *(f"▁{h}" for h in halves)])
+    scores = [(piece, -3.0 - 0.01 * number) for number, piece in enumerate(plain)]
+    tokenizer = Tokenizer(models.Unigram([*((piece, 0.0) for piece in special), *scores], unk_id=3))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer = trainers.UnigramTrainer(vocab_size=PIECES, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(sentences(2000), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
