@@ -14,8 +14,9 @@ from typing import Any, ParamSpec, TypeVar, cast
 from prefect import Flow, State, Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
+from prefect.futures import PrefectFuture
 from prefect.states import Failed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
 from storage.error import DistilError, RetryableError
@@ -70,5 +71,5 @@ def bound_flow(fn: Callable[P, Any], name: str, *, run_name: str) -> Flow[P, Any
         persist_result=False,
         validate_parameters=True,
         # One thread for each task in flight that waits for a worker process; more are not needed and cost nothing.
-        task_runner=ThreadPoolTaskRunner[Any](max_workers=512),
+        task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=512)),
     )(body)

@@ -141,9 +141,15 @@ def _stage(store: Store, recipe: Recipe, only: Only, jobs: Iterable[Job], width:
 
 
 def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> None:
-    """Pins what counts and calibration are estimated from: the first shards whose blocks are there."""
+    """Pins what counts and calibration are estimated from: the first shards whose blocks are there.
+
+    Once there is an estimate its sample stays, even when the blocks are gone: another one would rename all targets.
+    """
     blocks = lineage.sample
     if store.missing(blocks):
+        estimates = [ref for ref in (lineage.counts, lineage.calibration) if ref]
+        if not store.missing(estimates):
+            return
         absent = {ref.key for ref in store.missing(lineage.training_blocks)}
         blocks = tuple(ref for ref in lineage.training_blocks if ref.key not in absent)[:SAMPLE_SHARDS]
     if blocks:

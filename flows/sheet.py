@@ -130,8 +130,21 @@ def _size_and_speed_rows(figures: Scores) -> Rows:
 
 
 def _ner_rows(figures: Scores) -> Rows:
-    summary = figures["summary"]
-    return [(f"NER {name}", f"{value['mean']:.4f} ± {value['sd']:.4f}") for name, value in summary.items()]
+    summary, counts = figures["summary"], figures["counts"]
+    named = {
+        "NER entity F1": summary["entity"]["f1"],
+        "NER sub-word F1, weighted, O included": summary["subword"]["weighted_f1"],
+    }
+    rows = [(name, _over_seeds(value)) for name, value in named.items()]
+    train, test = counts["train"], counts["test"]
+    left_out = sum(split["rows"] - split["kept"] for split in (train, test))
+    kept = f"train {number(train['kept'])}, test {number(test['kept'])}, duplicates left out {number(left_out)}"
+    return [*rows, ("NER sentences", kept)]
+
+
+def _over_seeds(value: Mapping[str, float]) -> str:
+    spread = f" ± {100 * value['sd']:.2f}" if "sd" in value else ""
+    return f"{100 * value['mean']:.2f}{spread} % (seeds: {int(value['seeds'])})"
 
 
 _WRITERS = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows, "ner": _ner_rows}

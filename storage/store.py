@@ -66,9 +66,11 @@ class Store:
     # ---- what is there -------------------------------------------------------------------------------------
 
     def has(self, ref: Ref) -> bool:
-        """True if a receipt of `ref` is there (one look, not a listing)."""
+        """True if a receipt of `ref` and data are there, as `keys` counts; looks at this one artifact only."""
         with self.access():
-            return bool(self.fs.exists(self.path(layout.receipt_path(ref.kind, ref.key))))
+            if not self.fs.exists(self.path(layout.receipt_path(ref.kind, ref.key))):
+                return False
+        return bool(self.find(layout.key_folder(ref.kind, ref.key)))
 
     def receipt(self, ref: Ref) -> Receipt:
         """The receipt of `ref`. FatalError if there is none, or if it is damaged or belongs to another artifact."""
@@ -92,7 +94,8 @@ class Store:
             for name in self._names(layout.receipts_folder(kind))
             if name.endswith(layout.RECEIPT)
         }
-        return with_receipt & set(self._names(layout.data_folder(kind)))
+        # Files, not folders: an empty folder of deleted data is no artifact.
+        return with_receipt & {path.split("/")[2] for path in self.find(layout.data_folder(kind))}
 
     def missing(self, refs: Iterable[Ref]) -> list[Ref]:
         """Those of `refs` that are not there, in their order: the retry list."""
@@ -235,7 +238,12 @@ class Store:
         """Like `local`, and hashes every file. FatalError that names the first file that differs."""
         folder = self.local(receipt)
         for file in receipt.files:
-            if sha256_file(folder / file.name) != file.sha256:
+            is_whole = sha256_file(folder / file.name) == file.sha256
+            if not is_whole and not self.is_local:
+                # The copy in the cache may be what is wrong, not the store.
+                (folder / file.name).unlink()
+                is_whole = sha256_file(self.local(receipt) / file.name) == file.sha256
+            if not is_whole:
                 raise FatalError(
                     f"{receipt.kind} {receipt.label}: the bytes of {folder / file.name} are not those of its receipt; "
                     "run `distil verify`",

@@ -11,6 +11,7 @@ from typing import Any
 from storage import layout
 from storage.artifact import KINDS, Fault, Receipt, Ref
 from storage.error import FatalError
+from storage.fingerprint import sha256_stream
 from storage.store import Store
 
 DAY = 86_400.0
@@ -40,10 +41,28 @@ def _fault(store: Store, kind: str, key: str) -> Fault | None:
     try:
         receipt = store.receipt(ref)
         ref = receipt.ref
-        store.check(receipt)
+        _rehash(store, receipt)
     except FatalError as error:
         return Fault(ref, str(error))
     return None
+
+
+def _rehash(store: Store, receipt: Receipt) -> None:
+    """Hashes what the store itself holds, not a copy in the cache. FatalError names the first file that differs."""
+    if store.is_local:
+        store.check(receipt)
+        return
+    folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
+    for file in receipt.files:
+        path = store.path(f"{folder}/{file.name}")
+        try:
+            with store.access(), store.fs.open(path, "rb") as stream:
+                found = sha256_stream(stream)
+        except FileNotFoundError as error:
+            raise FatalError(f"{receipt.kind} {receipt.label}: {path} is gone", path) from error
+        if found != file.sha256:
+            message = f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt"
+            raise FatalError(message, path)
 
 
 def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_age: float = DAY) -> list[str]:

@@ -6,20 +6,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from storage.artifact import Ref
 from storage.error import FatalError
 from storage.store import Store
 from tasks.block import read_counts
+from tasks.config import Teacher
 from tasks.encoder import longest_input
 from tasks.probe import probe_cache
 from tasks.run import RunSpec
-from tasks.student import make_fresh, make_student
+from tasks.student import check_pad, make_fresh, make_student
 from tasks.supervision import Cached, Nothing, Online, Supervision
 from tasks.targets import open_targets
-from tasks.teacher import TeacherModel, load_teacher, resolve_model
-from tasks.vocabulary import Vocabulary, fits, load_vocabulary
+from tasks.teacher import TeacherModel, load_teacher, load_weights, resolve_model, teacher_fingerprint
+from tasks.vocabulary import Vocabulary, fits, vocabulary_for
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Built:
 
 def build(run: RunSpec, store: Store, device: torch.device) -> Built:
     """Loads and checks everything. FatalError names what does not fit the run."""
-    vocabulary = load_vocabulary(
-        run.blocks.tokenizer or run.teacher.model, run.teacher.revision, run.teacher.trust_remote_code
-    )
+    vocabulary = vocabulary_for(run.blocks, run.teacher)
     teacher = _teacher(run, device) if run.teacher.model else None
     student = _student(run, teacher, vocabulary)
+    if teacher and run.loss.needs_teacher:
+        _check_fit(run, teacher, student, vocabulary)
     nn.Module.to(student, device)
     limit = longest_input(student)
     if run.blocks.length > limit:
@@ -57,17 +58,33 @@ def _teacher(run: RunSpec, device: torch.device) -> TeacherModel:
     return teacher
 
 
+def _check_fit(run: RunSpec, teacher: TeacherModel, student: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """FatalError unless the blocks' ids are the teacher's, and what the loss compares has the same shape."""
+    fits(vocabulary, teacher.vocab_size, run.teacher.model)
+    rows, width = int(student.config.vocab_size), int(student.config.hidden_size)
+    if run.loss.distil and rows < teacher.vocab_size:
+        raise FatalError(
+            f"the student has {rows} vocabulary rows but the teacher {run.teacher.model} {teacher.vocab_size}; set "
+            f"student.config.vocab_size = {teacher.vocab_size}, or loss.distil = 0"
+        )
+    if run.loss.cosine and width != teacher.width:
+        raise FatalError(
+            f"the student's hidden size is {width} but the teacher's {teacher.width}, so there is no cosine between "
+            "them; make the sizes equal, or set loss.cosine = 0"
+        )
+
+
 def _student(run: RunSpec, teacher: TeacherModel | None, vocabulary: Vocabulary) -> PreTrainedModel:
     settings = run.student
     if run.train.warm_start:
-        folder = resolve_model(run.train.warm_start)
-        model: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
-        fits(vocabulary, model.config.vocab_size, run.train.warm_start)
-        return model
+        return _warm_start(run, vocabulary)
     if settings.init == "config":
         return make_fresh(settings.config, vocabulary, run.train.seed)
     if teacher is None:
         raise FatalError("student.init copies from a teacher, but teacher.model is empty")
+    if teacher.dtype != torch.float32:
+        # The copy starts from the weights as they were saved, not from what bf16 leaves of them on this device.
+        teacher = load_teacher(run.teacher.model_copy(update={"dtype": "float32"}), "cpu")
     return make_student(
         teacher.model,
         vocabulary,
@@ -77,6 +94,22 @@ def _student(run: RunSpec, teacher: TeacherModel | None, vocabulary: Vocabulary)
         init=settings.init,
         seed=run.train.seed,
     )
+
+
+def _warm_start(run: RunSpec, vocabulary: Vocabulary) -> PreTrainedModel:
+    """The model of train.warm_start in float32, whole and unchanged since the run was planned."""
+    source = Teacher(model=run.train.warm_start)
+    folder = resolve_model(source.model)
+    found = teacher_fingerprint(folder, source)
+    if run.start and found != run.start:
+        raise FatalError(
+            f"the model {source.model} of train.warm_start changed since this run was planned ({found[:12]} now, "
+            f"{run.start[:12]} then); start the run again"
+        )
+    model = load_weights(source, folder, torch.float32, role="train.warm_start", dropout=run.student.dropout)
+    fits(vocabulary, int(model.config.vocab_size), source.model)
+    check_pad(model, vocabulary)
+    return model
 
 
 def _supervision(run: RunSpec, store: Store, teacher: TeacherModel | None) -> Supervision:

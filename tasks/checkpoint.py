@@ -29,7 +29,6 @@ class Progress:
     step: int = 0
     cursor: int = 0
     tokens: int = 0
-    seconds: float = 0.0
     best: float | None = None
     best_step: int = 0
 

@@ -21,7 +21,7 @@ from tasks.shard import heldout_of, shards_of, source_ref
 from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
 from tasks.teach import calibration_ref, needs_calibration, targets_ref
 from tasks.teacher import fingerprint_of
-from tasks.vocabulary import Vocabulary, load_vocabulary
+from tasks.vocabulary import Vocabulary, vocabulary_for
 
 SAMPLE_SHARDS = 4
 """Token counts and int8 calibration are estimated from the first so many shards, once, and then frozen."""
@@ -90,9 +90,7 @@ def trace(store: Store, recipe: Recipe) -> Lineage:
 
 def vocabulary_of(recipe: Recipe) -> Vocabulary:
     """The tokenizer of the recipe: its own, else the teacher's."""
-    if recipe.blocks.tokenizer:
-        return load_vocabulary(recipe.blocks.tokenizer, "", recipe.teacher.trust_remote_code)
-    return load_vocabulary(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.trust_remote_code)
+    return vocabulary_for(recipe.blocks, recipe.teacher)
 
 
 def caches_targets(recipe: Recipe) -> bool:
@@ -145,14 +143,10 @@ def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vo
     sample = _sample(store, recipe, lineage)
     if not sample:
         return lineage
-    counts = counts_ref(sample) if recipe.mask.kind == "smoothed" else None
-    calibration = None
+    counts, calibration = _estimates(recipe, sample)
     targets: list[Target] = []
     if caches_targets(recipe):
         fingerprint = teacher_key(recipe)
-        counts_key = counts.key if counts else ""
-        if needs_calibration(recipe.targets):
-            calibration = calibration_ref(sample, fingerprint, recipe.teacher, recipe.mask, recipe.targets, counts_key)
         for blocks in lineage.training_blocks:
             for variant in range(recipe.mask.variants):
                 ref = targets_ref(
@@ -162,7 +156,7 @@ def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vo
                     recipe.mask,
                     recipe.targets,
                     calibration.key if calibration else "",
-                    counts_key,
+                    counts.key if counts else "",
                     variant,
                 )
                 targets.append(Target(blocks, variant, ref))
@@ -179,12 +173,28 @@ def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vo
     )
 
 
+def _estimates(recipe: Recipe, sample: Sequence[Ref]) -> tuple[Ref | None, Ref | None]:
+    """Token counts and calibration from this sample; None for what the recipe does not need."""
+    counts = counts_ref(sample) if recipe.mask.kind == "smoothed" else None
+    if not caches_targets(recipe) or not needs_calibration(recipe.targets):
+        return counts, None
+    counts_key = counts.key if counts else ""
+    teacher, mask, targets = recipe.teacher, recipe.mask, recipe.targets
+    return counts, calibration_ref(sample, teacher_key(recipe), teacher, mask, targets, counts_key)
+
+
 def _sample(store: Store, recipe: Recipe, lineage: Lineage) -> list[Ref]:
-    """The pinned sample if there is one and its blocks are still there, else the first shards of this snapshot."""
+    """The pinned sample, or, where there is none or it is of no more use, the first shards of this snapshot.
+
+    Another sample means other keys for all targets. So blocks that are gone change nothing while they can be made
+    again, or while what was estimated from them is there.
+    """
     pinned = store.noted("sample", _sample_name(recipe))
     if pinned is not None:
         refs = [Ref("blocks", item["key"], item["label"]) for item in pinned["blocks"]]
-        if not store.missing(refs):
+        wanted = {ref.key for ref in lineage.training_blocks}
+        lost = [ref for ref in store.missing(refs) if ref.key not in wanted]
+        if not lost or not store.missing(ref for ref in _estimates(recipe, refs) if ref):
             return refs
     return list(lineage.training_blocks[:SAMPLE_SHARDS])
 

@@ -2,10 +2,11 @@
 
 A line holds means over the steps since the last one: loss and its parts, learning rate, gradient norm, tokens a
 second, share of the time spent waiting for data. Held-out figures have lines of their own. On resume the file is cut
-back to the checkpoint's step, so that no step stands in it twice.
+back to the checkpoint's step, so that no step stands in it twice; each checkpoint ends a line, so that none is missing.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,6 @@ class Meter:
     """Collects steps and appends lines. Tensors stay on their device until a line is due."""
 
     def __init__(self, run: RunSpec) -> None:
-        self.every = run.train.log_steps
-        self.last_step = run.total_steps
         self.path = Path(run.folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -43,15 +42,19 @@ class Meter:
     def cut_back(self, step: int) -> None:
         """Drops lines after `step`, and a last line that a kill has cut short."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(fresh, self.path)  # a kill at this moment must not cost the curve so far
         self._since = time.perf_counter()
 
-    def add(self, progress: Progress, parts: Tensor, norm: Tensor, lr: float, sums: Sums, waited: float) -> None:
-        """Takes one step in; writes a line when one is due. `waited`: seconds waited for data since the start."""
+    def add(
+        self, progress: Progress, parts: Tensor, norm: Tensor, lr: float, sums: Sums, waited: float, *, due: bool
+    ) -> None:
+        """Takes one step in; writes a line when one is `due`. `waited`: seconds waited for data since the start."""
         self._pending.append((parts, norm.detach()))
         self._tokens += sums.tokens
         self._rows += sums.rows
-        if progress.step % self.every and progress.step != self.last_step:
+        if not due:
             return
         seconds = time.perf_counter() - self._since
         means = torch.stack([step_parts for step_parts, _ in self._pending]).mean(0).tolist()
@@ -73,7 +76,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def validated(self, step: int, found: Heldout) -> None:
-        """Takes a look at held-out blocks in; its time is not training time."""
+        """Takes a look at held-out blocks in, right after a line; its time is not training time."""
         line = {"step": step, "heldout_loss": found.loss, "heldout_top1": found.top1, "time": time.time()}
         self._append(line)
         self._since = time.perf_counter()

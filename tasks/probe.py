@@ -30,7 +30,7 @@ from tasks.config import Targets
 from tasks.run import RunSpec
 from tasks.targets import TargetRows, check_digests, open_targets
 from tasks.teacher import TeacherModel
-from tasks.vocabulary import load_vocabulary
+from tasks.vocabulary import vocabulary_for
 
 LIMIT = 1e-2
 """Neither figure may be above this; dtype noise and all encodings but a bad fit stay below."""
@@ -96,10 +96,7 @@ def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parit
     Hashes are not checked here: that is done for every part when its rows are first read. FatalError as `probe`.
     """
     counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
-    vocabulary = load_vocabulary(
-        run.blocks.tokenizer or run.teacher.model, run.teacher.revision, run.teacher.trust_remote_code
-    )
-    capture = Capture(teacher, vocabulary, run.mask, run.targets, counts)
+    capture = Capture(teacher, vocabulary_for(run.blocks, run.teacher), run.mask, run.targets, counts)
     chosen = np.unique(np.linspace(0, len(run.manifest) - 1, PROBE_PARTS).astype(np.int64))
     parts = [run.manifest[number] for number in chosen.tolist()]
     return [
@@ -152,7 +149,7 @@ def _compare(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: T
     else:
         centre_D = live_ND.float().mean(0) if len(live_ND) > 1 else torch.zeros_like(live_ND[0], dtype=torch.float32)
     cosine_N = F.cosine_similarity(live_ND.float() - centre_D, decoded_ND.float() - centre_D)
-    return max(0.0, kl / len(live_ND)), float((1 - cosine_N).mean())
+    return _not_below_0(kl / len(live_ND)), float((1 - cosine_N).mean())
 
 
 def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor, whole: bool) -> float:
@@ -174,7 +171,12 @@ def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: T
             log_q_nK = torch.cat([part.log_probs, part.log_tail[:, None]], dim=-1).log_softmax(-1)
             total += float(_kl(log_p_nK, log_q_nK))
         start = stop
-    return max(0.0, total / len(live_ND))
+    return _not_below_0(total / len(live_ND))
+
+
+def _not_below_0(kl: float) -> float:
+    """Rounding may give a KL just below 0. NaN stays NaN, which max(0, …) would take for a perfect match."""
+    return 0.0 if kl < 0 else kl
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class Part(Section):
 
 
 class RunSpec(Section):
-    """One training run. `folder` is local and holds metrics.jsonl and result.json."""
+    """One training run. `folder` is local and holds metrics.jsonl and result.json; `start` is the fingerprint of the
+    model in train.warm_start, `counts` the key of the token counts (each "" without)."""
 
     run_key: str
     name: str
@@ -64,6 +65,7 @@ class RunSpec(Section):
     loss: Loss
     train: Train
     teacher_fingerprint: str
+    start: str = ""
     counts: str = ""
     manifest: tuple[Part, ...]
     heldout: tuple[Part, ...] = ()
@@ -108,6 +110,9 @@ def make_run(
         "start": start,
         "counts": counts,
     }
+    if recipe.targets.source == "online" and recipe.loss.needs_teacher:
+        # Cached targets have these in their own keys.
+        settings["teacher"] = {"dtype": recipe.teacher.dtype, "attention": recipe.teacher.attention}
     parents = [key for part in manifest for key in (part.blocks, *part.targets)] + [teacher_fingerprint]
     run_key = key_of("run", SCHEMA, settings, parents)
     return RunSpec(
@@ -123,6 +128,7 @@ def make_run(
         loss=recipe.loss,
         train=recipe.train,
         teacher_fingerprint=teacher_fingerprint,
+        start=start,
         counts=counts,
         manifest=manifest,
         heldout=heldout,

@@ -81,7 +81,7 @@ def make_student(
         raise FatalError(
             f"student.choice is {chosen}; a ModernBERT student must keep layer 0, the one without an attention norm."
         )
-    _check_pad(teacher, vocabulary)
+    check_pad(teacher, vocabulary)
     config = _student_config(teacher, vocabulary, chosen, dropout)
     student = _build(type(teacher), config, seed)
     if init == "teacher":
@@ -136,9 +136,7 @@ def _student_config(
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         config.layer_types = [kinds[index] for index in chosen]
-    for name in _DROPOUT_FIELDS:
-        if hasattr(config, name):
-            setattr(config, name, float(dropout))
+    set_dropout(config, dropout)
     config.tie_word_embeddings = _is_tied(teacher)
     config.dtype = torch.float32
     config._name_or_path = ""  # else the saved config names a folder of this machine
@@ -146,6 +144,13 @@ def _student_config(
         if hasattr(config, name):
             setattr(config, name, token)
     return config  # type: ignore[no-any-return]
+
+
+def set_dropout(config: Any, dropout: float) -> None:
+    """Dropout of hidden states and attention, whatever the family calls it."""
+    for name in _DROPOUT_FIELDS:
+        if hasattr(config, name):
+            setattr(config, name, float(dropout))
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
@@ -181,8 +186,8 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return decoder is not None and decoder.weight is embedding.weight
 
 
-def _check_pad(teacher: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """The RoBERTa family counts positions from its pad id: with another one, every position would shift."""
+def check_pad(teacher: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """FatalError for another pad id than the RoBERTa family counts positions from: every position would shift."""
     embeddings = getattr(teacher.base_model, "embeddings", None)
     pad = getattr(embeddings, "padding_idx", None)
     if pad is not None and pad != vocabulary.pad:

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
 from tasks.config import Teacher
 from tasks.hub import download, is_hub_id
+from tasks.student import set_dropout
 from tasks.vocabulary import Vocabulary, fits, load_vocabulary
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -60,7 +61,7 @@ def load_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
     folder = resolve_model(teacher.model, teacher.revision)
     vocabulary = load_vocabulary(teacher.model, teacher.revision, teacher.trust_remote_code)
     # Any: transformers' own types change with what else is imported.
-    model: Any = _load_weights(teacher, folder, dtype)
+    model: Any = load_weights(teacher, folder, dtype)
     model.eval().requires_grad_(False).to(where)
     decoder = model.get_output_embeddings()
     if decoder is None:
@@ -179,12 +180,22 @@ def _hash(path: Path, size: int, changed: int) -> str:
 # ---- loading -------------------------------------------------------------------------------------------------
 
 
-def _load_weights(teacher: Teacher, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_weights(
+    teacher: Teacher, folder: Path, dtype: torch.dtype, *, role: str = "teacher", dropout: float | None = None
+) -> PreTrainedModel:
+    """A masked language model of which no part is random, with its own dropout or the one given.
+
+    FatalError for weights that are damaged, of another kind of model or not whole; `role` is what it calls the model.
+    """
     first = weight_files(folder, teacher.model)[0]
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=teacher.trust_remote_code, local_files_only=True)
+        if dropout is not None:
+            set_dropout(config, dropout)
         model, found = AutoModelForMaskedLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=teacher.attention,
             trust_remote_code=teacher.trust_remote_code,
@@ -196,13 +207,13 @@ def _load_weights(teacher: Teacher, folder: Path, dtype: torch.dtype) -> PreTrai
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FatalError(
-            f"teacher {teacher.model}: {first.name} does not load as a masked language model ({reason}); "
+            f"{role} {teacher.model}: {first.name} does not load as a masked language model ({reason}); "
             "copy the model again or name another",
             str(first),
         ) from error
     if found["missing_keys"]:
         raise FatalError(
-            f"teacher {teacher.model}: its weights lack {sorted(found['missing_keys'])[0]}, so part of it would be "
+            f"{role} {teacher.model}: its weights lack {sorted(found['missing_keys'])[0]}, so part of it would be "
             "random; save it as AutoModelForMaskedLM, LM head included",
             str(first),
         )

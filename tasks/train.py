@@ -120,8 +120,11 @@ def die_with_parent() -> None:
 
 def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
     """Trains to the end (True) or to SIGTERM (False); the model is in the store when it returns True."""
-    store = Store(run.store)
+    # The cache of the flows: HOME/cache beside HOME/run/KEY.
+    store = Store(run.store, cache=Path(run.folder).parent.parent / "cache")
     if store.has(run.model_ref):
+        if world.rank == 0:  # a kill between model and result leaves the one without the other
+            write_result(run, store.receipt(run.model_ref))
         return True
     torch.manual_seed(run.train.seed)
     device = pick_device(run)
@@ -134,7 +137,7 @@ def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
     finished = progress.step >= run.total_steps
     if world.rank == 0 and finished:
         receipt = save_model(store, run, built.student, progress, Path(built.vocabulary.folder))
-        write_result(run, receipt, progress)
+        write_result(run, receipt)
     if world.ranks > 1:
         dist.barrier()
     return finished
@@ -185,14 +188,18 @@ class Trainer:
             progress = self._advance(progress, sums.tokens)
             last = progress.step >= run.total_steps
             at_checkpoint = progress.step % train.checkpoint_steps == 0 or last or sums.stop
+            at_look = self._looks(progress.step, last)
+            # Whatever may become a checkpoint ends a line of metrics and is looked at for NaN first.
+            due = at_checkpoint or at_look or progress.step % train.log_steps == 0
             if self.world.ranks > 1:
                 dist.all_reduce(parts)
             if self.meter:
-                self.meter.add(progress, parts, norm, lr, sums, loader.waited)
-            if self.device.type == "cpu" or at_checkpoint or progress.step % train.log_steps == 0:
+                self.meter.add(progress, parts, norm, lr, sums, loader.waited, due=due)
+            if self.device.type == "cpu" or due:
                 self._refuse_nonfinite(progress, parts, norm)
-            progress = self._maybe_validate(progress, last)
-            if at_checkpoint:
+            if at_look:
+                progress = self._validate(progress)
+            if at_checkpoint or progress.best_step == progress.step:
                 saved = self._checkpoint(progress, saved)
             if sums.stop:
                 break
@@ -221,16 +228,19 @@ class Trainer:
                 "Lower train.lr or train.clip"
             )
 
-    def _maybe_validate(self, progress: Progress, last: bool) -> Progress:
+    def _looks(self, step: int, last: bool) -> bool:
+        """Whether held-out blocks are looked at after this step."""
         every = self.run.train.validate_steps
-        if not every or not self.run.heldout or not (last or progress.step % every == 0):
+        return bool(every and self.run.heldout) and (last or step % every == 0)
+
+    def _validate(self, progress: Progress) -> Progress:
+        """One look, by rank 0; only there the progress knows the best."""
+        if not self.meter:
             return progress
-        if self.world.rank == 0 and self.meter:
-            found = heldout_loss(self.store, self.run, self.built, self.device, self.autocast)
-            self.meter.validated(progress.step, found)
-            if progress.best is None or found.loss < progress.best:
-                progress = replace(progress, best=found.loss, best_step=progress.step)
-        return progress
+        found = heldout_loss(self.store, self.run, self.built, self.device, self.autocast)
+        self.meter.validated(progress.step, found)
+        is_best = math.isfinite(found.loss) and (progress.best is None or found.loss < progress.best)
+        return replace(progress, best=found.loss, best_step=progress.step) if is_best else progress
 
     def _checkpoint(self, progress: Progress, saved: int) -> int:
         """Rank 0 writes; the others hold the same weights."""
@@ -240,12 +250,12 @@ class Trainer:
         return progress.step
 
 
-def write_result(run: RunSpec, receipt: Receipt, progress: Progress) -> None:
+def write_result(run: RunSpec, receipt: Receipt) -> None:
     """Says in the run's folder what came out."""
     result: dict[str, Any] = {
         "model": {"kind": receipt.kind, "key": receipt.key, "label": receipt.label},
-        "steps": progress.step,
-        "tokens": progress.tokens,
+        "steps": receipt.settings["steps"],
+        "tokens": receipt.tokens,
     }
     (Path(run.folder) / "result.json").write_text(json.dumps(result), encoding="utf-8")
 

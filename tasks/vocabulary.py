@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
+from tasks.config import Blocks, Teacher
 from tasks.hub import download, is_hub_id
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -82,6 +83,13 @@ def load_vocabulary(name: str, revision: str = "", trust_remote_code: bool = Fal
     content = {key: value for key, value in definition.items() if key not in ("truncation", "padding")}
     fingerprint = sha256_bytes(canonical_json({"tokenizer": content, "roles": roles, "specials": specials}))
     return Vocabulary(name, str(folder), fingerprint, size, **roles, specials=tuple(specials), unknowns=tuple(unknowns))
+
+
+def vocabulary_for(blocks: Blocks, teacher: Teacher) -> Vocabulary:
+    """The tokenizer that makes the blocks of a recipe: its own, else the teacher's at the teacher's revision."""
+    if blocks.tokenizer:
+        return load_vocabulary(blocks.tokenizer)
+    return load_vocabulary(teacher.model, teacher.revision)
 
 
 def load_tokenizer(vocabulary: Vocabulary) -> Tokenizer:

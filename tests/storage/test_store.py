@@ -73,6 +73,30 @@ def test_a_receipt_whose_data_was_deleted_counts_as_missing(store: Store) -> Non
     receipt = put(store, "a")
     store.fs.rm(store.path(layout.key_folder("blocks", receipt.key)), recursive=True)
     assert store.missing([ref_of("a")]) == [ref_of("a")]
+    assert not store.has(ref_of("a")), "else whoever makes it again would find it done"
+
+
+def test_files_deleted_inside_their_folders_count_as_missing(store: Store) -> None:
+    put(store, "a")
+    for path in store.find(layout.data_folder("blocks")):
+        store.remove(path)
+    assert store.missing([ref_of("a")]) == [ref_of("a")]
+    assert not store.has(ref_of("a"))
+
+
+def test_verify_looks_at_the_store_and_not_at_copies_of_it(store: Store) -> None:
+    receipt = put(store, "a")
+    store.check(receipt)  # a remote store is copied into the cache here
+    path = store.path(layout.data_path("blocks", receipt.key, receipt.content, "blocks.arrow"))
+    store.fs.pipe_file(path, b"BYTES")
+    assert [fault.ref.key for fault in verify(store)] == [receipt.key]
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
+    store = Store(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
+    receipt = put(store, "a")
+    (store.local(receipt) / "blocks.arrow").write_bytes(b"BYTES")
+    assert (store.check(receipt) / "blocks.arrow").read_bytes() == b"bytes"
 
 
 def test_two_writers_of_one_key_do_no_harm(store: Store) -> None:

@@ -452,6 +452,18 @@ def test_targets_that_fail_the_probe_are_not_kept(store, parts, capture, monkeyp
     assert not store.keys("targets")
 
 
+def test_topk_that_decodes_to_nan_does_not_pass_the_probe(store, teacher_folder, parts):
+    capture = capture_for(store, teacher_folder, parts, encoding="topk")
+    blocks = open_blocks(store, parts[0].blocks_ref())
+    targets = open_targets(store, make_targets(store, parts[0].blocks_ref(), capture).ref)
+    nan = tuple(np.full_like(batch, 0xFF) for batch in targets._batches)  # 0xFFFF is NaN in fp16
+    ids_of_0 = 2 * targets.codec.top_k
+    for batch in nan:
+        batch.reshape(-1, targets.codec.bytes_per_position)[:, :ids_of_0] = 0
+    with pytest.raises(FatalError, match="differ from the live teacher"):
+        probe(capture, blocks, replace(targets, _batches=nan), 0)
+
+
 def first_new_token(rows):
     """The last row that reads a token which no row before it does, and that token."""
     return max((min(n for n, row in enumerate(rows) if token in row), token) for token in set().union(*rows))

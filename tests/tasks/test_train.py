@@ -20,7 +20,10 @@ from tasks.checkpoint import steps_kept
 from tasks.config import Loss, Recipe, Train, make_recipe
 from tasks.metrics import read_metrics
 from tasks.run import RunSpec, make_run, write_run
+from tasks.step import World
 from tasks.teacher import fingerprint_of
+from tasks.train import StopSignal
+from tasks.train import train as run_training
 from tests.tiny import make_parts, make_teacher
 
 REPO = Path(__file__).resolve().parents[2]
@@ -126,7 +129,22 @@ def test_a_run_learns_and_leaves_model_metrics_and_result(
     assert [line["step"] for line in lines if "heldout_loss" in line] == [10, 20, 30]
     result = json.loads((Path(run.folder) / "result.json").read_text())
     assert Ref(**result["model"]) == run.model_ref
-    assert steps_kept(Store(run.store), run)[-1] == STEPS
+    store = Store(run.store)
+    kept = steps_kept(store, run)
+    assert kept[-1] == STEPS
+    looks = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
+    assert min(looks, key=lambda step: looks[step]) in kept, "the best is kept, whatever checkpoint_steps is"
+
+
+def test_a_model_that_is_there_gets_its_result_written_again(
+    undisturbed: tuple[RunSpec, dict[str, torch.Tensor]],
+) -> None:
+    run, _ = undisturbed
+    path = Path(run.folder) / "result.json"
+    before = path.read_bytes()
+    path.unlink()
+    assert run_training(run, World(), StopSignal())
+    assert path.read_bytes() == before
 
 
 def kill_and_resume(place: Path, home: Path, at_steps: list[int]) -> RunSpec:
@@ -158,7 +176,7 @@ def test_ten_kills_at_random_moments_change_no_bit(
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_with_143(place: Path, tmp_path: Path) -> None:
-    run = run_of(place, tmp_path, checkpoint_steps=1000)
+    run = run_of(place, tmp_path, checkpoint_steps=1000, validate_steps=0)
     process = start(run)
     wait_for_step(run, process, 5)
     process.send_signal(signal.SIGTERM)

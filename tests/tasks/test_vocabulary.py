@@ -14,7 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from storage.error import FatalError, RetryableError
-from tasks.vocabulary import fits, load_tokenizer, load_vocabulary
+from tasks.config import Blocks, Teacher
+from tasks.vocabulary import fits, load_tokenizer, load_vocabulary, vocabulary_for
 
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "le", "chat", "##s"]
 
@@ -172,3 +173,11 @@ def test_worker_processes_start_without_torch_and_transformers(repo: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("tokenizer", "asked"), [("", ("bert", "v2")), ("own", ("own",))])
+def test_the_teachers_revision_is_not_asked_of_another_tokenizer(
+    tokenizer: str, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.vocabulary.load_vocabulary", lambda *names: names)
+    assert vocabulary_for(Blocks(tokenizer=tokenizer), Teacher(model="bert", revision="v2")) == asked

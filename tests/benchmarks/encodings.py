@@ -1,0 +1,237 @@
+"""How faithful, how small and how fast each encoding of the teacher's hidden states is, through the real files.
+
+    python tests/benchmarks/encodings.py                                          the bundled demo teacher and corpus
+    python tests/benchmarks/encodings.py --teacher FOLDER --corpus FOLDER --shards 9 --device cuda
+
+Needs the project installed (`pip install -e .`). Every encoding is written by tasks.teach into a store, read back,
+decoded and compared with a live forward of the teacher in float32. Prints a table and writes it, as Markdown and JSON,
+into tests/benchmarks/results/ under date and hardware.
+
+KL is mean KL(teacher || decoded) in nats at temperature 1, through the teacher's LM head, over the whole vocabulary
+(topk: its tail spread evenly, as the trainer does). centred 1-cos is taken after the channel means of the live hidden
+states are off. Encode and decode are shares of the time of the teacher's forward over the same blocks, in one run.
+The arithmetic here is its own, in float64, and not that of tasks.probe: it checks it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage.artifact import Receipt, Ref
+from storage.store import Store
+from tasks.block import Blocks, make_blocks, open_blocks
+from tasks.capture import Capture, batches, encode, hidden_states, logits_of, masked_inputs
+from tasks.codec import Codec, spread
+from tasks.config import Blocks as BlockSettings
+from tasks.config import Corpus, Mask, Targets, Teacher
+from tasks.shard import shard_source, shards_of
+from tasks.snapshot import take_snapshot
+from tasks.targets import FILE, open_targets
+from tasks.teach import calibrate, make_targets, needs_calibration, open_capture
+from tasks.vocabulary import load_vocabulary
+
+REPO = Path(__file__).resolve().parents[2]
+TEACHER = REPO / "deployments" / "demo" / "teacher"
+CORPUS = REPO / "deployments" / "demo" / "corpus"
+RESULTS = Path(__file__).resolve().parent / "results"
+ENCODINGS = ("int8", "int4", "bf16", "topk")
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One line of the table. `cosine` is None for topk, which keeps no hidden states; times are in teacher forwards."""
+
+    encoding: str
+    payload_bytes: int
+    stored_bytes: float
+    kl: float
+    cosine: float | None
+    encode: float
+    decode: float
+    positions: int
+
+
+def blocks_of(store: Store, corpus: Path, teacher: Path, length: int, shard_bytes: int, shards: int) -> list[Receipt]:
+    """Blocks of the first `shards` text shards of a corpus folder, taken in turn from its sources."""
+    settings = Corpus(url=str(corpus), shard_bytes=shard_bytes)
+    vocabulary = load_vocabulary(str(teacher))
+    of_source = [shards_of(shard_source(store, source, settings)) for source in take_snapshot(settings).sources]
+    deepest = max(len(refs) for refs in of_source)
+    in_turn = [refs[depth] for depth in range(deepest) for refs in of_source if depth < len(refs)]
+    return [make_blocks(store, ref, BlockSettings(length=length), vocabulary) for ref in in_turn[:shards]]
+
+
+def capture_of(store: Store, blocks: Sequence[Ref], teacher: Path, targets: Targets, device: str = "cpu") -> Capture:
+    """The teacher in float32, calibrated on `blocks` where the encoding needs it."""
+    settings, vocabulary = Teacher(model=str(teacher), dtype="float32"), load_vocabulary(str(teacher))
+    capture = open_capture(store, settings, vocabulary, Mask(), targets, device=device)
+    if not needs_calibration(targets):
+        return capture
+    calibration = calibrate(store, blocks, capture).ref
+    return open_capture(store, settings, vocabulary, Mask(), targets, calibration=calibration, device=device)
+
+
+def measure(store: Store, blocks: Sequence[Ref], teacher: Path, encoding: str, device: str = "cpu") -> Figures:
+    """Writes targets of all blocks in one encoding, and compares what is read back with the live teacher."""
+    capture = capture_of(store, blocks, teacher, Targets.model_validate({"encoding": encoding}), device)
+    live_ND, forward = _live(capture, [open_blocks(store, ref) for ref in blocks])
+    receipts = [make_targets(store, ref, capture) for ref in blocks]
+    opened = [open_targets(store, receipt.ref) for receipt in receipts]
+    payload = np.concatenate([targets.payload(np.arange(len(targets))) for targets in opened])
+    payload_NP = torch.from_numpy(payload).to(capture.teacher.device)
+    codec = opened[0].codec
+    stored = sum((store.local(receipt) / FILE).stat().st_size for receipt in receipts)
+    kl, cosine = compare(capture, codec, live_ND, payload_NP)
+    decode = codec.decode_topk if encoding == "topk" else codec.decode
+    return Figures(
+        encoding,
+        codec.bytes_per_position,
+        stored / len(live_ND),
+        kl,
+        cosine,
+        _seconds(lambda: encode(capture.teacher, codec, live_ND)) / forward,
+        _seconds(lambda: decode(payload_NP)) / forward,
+        len(live_ND),
+    )
+
+
+@torch.no_grad()
+def compare(capture: Capture, codec: Codec, live_ND: Tensor, payload_NP: Tensor) -> tuple[float, float | None]:
+    """Mean KL in nats and mean centred 1 - cos (None for topk), in float64."""
+    teacher = capture.teacher
+    if codec.name == "topk":
+        kept = codec.decode_topk(payload_NP)
+        live = list(logits_of(teacher, live_ND))
+        ends = np.cumsum([len(part) for part in live]).tolist()
+        parts = [spread(kept, end - len(part), end, codec.vocab_size) for part, end in zip(live, ends, strict=True)]
+        return _kl(live, parts) / len(live_ND), None
+    decoded_ND = codec.decode(payload_NP)
+    kl = _kl(logits_of(teacher, live_ND), logits_of(teacher, decoded_ND)) / len(live_ND)
+    centre_D = live_ND.double().mean(0)
+    cosine_N = torch.cosine_similarity(live_ND.double() - centre_D, decoded_ND.double() - centre_D)
+    return kl, float((1 - cosine_N).mean())
+
+
+def _kl(live: Iterable[Tensor], decoded: Iterable[Tensor]) -> float:
+    """Sum over positions of KL(live || decoded), from chunks of logits [n, V]."""
+    total = 0.0
+    for live_nV, decoded_nV in zip(live, decoded, strict=True):
+        log_p_nV, log_q_nV = live_nV.double().log_softmax(-1), decoded_nV.double().log_softmax(-1)
+        total += float((log_p_nV.exp() * (log_p_nV - log_q_nV)).sum())
+    return total
+
+
+def _live(capture: Capture, parts: Sequence[Blocks]) -> tuple[Tensor, float]:
+    """Hidden states [N, D] of a live forward over all blocks, and its seconds; masks are prepared before."""
+    inputs = [
+        masked_inputs(capture, blocks, rows, 0)
+        for blocks in parts
+        for rows in batches(capture.teacher, np.arange(len(blocks)), blocks.input_ids.shape[1])
+    ]
+    hidden_states(capture.teacher, inputs[0])  # warm
+    _wait(capture.teacher.device)
+    start = time.perf_counter()
+    found = [hidden_states(capture.teacher, some) for some in inputs]
+    _wait(capture.teacher.device)
+    return torch.cat(found), time.perf_counter() - start
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The best of a few tries."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- the report ----------------------------------------------------------------------------------------------
+
+
+def hardware(device: str) -> str:
+    """Short name of the machine for the table and its file name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name().replace("NVIDIA ", "")
+    cores = len(os.sched_getaffinity(0))
+    return f"CPU {cores} core{'s' if cores > 1 else ''}"
+
+
+def markdown(table: Sequence[Figures], facts: dict[str, str]) -> str:
+    """The table and what it was measured on."""
+    lines = ["# Encodings of the teacher's hidden states", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += [
+        "",
+        "| encoding | bytes a position, stored | payload | KL (nats) | centred 1-cos | encode/forward | decode/forward |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        cosine = "-" if row.cosine is None else f"{row.cosine:.1e}"
+        lines.append(
+            f"| {row.encoding} | {row.stored_bytes:.1f} | {row.payload_bytes} | {row.kl:.1e} | {cosine} "
+            f"| {row.encode:.2%} | {row.decode:.2%} |"
+        )
+    notes = (__doc__ or "").split("\n\n")[-1].strip()
+    return "\n".join([*lines, "", notes, ""])
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of a masked language model")
+    parser.add_argument("--corpus", type=Path, default=CORPUS, help="folder of source files")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a block")
+    parser.add_argument("--shard-bytes", type=int, default=500_000, help="UTF-8 bytes of text in a shard")
+    parser.add_argument("--shards", type=int, default=3, help="text shards that are measured, over all sources in turn")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        store = Store(Path(home) / "store")
+        made = blocks_of(store, given.corpus, given.teacher, given.length, given.shard_bytes, given.shards)
+        blocks = [receipt.ref for receipt in made]
+        table = [measure(store, blocks, given.teacher, encoding, given.device) for encoding in ENCODINGS]
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    facts = {
+        "date": date,
+        "hardware": f"{hardware(given.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32",
+        "teacher": _shown(given.teacher),
+        "corpus": f"{_shown(given.corpus)}, {sum(receipt.rows for receipt in made)} blocks of {given.length}, "
+        f"{table[0].positions} masked positions",
+    }
+    text = markdown(table, facts)
+    print(text)
+    given.results.mkdir(parents=True, exist_ok=True)
+    name = f"{date}-{hardware(given.device).lower().replace(' ', '-')}-encodings"
+    (given.results / f"{name}.md").write_text(text, encoding="utf-8")
+    record = {**facts, "encodings": [asdict(row) for row in table]}
+    (given.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _shown(path: Path) -> str:
+    """The path inside the checkout, else its name alone."""
+    path = path.resolve()
+    return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else path.name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What was lost or damaged in the store is named, and `distil retry` rebuilds that and nothing else."""
+
+import shutil
+from pathlib import Path
+
+from storage import layout
+from storage.upkeep import verify
+from tests.end_to_end.place import History, Shell, made, refusal
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lines_of(text: str, word: str) -> list[str]:
+    """Lines that begin with a word, without it."""
+    return [line.removeprefix(word).strip() for line in text.splitlines() if line.startswith(word)]
+
+
+def test_lost_and_damaged_targets_are_named_and_only_they_are_rebuilt(
+    history: History, shell: Shell, tmp_path: Path
+) -> None:
+    place = history.place.copy(tmp_path)
+    store = place.store
+    receipts = sorted(place.receipts("targets"), key=lambda receipt: receipt.label)
+    without_data, without_receipt, damaged = receipts[0], receipts[1], receipts[-1]
+    shutil.rmtree(store.path(layout.key_folder("targets", without_data.key)))
+    Path(store.path(layout.receipt_path("targets", without_receipt.key))).unlink()
+
+    status = shell("status", place.recipe)
+    assert status.status == 0
+    assert lines_of(status.out, "missing") == [f"targets {one.label}" for one in (without_data, without_receipt)]
+
+    flip_a_byte(store.local(damaged) / "targets.arrow")
+    checked = shell("verify", place.recipe)
+    assert "2 damaged and withdrawn, 1 missing" in refusal(checked)
+    assert lines_of(checked.out, "missing") == [f"targets {without_receipt.label}"]
+    named = [line.split(":")[0] for line in lines_of(checked.out, "damaged")]
+    assert sorted(named) == sorted(f"targets {one.label}" for one in (without_data, damaged))
+    assert store.missing([receipt.ref for receipt in receipts]) == [
+        one.ref for one in (without_data, without_receipt, damaged)
+    ]
+
+    before = place.stamps()
+    retried = shell("retry", place.recipe)
+    assert retried.status == 0, retried.err
+    assert made(before, place.stamps()) == {("targets", one.label) for one in (without_data, without_receipt, damaged)}
+    assert [store.receipt(one.ref).files for one in receipts] == [one.files for one in receipts]
+    assert verify(store) == []
+
+
+def test_a_retry_of_what_is_done_does_nothing(history: History, shell: Shell, tmp_path: Path) -> None:
+    place = history.place.copy(tmp_path)
+    before = place.stamps()
+    result = shell("retry", place.recipe, "--stage", "targets", "--shard", place.receipts("targets")[0].label)
+    assert result.status == 0, result.err
+    assert "nothing to do" in result.out
+    assert place.stamps() == before

@@ -1,0 +1,52 @@
+"""The command itself: quick help, exit statuses, one sentence for a mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"prefect", "mlflow", "torch", "transformers", "pydantic", "pyarrow", "fsspec"}
+
+
+def test_help_loads_nothing_heavy(repo: Path) -> None:
+    code = "import sys, flows.cli; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+
+
+def test_every_command_has_help_with_an_example(repo: Path) -> None:
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    for command in ("demo", "run", "prepare", "status", "retry", "verify", "gc", "score"):
+        shown = CliRunner().invoke(app, [command, "--help"])
+        assert shown.exit_code == 0
+        assert f"Example:  distil {command}" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["run"], 2, "RECIPE.toml"),
+        (["fly"], 2, "fly"),
+        (["status", "absent.toml"], 1, "absent.toml: no such recipe file"),
+        (["status", "tiny.toml", "loss.mlm=-1"], 1, "loss.mlm"),
+        (["status", "tiny.toml", "corpus.url=/nowhere"], 1, "corpus.url /nowhere"),
+    ],
+)
+def test_exit_status_and_one_sentence(distil, arguments: list[str], status: int, said: str) -> None:
+    done = distil(*arguments)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_of_an_untouched_recipe(distil) -> None:
+    import json
+
+    rows = json.loads(distil("status", "tiny.toml", "--json").stdout)
+    assert rows["source"]["wanted"] == 3
+    assert rows["source"]["missing"] == [f"fr_meta_part_{number}" for number in (1, 2, 3)]
+    assert rows["targets"]["wanted"] == 0

@@ -1,0 +1,71 @@
+"""The trainer as a child: its sentence becomes ours, and nothing of it is left behind."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.launch import command, end_with_parent, launch
+from storage.error import FatalError
+from storage.fingerprint import sha256_bytes
+from tasks.config import Blocks, Loss, Mask, Student, Targets, Teacher, Train
+from tasks.run import Part, RunSpec
+
+
+def a_run(folder: Path, **train: int) -> RunSpec:
+    key = sha256_bytes(b"run")
+    return RunSpec(
+        run_key=key,
+        name="tiny",
+        store=str(folder / "store"),
+        folder=str(folder / "run"),
+        blocks=Blocks(),
+        mask=Mask(),
+        teacher=Teacher(model=str(folder / "no-such-teacher")),
+        targets=Targets(),
+        student=Student(),
+        loss=Loss(),
+        train=Train(**train),
+        teacher_fingerprint=key,
+        manifest=(Part(label="a", blocks=key, rows=4, tokens=4),),
+    )
+
+
+def test_several_ranks_go_through_torchrun(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert "torch.distributed.run" not in command(a_run(tmp_path), path)
+    words = command(a_run(tmp_path, ranks=2), path)
+    assert words[1:3] == ["-m", "torch.distributed.run"]
+    assert words[-3:] == ["-m", "tasks.train", str(path)]
+    assert words[words.index("--nproc-per-node") + 1] == "2"
+
+
+def test_the_trainers_sentence_is_the_error(tmp_path: Path) -> None:
+    with pytest.raises(FatalError, match="no-such-teacher"):
+        launch(a_run(tmp_path), lambda lines, final: None)
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time; from flows.launch import end_with_parent\n"
+        "child = subprocess.Popen(['sleep', '600'], start_new_session=True, preexec_fn=end_with_parent())\n"
+        f"open({str(note)!r}, 'w').write(f'{{child.pid}}\\n')\n"
+        "time.sleep(600)"
+    )
+    assert callable(end_with_parent())
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: note.exists() and note.read_text().endswith("\n"))
+    parent.kill()
+    parent.wait()
+    child = Path("/proc") / note.read_text().strip()
+    wait_for(lambda: not child.exists() or "Z" in (child / "stat").read_text().split()[2])
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within a minute"
+        time.sleep(0.05)

@@ -1,0 +1,106 @@
+"""The flows as deployments: a real server, a process worker in another folder, path entry points."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+DEPLOY = """
+import sys
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.deployments import run_deployment
+from prefect.deployments.runner import RunnerDeployment
+from tasks.config import load_recipe
+
+repo, recipe = sys.argv[1:3]
+values = load_recipe(recipe, ["train.max_steps=5"]).model_dump(mode="json", by_alias=True)
+with get_client(sync_client=True) as client:
+    client.create_work_pool(WorkPoolCreate(name="local", type="process"))
+for entry, flow, more in (
+    ("distill.py:distill", "distill", {}),
+    ("corpus.py:prepare", "prepare", {}),
+    ("retry.py:retry_shard", "retry-shard", {"stage": "blocks", "shard": "fr_meta_part_2-0000", "force": True}),
+    ("score.py:score", "score", {"model": values["teacher"]["model"]}),
+):
+    parameters = {"recipe": values} | more
+    RunnerDeployment.from_entrypoint(f"{repo}/flows/{entry}", name="test", work_pool_name="local").apply()
+    run = run_deployment(f"{flow}/test", parameters=parameters, timeout=300, poll_interval=1, as_subflow=False)
+    print(flow, run.state.type.value, run.state.message)
+with get_client(sync_client=True) as client:
+    for run in client.read_task_runs():
+        print("task", run.name, run.state.type.value)
+"""
+
+
+@pytest.fixture
+def api(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A server and a worker that has nothing but its own empty folder; gives the environment that finds them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    known = environment | {
+        "PREFECT_HOME": str(place / "prefect"),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_UI_STATIC_DIRECTORY": str(place / "ui"),
+    }
+    prefect = [sys.executable, "-m", "prefect"]
+    (place / "elsewhere").mkdir()
+    with (place / "server.log").open("wb") as log:
+        server = subprocess.Popen([*prefect, "server", "start", "--port", str(port)], env=known, stdout=log, cwd=place)
+        try:
+            wait_until_up(f"{url}/health")
+            start = [*prefect, "worker", "start", "--pool", "local", "--type", "process"]
+            worker = subprocess.Popen(start, env=known, stdout=log, stderr=log, cwd=place / "elsewhere")
+            try:
+                yield known
+            finally:
+                worker.send_signal(signal.SIGTERM)
+                worker.wait(60)
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def wait_until_up(url: str) -> None:
+    end = time.monotonic() + 180
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < end, "the server did not start within three minutes"
+            time.sleep(0.2)
+
+
+def test_every_flow_runs_as_a_deployment(api: dict[str, str], place: Path, repo: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DEPLOY, str(repo), "tiny.toml"],
+        cwd=place,
+        env=api,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ended = done.stdout.splitlines()
+    assert "distill COMPLETED distilled version 1, alias challenger" in ended
+    assert "prepare COMPLETED nothing to do" in ended
+    assert "retry-shard COMPLETED 1 artifacts made" in ended
+    assert any(line.startswith("score COMPLETED") for line in ended)
+    names = [line for line in ended if line.startswith("task ")]
+    assert names.count("task blocks fr_meta_part_2-0000 COMPLETED") == 2
+    assert names.count("task teach fr_meta_part_3-0000 COMPLETED") == 1
+    assert not os.listdir(place / "elsewhere")

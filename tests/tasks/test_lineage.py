@@ -1,0 +1,84 @@
+"""Which artifacts a recipe wants: the sample of calibration stays what it was."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.artifact import Ref
+from storage.store import Store
+from tasks.block import make_blocks
+from tasks.config import Recipe, make_recipe
+from tasks.lineage import pin_sample, trace, vocabulary_of
+from tasks.shard import shard_source
+from tasks.teach import calibrate, open_capture
+from tests.tiny import make_teacher, write_oscar
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher and two snapshots that have only their second half in common."""
+    folder = tmp_path_factory.mktemp("lineage")
+    make_teacher(folder / "teacher")
+    write_oscar(folder / "old", parts=4, texts=8)
+    write_oscar(folder / "new", parts=4, texts=8)
+    for number in (1, 2):
+        (folder / "new" / f"fr_meta_part_{number}.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def recipe_of(place: Path, snapshot: str) -> Recipe:
+    return make_recipe(
+        {
+            "name": "tiny",
+            "corpus": {"url": str(place / snapshot), "heldout_per_mille": 0},
+            "teacher": {"model": str(place / "teacher")},
+            "blocks": {"length": 32},
+            "targets": {"calibration_rows": 4},
+            "train": {"device": "cpu"},
+        },
+        "test",
+    )
+
+
+def make_text(store: Store, recipe: Recipe) -> tuple[Ref, ...]:
+    """Shards and blocks of a recipe; returns the blocks."""
+    for source, _ in trace(store, recipe).sources:
+        shard_source(store, source, recipe.corpus)
+    for shard in trace(store, recipe).shards:
+        make_blocks(store, shard, recipe.blocks, vocabulary_of(recipe))
+    return trace(store, recipe).training_blocks
+
+
+def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> None:
+    old, new = recipe_of(place, "old"), recipe_of(place, "new")
+    pin_sample(store, old, make_text(store, old)[:2])
+    make_text(store, new)
+    assert trace(store, new).sample == trace(store, old).sample
+    assert trace(store, new).calibration == trace(store, old).calibration
+
+
+def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, store: Store) -> None:
+    old = recipe_of(place, "old")
+    blocks = make_text(store, old)
+    pin_sample(store, old, blocks[2:])
+    before = trace(store, old)
+    store.withdraw(blocks[3])
+    assert trace(store, old).targets == before.targets
+
+
+def test_a_sample_that_is_gone_for_good_serves_as_long_as_its_calibration_is_there(place: Path, store: Store) -> None:
+    old, new = recipe_of(place, "old"), recipe_of(place, "new")
+    blocks = make_text(store, old)
+    pin_sample(store, old, blocks[:2])
+    make_text(store, new)
+    capture = open_capture(store, new.teacher, vocabulary_of(new), new.mask, new.targets, device="cpu")
+    receipt = calibrate(store, blocks[:2], capture)
+    store.withdraw(blocks[0])  # of a source that the new snapshot no longer has
+    assert trace(store, new).calibration == receipt.ref
+    store.withdraw(receipt.ref)
+    assert trace(store, new).sample == trace(store, new).training_blocks
