@@ -27,8 +27,8 @@ from storage.store import Store
 from tasks.block import count_tokens, make_blocks
 from tasks.capture import Capture
 from tasks.config import Recipe
-from tasks.lineage import SAMPLE_SHARDS, Lineage, Target, pin_sample, trace, vocabulary_of
-from tasks.shard import shard_source, source_ref
+from tasks.lineage import SAMPLE_SHARDS, Lineage, Target, check_teacher, pin_sample, trace, vocabulary_of
+from tasks.shard import heldout_of, shard_source, shards_of, source_ref
 from tasks.snapshot import Source, content_of
 from tasks.teach import calibrate, make_targets, open_capture
 
@@ -96,16 +96,33 @@ class Prepared:
 
 
 def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING) -> Prepared:
-    """Makes what is missing from sources to targets (or what `only` names). A shard's error never ends it early."""
+    """Makes what is missing from sources to targets (or what `only` names). A shard's error never ends it early.
+
+    FatalError before anything is read if the teacher cannot be used or the tokenizer does not fit it.
+    """
+    check_teacher(recipe)
     lineage, stages = _text_stages(store, recipe, only, heldout_only=False)
     _freeze_sample(store, recipe, lineage)
     lineage = trace(store, recipe)
     stages += _stage(store, recipe, only, _count_jobs(store, recipe, lineage))
-    if recipe.targets.on_missing == "compute" or only.stage:
+    if recipe.targets.on_missing == "compute":
         stages += _stage(store, recipe, only, _calibration_jobs(store, recipe, lineage))
         if not store.missing(ref for ref in (lineage.counts, lineage.calibration) if ref):
             stages += _stage(store, recipe, only, _target_jobs(store, recipe, lineage))
     return Prepared(lineage, tuple(stages))
+
+
+def unexplained(store: Store, prepared: Prepared) -> list[Ref]:
+    """Blocks and targets that are not there although nothing that they are made from failed in this run."""
+    lineage = prepared.lineage
+    excused = {_plain_label(failure.label) for failure in prepared.failures}
+    wanted = (*lineage.training_blocks, *(target.ref for target in lineage.targets))
+    return [ref for ref in store.missing(wanted) if _plain_label(ref.label) not in excused]
+
+
+def _plain_label(label: str) -> str:
+    """The shard's label, without the mask variant."""
+    return label.rsplit(".v", 1)[0]
 
 
 def prepare_heldout(store: Store, recipe: Recipe) -> Prepared:
@@ -161,9 +178,18 @@ def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> None:
 
 def _source_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: ProcessPool) -> Iterator[Job]:
     """One job a source: hash, read, cut into shards. A source of which a shard was lost is read again."""
-    lost = {ref.label.rsplit("-", 1)[0] for ref in store.missing((*lineage.shards, *lineage.heldout_shards))}
+    absent = {ref.key for ref in store.missing((*lineage.shards, *lineage.heldout_shards))}
     for source, ref in lineage.sources:
-        yield Job("source", source.label, ref, partial(_read_source, pool, store, source, recipe), source.label in lost)
+        # By key: a source that was renamed since keeps its shards under their old labels.
+        lost = bool(absent and ref and absent & _shard_keys(store, ref))
+        yield Job("source", source.label, ref, partial(_read_source, pool, store, source, recipe), lost)
+
+
+def _shard_keys(store: Store, source: Ref) -> set[str]:
+    if not store.has(source):
+        return set()
+    receipt = store.receipt(source)
+    return {shard.key for shard in (*shards_of(receipt), *heldout_of(receipt))}
 
 
 def _read_source(pool: ProcessPool, store: Store, source: Source, recipe: Recipe, *, force: bool) -> None:

@@ -18,7 +18,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.states import Completed
 
 from flows.bind import bound_flow, run_one
-from flows.corpus import Prepared, failed_state, prepare_corpus, publish_failures
+from flows.corpus import Prepared, failed_state, prepare_corpus, publish_failures, unexplained
 from flows.finished import all_done, remember, warm_start
 from flows.home import link_model, open_store, settled
 from flows.launch import METRICS, Line, launch
@@ -26,7 +26,7 @@ from flows.report import bar, markdown_sheet, show_sheet
 from flows.score import Candidate, record_scores, score_model
 from flows.sheet import Course, sections
 from flows.track import Book, Version, open_book
-from storage.error import RetryableError
+from storage.error import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.config import Recipe
@@ -55,6 +55,7 @@ def run_chain(recipe: Recipe) -> State[Any]:
     publish_failures(prepared.failures)
     if prepared.too_many_failed(recipe):
         return failed_state(prepared.failures)
+    _refuse_gaps(store, recipe, prepared)
     course = _student(store, recipe, prepared)
     _show(store, course, time.monotonic() - start)
     failed = f"; {len(prepared.failures)} failed before it, see the table" if prepared.failures else ""
@@ -62,6 +63,17 @@ def run_chain(recipe: Recipe) -> State[Any]:
 
 
 distill = bound_flow(run_chain, "distill", run_name="{recipe.name}")
+
+
+def _refuse_gaps(store: Store, recipe: Recipe, prepared: Prepared) -> None:
+    """FatalError if something is missing that nobody reported: a model must not lack text in silence."""
+    lacking = unexplained(store, prepared)
+    if lacking and recipe.targets.on_missing == "compute":
+        first = lacking[0]
+        raise FatalError(
+            f"{len(lacking)} artifacts are missing although nothing failed, the first is {first.kind} {first.label}; "
+            "run `distil verify`, then `distil retry`"
+        )
 
 
 def _student(store: Store, recipe: Recipe, prepared: Prepared) -> Course:

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import State
 
 from flows.bind import bound_flow
-from flows.corpus import VERBS, Only, close, prepare_corpus
+from flows.corpus import VERBS, Only, close, prepare_corpus, unexplained
 from flows.home import open_store, settled
 from storage.error import FatalError
 from tasks.config import Recipe
@@ -32,10 +32,20 @@ def run_retry(recipe: Recipe, stage: str = "", shard: str = "", force: bool = Fa
     if force and not (stage or shard):
         raise FatalError("force needs a stage or a shard, so that not everything is made again")
     recipe = settled(recipe)
+    # Who asks for a retry wants the targets made, whatever a run does about missing ones.
+    recipe = recipe.model_copy(update={"targets": recipe.targets.model_copy(update={"on_missing": "compute"})})
+    store = open_store(recipe)
     only = Only(stage, shard, force)
-    prepared = prepare_corpus(open_store(recipe), recipe, only)
+    prepared = prepare_corpus(store, recipe, only)
     if shard and not prepared.stages and not only.named(prepared.lineage):
         raise FatalError(f"no shard {shard!r} in {stage or 'any stage'} of {recipe.name}; `distil status` lists them")
+    lacking = [ref for ref in unexplained(store, prepared) if not shard or shard in ref.label]
+    if lacking and not prepared.failures:
+        first = lacking[0]
+        raise FatalError(
+            f"{first.kind} {first.label} is still missing, because something that it is made from is; "
+            "run `distil retry` without --stage and --shard"
+        )
     return close(recipe, prepared)
 
 

@@ -16,6 +16,7 @@ from flows.finished import warm_start
 from flows.report import size
 from storage import layout
 from storage.artifact import Ref
+from storage.error import FatalError
 from storage.store import Store
 from tasks.config import Recipe
 from tasks.lineage import Lineage, plan_run, trace
@@ -109,6 +110,12 @@ def kept(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
     keep = {(kind, key) for kind in ("model", "scores", "checkpoint") for key in store.keys(kind)}
     for recipe in recipes:
         lineage = trace(store, recipe)
+        unread = [source.label for source, ref in lineage.sources if ref is None or not store.has(ref)]
+        if unread:
+            raise FatalError(
+                f"recipe {recipe.name}: source {unread[0]} is not done, so it is not known what belongs to it and gc "
+                "could drop too much; run `distil retry` first"
+            )
         keep |= {(ref.kind, ref.key) for refs in lineage.stages().values() for ref in refs}
         keep |= {(ref.kind, ref.key) for ref in lineage.sample}
     return keep

@@ -20,8 +20,8 @@ from tasks.run import Part, RunSpec, make_run
 from tasks.shard import heldout_of, shards_of, source_ref
 from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
 from tasks.teach import calibration_ref, needs_calibration, targets_ref
-from tasks.teacher import fingerprint_of
-from tasks.vocabulary import Vocabulary, vocabulary_for
+from tasks.teacher import fingerprint_of, vocabulary_rows
+from tasks.vocabulary import Vocabulary, fits, vocabulary_for
 
 SAMPLE_SHARDS = 4
 """Token counts and int8 calibration are estimated from the first so many shards, once, and then frozen."""
@@ -91,6 +91,17 @@ def trace(store: Store, recipe: Recipe) -> Lineage:
 def vocabulary_of(recipe: Recipe) -> Vocabulary:
     """The tokenizer of the recipe: its own, else the teacher's."""
     return vocabulary_for(recipe.blocks, recipe.teacher)
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Reads two small files of the teacher, so that what cannot work is refused before hours of other work.
+
+    FatalError: no such teacher, no weights, a tokenizer that does not fit.
+    """
+    if recipe.teacher.model:
+        rows = vocabulary_rows(recipe.teacher)
+        if rows is not None:
+            fits(vocabulary_of(recipe), rows, recipe.teacher.model)
 
 
 def caches_targets(recipe: Recipe) -> bool:

@@ -143,6 +143,12 @@ def _indexed_files(index: Path, name: str) -> tuple[Path, ...]:
     return files
 
 
+def vocabulary_rows(teacher: Teacher) -> int | None:
+    """Embedding rows of the teacher by its config.json, or None where that does not say. Errors as `resolve_model`."""
+    rows = _read_json(resolve_model(teacher.model, teacher.revision) / "config.json").get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
 # ---- fingerprint ---------------------------------------------------------------------------------------------
 
 

@@ -197,7 +197,7 @@ def demo_blocks(tmp_path_factory: pytest.TempPathFactory, demo_teacher: Path) ->
 
 
 def test_int8_says_what_the_demo_teacher_says(demo_blocks: tuple[Store, list[Ref]], demo_teacher: Path) -> None:
-    found = measure(*demo_blocks, demo_teacher, "int8")
+    (found,) = measure(*demo_blocks, demo_teacher, ["int8"])
     assert found.positions > 3000
     assert found.kl <= 1e-4
     assert found.cosine is not None
@@ -221,7 +221,7 @@ def test_int8_bears_two_channels_fifty_times_as_loud(
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(loud_hidden[..., channels], 50 * quiet[..., channels])
     model.save_pretrained(loud)
-    found = measure(*demo_blocks, loud, "int8")
+    (found,) = measure(*demo_blocks, loud, ["int8"])
     assert found.kl <= 1e-4
     assert found.cosine is not None
     assert found.cosine <= 1e-4
