@@ -115,12 +115,12 @@ def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING) -> Pre
 def unexplained(store: Store, prepared: Prepared) -> list[Ref]:
     """Blocks and targets that are not there although nothing that they are made from failed in this run."""
     lineage = prepared.lineage
-    excused = {_plain_label(failure.label) for failure in prepared.failures}
+    excused = {plain_label(failure.label) for failure in prepared.failures}
     wanted = (*lineage.training_blocks, *(target.ref for target in lineage.targets))
-    return [ref for ref in store.missing(wanted) if _plain_label(ref.label) not in excused]
+    return [ref for ref in store.missing(wanted) if plain_label(ref.label) not in excused]
 
 
-def _plain_label(label: str) -> str:
+def plain_label(label: str) -> str:
     """The shard's label, without the mask variant."""
     return label.rsplit(".v", 1)[0]
 

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import State
 
 from flows.bind import bound_flow
-from flows.corpus import VERBS, Only, close, prepare_corpus, unexplained
+from flows.corpus import VERBS, Only, close, plain_label, prepare_corpus, unexplained
 from flows.home import open_store, settled
 from storage.error import FatalError
 from tasks.config import Recipe
@@ -39,7 +39,11 @@ def run_retry(recipe: Recipe, stage: str = "", shard: str = "", force: bool = Fa
     prepared = prepare_corpus(store, recipe, only)
     if shard and not prepared.stages and not only.named(prepared.lineage):
         raise FatalError(f"no shard {shard!r} in {stage or 'any stage'} of {recipe.name}; `distil status` lists them")
-    lacking = [ref for ref in unexplained(store, prepared) if not shard or shard in ref.label]
+    lacking = [
+        ref
+        for ref in unexplained(store, prepared)
+        if stage in ("", ref.kind) and shard in ("", ref.label, plain_label(ref.label))
+    ]
     if lacking and not prepared.failures:
         first = lacking[0]
         raise FatalError(

@@ -39,7 +39,11 @@ from storage.error import DistilError, FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
 
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
-_FATAL_CODES = {errno.ENOSPC: "is full", errno.EDQUOT: "is over its quota", errno.EROFS: "is read-only"}
+_FATAL_CODES = {
+    errno.ENOSPC: "is full; make space there or name another store",
+    errno.EDQUOT: "is over its quota; make space there or name another store",
+    errno.EROFS: "is read-only; make it writable or name another store",
+}
 
 
 def now() -> str:
@@ -132,7 +136,7 @@ class Store:
         except OSError as error:
             # Only a full or read-only disk is the store's own; other errors belong to whoever writes here.
             if error.errno in _FATAL_CODES:
-                raise FatalError(f"the store {self.root} {_FATAL_CODES[error.errno]}: {error}") from error
+                raise FatalError(f"the store {self.root} {_FATAL_CODES[error.errno]} ({error})") from error
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -291,7 +295,7 @@ class Store:
             raise FatalError(f"the store {self.root} may not be written or read: {error}") from error
         except OSError as error:
             if error.errno in _FATAL_CODES:
-                raise FatalError(f"the store {self.root} {_FATAL_CODES[error.errno]}: {error}") from error
+                raise FatalError(f"the store {self.root} {_FATAL_CODES[error.errno]} ({error})") from error
             raise RetryableError(f"the store {self.root} failed: {error}") from error
 
     def find(self, relative: str) -> dict[str, dict[str, Any]]:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from storage.artifact import Ref
+from storage.error import FatalError
 from storage.store import Store
 from tasks.block import make_blocks
 from tasks.config import Recipe, make_recipe
-from tasks.lineage import pin_sample, trace, vocabulary_of
+from tasks.lineage import check_teacher, pin_sample, trace, vocabulary_of
 from tasks.shard import shard_source
 from tasks.teach import calibrate, open_capture
 from tests.tiny import make_teacher, write_oscar
@@ -82,3 +83,18 @@ def test_a_sample_that_is_gone_for_good_serves_as_long_as_its_calibration_is_the
     assert trace(store, new).calibration == receipt.ref
     store.withdraw(receipt.ref)
     assert trace(store, new).sample == trace(store, new).training_blocks
+
+
+def test_a_teacher_that_cannot_work_is_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(place, "old")
+    check_teacher(recipe)
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    empty = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": str(tmp_path)})})
+    with pytest.raises(FatalError, match="no weights"):
+        check_teacher(empty)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    foreign = empty.model_copy(
+        update={"blocks": recipe.blocks.model_copy(update={"tokenizer": str(place / "teacher")})}
+    )
+    with pytest.raises(FatalError, match=r"set blocks\.tokenizer"):
+        check_teacher(foreign)

@@ -1,0 +1,59 @@
+"""What is missing without a reported failure is never passed over: not by a run, not by gc."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.corpus import Prepared, StageDone, unexplained
+from flows.status import kept
+from storage.artifact import Ref
+from storage.error import FatalError
+from storage.store import Store
+from tasks.block import make_blocks
+from tasks.config import Recipe, make_recipe
+from tasks.lineage import trace, vocabulary_of
+from tasks.shard import shard_source
+from tests.tiny import save_tokenizer, write_oscar
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    write_oscar(tmp_path / "corpus", parts=2, texts=8)
+    values = {
+        "name": "tiny",
+        "corpus": {"url": str(tmp_path / "corpus"), "heldout_per_mille": 0},
+        "blocks": {"length": 32, "tokenizer": str(save_tokenizer(tmp_path / "tokenizer"))},
+        "loss": {"distil": 0, "cosine": 0, "mlm": 1},
+        "student": {"init": "config", "config": {"model_type": "roberta"}},
+    }
+    return make_recipe(values, "test")
+
+
+@pytest.fixture
+def store(tmp_path: Path, recipe: Recipe) -> Store:
+    """All shards and blocks of the recipe."""
+    store = Store(tmp_path / "store")
+    for source, _ in trace(store, recipe).sources:
+        shard_source(store, source, recipe.corpus)
+    for shard in trace(store, recipe).shards:
+        make_blocks(store, shard, recipe.blocks, vocabulary_of(recipe))
+    return store
+
+
+def test_a_lost_artifact_is_a_gap_unless_its_failure_was_reported(store: Store, recipe: Recipe) -> None:
+    lost = trace(store, recipe).training_blocks[1]
+    store.withdraw(lost)
+    lineage = trace(store, recipe)
+    assert unexplained(store, Prepared(lineage, ())) == [lost]
+    failure = store.fail(lost, FatalError("no"))
+    assert unexplained(store, Prepared(lineage, (StageDone("blocks", 1, (failure,), 0.1),))) == []
+
+
+def test_gc_refuses_while_it_cannot_know_what_a_source_holds(store: Store, recipe: Recipe) -> None:
+    wanted = {(ref.kind, ref.key) for ref in trace(store, recipe).training_blocks}
+    assert wanted <= kept(store, [recipe])
+    source = trace(store, recipe).sources[0][1]
+    assert isinstance(source, Ref)
+    store.withdraw(source)
+    with pytest.raises(FatalError, match="fr_meta_part_1 is not done"):
+        kept(store, [recipe])
