@@ -14,14 +14,15 @@ ABSENT = (
 
 BARE = f"""
 import runpy, sys
-from importlib.machinery import PathFinder
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
 class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name.split(".")[0] in {ABSENT!r} else super().find_spec(name, path, target)
 
-sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+# No other finder: that of an editable install would still find `flows`.
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Without]
 for name in {ABSENT!r}:
     try:
         __import__(name)
