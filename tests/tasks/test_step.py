@@ -1,8 +1,15 @@
 """One optimizer step: the gradient does not depend on how the step is split."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from storage.store import Store
 from tasks.batch import Batch, Corpus, Masking, make_batch, stretches
@@ -59,6 +66,25 @@ def test_splitting_a_step_does_not_change_the_gradient(
     split, loss_split = gradient(world, batches_of(world, pieces, every_position), Loss())
     assert (whole - split).norm() / whole.norm() <= 1e-6
     torch.testing.assert_close(loss_split, loss_whole, rtol=1e-5, atol=1e-6)
+
+
+def test_two_gloo_ranks_give_the_gradient_of_one(
+    world: tuple[Store, TeacherModel, tuple[Part, ...]], tmp_path: Path, repo: Path
+) -> None:
+    store, teacher, parts = world
+    (tmp_path / "parts.json").write_text(json.dumps([part.model_dump() for part in parts]))
+    gradients = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.safetensors"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        arguments = [store.root, teacher.settings.model, str(tmp_path / "parts.json"), str(out)]
+        environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [*torchrun, "-m", "tests.gradient", *arguments], check=True, cwd=tmp_path, env=environment, timeout=240
+        )
+        gradients.append(torch.cat([value.flatten() for _, value in sorted(load_file(out).items())]))
+    one, two = gradients
+    assert (one - two).norm() / one.norm() <= 1e-6
 
 
 def test_counts_are_of_the_whole_step(world: tuple[Store, TeacherModel, tuple[Part, ...]]) -> None:
