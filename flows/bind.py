@@ -1,6 +1,6 @@
 """How computations become Prefect tasks and flows: names, retries, caching and persistence, all on this page.
 
-    bound_task(make_one, "teach", recipe.run).submit("fr_meta_part_3-0000", work)
+    bound_task(make_some, "teach", recipe.run).submit("fr_meta_part_3-0000", group)
     distill = bound_flow(run_chain, "distill")
 
 Prefect keeps and caches nothing for us: the store says what is done. So persist_result is False and the cache policy
@@ -9,26 +9,35 @@ is NO_CACHE everywhere; a cache would bring a deleted artifact back as "Cached".
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from prefect import Flow, State, Task, flow, get_run_logger, task
+from prefect import Flow, State, Task, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.futures import PrefectFuture
 from prefect.states import Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from prefect.tasks import exponential_backoff
 
+from flows.launch import end_with_worker
 from storage.error import DistilError, RetryableError
-from tasks.config import Run
+from tasks.config import Recipe, Run
+from tasks.recipe import make_recipe
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+LONGEST_PAUSE = 60.0
+
+
 def will_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
     """Only an error that may pass by itself is tried again."""
     return isinstance(state.data, RetryableError)
+
+
+def pauses(run: Run) -> list[float]:
+    """Seconds before each retry: they double, up to a minute, since a run that is told to stop waits for the last."""
+    return [min(LONGEST_PAUSE, run.retry_seconds * 2**number) for number in range(run.retries)]
 
 
 def bound_task(fn: Callable[..., R], verb: str, run: Run) -> Task[..., R]:
@@ -37,7 +46,7 @@ def bound_task(fn: Callable[..., R], verb: str, run: Run) -> Task[..., R]:
         name=verb,
         task_run_name=f"{verb} {{label}}",
         retries=run.retries,
-        retry_delay_seconds=exponential_backoff(run.retry_seconds),
+        retry_delay_seconds=pauses(run),
         retry_condition_fn=will_pass,
         persist_result=False,
         cache_policy=NO_CACHE,
@@ -54,22 +63,35 @@ def _call(label: str, work: Callable[[], R]) -> R:
     return work()
 
 
-def bound_flow(fn: Callable[P, Any], name: str, *, run_name: str) -> Flow[P, Any]:
-    """A flow that ends Failed with one sentence on a DistilError, instead of a traceback."""
+def bound_flow(
+    fn: Callable[Concatenate[Recipe, P], Any], name: str, *, run_name: str
+) -> Flow[Concatenate[Recipe, P], Any]:
+    """A flow that ends Failed with one sentence on a DistilError, instead of a traceback.
+
+    `run_name` may have braces with the flow's parameters and `name`, the recipe's. From a deployment the recipe comes
+    as plain values. They are checked here and not by Prefect, which answers a rule across fields with a traceback.
+    """
 
     @wraps(fn)
-    def body(*args: P.args, **kwargs: P.kwargs) -> Any:
+    def body(recipe: Recipe | dict[str, Any], *args: P.args, **kwargs: P.kwargs) -> Any:
+        end_with_worker(runtime.flow_run.id)
         try:
-            return fn(*args, **kwargs)
+            return fn(make_recipe(recipe, "recipe") if isinstance(recipe, dict) else recipe, *args, **kwargs)
         except DistilError as error:
             get_run_logger().error(error.message)
             return Failed(message=error.message)
 
-    return flow(
+    def named() -> str:
+        given = dict(runtime.flow_run.parameters)
+        recipe = given.pop("recipe")  # in one of two forms, so that no name may look into it
+        return run_name.format(**given, name=recipe["name"] if isinstance(recipe, dict) else recipe.name).strip()
+
+    bound = flow(
         name=name,
-        flow_run_name=run_name,
+        flow_run_name=named,
         persist_result=False,
-        validate_parameters=True,
+        validate_parameters=False,
         # One thread for each task in flight that waits for a worker process; more are not needed and cost nothing.
         task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=512)),
     )(body)
+    return cast(Flow[Concatenate[Recipe, P], Any], bound)

@@ -52,6 +52,31 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _flow(loaded, "flows.corpus", "prepare", loaded)
 
 
+@app.command(epilog="Example:  distil plan deployments/pilot.toml corpus.url=/data/oscar --price-hour 3.5")
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
+    price_hour: Annotated[float, typer.Option(min=0, help="Price of an hour of this machine")] = 3.5,
+    price_tb_month: Annotated[float, typer.Option(min=0, help="Price of a terabyte kept for a month")] = 23.0,
+    sample_mb: Annotated[float, typer.Option(min=0.1, max=10_000, help="MB of the sources that are read for it")] = 4.0,
+    prepare: Annotated[bool, typer.Option("--prepare", help="What `distil prepare` makes: no training")] = False,
+) -> None:
+    """Say what a run will take in bytes, hours and money, from a measured sample; nothing is kept."""
+    loaded = _recipe(recipe, overrides)
+    from flows import plan as view
+    from tasks.plan import Prices
+
+    prices = Prices(price_hour, price_tb_month)
+    forecast = view.forecast_of(loaded, sample_bytes=int(sample_mb * 1e6), prices=prices, training=not prepare)
+    if as_json:
+        import json
+
+        print(json.dumps(forecast.to_json(), indent=1, ensure_ascii=False))
+    else:
+        view.show(loaded, forecast)
+
+
 @app.command(epilog="Example:  distil status deployments/pilot.toml --json")
 def status(
     recipe: RecipeFile,
@@ -76,13 +101,20 @@ def status(
 def retry(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    stage: Annotated[str, typer.Option(help="source, shard, blocks, counts, calibration or targets")] = "",
+    stage: Annotated[str, typer.Option(help="source, shard, blocks, counts, calibration, targets, or all")] = "all",
     shard: Annotated[str, typer.Option(help="Label as `distil status` shows it")] = "",
     force: Annotated[bool, typer.Option("--force", help="Make it again even if it is there")] = False,
 ) -> None:
     """Try again all that is missing up to the targets, or one stage, or one shard."""
     loaded = _recipe(recipe, overrides)
     _flow(loaded, "flows.retry", "retry_shard", loaded, stage, shard, force)
+
+
+@app.command(epilog="Example:  distil watch deployments/pilot.toml watch.folder=/data/oscar")
+def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Look once for a new snapshot of the corpus, and start a run of the deployment `distill/NAME` for it."""
+    loaded = _recipe(recipe, overrides)
+    _flow(loaded, "flows.watch", "watch_snapshots", loaded)
 
 
 @app.command(epilog="Example:  distil verify deployments/pilot.toml")
@@ -133,17 +165,111 @@ def gc(
     print(f"{len(doomed)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)
 
 
-@app.command(epilog="Example:  distil score almanach/camembert-base deployments/pilot.toml")
+@app.command(epilog="Example:  distil deploy deployments/pilot.toml --notify custom-webhook/on-call")
+def deploy(
+    recipes: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipe files; all bundled ones if left out"),
+    ] = None,
+    pool: Annotated[str, typer.Option(help="Work pool that starts the runs; made if it is not there")] = "distil",
+    pool_type: Annotated[str, typer.Option(help="process, docker or kubernetes")] = "process",
+    image: Annotated[str, typer.Option(help="Image that a docker or kubernetes pool starts runs in")] = "",
+    notify: Annotated[str, typer.Option(metavar="TYPE/NAME", help="Block that is told of failed runs")] = "",
+) -> None:
+    """Register the flows of recipes with a Prefect server, to be started, scheduled and retried in its UI."""
+    loaded = [_recipe(path, None) for path in recipes or sorted(DEMO.parent.glob("*.toml"))]
+    from flows.server import find_server
+
+    find_server(loaded[0].home)
+    from flows import deploy as deployment
+
+    deployment.show(deployment.deploy(loaded, deployment.Pool(pool, pool_type, image), notify))
+
+
+@app.command(
+    epilog="Example:  distil score .distil/models/demo almanach/camembert-base "
+    "--protocol deployments/score/small.toml score.sets=/data/eval"
+)
 def score(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or models:/NAME@ALIAS")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... [RECIPE.toml] [a.b=c ...]",
+            help="Models: folders, hub ids or models:/NAME@ALIAS. A recipe whose text, teacher and settings are taken; "
+            "the demo's if left out. Settings over those of the recipe",
+        ),
+    ],
+    protocol: Annotated[
+        Path | None,
+        typer.Option("--protocol", "--recipe", help="Protocol file of the fine-tuned sets; else the recipe's"),
+    ] = None,
+    only: Annotated[str, typer.Option(help="Compute only this set (xnli) or pair ('xnli seed 1')")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Compute it again even if it is there")] = False,
+) -> None:
+    """Score masked language models and the recipe's teacher side by side.
+
+    Held-out text, fill-mask, size, latency, and by a protocol fine-tuned sets; one table with intervals.
+    """
+    recipes = [word for word in words if word.endswith(".toml")]
+    overrides = [word for word in words if "=" in word and word not in recipes]
+    models = [word for word in words if word not in (*recipes, *overrides)]
+    if not models or len(recipes) > 1:
+        raise typer.BadParameter("name at least one model, and at most one recipe", param_hint="MODEL...")
+    if protocol:
+        import json
+
+        overrides.append(f"score.protocol={json.dumps(str(protocol.absolute()))}")
+    loaded = _recipe(Path(recipes[0]) if recipes else DEMO, overrides)
+    _flow(loaded, "flows.score", "score", loaded, models[0], tuple(models[1:]), only, force)
+
+
+@app.command(epilog="Example:  distil up deployments/pilot.toml --port 4200 --mlflow-port 5000")
+def up(
+    recipes: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipes to register; the bundled ones if left out"),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of Prefect; without it 4200 if free, else any")
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of MLflow; without it 5000 if free, else any")
+    ] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Folder of all state, over that of the recipes; .distil if none says")
+    ] = None,
+) -> None:
+    """Serve Prefect, MLflow and a worker with all deployments, for the browser, until Ctrl-C.
+
+    Loopback only, so there is no --host; for more than one machine see docker/.
+    """
+    from flows.up import serve
+    from tasks.recipe import load_recipe
+
+    overrides = [f"home={home.absolute()}"] if home else []
+    loaded = [load_recipe(path, overrides) for path in recipes or sorted(DEMO.parent.glob("*.toml"))]
+    homes = sorted({recipe.home for recipe in loaded})
+    if len(homes) > 1:
+        raise DistilError(f"these recipes have different homes ({', '.join(homes)}); give one with --home")
+    serve(loaded, homes[0], port, mlflow_port)
+
+
+@app.command(epilog='Example:  distil promote --model distil-demo --version 3 --force --reason "the set was mended"')
+def promote(
     recipe: Annotated[
-        Path, typer.Argument(metavar="[RECIPE.toml]", help="Whose text and settings; the demo's if left out")
+        Path, typer.Argument(metavar="[RECIPE.toml]", help="Whose gate rules and MLflow; the demo's if left out")
     ] = DEMO,
     overrides: Overrides = None,
+    model: Annotated[str, typer.Option(help="Registered model; the recipe's own if left out")] = "",
+    version: Annotated[str, typer.Option(help="Number of the version; the challenger if left out")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Whatever the gate says; needs --reason")] = False,
+    reason: Annotated[str, typer.Option(help="Why it is forced; kept with the version")] = "",
 ) -> None:
-    """Score any masked language model by a recipe's protocol: held-out text, fill-mask, speed, named entities."""
+    """Make a version the champion if the gate lets it through. Refused: status 1, and the reasons."""
     loaded = _recipe(recipe, overrides)
-    _flow(loaded, "flows.score", "score", loaded, model)
+    import getpass
+
+    _flow(loaded, "flows.promote", "promote", loaded, model, version, force, reason, getpass.getuser())
 
 
 def _run(recipe: "Recipe") -> None:
@@ -163,7 +289,7 @@ def _run(recipe: "Recipe") -> None:
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
     """The recipe, and the environment that Prefect, MLflow and transformers look at when they are imported."""
     from flows.home import set_environment
-    from tasks.config import load_recipe
+    from tasks.recipe import load_recipe
 
     recipe = load_recipe(path, overrides or ())
     set_environment(recipe.home)

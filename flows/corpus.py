@@ -6,31 +6,32 @@ Each stage asks the store what is missing and submits only that; a shard that fa
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Literal
 
-from pebble import ProcessPool
 from prefect import State
-from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
 
 from flows.bind import bound_flow
+from flows.engine import teacher_pool, text_pool
 from flows.home import open_store, settled
-from flows.pool import call, workers
-from flows.report import failure_rows, show_failures
-from flows.stage import Job, run_stage
+from flows.pool import Pool
+from flows.room import check_room
+from flows.shown import publish_failures
+from flows.stage import Job, go_on, run_stage
 from storage.artifact import Failure, Ref
 from storage.error import DistilError
 from storage.store import Store
 from tasks.block import count_tokens, make_blocks
 from tasks.capture import Capture
 from tasks.config import Recipe
-from tasks.lineage import SAMPLE_SHARDS, Lineage, Target, check_teacher, pin_sample, trace, vocabulary_of
+from tasks.lineage import SAMPLE_SHARDS, Lineage, check_teacher, pin_sample, trace, vocabulary_of
 from tasks.shard import heldout_of, shard_source, shards_of, source_ref
 from tasks.snapshot import Source, content_of
-from tasks.teach import calibrate, make_targets, open_capture
+from tasks.teach import calibrate, make_targets, open_capture, with_capture
 
 VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration": "calibrate", "targets": "teach"}
 """Stage, as in the store and in `distil status`, and the word that its task runs are named after."""
@@ -95,20 +96,22 @@ class Prepared:
 # ---- the stages --------------------------------------------------------------------------------------------
 
 
-def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING) -> Prepared:
+def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING, *, training: bool = False) -> Prepared:
     """Makes what is missing from sources to targets (or what `only` names). A shard's error never ends it early.
 
-    FatalError before anything is read if the teacher cannot be used or the tokenizer does not fit it.
+    FatalError before anything is made if the teacher cannot be used, the tokenizer does not fit it, or the store cannot
+    hold all that is missing (with `training`, the checkpoints and the model that come after it too).
     """
     check_teacher(recipe)
-    lineage, stages = _text_stages(store, recipe, only, heldout_only=False)
-    _freeze_sample(store, recipe, lineage)
     lineage = trace(store, recipe)
+    if only == EVERYTHING:
+        check_room(store, recipe, lineage, training=training)
+    lineage, stages = _text_stages(store, recipe, lineage, only)
+    if _freeze_sample(store, recipe, lineage) != lineage.sample:
+        lineage = trace(store, recipe)
     stages += _stage(store, recipe, only, _count_jobs(store, recipe, lineage))
     if recipe.targets.on_missing == "compute":
-        stages += _stage(store, recipe, only, _calibration_jobs(store, recipe, lineage))
-        if not store.missing(ref for ref in (lineage.counts, lineage.calibration) if ref):
-            stages += _stage(store, recipe, only, _target_jobs(store, recipe, lineage))
+        stages += _teacher_stages(store, recipe, lineage, only)
     return Prepared(lineage, tuple(stages))
 
 
@@ -125,22 +128,38 @@ def plain_label(label: str) -> str:
     return label.rsplit(".v", 1)[0]
 
 
-def prepare_heldout(store: Store, recipe: Recipe) -> Prepared:
-    """Makes held-out blocks only, for a score."""
-    lineage, stages = _text_stages(store, recipe, EVERYTHING, heldout_only=True)
+def prepare_text(store: Store, recipe: Recipe) -> Prepared:
+    """Makes shards and blocks only."""
+    lineage, stages = _text_stages(store, recipe, trace(store, recipe), EVERYTHING)
     return Prepared(lineage, tuple(stages))
 
 
-def _text_stages(store: Store, recipe: Recipe, only: Only, *, heldout_only: bool) -> tuple[Lineage, list[StageDone]]:
-    """Sources, then blocks, in worker processes."""
-    width = 2 * recipe.run.workers  # so that a worker process never waits for its next task
-    with workers(recipe.run) as pool:
-        lineage = trace(store, recipe)
-        stages = _stage(store, recipe, only, _source_jobs(store, recipe, lineage, pool), width)
-        lineage = trace(store, recipe)
+def prepare_heldout(store: Store, recipe: Recipe) -> Prepared:
+    """Makes held-out blocks only, for a score."""
+    lineage, stages = _text_stages(store, recipe, trace(store, recipe), EVERYTHING, heldout_only=True)
+    return Prepared(lineage, tuple(stages))
+
+
+def _text_stages(
+    store: Store, recipe: Recipe, lineage: Lineage, only: Only, *, heldout_only: bool = False
+) -> tuple[Lineage, list[StageDone]]:
+    """Sources, then blocks, outside this process; and the lineage as it is then."""
+    with text_pool(recipe) as pool:
+        stages = _stage(store, recipe, only, _source_jobs(store, recipe, lineage, pool), pool.width)
+        if stages:
+            lineage = trace(store, recipe)
         shards = lineage.heldout_shards if heldout_only else (*lineage.shards, *lineage.heldout_shards)
-        stages += _stage(store, recipe, only, _block_jobs(store, recipe, lineage, shards, pool), width)
+        stages += _stage(store, recipe, only, _block_jobs(store, recipe, lineage, shards, pool), pool.width)
     return lineage, stages
+
+
+def _teacher_stages(store: Store, recipe: Recipe, lineage: Lineage, only: Only) -> list[StageDone]:
+    """Calibration, then targets, where the teacher is."""
+    with teacher_pool(recipe) as pool:
+        stages = _stage(store, recipe, only, _calibration_jobs(store, recipe, lineage, pool))
+        if not store.missing(ref for ref in (lineage.counts, lineage.calibration) if ref):
+            stages += _stage(store, recipe, only, _target_jobs(store, recipe, lineage, pool), pool.width)
+    return stages
 
 
 def _stage(store: Store, recipe: Recipe, only: Only, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
@@ -157,8 +176,8 @@ def _stage(store: Store, recipe: Recipe, only: Only, jobs: Iterable[Job], width:
     return [StageDone(stage, len(chosen), tuple(failures), time.monotonic() - start)]
 
 
-def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> None:
-    """Pins what counts and calibration are estimated from: the first shards whose blocks are there.
+def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> tuple[Ref, ...]:
+    """Pins, and returns, what counts and calibration are estimated from: the first shards whose blocks are there.
 
     Once there is an estimate its sample stays, even when the blocks are gone: another one would rename all targets.
     """
@@ -166,17 +185,18 @@ def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> None:
     if store.missing(blocks):
         estimates = [ref for ref in (lineage.counts, lineage.calibration) if ref]
         if not store.missing(estimates):
-            return
+            return blocks
         absent = {ref.key for ref in store.missing(lineage.training_blocks)}
         blocks = tuple(ref for ref in lineage.training_blocks if ref.key not in absent)[:SAMPLE_SHARDS]
     if blocks:
         pin_sample(store, recipe, blocks)
+    return blocks
 
 
 # ---- jobs of each stage ------------------------------------------------------------------------------------
 
 
-def _source_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: ProcessPool) -> Iterator[Job]:
+def _source_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: Pool) -> Iterator[Job]:
     """One job a source: hash, read, cut into shards. A source of which a shard was lost is read again."""
     absent = {ref.key for ref in store.missing((*lineage.shards, *lineage.heldout_shards))}
     for source, ref in lineage.sources:
@@ -192,9 +212,9 @@ def _shard_keys(store: Store, source: Ref) -> set[str]:
     return {shard.key for shard in (*shards_of(receipt), *heldout_of(receipt))}
 
 
-def _read_source(pool: ProcessPool, store: Store, source: Source, recipe: Recipe, *, force: bool) -> None:
+def _read_source(pool: Pool, store: Store, source: Source, recipe: Recipe, *, force: bool) -> None:
     try:
-        call(pool, recipe.run.shard_timeout, shard_source, store, source, recipe.corpus, force=force)
+        pool.call(recipe.run.shard_timeout, shard_source, store, source, recipe.corpus, force=force)
     except DistilError as error:
         # A source without checksum has no key before it was read once; now it may have one to note the failure under.
         content = content_of(store, source)
@@ -203,16 +223,14 @@ def _read_source(pool: ProcessPool, store: Store, source: Source, recipe: Recipe
         raise
 
 
-def _block_jobs(
-    store: Store, recipe: Recipe, lineage: Lineage, shards: Iterable[Ref], pool: ProcessPool
-) -> Iterator[Job]:
+def _block_jobs(store: Store, recipe: Recipe, lineage: Lineage, shards: Iterable[Ref], pool: Pool) -> Iterator[Job]:
     """One job a shard that is there."""
     vocabulary = vocabulary_of(recipe)
     absent = {ref.key for ref in store.missing(shards)}
     for shard in shards:
         if shard.key not in absent:
             timeout = recipe.run.shard_timeout
-            work = partial(call, pool, timeout, make_blocks, store, shard, recipe.blocks, vocabulary)
+            work = partial(pool.call, timeout, make_blocks, store, shard, recipe.blocks, vocabulary)
             yield Job("blocks", shard.label, (lineage.blocks or {})[shard], work)
 
 
@@ -223,33 +241,34 @@ def _count_jobs(store: Store, recipe: Recipe, lineage: Lineage) -> Iterator[Job]
         yield Job("counts", lineage.counts.label, lineage.counts, work)
 
 
-def _calibration_jobs(store: Store, recipe: Recipe, lineage: Lineage) -> Iterator[Job]:
+def _calibration_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: Pool) -> Iterator[Job]:
     """The teacher's channel statistics over the sample, where the encoding needs them."""
     if lineage.calibration:
-        work = partial(_calibrate, store, recipe, lineage)
+        opened = _opened(store, recipe, lineage, None, pool)
+        timeout = recipe.run.shard_timeout
+        work = partial(pool.call, timeout, with_capture, calibrate, opened, store, lineage.sample)
         yield Job("calibration", lineage.calibration.label, lineage.calibration, work)
 
 
-def _calibrate(store: Store, recipe: Recipe, lineage: Lineage, *, force: bool) -> None:
-    calibrate(store, lineage.sample, _capture(store, recipe, lineage, None), force=force)
-
-
-def _target_jobs(store: Store, recipe: Recipe, lineage: Lineage) -> Iterator[Job]:
+def _target_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: Pool) -> Iterator[Job]:
     """One job a shard and mask variant whose blocks are there."""
     absent = {ref.key for ref in store.missing(lineage.training_blocks)}
-    for target in lineage.targets:
-        if target.blocks.key not in absent:
-            yield Job("targets", target.ref.label, target.ref, partial(_teach, store, recipe, lineage, target))
+    opened = _opened(store, recipe, lineage, lineage.calibration, pool)
+    timeout = recipe.run.shard_timeout
+    there = [target for target in lineage.targets if target.blocks.key not in absent]
+    for target, after in zip_longest(there, there[1:]):
+        teach = partial(with_capture, make_targets, opened, store, target.blocks, variant=target.variant)
+        if pool.is_here and after:  # elsewhere nobody knows which shard comes next
+            teach = partial(teach, following=after.blocks)
+        yield Job("targets", target.ref.label, target.ref, partial(pool.call, timeout, teach))
 
 
-def _teach(store: Store, recipe: Recipe, lineage: Lineage, target: Target, *, force: bool) -> None:
-    capture = _capture(store, recipe, lineage, lineage.calibration)
-    make_targets(store, target.blocks, capture, target.variant, force=force)
-
-
-def _capture(store: Store, recipe: Recipe, lineage: Lineage, calibration: Ref | None) -> Capture:
-    """The teacher, loaded once a process, and what it needs."""
-    return open_capture(
+def _opened(
+    store: Store, recipe: Recipe, lineage: Lineage, calibration: Ref | None, pool: Pool
+) -> Callable[[], Capture]:
+    """Opens what the teacher's work needs, in whatever process calls it; the teacher is loaded once in each."""
+    opened = partial(
+        open_capture,
         store,
         recipe.teacher,
         vocabulary_of(recipe),
@@ -259,40 +278,36 @@ def _capture(store: Store, recipe: Recipe, lineage: Lineage, calibration: Ref | 
         calibration,
         recipe.train.device,
     )
+    # In this process a shard looks now and then whether the run was told to stop; others are ended from here.
+    return partial(opened, go_on) if pool.is_here else opened
 
 
 # ---- flow and failures -------------------------------------------------------------------------------------
 
 
-def run_prepare(recipe: Recipe) -> State[Any]:
+def run_prepare(recipe: Recipe, until: Literal["blocks", "targets"] = "targets") -> State[Any]:
     """Makes shards, blocks and targets of a corpus, as far as they are missing; trains nothing.
 
     Args:
         recipe: Everything that the run needs to know, section by section as in a recipe file.
+        until: blocks stops before the teacher is needed, for a machine without a GPU.
     """
     recipe = settled(recipe)
-    prepared = prepare_corpus(open_store(recipe), recipe)
+    store = open_store(recipe)
+    prepared = prepare_corpus(store, recipe) if until == "targets" else prepare_text(store, recipe)
     return close(recipe, prepared)
 
 
-prepare = bound_flow(run_prepare, "prepare", run_name="{recipe.name}")
+prepare = bound_flow(run_prepare, "prepare", run_name="{name}")
 
 
 def close(recipe: Recipe, prepared: Prepared) -> State[Any]:
     """Shows the failures and gives the state that a flow without training ends in."""
-    publish_failures(prepared.failures)
+    publish_failures(recipe, prepared.failures)
     if prepared.too_many_failed(recipe):
         return failed_state(prepared.failures)
     jobs = sum(stage.jobs for stage in prepared.stages)
     return Completed(message=f"{jobs - len(prepared.failures)} artifacts made" if jobs else "nothing to do")
-
-
-def publish_failures(failures: tuple[Failure, ...]) -> None:
-    """The failure table on the screen and as an artifact of the flow run."""
-    if failures:
-        rows = failure_rows(failures)
-        show_failures(rows)
-        create_table_artifact(rows, "failures", f"{len(failures)} failed; all others are done")
 
 
 def failed_state(failures: tuple[Failure, ...]) -> State[Any]:

@@ -1,4 +1,4 @@
-"""The whole chain as one Prefect flow: corpus to targets, training, registration, scores.
+"""The whole chain as one Prefect flow: corpus to targets, training, registration, scores, gate.
 
     distil run RECIPE.toml                          from the command line
     flows/distill.py:distill                        entry point of the deployments `distill/NAME`
@@ -9,30 +9,39 @@ Running it again computes only what is missing; a run that was killed goes on wh
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import State, get_run_logger, runtime
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.states import Completed
 
 from flows.bind import bound_flow, run_one
-from flows.corpus import Prepared, failed_state, prepare_corpus, publish_failures, unexplained
-from flows.finished import all_done, remember, warm_start
+from flows.corpus import Prepared, failed_state, prepare_corpus, unexplained
+from flows.describe import Result, describe
+from flows.elsewhere import make_text_elsewhere
+from flows.finished import all_done, remember
 from flows.home import link_model, open_store, settled
 from flows.launch import METRICS, Line, launch
+from flows.promote import Judgement, gate, gate_rows, record_standings
+from flows.recorded import record_scores
 from flows.report import bar, markdown_sheet, show_sheet
-from flows.score import Candidate, record_scores, score_model
+from flows.rival import score_champion
+from flows.score import control_of, failure_sentence, protocol_of, score_models
 from flows.sheet import Course, sections
+from flows.shown import publish_failures, publish_sheet
+from flows.start import plan
 from flows.track import Book, Version, open_book
+from flows.tuned import Candidate, Judged
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.config import Recipe
-from tasks.lineage import plan_run
+from tasks.config import Recipe, Teacher
 from tasks.metrics import read_metrics
 from tasks.run import RunSpec
+from tasks.standing import protocols, standings
+from tasks.teacher import fingerprint_of
 
 SEND_SECONDS = 5.0
 """Curves are sent to MLflow this often."""
@@ -50,9 +59,12 @@ def run_chain(recipe: Recipe) -> State[Any]:
     if done:
         show_sheet(recipe.name, done.sheet)
         return Completed(message=done.sentence)
+    protocol_of(recipe)  # a protocol or control that cannot be used is refused before hours of other work
+    control_of(recipe)
     start = time.monotonic()
-    prepared = prepare_corpus(store, recipe)
-    publish_failures(prepared.failures)
+    make_text_elsewhere(store, recipe)
+    prepared = prepare_corpus(store, recipe, training=True)
+    publish_failures(recipe, prepared.failures)
     if prepared.too_many_failed(recipe):
         return failed_state(prepared.failures)
     _refuse_gaps(store, recipe, prepared)
@@ -62,7 +74,7 @@ def run_chain(recipe: Recipe) -> State[Any]:
     return Completed(message=f"{course.mlflow_model}{failed}")
 
 
-distill = bound_flow(run_chain, "distill", run_name="{recipe.name}")
+distill = bound_flow(run_chain, "distill", run_name="{name}")
 
 
 def _refuse_gaps(store: Store, recipe: Recipe, prepared: Prepared) -> None:
@@ -78,35 +90,55 @@ def _refuse_gaps(store: Store, recipe: Recipe, prepared: Prepared) -> None:
 
 def _student(store: Store, recipe: Recipe, prepared: Prepared) -> Course:
     """Trains, registers and scores, under one MLflow run."""
-    run = plan_run(store, recipe, prepared.lineage, warm_start=warm_start(recipe))
+    run = plan(store, recipe, prepared.lineage)
     book = open_book(recipe)
     parent = _parent_run(book, recipe, run, prepared)
     seconds = {stage.stage: stage.seconds for stage in prepared.stages}
-    status = "FAILED"
-    try:
+    with book.ending(parent):
         with _timed(seconds, "train"):
             run_one("train", recipe.name, partial(_train, store, book, parent, run), recipe.run)
-        model = Candidate(recipe.name, run.model_ref.key, store.local(store.receipt(run.model_ref)))
+        model = Candidate("student", run.model_ref.key, store.local(store.receipt(run.model_ref)))
         with _timed(seconds, "register"):
             version = run_one("register", recipe.name, partial(_register, book, parent, recipe, model), recipe.run)
         with _timed(seconds, "score"):
-            scores = score_model(store, recipe, model, prepared.lineage.heldout_blocks)
-            record_scores(book, parent, run.run_key, recipe.name, scores)
-        status = "FINISHED"
-    finally:
-        book.end(parent, status)
+            judged = _judge(store, recipe, model, prepared)
+            record_scores(book, parent, run.run_key, judged)
+            if judged.failures:
+                raise FatalError(failure_sentence(judged))
+    with _timed(seconds, "card and gate"):
+        judgement = _conclude(store, book, parent, Result(recipe, prepared.lineage, run, version, judged.scores))
     return Course(
         recipe=recipe,
         lineage=prepared.lineage,
         run=run,
         model_folder=link_model(recipe, model.folder),
-        mlflow_model=f"{version.name} version {version.version}, alias challenger",
+        mlflow_model=f"{version}, alias challenger" + (", champion" if judgement.is_champion else ""),
         mlflow_uri=book.uri,
         mlflow_run=parent,
         mlflow_url=book.url(parent),
-        scores=scores,
+        scores=judged.scores[model.name],
         stage_seconds=seconds,
+        gate=gate_rows(judgement),
     )
+
+
+def _judge(store: Store, recipe: Recipe, student: Candidate, prepared: Prepared) -> Judged:
+    """Scores of the student and of the recipe's control, beside the teacher."""
+    # By its content, as `distil score` names any folder: what is scored here is not scored again there.
+    student = replace(student, key=fingerprint_of(Teacher(model=str(student.folder))))
+    control = control_of(recipe)
+    models = [student, *([control] if control else [])]
+    heldout = {model.name: (recipe, prepared.lineage.heldout_blocks) for model in models}
+    return score_models(store, recipe, models, heldout)
+
+
+def _conclude(store: Store, book: Book, parent: str, result: Result) -> Judgement:
+    """Standings, card and picture beside the version, then the gate, which may wait for a person: nothing else does."""
+    recipe, own = result.recipe, next(iter(result.scores.values()))
+    version = record_standings(book, result.version, standings(own), protocols(own))
+    run_one("card", recipe.name, partial(describe, store, book, parent, result), recipe.run)
+    score_champion(store, book, result)
+    return gate(recipe, book, version)
 
 
 @contextmanager
@@ -141,13 +173,8 @@ def _train(store: Store, book: Book, parent: str, run: RunSpec) -> None:
         book.send(child, read_metrics(Path(run.folder) / METRICS), book.last_steps(child))
         book.end(child)
         return
-    status = "FAILED"
-    try:
-        with bar("train", run.total_steps) as advance:
-            launch(run, _Follower(book, child, advance).follow)
-        status = "FINISHED"
-    finally:
-        book.end(child, status)
+    with book.ending(child), bar("train", run.total_steps) as advance:
+        launch(run, _Follower(book, child, advance).follow)
 
 
 class _Follower:
@@ -157,10 +184,12 @@ class _Follower:
         self.book, self.run_id, self.advance = book, run_id, advance
         self.last = book.last_steps(run_id)
         self.step = 0
+        self.owed: list[Line] = []
         self.sent = 0.0
 
     def follow(self, lines: list[Line], final: bool = False) -> None:
-        """`final`: nothing comes after this."""
+        """`lines` are new ones; `final`: nothing comes after them."""
+        self.owed += lines
         trained = [line for line in lines if "loss" in line]
         if trained:
             newest = trained[-1]
@@ -170,9 +199,10 @@ class _Follower:
         if final or time.monotonic() - self.sent > SEND_SECONDS:
             self.sent = time.monotonic()
             try:
-                self.book.send(self.run_id, lines, self.last)
+                self.book.send(self.run_id, self.owed, self.last)
+                self.owed = []
             except RetryableError as error:
-                # The lines are on disk and are sent again; a training does not end because MLflow is away.
+                # The lines are kept and are sent again; a training does not end because MLflow is away.
                 get_run_logger().warning(error.message)
 
 
@@ -185,7 +215,5 @@ def _show(store: Store, course: Course, seconds: float) -> None:
     """The final table: printed, as an artifact in Prefect, and remembered for a second run with nothing to do."""
     sheet = sections(store, course, seconds)
     show_sheet(course.recipe.name, sheet)
-    create_markdown_artifact(markdown_sheet(course.recipe.name, sheet), "result", "What was made and where it is")
-    if course.mlflow_url:
-        create_link_artifact(course.mlflow_url, "MLflow run", "mlflow-run")
+    publish_sheet(markdown_sheet(course.recipe.name, sheet), course.mlflow_url)
     remember(store, course.recipe, course.run, sheet)

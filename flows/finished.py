@@ -7,15 +7,17 @@ Called by `distil run` before anything is started, and by the flow `distill`.
 
 from dataclasses import dataclass
 
+from flows import start
 from flows.report import Rows, number
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.config import Recipe, Teacher
-from tasks.lineage import plan_run, trace
-from tasks.run import RunSpec
-from tasks.teacher import fingerprint_of
+from tasks.config import Recipe
+from tasks.lineage import trace
+from tasks.protocol import load_protocol
+from tasks.run import RunSpec, model_ref
 
-TOPIC = "finished"
+TOPIC = "finished-2"
+"""The second: a note of the first form does not say how many blocks there were."""
 
 
 @dataclass(frozen=True)
@@ -26,36 +28,33 @@ class Done:
     sheet: dict[str, Rows]
 
 
-def warm_start(recipe: Recipe) -> str:
-    """Fingerprint of the model that training starts from, or "" if none is named."""
-    return fingerprint_of(Teacher(model=recipe.train.warm_start)) if recipe.train.warm_start else ""
-
-
 def all_done(store: Store, recipe: Recipe) -> Done | None:
     """What to say when everything that the recipe asks for is there already, else None."""
     lineage = trace(store, recipe)
-    wanted = [ref for refs in lineage.stages().values() for ref in refs]
-    if any(ref is None for _, ref in lineage.sources) or not lineage.shards or store.missing(wanted):
+    if not lineage.shards or lineage.lacks(store):
         return None
-    run = plan_run(store, recipe, lineage, warm_start=warm_start(recipe))
-    noted = store.noted(TOPIC, _name(recipe, run))
-    if noted is None or store.missing([run.model_ref]):
+    run_key = start.key(recipe, lineage)
+    model = model_ref(run_key, recipe.name)
+    noted = store.noted(TOPIC, _name(recipe, run_key))
+    if noted is None or store.missing([model]):
         return None
     sentence = (
-        f"nothing to do: {number(len(lineage.shards))} shards, {number(run.rows)} blocks, "
-        f"{number(len(lineage.targets))} targets, model {run.name} ({run.model_ref.key[:12]}) already there"
+        f"nothing to do: {number(len(lineage.shards))} shards, {number(noted['rows'])} blocks, "
+        f"{number(len(lineage.targets))} targets, model {model.label} ({model.key[:12]}) already there"
     )
     return Done(sentence, {heading: [(name, text) for name, text in rows] for heading, rows in noted["sheet"]})
 
 
 def remember(store: Store, recipe: Recipe, run: RunSpec, sheet: dict[str, Rows]) -> None:
     """Notes that training, registration and scores of this run are done."""
-    store.note(TOPIC, _name(recipe, run), {"sheet": list(sheet.items())})
+    store.note(TOPIC, _name(recipe, run.run_key), {"rows": run.rows, "sheet": list(sheet.items())})
 
 
-def _name(recipe: Recipe, run: RunSpec) -> str:
+def _name(recipe: Recipe, run_key: str) -> str:
+    protocol = load_protocol(recipe.score.protocol) if recipe.score.protocol else None
     settings = {
-        "run": run.run_key,
+        "run": run_key,
+        "protocol": protocol.model_dump(mode="json") if protocol else "",
         "score": recipe.score.model_dump(mode="json"),
         "register": recipe.register_as.model_dump(mode="json"),
     }

@@ -2,14 +2,21 @@
 told through the environment before they are imported. Imports neither of them, so the command line starts fast.
 """
 
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
+from flows.service import answers
+from storage.disk import writing
 from storage.store import Store
 from tasks.config import Recipe
 
 HOME = ".distil"
 """The default folder, below the current one."""
+REGISTERED = "models:/"
+"""How the name of a registered model begins: models:/NAME@ALIAS or models:/NAME/VERSION."""
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -20,16 +27,17 @@ def settled(recipe: Recipe) -> Recipe:
 
 def open_store(recipe: Recipe) -> Store:
     """The store of a recipe; files of a remote one are cached below the recipe's home."""
-    return Store(recipe.store, cache=Path(recipe.home) / "cache")
+    return Store(recipe.store, cache=Path(recipe.home) / "cache", cache_bytes=recipe.run.cache_bytes)
 
 
 def set_environment(home: str) -> None:
     """Prepares this process and its children for Prefect, MLflow and transformers. Call before importing them.
 
-    What the user has set already is left alone. Nothing is reported to anybody outside.
+    What the user has set already is left alone. Nothing is reported to anybody outside. FatalError: the disk is full.
     """
     folder = Path(home)
-    (folder / "prefect").mkdir(parents=True, exist_ok=True)
+    with writing(f"the home {folder}"):
+        (folder / "prefect").mkdir(parents=True, exist_ok=True)
     quiet = {
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -40,6 +48,7 @@ def set_environment(home: str) -> None:
         # Who calls a flow from Python gets Prefect's embedded server; on two busy cores its 20 seconds are too short.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -53,8 +62,43 @@ def set_environment(home: str) -> None:
 
 def tracking_uri(recipe: Recipe) -> str:
     """Where MLflow records: the recipe's server, else MLFLOW_TRACKING_URI, else a database below the recipe's home."""
-    local = f"sqlite:///{Path(recipe.home).absolute()}/mlflow/mlflow.db"
-    return recipe.register_as.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local
+    return recipe.register_as.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or mlflow_database(recipe.home)
+
+
+def public(uri: str) -> str:
+    """A URI without the name and password that it may hold, for tables, tags and links.
+
+    A server that browsers reach by another address than we do, as between containers, is given as DISTIL_MLFLOW_URL.
+    """
+    shown = os.environ.get("DISTIL_MLFLOW_URL")
+    if shown and uri.startswith(("http://", "https://")):
+        return shown
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def mlflow_database(home: str) -> str:
+    """The local database of MLflow, which `distil run` writes to and the server of `distil up` serves."""
+    return f"sqlite:///{Path(home).absolute()}/mlflow/mlflow.db"
+
+
+def up_file(home: str) -> Path:
+    """Where a `distil up` says where its servers are."""
+    return Path(home) / "run" / "up.json"
+
+
+def live_up(home: str) -> dict[str, str] | None:
+    """The addresses (`prefect_api`, `prefect_ui`, `mlflow`) of the `distil up` that serves this home, or None."""
+    try:
+        up: dict[str, str] = json.loads(up_file(home).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    with suppress(PermissionError):  # another user's process is alive as well
+        try:
+            os.kill(int(up["pid"]), 0)
+        except ProcessLookupError:
+            return None
+    return up if answers(f"{up['prefect_api']}/health") else None
 
 
 def link_model(recipe: Recipe, folder: Path) -> Path:

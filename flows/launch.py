@@ -1,6 +1,6 @@
 """Starts the trainer as a process of its own, passes signals on, follows metrics.jsonl while it runs.
 
-    result = launch(run, follow)      # python -m tasks.train RUN.json, or torchrun for several ranks
+    result = launch(run, follow)      # python -m tasks.train RUN.json, torchrun for several ranks, or train.launcher
 
 The trainer has its own process group and is told to stop when this process dies, so no torchrun is left behind. When
 this process is asked to stop, the trainer gets SIGTERM and time to write a checkpoint.
@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from storage.error import FatalError
-from tasks.metrics import read_metrics
-from tasks.run import RunSpec, write_run
+from flows.service import finding_us
+from storage.error import FatalError, RetryableError
+from tasks.run import PASSING, RunSpec, write_run
 
 GRACE_SECONDS = 60.0
 """Time that a trainer gets for its checkpoint after SIGTERM."""
@@ -34,10 +34,11 @@ Line = dict[str, Any]
 
 
 def launch(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str, Any]:
-    """Trains to the end and returns result.json. `follow` gets all lines of metrics.jsonl, again and again, and
-    whether these are the last ones.
+    """Trains to the end and returns result.json. `follow` gets the new lines of metrics.jsonl (all of them again after
+    the trainer has cut the file back), and whether these are the last ones.
 
-    FatalError with the trainer's own last sentence if it fails, or if somebody else stopped it.
+    FatalError with the trainer's own last sentence if it fails, or if somebody else stopped it; RetryableError if one
+    rank says that its error may pass (torchrun does not hand that on).
     """
     folder = Path(run.folder)
     path = write_run(run)
@@ -49,6 +50,8 @@ def launch(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str
             status = _wait(process, folder / METRICS, follow)
         finally:
             _stop(process)
+    if status == PASSING:
+        raise RetryableError(_reason(folder, status), str(log))
     if status != 0:
         raise FatalError(_reason(folder, status), str(log))
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -56,7 +59,12 @@ def launch(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str
 
 
 def command(run: RunSpec, path: Path) -> list[str]:
-    """How the trainer is started; torchrun only where there are several ranks, since it takes seconds to start."""
+    """How the trainer is started; torchrun only where there are several ranks, since it takes seconds to start.
+
+    A launcher of the recipe starts it on other machines, follows it there and passes SIGTERM on.
+    """
+    if run.train.launcher:
+        return [word.replace("{run}", str(path)).replace("{folder}", run.folder) for word in run.train.launcher]
     trainer = ["-m", "tasks.train", str(path)]
     if run.train.ranks == 1:
         return [sys.executable, *trainer]
@@ -66,15 +74,14 @@ def command(run: RunSpec, path: Path) -> list[str]:
 
 
 def _start(run: RunSpec, path: Path, output: Any) -> subprocess.Popen[bytes]:
-    # The repository comes first on the path: the trainer needs no installed package of ours.
-    here = str(Path(__file__).resolve().parent.parent)
-    python_path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH", "")) if part)
+    # The trainer calls no server, so it is told no password.
+    told = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return subprocess.Popen(
         command(run, path),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"},
+        env=finding_us(told),
         start_new_session=True,
         preexec_fn=end_with_parent(),
     )
@@ -96,16 +103,55 @@ def end_with_parent() -> Callable[[], None]:
     return ask_kernel
 
 
+def end_with_worker(flow_run: str | None) -> None:
+    """Ends this process as SIGTERM does when the worker dies that started it for this flow run.
+
+    Else nobody could cancel it any more. Does nothing where no worker did: in a terminal, in a test, under process 1.
+    """
+    by_worker = flow_run is not None and os.environ.get("PREFECT__FLOW_RUN_ID") == flow_run
+    if _libc is not None and by_worker and os.getppid() > 1:
+        signal.signal(signal.SIGHUP, _left_alone)
+        _libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGHUP)
+
+
+def _left_alone(*_: object) -> None:
+    # The kernel says it again for every thread of the worker that ends.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # The worker read our output; a line that cannot be written would end us before we could say how we ended.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
+    signal.raise_signal(signal.SIGTERM)
+
+
+class Tail:
+    """Whole lines that a file has got since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._offset, self._file = path, 0, -1
+
+    def lines(self) -> list[Line]:
+        """All of them if the file is another one than before; the trainer replaces it when it cuts it back."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            file.seek(self._offset if number == self._file else 0)
+            start = file.tell()
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._file, self._offset = number, start + len(whole) + len(newline)
+        return [json.loads(line) for line in whole.split(b"\n") if line]
+
+
 def _wait(process: subprocess.Popen[bytes], metrics: Path, follow: Callable[[list[Line], bool], None]) -> int:
     """Follows the metrics file until the trainer ends; returns its exit status."""
-    seen = -1.0
+    tail = Tail(metrics)
     while process.poll() is None:
-        stamp = metrics.stat().st_mtime if metrics.exists() else -1.0
-        if stamp != seen:
-            seen = stamp
-            follow(read_metrics(metrics), False)
+        if fresh := tail.lines():
+            follow(fresh, False)
         time.sleep(POLL_SECONDS)
-    follow(read_metrics(metrics), True)
+    follow(tail.lines(), True)
     return process.returncode
 
 

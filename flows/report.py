@@ -3,9 +3,12 @@
 Tables go to standard output, bars to standard error.
 """
 
+import html
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,8 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from storage.artifact import Failure
+from tasks.config import Recipe
 
 Rows = Sequence[tuple[str, str]]
+TextTable = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Cells of the heading, and rows of cells."""
+CELL_CHARACTERS = 2000
+"""A longer error is cut in the tables; the store keeps it whole."""
 
 
 @contextmanager
@@ -38,19 +46,35 @@ def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def failure_rows(failures: Sequence[Failure]) -> list[dict[str, Any]]:
-    """The failure table as plain values, with the command that tries one shard again."""
+def failure_rows(recipe: Recipe, failures: Sequence[Failure]) -> list[dict[str, Any]]:
+    """The failure table as plain values, with the command that tries one shard again.
+
+    File names and messages come from the corpus: what is not to be printed is shown as \\x1b and the like.
+    """
     return [
         {
             "stage": failure.kind,
             "shard": failure.label,
-            "file": failure.file,
+            "file": plain(failure.file),
             "line": "" if failure.line is None else failure.line,
-            "error": failure.message,
-            "how to retry": f"distil retry RECIPE.toml --stage {failure.kind} --shard {failure.label}",
+            "error": plain(failure.message),
+            "how to retry": f"distil retry {recipe_file(recipe)} --stage {failure.kind} --shard {failure.label}",
         }
         for failure in failures
     ]
+
+
+def plain(text: str) -> str:
+    """One line of printable characters, CELL_CHARACTERS at most, of any text."""
+    shown = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+    return shown if len(shown) <= CELL_CHARACTERS else f"{shown[:CELL_CHARACTERS]}…"
+
+
+def recipe_file(recipe: Recipe) -> str:
+    """The recipe's file as it is called by convention: a bundled one, else NAME.toml."""
+    name = f"{recipe.name}.toml"
+    bundled = Path(__file__).resolve().parent.parent / "deployments" / name
+    return f"deployments/{name}" if bundled.exists() else name
 
 
 def show_failures(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -79,12 +103,48 @@ def show_sheet(title: str, sections: Mapping[str, Rows]) -> None:
 
 def markdown_sheet(title: str, sections: Mapping[str, Rows]) -> str:
     """The same table as Markdown, for the Prefect artifact."""
-    lines = [f"# {title}"]
+    lines = [f"# {_literal(title)}"]
     for heading, rows in sections.items():
         if rows:
             lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-            lines += [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
+            lines += [f"| {_literal(name)} | {_cell(value)} |" for name, value in rows]
     return "\n".join(lines)
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is: no tags (Prefect's page takes raw HTML), links, images or new cells."""
+    return re.sub(r"([\\`*_\[\]|!])", r"\\\1", html.escape(plain(text), quote=False))
+
+
+def show_table(title: str, table: TextTable) -> None:
+    """Prints a table with a heading line: header cells, rows of cells."""
+    header, rows = table
+    shown = Table(
+        title=escape(title), title_justify="left", show_lines=any("\n" in cell for row in rows for cell in row)
+    )
+    for number, name in enumerate(header):
+        shown.add_column(escape(name), overflow="fold", style="bold" if number == 0 else "")
+    for row in rows:
+        shown.add_row(*(escape(cell) for cell in row))
+    _console().print(shown)
+
+
+def markdown_tables(tables: Mapping[str, TextTable]) -> str:
+    """The same tables as Markdown, each below its title."""
+    return "\n\n".join(f"# {_literal(title)}\n\n{markdown_table(table)}" for title, table in tables.items())
+
+
+def markdown_table(table: TextTable) -> str:
+    """One table as Markdown."""
+    header, rows = table
+    lines = [[_cell(cell) for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text of a cell as it is; its lines stay lines."""
+    return "<br>".join(_literal(line) for line in text.split("\n"))
 
 
 def _console() -> Console:

@@ -5,44 +5,46 @@
 The same stages as in `prepare`: a retry of what is done already does nothing, unless it is forced.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prefect import State
 
 from flows.bind import bound_flow
-from flows.corpus import VERBS, Only, close, plain_label, prepare_corpus, unexplained
+from flows.corpus import Only, close, plain_label, prepare_corpus, unexplained
 from flows.home import open_store, settled
 from storage.error import FatalError
 from tasks.config import Recipe
 
-STAGES = ("shard", *VERBS)
+Stage = Literal["all", "source", "shard", "blocks", "counts", "calibration", "targets"]
 
 
-def run_retry(recipe: Recipe, stage: str = "", shard: str = "", force: bool = False) -> State[Any]:
+def run_retry(recipe: Recipe, stage: Stage = "all", shard: str = "", force: bool = False) -> State[Any]:
     """Makes missing sources, blocks and targets again: all of them, those of one stage, or one shard.
 
     Args:
         recipe: The recipe that the shard belongs to.
-        stage: source, shard, blocks, counts, calibration or targets; empty means all of them.
+        stage: Which stage, as `distil status` names them.
         shard: Label of a shard or source as `distil status` shows it; empty means all that are missing.
         force: Make it again even if it is there.
     """
-    if stage and stage not in STAGES:
-        raise FatalError(f"there is no stage {stage!r}; take one of {', '.join(STAGES)}")
-    if force and not (stage or shard):
+    if stage not in get_args(Stage):
+        raise FatalError(f"there is no stage {stage!r}; take one of {', '.join(get_args(Stage))}")
+    if force and stage == "all" and not shard:
         raise FatalError("force needs a stage or a shard, so that not everything is made again")
     recipe = settled(recipe)
     # Who asks for a retry wants the targets made, whatever a run does about missing ones.
     recipe = recipe.model_copy(update={"targets": recipe.targets.model_copy(update={"on_missing": "compute"})})
     store = open_store(recipe)
-    only = Only(stage, shard, force)
+    only = Only("" if stage == "all" else stage, shard, force)
     prepared = prepare_corpus(store, recipe, only)
     if shard and not prepared.stages and not only.named(prepared.lineage):
-        raise FatalError(f"no shard {shard!r} in {stage or 'any stage'} of {recipe.name}; `distil status` lists them")
+        raise FatalError(
+            f"no shard {shard!r} in {only.stage or 'any stage'} of {recipe.name}; `distil status` lists them"
+        )
     lacking = [
         ref
         for ref in unexplained(store, prepared)
-        if stage in ("", ref.kind) and shard in ("", ref.label, plain_label(ref.label))
+        if only.stage in ("", ref.kind) and shard in ("", ref.label, plain_label(ref.label))
     ]
     if lacking and not prepared.failures:
         first = lacking[0]
@@ -53,4 +55,4 @@ def run_retry(recipe: Recipe, stage: str = "", shard: str = "", force: bool = Fa
     return close(recipe, prepared)
 
 
-retry_shard = bound_flow(run_retry, "retry-shard", run_name="{recipe.name} {stage} {shard}")
+retry_shard = bound_flow(run_retry, "retry-shard", run_name="{name} {stage} {shard}")

@@ -1,88 +1,102 @@
-"""A Prefect server of our own for a run on one machine where none is running: `distil run` needs nothing beside it.
+"""The servers of this machine: Prefect and MLflow on loopback, with their state below `home`.
 
-    wait = start_server(home)        # returns at once; the server starts while heavy modules are imported
+    wait = start_server(home)        # for `distil run`: a live `distil up` is used, else a Prefect server is started
     wait()                           # until it answers
 
-Prefect's own embedded server is not used: it outlives a killed parent and writes into our terminal. This one has its
-state below `home`, serves the UI while the run lasts, and ends with this process, however that ends.
+Prefect's own embedded server is not used: it outlives a killed parent and writes into our terminal. `start_server`'s
+serves the UI while the run lasts, and ends with this process, however that ends. up.py starts both servers to stay.
 """
 
 import atexit
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flows.launch import end_with_parent
+from flows.access import mlflow_access, prefect_access
+from flows.home import live_up, mlflow_database
+from flows.service import LOOPBACK, Service, a_port, start, stop, wait_until_up
 from storage.error import FatalError
 
-LATER = "http://127.0.0.1:4200"
-"""Where the runs are seen afterwards, by `prefect server start`; links to runs say so."""
-START_SECONDS = 180.0
-"""On two cores that also compute, starting takes up to half a minute."""
+PREFECT_PORT = 4200
+MLFLOW_PORT = 5000
+LATER = f"http://{LOOPBACK}:{PREFECT_PORT}"
+"""Where the runs are seen afterwards, by `distil up`; links to runs say so."""
 
 
 def start_server(home: str) -> Callable[[], None]:
-    """Starts a server unless PREFECT_API_URL names one, and sets that variable. Call before Prefect is imported."""
-    if os.environ.get("PREFECT_API_URL"):
+    """Starts a server unless PREFECT_API_URL names one or a `distil up` of this home is there, and sets that variable.
+
+    Call before Prefect is imported.
+    """
+    if os.environ.get("PREFECT_API_URL") or join_up(home):
         return lambda: None
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    folder = Path(home) / "run"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "prefect.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # Prefect reads a project file in the working folder; its home is safe ground.
-            cwd=folder,
-            env=os.environ
-            | {
-                "PREFECT_SERVER_UI_API_URL": url,
-                "PREFECT_UI_STATIC_DIRECTORY": str(Path(home) / "prefect" / "ui"),
-            },
-            # A session of its own: Ctrl-C is for the run, which still has states to report.
-            start_new_session=True,
-            preexec_fn=end_with_parent(),
-        )
+    server = prefect_server(home, a_port("Prefect", None))
     # Registered before Prefect's own exit hooks, so it runs after they have sent what they still hold.
-    atexit.register(_stop, process)
-    os.environ["PREFECT_API_URL"] = url
+    atexit.register(stop, server)
+    os.environ["PREFECT_API_URL"] = server.health.removesuffix("/health")
     os.environ.setdefault("PREFECT_UI_URL", LATER)
-    return lambda: _wait(process, url, log)
+    return lambda: wait_until_up(server)
 
 
-def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    """Returns when the server answers. FatalError if it ends or takes too long."""
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise FatalError(f"the Prefect server did not start; see {log}, or start one and set PREFECT_API_URL", str(log))
+def join_up(home: str) -> bool:
+    """Makes this process a client of the `distil up` that serves this home; False if there is none."""
+    up = live_up(home)
+    if up is None:
+        return False
+    os.environ["PREFECT_API_URL"] = up["prefect_api"]
+    os.environ["PREFECT_UI_URL"] = up["prefect_ui"]
+    os.environ.setdefault("MLFLOW_TRACKING_URI", up["mlflow"])
+    return True
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def find_server(home: str) -> str:
+    """The API of the server in use: PREFECT_API_URL, or that of a live `distil up` of this home; sets that variable.
+
+    FatalError if there is none. Call before Prefect is imported.
+    """
+    if not os.environ.get("PREFECT_API_URL") and not join_up(home):
+        raise FatalError("there is no Prefect server: start `distil up` in another terminal, or set PREFECT_API_URL")
+    return os.environ["PREFECT_API_URL"]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+def talkative(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a part of Prefect that has a log of its own instead of our terminal: warnings belong there."""
+    levels = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL")
+    return dict(environment) | dict.fromkeys(levels, "WARNING")
+
+
+def prefect_server(home: str, port: int) -> Service:
+    """Starts a Prefect server: SQLite below home, unless PREFECT_API_DATABASE_CONNECTION_URL names a database."""
+    url = f"http://{LOOPBACK}:{port}/api"
+    folder = Path(home)
+    kept = {
+        # Old runs with their logs, and old events; PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD is in seconds.
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 24 * 3600),
+    }
+    fixed = {"PREFECT_SERVER_UI_API_URL": url, "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui")}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
+    environment = kept | talkative(os.environ) | fixed | prefect_access()
+    return start("prefect", command, folder / "run", environment, health=f"{url}/health")
+
+
+def mlflow_server(home: str, port: int) -> Service:
+    """Starts an MLflow server: the database that a plain `distil run` writes to, unless MLFLOW_BACKEND_STORE_URI
+    names another, and the same folder of artifacts."""
+    folder = Path(home) / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts = (folder / "artifacts").absolute().as_uri()
+    kept = {
+        # Not on the command line, which every user of the machine can read: the URI may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": mlflow_database(home),
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
+        # Evaluation jobs of language-model applications: nobody here needs their processes.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    access = mlflow_access(home)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+    command += ["--app-name", "basic-auth"] if access else []
+    environment = kept | os.environ | access
+    return start("mlflow", command, Path(home) / "run", environment, health=f"http://{LOOPBACK}:{port}/health")

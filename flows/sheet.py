@@ -3,12 +3,23 @@
 sheet = sections(store, course, seconds)       # heading -> rows of (name, text); report.py prints it
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from flows.comparison import (
+    FIGURES,
+    WORDS,
+    agreement,
+    counted,
+    not_run_parts,
+    ratio_text,
+    spread_text,
+)
+from flows.home import public
 from flows.launch import METRICS
 from flows.report import Rows, number, seconds, size
 from storage.store import Store
@@ -34,6 +45,7 @@ class Course:
     mlflow_url: str
     scores: Mapping[str, Scores]
     stage_seconds: Mapping[str, float]
+    gate: Rows
 
 
 def sections(store: Store, course: Course, total: float) -> dict[str, Rows]:
@@ -42,6 +54,7 @@ def sections(store: Store, course: Course, total: float) -> dict[str, Rows]:
         "Made": _made(store, course),
         "Scores": score_rows(course.scores),
         "Fill-mask": fill_mask_rows(course.scores.get("fill-mask", {})),
+        "Gate": course.gate,
         "Where to look": _places(course),
         "Time": [(name, seconds(value)) for name, value in course.stage_seconds.items()] + [("total", seconds(total))],
     }
@@ -80,15 +93,12 @@ def score_rows(scores: Mapping[str, Scores]) -> Rows:
     """One row a figure worth a look; a set that was not run says so."""
     rows: list[tuple[str, str]] = []
     for part, figures in scores.items():
-        if figures.get("status") == "not run":
-            rows.append((part, f"not run: {figures['reason']}"))
-        else:
-            rows += _WRITERS.get(part, _nothing)(figures)
+        if part in _WRITERS and figures.get("status") != "not run":
+            rows += _WRITERS[part](figures)
+        elif "metric" in figures:
+            rows += _set_rows(part, figures)
+    rows += [(", ".join(parts), f"not run: {reason}") for reason, parts in not_run_parts(scores)]
     return rows
-
-
-def _nothing(_: Scores) -> Rows:
-    return []
 
 
 def _heldout_rows(figures: Scores) -> Rows:
@@ -129,47 +139,47 @@ def _size_and_speed_rows(figures: Scores) -> Rows:
     return [*rows, (f"CPU, {latency['tokens']} tokens", listed(times))]
 
 
-def _ner_rows(figures: Scores) -> Rows:
-    summary, counts = figures["summary"], figures["counts"]
-    named = {
-        "NER entity F1": summary["entity"]["f1"],
-        "NER sub-word F1, weighted, O included": summary["subword"]["weighted_f1"],
-    }
-    rows = [(name, _over_seeds(value)) for name, value in named.items()]
-    train, test = counts["train"], counts["test"]
-    left_out = sum(split["rows"] - split["kept"] for split in (train, test))
-    kept = f"train {number(train['kept'])}, test {number(test['kept'])}, duplicates left out {number(left_out)}"
-    return [*rows, ("NER sentences", kept)]
+def _set_rows(part: str, figures: Scores) -> Rows:
+    """A fine-tuned set: its first figures over seeds, the ratio to the teacher, the rows it has."""
+    paths = FIGURES[figures["metric"]]
+    seeds = len(figures["runs"])
+    rows = []
+    for path in paths:
+        value = figures["summary"]
+        for name in path:
+            value = value[name]
+        rows.append((f"{part} {WORDS.get(path, path[-1])}", f"{spread_text(value)} % (seeds: {seeds})"))
+    if ratio := ratio_text(figures):
+        rows.append((f"{part} / teacher", ratio))
+    return [*rows, (f"{part} rows", counted(figures["counts"]))]
 
 
-def _over_seeds(value: Mapping[str, float]) -> str:
-    spread = f" ± {100 * value['sd']:.2f}" if "sd" in value else ""
-    return f"{100 * value['mean']:.2f}{spread} % (seeds: {int(value['seeds'])})"
-
-
-_WRITERS = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows, "ner": _ner_rows}
+_WRITERS = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows}
 
 
 def fill_mask_rows(figures: Scores) -> Rows:
-    """Each sentence with the first tokens of student and teacher."""
-    return [
+    """Each sentence with the five first tokens of student and teacher, and how often they agree."""
+    rows = [
         (row["sentence"], "\n".join(_answers(name, answers) for name, answers in row["answers"].items()))
         for row in figures.get("rows", ())
     ]
+    names = list(figures["rows"][0]["answers"]) if rows else []
+    if len(names) == 2:
+        rows.append(("same first token", agreement(figures, *names)))
+    return rows
 
 
 def _answers(name: str, answers: Any) -> str:
-    return f"{name}: " + ", ".join(f"{answer['token']} {100 * answer['probability']:.0f} %" for answer in answers[:3])
+    return f"{name}: " + ", ".join(f"{answer['token']} {100 * answer['probability']:.0f} %" for answer in answers)
 
 
 def _places(course: Course) -> Rows:
-    home = Path(course.recipe.home)
-    mlflow = course.mlflow_uri if "://" in course.mlflow_uri else ""
-    see = f"mlflow ui --backend-store-uri {mlflow}" if mlflow.startswith("sqlite") else mlflow
+    seen = [("curves, models and runs", f"distil up --home {course.recipe.home}")]
+    if not course.mlflow_uri.startswith("sqlite"):
+        seen = [("curves and models", public(course.mlflow_uri)), ("runs", os.environ.get("PREFECT_UI_URL", ""))]
     return [
         ("store", course.recipe.store),
-        ("curves and models", see),
-        ("runs", f"PREFECT_HOME={home / 'prefect'} prefect server start"),
+        *seen,
         ("the model", f"pipeline('fill-mask', model='{course.model_folder}')"),
         ("what is there", "distil status RECIPE.toml"),
     ]

@@ -12,14 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.finished import warm_start
+from flows import start
 from flows.report import size
-from storage import layout
 from storage.artifact import Ref
 from storage.error import FatalError
 from storage.store import Store
 from tasks.config import Recipe
-from tasks.lineage import Lineage, plan_run, trace
+from tasks.lineage import Lineage, trace
 
 NAMES_SHOWN = 20
 
@@ -42,36 +41,33 @@ def stage_rows(store: Store, recipe: Recipe) -> list[StageRow]:
     lineage = trace(store, recipe)
     unread = tuple(source.label for source, ref in lineage.sources if ref is None)
     rows = [_row(store, stage, refs, unread if stage == "source" else ()) for stage, refs in lineage.stages().items()]
-    model = _model_ref(store, recipe, lineage)
+    whole = lineage.shards and all(row.done == row.wanted for row in rows)
+    model = start.model(recipe, lineage) if whole else None
     return [*rows, _row(store, "model", (model,) if model else (), ())]
 
 
 def _row(store: Store, stage: str, refs: Iterable[Ref], unread: tuple[str, ...]) -> StageRow:
     """`unread` are labels of sources that have no key yet."""
     wanted = {ref.key: ref.label for ref in refs}
-    sizes: dict[str, int] = {}
-    for path, detail in store.find(layout.data_folder(stage)).items():
-        key = path.split("/")[2]
-        sizes[key] = sizes.get(key, 0) + int(detail["size"])
-    done = (store.keys(stage) & set(wanted)) & set(sizes)
+    there = store.sizes(stage)
+    done = there.keys() & wanted.keys()
     failures = {failure.key: failure.message for failure in store.failures(stage)}
     absent = {key: label for key, label in wanted.items() if key not in done}
     return StageRow(
         stage=stage,
         wanted=len(wanted) + len(unread),
         done=len(done),
-        bytes=sum(sizes[key] for key in done),
+        bytes=sum(there[key] for key in done),
         missing=(*unread, *(label for key, label in absent.items() if key not in failures)),
         failed={label: failures[key] for key, label in absent.items() if key in failures},
     )
 
 
-def _model_ref(store: Store, recipe: Recipe, lineage: Lineage) -> Ref | None:
+def model_ref(store: Store, recipe: Recipe, lineage: Lineage) -> Ref | None:
     """The model that the recipe ends with, once all that it is made of is there."""
-    refs = [ref for stage in lineage.stages().values() for ref in stage]
-    if not lineage.shards or store.missing(refs) or any(ref is None for _, ref in lineage.sources):
+    if not lineage.shards or lineage.lacks(store):
         return None
-    return plan_run(store, recipe, lineage, warm_start=warm_start(recipe)).model_ref
+    return start.model(recipe, lineage)
 
 
 def as_json(rows: Iterable[StageRow]) -> dict[str, object]:

@@ -6,24 +6,23 @@
         receipt = store.commit(ref, folder, rows=…, tokens=…, settings=…, parents=…)
 
 No receipt means that the artifact does not exist. Two writers of one key do no harm: the data of each has a name
-of its own, and the last receipt wins and refers to whole files.
+of its own, and the last receipt wins and refers to whole files. An object store needs no more than that: nothing is
+renamed there, nothing is written on condition, and the size of every file is asked for before its receipt is written.
 """
 
-import errno
 import json
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import fsspec
 
 from storage import layout
 from storage.artifact import (
@@ -35,15 +34,17 @@ from storage.artifact import (
     failure_from_json,
     receipt_from_json,
 )
-from storage.error import DistilError, FatalError, RetryableError
+from storage.cache import LIMIT, Cache, Held
+from storage.disk import move_files, write_file, writing
+from storage.error import DistilError, FatalError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
+from storage.remote import answering, files_below, on_this_machine, open_url, patiently, upload
 
+NODE = "DISTIL_NODE"
+"""Environment variable: what receipts name as host instead of the host name, where one host has several nodes."""
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
-_FATAL_CODES = {
-    errno.ENOSPC: "is full; make space there or name another store",
-    errno.EDQUOT: "is over its quota; make space there or name another store",
-    errno.EROFS: "is read-only; make it writable or name another store",
-}
+POINTED_AT = ("model",)
+"""Kinds of which people are told the folder: of a remote store their copies are never evicted."""
 
 
 def now() -> str:
@@ -52,16 +53,22 @@ def now() -> str:
 
 
 class Store:
-    """Artifacts under one root. `cache` is where files of a remote root are kept while they are read."""
+    """Artifacts under one root. Copies of a remote root's files are kept in `cache`, up to `cache_bytes` of them.
+
+    FatalError: a root that cannot be opened, because its package is not installed or it holds a password.
+    """
 
     def __init__(
-        self, root: str | os.PathLike[str], options: Mapping[str, Any] | None = None, cache: Path | None = None
+        self,
+        root: str | os.PathLike[str],
+        options: Mapping[str, Any] | None = None,
+        cache: Path | None = None,
+        cache_bytes: int = LIMIT,
     ) -> None:
         self.root = os.fspath(root)
-        self.fs, self._base = fsspec.core.url_to_fs(self.root, **dict(options or {}))
-        protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
-        self.is_local = "file" in protocols
-        self.cache = cache or Path(tempfile.gettempdir()) / f"distil-cache-{os.getuid()}"
+        self.fs, self._base = open_url(self.root, options)
+        self.is_local = on_this_machine(self.fs)
+        self.cache = Cache(cache or Path(tempfile.gettempdir()) / f"distil-{os.getuid()}" / "cache", cache_bytes)
 
     def path(self, relative: str) -> str:
         """The path that the file system knows for a path inside the store."""
@@ -93,13 +100,22 @@ class Store:
 
     def keys(self, kind: str) -> set[str]:
         """Keys of `kind` that have a receipt and data, by two listings; reads no receipt."""
+        return set(self.sizes(kind))
+
+    def sizes(self, kind: str) -> dict[str, int]:
+        """Bytes of data by key of every artifact of `kind` that is there, by the same two listings."""
         with_receipt = {
             name.removesuffix(layout.RECEIPT)
             for name in self._names(layout.receipts_folder(kind))
             if name.endswith(layout.RECEIPT)
         }
+        found: dict[str, int] = {}
         # Files, not folders: an empty folder of deleted data is no artifact.
-        return with_receipt & {path.split("/")[2] for path in self.find(layout.data_folder(kind))}
+        for path, detail in self.find(layout.data_folder(kind)).items():
+            key = path.split("/")[2]
+            if key in with_receipt:
+                found[key] = found.get(key, 0) + int(detail["size"])
+        return found
 
     def missing(self, refs: Iterable[Ref]) -> list[Ref]:
         """Those of `refs` that are not there, in their order: the retry list."""
@@ -122,22 +138,23 @@ class Store:
         ]
         return [failure_from_json(self._read(path), path) for path in paths]
 
+    @property
+    def scratch_folder(self) -> Path:
+        """Where work in progress lies, on this machine. Of a remote store beside its cache, which may be deleted."""
+        return Path(self.path(layout.scratch_folder())) if self.is_local else self.cache.folder.parent / "scratch"
+
     # ---- commit --------------------------------------------------------------------------------------------
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty local folder to write an artifact into; it is gone afterwards, committed or not."""
         with self.access():
-            parent = Path(self.path(layout.scratch_folder())) if self.is_local else self.cache
+            parent = self.scratch_folder
             parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix="work-", dir=parent))
         try:
-            yield folder
-        except OSError as error:
-            # Only a full or read-only disk is the store's own; other errors belong to whoever writes here.
-            if error.errno in _FATAL_CODES:
-                raise FatalError(f"the store {self.root} {_FATAL_CODES[error.errno]} ({error})") from error
-            raise
+            with writing(f"the store {self.root}" if self.is_local else f"the disk of {folder.parent}"):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -172,20 +189,22 @@ class Store:
             parents=tuple(parents),
             settings=dict(settings),
             info=dict(info or {}),
-            versions=_versions(),
+            versions=dict(_versions()),
             timings={name: round(seconds, 3) for name, seconds in (timings or {}).items()},
-            host=socket.gethostname(),
+            host=os.environ.get(NODE) or socket.gethostname(),
             created=now(),
         )
-        with self.access():
-            target = self.path(layout.content_folder(ref.kind, ref.key, content_of(files)))
-            if self.is_local:
-                _move_folder(folder, files, Path(target))
-            else:
-                for file in files:
-                    self.fs.put_file(os.fspath(folder / file.name), f"{target}/{file.name}")
+        target = layout.content_folder(ref.kind, ref.key, content_of(files))
+        if self.is_local:
+            with self.access():
+                move_files(folder, (file.name for file in files), Path(self.path(target)))
+        else:
+            for file in files:
+                patiently(partial(self._upload, folder / file.name, self.path(f"{target}/{file.name}")))
         self._write(layout.receipt_path(ref.kind, ref.key), receipt.to_json())
         self._remove(layout.failure_path(ref.kind, ref.key))
+        if not self.is_local:
+            self.cache.adopt(self._copy_of(target), folder, files, keep=ref.kind in POINTED_AT)
         return receipt
 
     def fail(self, ref: Ref, error: Exception) -> Failure:
@@ -199,7 +218,7 @@ class Store:
             retryable=not isinstance(error, FatalError),
             file=error.file if isinstance(error, DistilError) else "",
             line=error.line if isinstance(error, DistilError) else None,
-            host=socket.gethostname(),
+            host=os.environ.get(NODE) or socket.gethostname(),
             created=now(),
         )
         self._write(layout.failure_path(ref.kind, ref.key), canonical_json(asdict(failure)))
@@ -216,44 +235,60 @@ class Store:
             self._remove(f"{folder}/{file.name}")
         if self.is_local:
             shutil.rmtree(self.path(layout.key_folder(receipt.kind, receipt.key)), ignore_errors=True)
+        else:
+            self.cache.drop(self._copy_of(folder))
 
     # ---- reading -------------------------------------------------------------------------------------------
 
-    def local(self, receipt: Receipt) -> Path:
-        """A local folder that holds the artifact's files; of a remote store they are copied into the cache first.
+    def hold(self, receipt: Receipt, *, check: bool = False) -> Held:
+        """A local folder that holds the artifact's files, for as long as the value lives; `check` hashes every file.
 
-        Sizes are checked here, hashes by `check`. FatalError if a file is gone or has another size.
+        Of a remote store they are copied into the cache first. FatalError that names the first file that is gone, has
+        another size or, with `check`, other bytes than the receipt says.
         """
         folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
-        here = Path(self.path(folder)) if self.is_local else self.cache / sha256_bytes(self.root.encode())[:8] / folder
+        held = Held(Path(self.path(folder))) if self.is_local else self._cached(folder, receipt)
         for file in receipt.files:
-            path = here / file.name
-            if not self.is_local and not (path.exists() and path.stat().st_size == file.size):
-                self._fetch(self.path(f"{folder}/{file.name}"), path)
+            path = held.folder / file.name
             if not path.exists() or path.stat().st_size != file.size:
                 raise FatalError(
                     f"{receipt.kind} {receipt.label}: {path} is gone or has another size than its receipt says; "
                     "run `distil verify`",
                     os.fspath(path),
                 )
-        return here
+            if check and not self._has_its_bytes(path, file, partial(self._cached, folder, receipt)):
+                raise FatalError(
+                    f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt; "
+                    "run `distil verify`",
+                    os.fspath(path),
+                )
+        return held
+
+    def local(self, receipt: Receipt) -> Path:
+        """`hold` for a moment: sizes are checked, hashes are not. A copy in the cache may be evicted later on."""
+        return self.hold(receipt).folder
 
     def check(self, receipt: Receipt) -> Path:
-        """Like `local`, and hashes every file. FatalError that names the first file that differs."""
-        folder = self.local(receipt)
-        for file in receipt.files:
-            is_whole = sha256_file(folder / file.name) == file.sha256
-            if not is_whole and not self.is_local:
-                # The copy in the cache may be what is wrong, not the store.
-                (folder / file.name).unlink()
-                is_whole = sha256_file(self.local(receipt) / file.name) == file.sha256
-            if not is_whole:
-                raise FatalError(
-                    f"{receipt.kind} {receipt.label}: the bytes of {folder / file.name} are not those of its receipt; "
-                    "run `distil verify`",
-                    os.fspath(folder / file.name),
-                )
-        return folder
+        """Like `local`, and hashes every file."""
+        return self.hold(receipt, check=True).folder
+
+    def _has_its_bytes(self, path: Path, file: DataFile, again: Callable[[], Held]) -> bool:
+        if sha256_file(path) == file.sha256:
+            return True
+        if self.is_local:
+            return False
+        # The copy in the cache may be what is wrong, not the store.
+        path.unlink()
+        with again():
+            return sha256_file(path) == file.sha256
+
+    def _cached(self, folder: str, receipt: Receipt) -> Held:
+        keep = receipt.kind in POINTED_AT
+        return self.cache.hold(self._copy_of(folder), receipt.files, partial(self._fetch, folder), keep=keep)
+
+    def _copy_of(self, folder: str) -> str:
+        """The folder of the cache where copies of a folder of this store are."""
+        return f"{sha256_bytes(self.root.encode())[:8]}/{folder}"
 
     def note(self, topic: str, name: str, value: Mapping[str, Any]) -> None:
         """Remembers a small fact; `name` may be any text."""
@@ -284,25 +319,15 @@ class Store:
 
     @contextmanager
     def access(self) -> Iterator[None]:
-        """Turns what a file system raises into the two error types; FileNotFoundError passes."""
-        try:
+        """Turns what a file system raises into the two error types; FileNotFoundError of one file passes."""
+        with answering(f"the store {self.root}"):
             yield
-        except FileNotFoundError:
-            raise
-        except (ConnectionError, TimeoutError) as error:
-            raise RetryableError(f"the store {self.root} did not answer: {error}") from error
-        except PermissionError as error:
-            raise FatalError(f"the store {self.root} may not be written or read: {error}") from error
-        except OSError as error:
-            if error.errno in _FATAL_CODES:
-                raise FatalError(f"the store {self.root} {_FATAL_CODES[error.errno]} ({error})") from error
-            raise RetryableError(f"the store {self.root} failed: {error}") from error
 
     def find(self, relative: str) -> dict[str, dict[str, Any]]:
         """Every file below a folder of the store: path inside the store -> size, mtime… as the file system says."""
         self.fs.invalidate_cache()
         with self.access():
-            found = self.fs.find(self.path(relative), detail=True)
+            found = files_below(self.fs, self.path(relative))
         base = len(self.path(""))
         return {path[base:]: detail for path, detail in found.items()}
 
@@ -327,7 +352,7 @@ class Store:
         with self.access():
             path = self.path(relative)
             if self.is_local:
-                _write_file(Path(path), data)
+                write_file(Path(path), data)
             else:
                 self.fs.pipe_file(path, data)
 
@@ -338,22 +363,28 @@ class Store:
             except FileNotFoundError:
                 return
 
-    def _fetch(self, remote: str, path: Path) -> None:
-        """Copies a remote file under a temporary name first, so that a cut-off copy is never taken for whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".fetch-", dir=path.parent)
-        os.close(handle)
+    def _upload(self, path: Path, target: str) -> None:
+        with self.access():
+            upload(self.fs, path, target)
+
+    def _fetch(self, folder: str, name: str, path: Path) -> None:
+        """Copies a file of a remote store to `path`."""
+        remote = self.path(f"{folder}/{name}")
         try:
-            with self.access():
-                self.fs.get_file(remote, temporary)
-            os.replace(temporary, path)
+            patiently(partial(self._download, remote, path))
         except FileNotFoundError as error:
+            if error.filename == os.fspath(path):
+                raise  # the folder that it goes to was deleted
             raise FatalError(f"{remote} is gone from the store; run `distil verify`", remote) from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+
+    def _download(self, remote: str, path: Path) -> None:
+        with self.access(), self.cache.filling():
+            self.fs.get_file(remote, os.fspath(path))
 
 
+@cache
 def _versions() -> dict[str, str]:
+    """Read once a process: the metadata of five packages takes longer to parse than a small artifact to commit."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -361,36 +392,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _move_folder(folder: Path, files: tuple[DataFile, ...], target: Path) -> None:
-    """Renames each file into place and forces it to disk: after this returns, a power cut loses nothing."""
-    for file in files:
-        source, final = folder / file.name, target / file.name
-        _fsync(source)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, final)
-    for parent in {(target / file.name).parent for file in files} | {target, target.parent, target.parent.parent}:
-        _fsync(parent)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".write-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,16 @@
-"""Care of a store: `verify` re-hashes what is there, `gc` drops what nothing refers to any more.
+"""Care of a store: `verify` re-hashes what is there, `gc` drops what nothing refers to any more, `free_bytes`
+says how much more goes in.
 
-Called by `distil verify` and `distil gc`. Neither computes anything; what `verify` withdraws, `distil retry` rebuilds.
+Called by `distil verify`, `gc` and `plan`. None computes anything; what `verify` withdraws, `distil retry`
+rebuilds.
 """
 
+import os
+import shutil
 import time
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from storage import layout
@@ -65,6 +70,15 @@ def _rehash(store: Store, receipt: Receipt) -> None:
             raise FatalError(message, path)
 
 
+def free_bytes(store: Store) -> int | None:
+    """What the file system below a local store has free for us; None for an object store, which does not tell."""
+    if not store.is_local:
+        return None
+    folder = Path(store.path("")).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
 def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_age: float = DAY) -> list[str]:
     """Files that neither belong to a kept (kind, key) nor are younger than `min_age` seconds, as paths in the store.
 
@@ -83,19 +97,28 @@ def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_ag
             key, content = path.split("/")[2:4]
             if (key, content) not in named and _age_known_and_older(detail, before):
                 doomed.append(path)
-    doomed += [
-        path for path, detail in store.find(layout.scratch_folder()).items() if _age_known_and_older(detail, before)
-    ]
+    # On this machine, also of a remote store.
+    files = (Path(place, name) for place, _, names in os.walk(store.scratch_folder) for name in names)
+    work = [path for path in files if _is_older(path, before)]
     if delete:
         for path in doomed:
             store.remove(path)
-    return doomed
+        for file in work:
+            file.unlink(missing_ok=True)
+    return doomed + [os.fspath(file) for file in work]
 
 
 def _named_content(store: Store, kind: str, keep: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """(key, content) pairs that a kept receipt names."""
     kept: list[Receipt] = [receipt for receipt in store.receipts(kind) if (kind, receipt.key) in keep]
     return {(receipt.key, receipt.content) for receipt in kept}
+
+
+def _is_older(path: Path, before: float) -> bool:
+    try:
+        return path.stat().st_mtime < before
+    except FileNotFoundError:
+        return False  # whoever works there has just ended
 
 
 def _age_known_and_older(detail: dict[str, Any], before: float) -> bool:

@@ -1,10 +1,10 @@
 """Batches: from the manifest's Arrow files to tensors that a step can use, prepared ahead by background threads.
 
 A row of a batch is one block, masked; with cached targets it carries the encoded vectors of the teacher too. What is
-read is checked on first use: file hashes when a part is opened, the digest of the teacher's input on every row.
+read is checked on first use: file hashes when a part is opened (tasks.corpus), and the digest of the teacher's input on
+every row.
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,14 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.error import FatalError
-from storage.store import Store
-from tasks.block import Blocks, open_blocks
+from tasks.ahead import ReadAhead
 from tasks.config import Mask
+from tasks.corpus import Corpus
 from tasks.mask import IGNORED, Masked, mask_rows, row_digests
 from tasks.order import Indices, Order
-from tasks.run import Part
-from tasks.targets import TargetRows, check_digests, open_targets
+from tasks.targets import check_digests
 from tasks.vocabulary import Vocabulary
 
 
@@ -73,48 +71,15 @@ class Masking:
     counts: NDArray[np.int64] | None = None
 
 
-class Corpus:
-    """The manifest's parts, opened when first read. `cached` says whether their targets are read too."""
-
-    def __init__(self, store: Store, parts: tuple[Part, ...], cached: bool) -> None:
-        self.store = store
-        self.parts = parts
-        self.cached = cached
-        self._lock = threading.Lock()
-        self._blocks: dict[int, Blocks] = {}
-        self._targets: dict[tuple[int, int], TargetRows] = {}
-
-    def blocks(self, part: int) -> Blocks:
-        """Blocks of one part; their hash is checked on first use."""
-        with self._lock:
-            if part not in self._blocks:
-                self._blocks[part] = open_blocks(self.store, self.parts[part].blocks_ref(), check=True)
-            return self._blocks[part]
-
-    def targets(self, part: int, variant: int) -> TargetRows:
-        """Targets of one part and mask variant; their hash is checked on first use."""
-        with self._lock:
-            if (part, variant) not in self._targets:
-                opened = open_targets(self.store, self.parts[part].targets_ref(variant))
-                first = next(iter(self._targets.values()), opened)
-                if opened.codec.fingerprint != first.codec.fingerprint:
-                    raise FatalError(
-                        f"targets {opened.label} are encoded otherwise than those of {first.label}; run "
-                        "`distil verify`, then `distil retry`"
-                    )
-                self._targets[part, variant] = opened
-            return self._targets[part, variant]
-
-
 def make_batch(corpus: Corpus, masking: Masking, parts: Indices, rows: Indices, variants: Indices) -> Batch:
     """Gathers, masks and, with a cache, fetches and checks the teacher's vectors. Rows keep their order."""
-    columns: list[dict[str, Any]] = [{} for _ in rows]
+    stacked: dict[str, NDArray[Any]] = {}
     for part, variant in sorted(set(zip(parts.tolist(), variants.tolist(), strict=True))):
         here = np.flatnonzero((parts == part) & (variants == variant))
-        group = _rows_of_part(corpus, masking, part, variant, rows[here])
-        for number, place in enumerate(here.tolist()):
-            columns[place] = {name: values[number] for name, values in group.items()}
-    stacked = {name: np.stack([column[name] for column in columns]) for name in columns[0]}
+        for name, values in _rows_of_part(corpus, masking, part, variant, rows[here]).items():
+            if name not in stacked:
+                stacked[name] = np.empty((len(rows), *values.shape[1:]), values.dtype)
+            stacked[name][here] = values
     lengths = stacked["length"]
     length = stacked["input_ids"].shape[1]
     attended = np.arange(length) < lengths[:, None]
@@ -148,11 +113,18 @@ def _rows_of_part(corpus: Corpus, masking: Masking, part: int, variant: int, row
     if corpus.cached:
         targets = corpus.targets(part, variant)
         check_digests(targets, rows, row_digests(masked.input_ids, lengths))
-        flat = targets.payload(rows)
-        payload = np.zeros((*group["valid"].shape, flat.shape[1]), np.uint8)
-        payload[group["valid"]] = flat
-        group["payload"] = payload
+        group["payload"] = _in_slots(targets.payload(rows), group["valid"])
     return group
+
+
+def _in_slots(flat: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Vectors [N, P] of the valid slots at their places in [B, M, P]; where all are valid nothing is copied."""
+    shape = (*valid.shape, flat.shape[1])
+    if valid.all():
+        return flat.reshape(shape)
+    payload = np.zeros(shape, np.uint8)
+    payload[valid] = flat
+    return payload
 
 
 def _every_position(masked: Masked, lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
@@ -180,29 +152,39 @@ class Loader:
     """
 
     def __init__(
-        self, corpus: Corpus, masking: Masking, order: Order, plan: Iterable[list[range]], *, ahead: int, pin: bool
+        self,
+        corpus: Corpus,
+        masking: Masking,
+        order: Order,
+        plan: Iterable[list[range]],
+        ahead: ReadAhead,
+        *,
+        prefetch: int,
+        pin: bool,
     ) -> None:
-        self.corpus, self.masking, self.order = corpus, masking, order
-        self.plan, self.ahead, self.pin = plan, ahead, pin
+        self.corpus, self.masking, self.order, self.plan, self.ahead = corpus, masking, order, plan, ahead
+        self.prefetch, self.pin = prefetch, pin
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        with ThreadPoolExecutor(min(self.ahead, 4), thread_name_prefix="batch") as pool:
-            futures: deque[Future[list[Batch]]] = deque()
+        with self.ahead, ThreadPoolExecutor(min(self.prefetch, 4), thread_name_prefix="batch") as pool:
+            futures: deque[tuple[int, Future[list[Batch]]]] = deque()
             try:
                 for spans in self.plan:
-                    futures.append(pool.submit(self._step, spans))
-                    if len(futures) > self.ahead:
+                    first = futures[0][0] if futures else spans[0].start
+                    self.ahead.move(first, spans[-1].stop)
+                    futures.append((spans[0].start, pool.submit(self._step, spans)))
+                    if len(futures) > self.prefetch:
                         yield self._next(futures)
                 while futures:
                     yield self._next(futures)
             finally:
-                for future in futures:
+                for _, future in futures:
                     future.cancel()
 
-    def _next(self, futures: deque[Future[list[Batch]]]) -> list[Batch]:
+    def _next(self, futures: deque[tuple[int, Future[list[Batch]]]]) -> list[Batch]:
         start = time.perf_counter()
-        batches = futures.popleft().result()
+        batches = futures.popleft()[1].result()
         self.waited += time.perf_counter() - start
         return batches
 

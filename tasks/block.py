@@ -10,7 +10,7 @@ or batch sizes. Text is read, tokenised and written piece by piece, so memory is
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from storage.arrow import ArrowWriter, blocks_schema, open_arrow
 from storage.artifact import Receipt, Ref
+from storage.cache import Held
 from storage.fingerprint import key_of
 from storage.store import Store
 from tasks.config import Blocks as BlockSettings
@@ -37,6 +38,8 @@ class Blocks:
     lengths: npt.NDArray[np.int32]
     key: str
     label: str
+    held: Held | None = field(default=None, repr=False)
+    """Keeps a copy in the cache while these are in use."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -62,11 +65,10 @@ def make_blocks(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     source = store.receipt(shard)
-    text = store.local(source) / "text.arrow"
     counts = Counts()
-    with store.scratch() as folder, store.scratch() as spool:
+    with store.hold(source) as text, store.scratch() as folder, store.scratch() as spool:
         pack = _packed if blocks.packing == "packed" else _one_a_document
-        pieces = tokenised(text, vocabulary, counts)
+        pieces = tokenised(text / "text.arrow", vocabulary, counts)
         lengths = _spool(pack(pieces, blocks.length, vocabulary), spool / "ids")
         _write(folder / "blocks.arrow", spool / "ids", lengths, blocks.length, vocabulary)
         return store.commit(
@@ -94,13 +96,12 @@ def _info(documents: int, counts: Counts) -> dict[str, int]:
 
 def open_blocks(store: Store, ref: Ref, check: bool = False) -> Blocks:
     """Maps the blocks of a shard into memory; `check` hashes the file first. FatalError if they are not there."""
-    receipt = store.receipt(ref)
-    folder = store.check(receipt) if check else store.local(receipt)
-    reader = open_arrow(folder / "blocks.arrow")
+    held = store.hold(store.receipt(ref), check=check)
+    reader = open_arrow(held.folder / "blocks.arrow")
     length = reader.schema.field("input_ids").type.list_size
     batch = reader.get_batch(0)
     ids = batch.column("input_ids").flatten().to_numpy(zero_copy_only=True).reshape(-1, length)
-    return Blocks(ids, batch.column("length").to_numpy(zero_copy_only=True), ref.key, ref.label)
+    return Blocks(ids, batch.column("length").to_numpy(zero_copy_only=True), ref.key, ref.label, held)
 
 
 def counts_ref(sample: Sequence[Ref]) -> Ref:

@@ -4,14 +4,17 @@
     hidden_ND = hidden_states(capture.teacher, inputs)          # device: encoder, last layer only where it is needed
     payload_NP = encode(capture.teacher, codec, hidden_ND)      # device: LM head for topk, then bytes
 
-Nothing in the last two waits for the device. Called by tasks.teach (all rows) and tasks.probe (a few).
+Nothing in the last two waits for the device; `one_ahead` lets the CPU's part run beside them. Called by tasks.teach
+(all rows) and tasks.probe (a few).
 
 Shapes: B blocks, L tokens, M chosen positions a block, N positions kept of all blocks, D hidden size, P bytes of one.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +39,16 @@ GPU_TOKENS = 262_144
 """Most tokens of one forward on a GPU, where memory allows."""
 
 Int64s = npt.NDArray[np.int64]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """What all shards of a recipe share. `counts` [vocabulary size] only for smoothed masks; keys are "" without."""
+    """What all shards of a recipe share. `counts` [vocabulary size] only for smoothed masks; keys are "" without.
+
+    `pulse` is called before each forward, and may raise to end the work there.
+    """
 
     teacher: TeacherModel
     vocabulary: Vocabulary
@@ -50,6 +58,7 @@ class Capture:
     counts_key: str = ""
     calibration: Calibration | None = None
     calibration_key: str = ""
+    pulse: Callable[[], None] = lambda: None
 
 
 class Inputs(NamedTuple):
@@ -129,6 +138,21 @@ def batches(teacher: TeacherModel, rows: npt.NDArray[Any], length: int) -> Itera
     size = teacher.settings.batch_rows or max(1, _tokens_at_once(teacher) // length)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def one_ahead(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
+    """The results of `work` in order; a background thread makes each while the caller is busy with the one before it.
+
+    `items` are taken in the caller's thread.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as worker:
+        begun: deque[Future[R]] = deque()
+        for item in items:
+            begun.append(worker.submit(work, item))
+            if len(begun) > 1:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def check_length(teacher: TeacherModel, length: int) -> None:

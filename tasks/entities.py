@@ -8,13 +8,13 @@ Sub-word F1 is the figure of the published card (98 for wikiner_fr): F1 of each 
 averaged by support. O is nine words in ten and easy, so this figure is always far above the entity-level F1.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from seqeval.metrics import classification_report
+from seqeval.metrics.sequence_labeling import get_entities
 
 LABELS = ("O", "LOC", "PER", "MISC", "ORG")
 """Tag number -> name (Jean-Baptiste/wikiner_fr)."""
@@ -30,6 +30,11 @@ def to_iob(tags: Sequence[int]) -> list[str]:
         names.append("O" if tag == 0 else f"{'I' if tag == before else 'B'}-{LABELS[tag]}")
         before = tag
     return names
+
+
+def spans(tags: Sequence[int]) -> set[tuple[str, int, int]]:
+    """Entities of one sentence: type, first and last word."""
+    return set(get_entities(to_iob(tags)))
 
 
 def entity_scores(gold: Tags, predicted: Tags) -> dict[str, Any]:
@@ -76,23 +81,3 @@ def weighted_mean(values: Iterable[float], weights: Iterable[float]) -> float:
     pairs = list(zip(values, weights, strict=True))
     total = sum(weight for _, weight in pairs)
     return float(sum(value * weight for value, weight in pairs) / total) if total else 0.0
-
-
-def mean_and_sd(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of several seeds, name by name and at any depth: {"mean": ..., "sd": ..., "seeds": n}.
-
-    `sd` is the standard deviation of a sample (n - 1), and left out for one seed. What is no number in the first run
-    is left out.
-    """
-    summary: dict[str, Any] = {}
-    for name, first in runs[0].items():
-        values = [run[name] for run in runs]
-        if isinstance(first, Mapping):
-            summary[name] = mean_and_sd(values)
-        elif isinstance(first, int | float) and not isinstance(first, bool):
-            mean = sum(values) / len(values)
-            summary[name] = {"mean": mean, "seeds": len(values)}
-            if len(values) > 1:
-                squares = sum((value - mean) ** 2 for value in values)
-                summary[name]["sd"] = math.sqrt(squares / (len(values) - 1))
-    return summary

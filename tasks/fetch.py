@@ -1,4 +1,4 @@
-"""The bytes of a source on local disk, hashed. Called by tasks/shard.py.
+"""The bytes of a source on local disk, hashed, or its first bytes. Called by tasks/shard.py and tasks/sample.py.
 
 with fetched(source, folder) as (path, content): ...
 """
@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-import fsspec
-
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import CHUNK, sha256_file
+from storage.remote import answering, open_url
 from tasks.lines import reading_error
 from tasks.snapshot import Source
 
@@ -38,6 +37,18 @@ def fetched(source: Source, folder: Path) -> Iterator[tuple[Path, str]]:
         raise RetryableError(f"{source.name} was changed while it was read", source.name)
     if not source.is_local:
         path.unlink()
+
+
+def beginning(source: Source, size: int) -> bytes:
+    """The first `size` bytes of a source, or all where it has fewer. Errors as `fetched`; no checksum is looked at."""
+    parts: list[bytes] = []
+    have = 0
+    for chunk in _download(source):
+        parts.append(chunk)
+        have += len(chunk)
+        if have >= size:
+            break
+    return b"".join(parts)[:size]
 
 
 def _look(source: Source) -> tuple[int, int]:
@@ -73,11 +84,10 @@ def _copy(source: Source, folder: Path) -> tuple[Path, str]:
 
 def _download(source: Source) -> Iterator[bytes]:
     try:
-        fs, path = fsspec.core.url_to_fs(source.url)
-        with fs.open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
-    except (FileNotFoundError, PermissionError) as error:
+        with answering(source.url):
+            fs, path = open_url(source.url)
+            with fs.open(path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+    except FileNotFoundError as error:
         raise reading_error(error, source.name) from error
-    except OSError as error:
-        raise RetryableError(f"{source.name} could not be fetched: {error}", source.name) from error

@@ -1,4 +1,7 @@
-"""Downloads from the Hugging Face hub, with errors that say what to do. For tasks.vocabulary, tasks.teacher."""
+"""Downloads from the Hugging Face hub, with errors that say what to do.
+
+For tasks.vocabulary, tasks.teacher and tasks.set_files.
+"""
 
 import re
 from functools import lru_cache
@@ -6,17 +9,20 @@ from pathlib import Path
 
 from storage.error import FatalError, RetryableError
 
+DATA_SET = "data set"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """True if `name` could be a model on the hub: `owner/name` or `name`."""
+    """True if `name` could be a model or data set on the hub: `owner/name` or `name`."""
     return _ID.fullmatch(name) is not None
 
 
 @lru_cache(maxsize=8)
 def download(kind: str, name: str, revision: str, patterns: tuple[str, ...]) -> Path:
-    """The local folder of a hub id with the files that fit `patterns`; `kind` (model, tokenizer) opens the sentence.
+    """The local folder of a hub id with the files that fit `patterns`.
+
+    `kind` opens the sentences: model, tokenizer, or data set, which is looked for among the hub's data sets.
 
     FatalError: no such id or revision, or offline and not cached. RetryableError: the hub does not answer.
     """
@@ -32,12 +38,14 @@ def download(kind: str, name: str, revision: str, patterns: tuple[str, ...]) -> 
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+        sort = "dataset" if kind == DATA_SET else "model"
+        files = list(patterns)
+        return Path(snapshot_download(name, repo_type=sort, revision=revision or None, allow_patterns=files))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         wanted = f"{name} at revision {revision}" if revision else name
         raise FatalError(
-            f"{kind} {wanted}: there is no such folder here and no such model on the hub (or it is private and needs a "
-            "token); correct the name",
+            f"{kind} {wanted}: there is no such folder here and no such {kind} on the hub (or it is private and needs "
+            "a token); correct the name",
             name,
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:

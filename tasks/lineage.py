@@ -15,8 +15,8 @@ from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.block import blocks_ref, counts_ref
-from tasks.config import Recipe
-from tasks.run import Part, RunSpec, make_run
+from tasks.config import Recipe, Teacher
+from tasks.run import Part, RunSpec, key_of_run, make_run
 from tasks.shard import heldout_of, shards_of, source_ref
 from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
 from tasks.teach import calibration_ref, needs_calibration, targets_ref
@@ -71,6 +71,13 @@ class Lineage:
             "targets": tuple(target.ref for target in self.targets),
         }
 
+    def lacks(self, store: Store, *stages: str) -> bool:
+        """True if a source was not read yet, or an artifact of these stages (of all, if none is named) is not there."""
+        if any(ref is None for _, ref in self.sources):
+            return True
+        named = self.stages()
+        return bool(store.missing(ref for stage in stages or named for ref in named[stage]))
+
 
 def trace(store: Store, recipe: Recipe) -> Lineage:
     """Names everything from the snapshot to the targets, as far as the sources' receipts tell; computes nothing."""
@@ -114,40 +121,59 @@ def teacher_key(recipe: Recipe) -> str:
     return fingerprint_of(recipe.teacher) if recipe.teacher.model else ""
 
 
-def plan_run(store: Store, recipe: Recipe, lineage: Lineage, *, warm_start: str = "") -> RunSpec:
+def plan_run(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
     """The training run over everything that is there. What is missing by now is left out, or refused, by policy.
 
-    `warm_start`: fingerprint of the model folder in train.warm_start. FatalError when targets.on_missing = raise and
-    some are missing.
+    Reads the receipt of each of its blocks. FatalError when targets.on_missing = raise and some are missing, or when
+    train.warm_start is no folder or hub id of a model: a registered one is a folder by now.
     """
+    done, kept = store.keys("blocks"), store.keys("targets")
     parts = []
-    done = store.keys("blocks")
-    kept = store.keys("targets")
-    wanted: dict[str, list[Target]] = {}
-    for target in lineage.targets:
-        wanted.setdefault(target.blocks.key, []).append(target)
-    for ref in lineage.training_blocks:
-        targets = wanted.get(ref.key, [])
+    for ref, targets in _parts(lineage):
         lost = [target.ref.label for target in targets if target.ref.key not in kept]
         if lost and recipe.targets.on_missing == "raise":
             raise FatalError(f"targets of {lost[0]} are missing and targets.on_missing = raise; run `distil retry`")
         if ref.key in done and not lost:
             parts.append(_part(store.receipt(ref), tuple(target.ref.key for target in targets)))
-    heldout = [_part(store.receipt(ref), ()) for ref in lineage.heldout_blocks if ref.key in done]
     return make_run(
         recipe,
-        manifest=tuple(part for part in parts if part.rows),
-        heldout=tuple(part for part in heldout if part.rows),
+        manifest=tuple(parts),
+        heldout=tuple(_part(store.receipt(ref), ()) for ref in lineage.heldout_blocks if ref.key in done),
         teacher_fingerprint=teacher_key(recipe),
-        start=warm_start,
+        start=_start(recipe),
         counts=lineage.counts.key if lineage.counts else "",
     )
+
+
+def plan_key(recipe: Recipe, lineage: Lineage) -> str:
+    """Key of the run that `plan_run` gives where nothing is missing; asks no store. FatalError: no such warm start."""
+    return key_of_run(
+        recipe,
+        [(ref.key, *(target.ref.key for target in targets)) for ref, targets in _parts(lineage)],
+        teacher_fingerprint=teacher_key(recipe),
+        start=_start(recipe),
+        counts=lineage.counts.key if lineage.counts else "",
+    )
+
+
+def _start(recipe: Recipe) -> str:
+    """A run is keyed by what the model of its warm start is, not by where that lies."""
+    return fingerprint_of(Teacher(model=recipe.train.warm_start)) if recipe.train.warm_start else ""
+
+
+def _parts(lineage: Lineage) -> list[tuple[Ref, list[Target]]]:
+    """The blocks to train on, each with its targets by mask variant."""
+    targets: dict[str, list[Target]] = {}
+    for target in lineage.targets:
+        targets.setdefault(target.blocks.key, []).append(target)
+    return [(ref, targets.get(ref.key, [])) for ref in lineage.training_blocks]
 
 
 def pin_sample(store: Store, recipe: Recipe, sample: Sequence[Ref]) -> None:
     """Freezes which blocks calibration and token counts come from, for this and all later snapshots."""
     value = {"blocks": [{"key": ref.key, "label": ref.label} for ref in sample]}
-    store.note("sample", _sample_name(recipe), value)
+    if store.noted("sample", _sample_name(recipe)) != value:  # a run with nothing to do writes nothing
+        store.note("sample", _sample_name(recipe), value)
 
 
 def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vocabulary) -> Lineage:

@@ -8,12 +8,14 @@ back to the checkpoint's step, so that no step stands in it twice; each checkpoi
 import json
 import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from storage.disk import writing
 from tasks.checkpoint import Progress
 from tasks.run import RunSpec
 from tasks.step import Sums
@@ -33,18 +35,20 @@ class Meter:
 
     def __init__(self, run: RunSpec) -> None:
         self.path = Path(run.folder) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._tokens = self._rows = 0
         self._waited = 0.0
         self._since = time.perf_counter()
 
     def cut_back(self, step: int) -> None:
-        """Drops lines after `step`, and a last line that a kill has cut short."""
+        """Drops lines after `step`, and a last line that a kill has cut short. FatalError: the disk is full."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         fresh = self.path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(fresh, self.path)  # a kill at this moment must not cost the curve so far
+        with self._writing():
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(fresh, self.path)  # a kill at this moment must not cost the curve so far
         self._since = time.perf_counter()
 
     def add(
@@ -82,8 +86,11 @@ class Meter:
         self._since = time.perf_counter()
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._writing(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"the run's folder {self.path.parent}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

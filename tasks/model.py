@@ -1,8 +1,11 @@
 """The finished model as a Hugging Face folder in the store: weights, config and tokenizer. Called by tasks.train."""
 
+import os
+import platform
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from storage.artifact import Receipt
@@ -48,8 +51,16 @@ def save_model(store: Store, run: RunSpec, student: PreTrainedModel, progress: P
                 "source": run.targets.source,
                 "encoding": run.targets.encoding,
                 "heldout_loss": progress.best,
+                "hardware": hardware(student.device, run.train.ranks),
             },
         )
+
+
+def hardware(device: torch.device, ranks: int) -> str:
+    """What trained, for the model card: `2 x NVIDIA H200`, or `CPU, 16 cores (x86_64)`."""
+    if device.type == "cuda":
+        return f"{ranks} x {torch.cuda.get_device_name(device)}"
+    return f"CPU, {os.cpu_count() or 1} cores ({platform.machine()})"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -57,3 +68,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+
+
+def tokenizer_bytes(folder: Path) -> int:
+    """Bytes of what `copy_tokenizer` copies."""
+    return sum(path.stat().st_size for name in TOKENIZER_FILES if (path := folder / name).exists())

@@ -1,32 +1,28 @@
 """Loads a named-entity set in the schema of Jean-Baptiste/wikiner_fr: columns tokens, ner_tags (and id), tags 0 to 4.
 
-    ner = load_ner("/data/wikineural/fr")     # or any fsspec URL, or a hub id such as Jean-Baptiste/wikiner_fr
+    ner = load_ner(Place("/data/wikineural/fr"))    # or any fsspec URL, or a hub id such as Jean-Baptiste/wikiner_fr
 
-A folder holds parquet files named by split: train-00000-of-00001.parquet, test.parquet, train/0000.parquet. Sentences
-that occur twice, inside a split or across splits, are taken out and counted, so that no test sentence is ever trained
-on. Called by tasks.ner.
+Sentences that occur twice, inside a split or across splits, are taken out and counted, so that no test sentence is
+ever trained on. Where no validation split is published, a tenth of train is held out, by the hash of the words.
+Called by tasks.sets.
 """
 
-import json
-import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.error import FatalError, RetryableError
+from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 from tasks.entities import LABELS
+from tasks.labelled import digest, hold_out
+from tasks.set_files import Place, is_text, label_names, parquet_splits
 
 SPLITS = ("test", "validation", "train")
 """In the order in which they may keep a sentence that is in several: the test split stays as it is."""
-_SPLIT_FILE = re.compile(r"(?:^|/)(train|validation|test)(?:[-.][^/]*)?(?:/[^/]*)?\.parquet$")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+VALIDATION_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,33 +39,42 @@ class NerSet:
 
     `test_published` holds every test sentence; `distinct` are the places in it of those that stand in `test`.
     `counts`: rows as published, duplicates inside the split, rows that are in a split before it (test, validation,
-    train), rows kept; by split. `fingerprint` is a hash over everything as published.
+    train), rows kept; by split. `rule` says the same in words.
     """
 
+    name: str
     source: str
     train: tuple[Sentence, ...]
     validation: tuple[Sentence, ...]
     test_published: tuple[Sentence, ...]
     distinct: tuple[int, ...]
-    counts: dict[str, dict[str, int]]
-    fingerprint: str
+    counts: Mapping[str, Mapping[str, int]]
+    rule: str
 
     @property
     def test(self) -> tuple[Sentence, ...]:
         """The test split, each sentence once."""
         return tuple(self.test_published[place] for place in self.distinct)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash over all sentences as they are used; where the set lies is not part of it."""
+        splits = (self.train, self.validation, self.test_published)
+        return sha256_bytes(canonical_json([digest((row.words, row.tags) for row in rows) for rows in splits]))
 
-def load_ner(source: str, revision: str = "") -> NerSet:
+
+def load_ner(name: str, place: Place) -> NerSet:
     """Reads and checks a set. FatalError: nothing there, no train or test split, other columns or labels, bad rows.
 
     RetryableError where the network does not answer.
     """
-    published = {split: tuple(_sentences(table, file)) for split, table, file in _tables(source, revision)}
+    tables = parquet_splits(place, _columns)
+    published = {split: tuple(_sentences(table, file)) for split, table, file in tables}
     for split in ("train", "test"):
         if not published.get(split):
             raise FatalError(
-                f"{source}: no {split} sentences; the folder needs parquet files named train-… and test-…", source
+                f"{place.source}: no {split} sentences; the folder needs parquet files named train-… and test-…",
+                place.source,
             )
     seen: set[tuple[str, ...]] = set()
     kept: dict[str, list[int]] = {}
@@ -78,16 +83,23 @@ def load_ner(source: str, revision: str = "") -> NerSet:
         rows = published.get(split, ())
         kept[split], counts[split] = _distinct(rows, seen)
         seen |= {sentence.words for sentence in rows}
-    if not kept["train"]:
-        raise FatalError(f"{source}: every train sentence is in the test split too; take another set", source)
+    train, validation = ([published.get(split, ())[row] for row in kept[split]] for split in ("train", "validation"))
+    rule = "sentences that occur twice or in a split before theirs (test, validation, train) left out"
+    if not validation:
+        train, validation = hold_out(train, lambda sentence: "\n".join(sentence.words), VALIDATION_SHARE)
+        counts["validation"]["kept"], counts["train"]["kept"] = len(validation), len(train)
+        rule += "; a tenth of train held out for validation, by the lowest sha256 of the words"
+    if not train:
+        raise FatalError(f"{place.source}: no train sentence is left beside the other splits", place.source)
     return NerSet(
-        source=source,
-        train=tuple(published["train"][place] for place in kept["train"]),
-        validation=tuple(published["validation"][place] for place in kept["validation"]),
+        name=name,
+        source=place.source,
+        train=tuple(train),
+        validation=tuple(validation),
         test_published=published["test"],
         distinct=tuple(kept["test"]),
         counts=counts,
-        fingerprint=_fingerprint(published),
+        rule=rule,
     )
 
 
@@ -107,88 +119,13 @@ def _distinct(rows: tuple[Sentence, ...], seen: set[tuple[str, ...]]) -> tuple[l
     return kept, {"rows": len(rows), "duplicates": len(rows) - len(own), "in_other_split": elsewhere, "kept": len(kept)}
 
 
-def _fingerprint(published: dict[str, tuple[Sentence, ...]]) -> str:
-    hashes = {
-        split: sha256_bytes(canonical_json([[sentence.words, sentence.tags] for sentence in rows]))
-        for split, rows in published.items()
-    }
-    return sha256_bytes(canonical_json(hashes))
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def _tables(source: str, revision: str) -> Iterator[tuple[str, pa.Table, str]]:
-    """(split, its whole table, a name for messages), split by split."""
-    url = _url(source, revision)
-    try:
-        fs, base = fsspec.core.url_to_fs(url)
-        files = _split_files(sorted(fs.find(base)), base, source)
-        for split, paths in files.items():
-            parts = []
-            for path in paths:
-                with fs.open(path, "rb") as file:
-                    parts.append(_columns(pq.ParquetFile(file), path))
-            yield split, pa.concat_tables(parts), paths[0]
-    except (ConnectionError, TimeoutError) as error:
-        raise RetryableError(f"{source} did not answer: {error}", source) from error
-    except (OSError, ValueError, ImportError) as error:  # ArrowInvalid is a ValueError
-        raise FatalError(
-            f"{source} cannot be read as parquet files ({error}); check the folder or URL", source
-        ) from error
-
-
-def _url(source: str, revision: str) -> str:
-    """A folder or URL as it is; a hub id as the folder that it is downloaded to."""
-    if "://" in source or Path(source).is_dir():
-        return source
-    if not _HUB_ID.fullmatch(source):
-        raise FatalError(f"{source}: no such folder; give a folder, a URL or a hub id such as OWNER/NAME", source)
-    # Deferred: a local set needs no HTTP stack.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return str(
-            snapshot_download(source, repo_type="dataset", revision=revision or None, allow_patterns="*.parquet")
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise FatalError(
-            f"{source}: no such folder here and no such set on the hub (or it needs a token); correct the name", source
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        raise RetryableError(
-            f"{source}: no such folder here, and the hub did not answer; a local folder always works", source
-        ) from error
-
-
-def _split_files(paths: list[str], base: str, source: str) -> dict[str, list[str]]:
-    """Parquet files by split. FatalError where they are of several sets, which must not be mixed."""
-    found: dict[str, list[str]] = defaultdict(list)
-    folders = set()
-    for path in paths:
-        relative = path[len(base) :].lstrip("/")
-        if match := _SPLIT_FILE.search(relative):
-            found[match[1]].append(path)
-            folders.add(relative[: match.start()])
-    if len(folders) > 1:
-        raise FatalError(f"{source}: several sets are below it ({', '.join(sorted(folders))}); name one", source)
-    return found
-
-
 # ---- rows --------------------------------------------------------------------------------------------------
 
 
 def _columns(file: pq.ParquetFile, path: str) -> pa.Table:
     """tokens and ner_tags of one file, after a look at their types and at the label names if the file has them."""
     schema = file.schema_arrow
-    for name, fits in (("tokens", _is_text), ("ner_tags", pa.types.is_integer)):
+    for name, fits in (("tokens", is_text), ("ner_tags", pa.types.is_integer)):
         kind = schema.field(name).type if name in schema.names else None
         if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not fits(kind.value_type):
             raise FatalError(
@@ -196,24 +133,12 @@ def _columns(file: pq.ParquetFile, path: str) -> pa.Table:
                 f"{kind or 'not there'} (columns: {', '.join(schema.names)}); give a set in the schema of wikiner_fr",
                 path,
             )
-    names = _label_names(schema)
+    names = label_names(schema, "ner_tags")
     if names and tuple(name.removeprefix("I-") for name in names) != LABELS:
-        raise FatalError(f"{path}: ner_tags means {names} and not {list(LABELS)}; renumber the tags", path)
+        raise FatalError(f"{path}: ner_tags means {list(names)} and not {list(LABELS)}; renumber the tags", path)
     return file.read(["tokens", "ner_tags"]).cast(
         pa.schema([("tokens", pa.list_(pa.string())), ("ner_tags", pa.list_(pa.int64()))])
     )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _label_names(schema: pa.Schema) -> list[str]:
-    """Label names that `datasets` writes beside the columns, or nothing."""
-    raw = (schema.metadata or {}).get(b"huggingface")
-    feature: Any = json.loads(raw)["info"]["features"].get("ner_tags", {}) if raw else {}
-    inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-    return list(inner.get("names") or [])
 
 
 def _sentences(table: pa.Table, file: str) -> Iterator[Sentence]:

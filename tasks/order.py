@@ -4,14 +4,26 @@ Shards are shuffled, then rows are shuffled inside a window of a few shards: it 
 fit anywhere, and the cursor of a run is one global row number.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+
+
+class Window(NamedTuple):
+    """Parts that are shuffled together: the global rows start..stop-1, all of one epoch."""
+
+    epoch: int
+    parts: tuple[int, ...]
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,15 @@ class Order:
             start += take
         parts, rows, epochs = (np.concatenate(column) for column in zip(*pieces, strict=True))
         return parts, rows, epochs
+
+    def window_at(self, row: int) -> Window:
+        """The window that a global row lies in."""
+        epoch, offset = divmod(row, self.rows)
+        windows = _windows(self, epoch)
+        ends = list(accumulate(sum(self.sizes[part] for part in parts) for parts in windows))
+        number = bisect_right(ends, offset)
+        before = epoch * self.rows
+        return Window(epoch, windows[number], before + (ends[number - 1] if number else 0), before + ends[number])
 
     def _within(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
         pieces = []

@@ -4,22 +4,28 @@ The run key names the result: the settings that change weights, the manifest of 
 student's starting point. Device, micro-batch, ranks, threads and logging are not in it, so a run may move.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from storage.artifact import Ref
+from storage.cache import LIMIT
+from storage.disk import writing
 from storage.error import FatalError
 from storage.fingerprint import key_of
 from tasks.config import Blocks, Loss, Mask, Recipe, Section, Student, Targets, Teacher, Train
 
 SCHEMA = 1
+PASSING = 75
+"""Exit status of a trainer after an error that may pass by itself (EX_TEMPFAIL), as when a store does not answer."""
 
 SETTINGS_OUTSIDE_THE_KEY = {
     "device",
     "compile",
     "micro_rows",
     "ranks",
+    "launcher",
     "threads",
     "prefetch",
     "log_steps",
@@ -51,12 +57,14 @@ class Part(Section):
 
 class RunSpec(Section):
     """One training run. `folder` is local and holds metrics.jsonl and result.json; `start` is the fingerprint of the
-    model in train.warm_start, `counts` the key of the token counts (each "" without)."""
+    model in train.warm_start, `counts` the key of the token counts (each "" without); `cache_bytes` bounds the local
+    copies of a remote store's files."""
 
     run_key: str
     name: str
     store: str
     folder: str
+    cache_bytes: int = Field(LIMIT, ge=0)
     blocks: Blocks
     mask: Mask
     teacher: Teacher
@@ -78,14 +86,22 @@ class RunSpec(Section):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.train.max_steps:
-            return self.train.max_steps
-        return max(1, -int(-self.rows * self.train.epochs // self.train.batch_rows))
+        return steps_of(self.train, self.rows)
 
     @property
     def model_ref(self) -> Ref:
         """Names the model that this run ends with."""
-        return Ref("model", key_of("model", SCHEMA, {}, [self.run_key]), self.name)
+        return model_ref(self.run_key, self.name)
+
+
+def model_ref(run_key: str, name: str) -> Ref:
+    """Names the model that a run ends with."""
+    return Ref("model", key_of("model", SCHEMA, {}, [run_key]), name)
+
+
+def steps_of(train: Train, rows: float) -> int:
+    """Optimizer steps over a corpus of so many blocks."""
+    return train.max_steps or max(1, -int(-rows * train.epochs // train.batch_rows))
 
 
 def make_run(
@@ -97,9 +113,39 @@ def make_run(
     start: str,
     counts: str,
 ) -> RunSpec:
-    """Resolves a recipe and its artifacts into a run; `start` is the fingerprint of a warm start's model, or ""."""
+    """Resolves a recipe and its artifacts into a run; `start` is the fingerprint of a warm start's model, or "".
+
+    Parts without a block are no part of the training, but of the key, which so is known before a receipt is read.
+    """
     if not any(part.rows for part in manifest):
         raise FatalError(f"recipe {recipe.name}: there is not one block to train on; is corpus.url right?")
+    made_of = [(part.blocks, *part.targets) for part in manifest]
+    run_key = key_of_run(recipe, made_of, teacher_fingerprint=teacher_fingerprint, start=start, counts=counts)
+    return RunSpec(
+        run_key=run_key,
+        name=recipe.name,
+        store=recipe.store,
+        folder=str(Path(recipe.home) / "run" / run_key[:16]),
+        cache_bytes=recipe.run.cache_bytes,
+        blocks=recipe.blocks,
+        mask=recipe.mask,
+        teacher=recipe.teacher,
+        targets=recipe.targets,
+        student=recipe.student,
+        loss=recipe.loss,
+        train=recipe.train,
+        teacher_fingerprint=teacher_fingerprint,
+        start=start,
+        counts=counts,
+        manifest=tuple(part for part in manifest if part.rows),
+        heldout=tuple(part for part in heldout if part.rows),
+    )
+
+
+def key_of_run(
+    recipe: Recipe, made_of: Iterable[Sequence[str]], *, teacher_fingerprint: str, start: str, counts: str
+) -> str:
+    """Key of a training run, from the keys of the blocks and targets of each of its parts."""
     settings = {
         "mask": recipe.mask.model_dump(mode="json"),
         "positions": recipe.targets.positions,
@@ -113,34 +159,17 @@ def make_run(
     if recipe.targets.source == "online" and recipe.loss.needs_teacher:
         # Cached targets have these in their own keys.
         settings["teacher"] = {"dtype": recipe.teacher.dtype, "attention": recipe.teacher.attention}
-    parents = [key for part in manifest for key in (part.blocks, *part.targets)] + [teacher_fingerprint]
-    run_key = key_of("run", SCHEMA, settings, parents)
-    return RunSpec(
-        run_key=run_key,
-        name=recipe.name,
-        store=recipe.store,
-        folder=str(Path(recipe.home) / "run" / run_key[:16]),
-        blocks=recipe.blocks,
-        mask=recipe.mask,
-        teacher=recipe.teacher,
-        targets=recipe.targets,
-        student=recipe.student,
-        loss=recipe.loss,
-        train=recipe.train,
-        teacher_fingerprint=teacher_fingerprint,
-        start=start,
-        counts=counts,
-        manifest=manifest,
-        heldout=heldout,
-    )
+    parents = [key for part in made_of for key in part] + [teacher_fingerprint]
+    return key_of("run", SCHEMA, settings, parents)
 
 
 def write_run(run: RunSpec) -> Path:
-    """Writes RUN.json into the run's folder and returns its path."""
+    """Writes RUN.json into the run's folder and returns its path. FatalError: the disk is full or read-only."""
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
-    path.write_text(run.model_dump_json(indent=1), encoding="utf-8")
+    with writing(f"the run's folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(run.model_dump_json(indent=1), encoding="utf-8")
     return path
 
 

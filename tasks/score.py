@@ -31,12 +31,15 @@ from tasks.block import Blocks
 from tasks.config import Mask
 from tasks.encoder import decoder_of, head_features, hidden_rows
 from tasks.mask import IGNORED, mask_rows
+from tasks.standing import TEACHERS
 from tasks.vocabulary import Vocabulary
 
 SCHEMA = 1
 FILE = "scores.json"
 MASK_SEED = 2_205_111
 """Masks of scores are the same for every recipe, and no training's: see `score_mask`."""
+HELDOUT = 2
+"""Changes when held-out figures mean something else or have more parts."""
 FORWARD_TOKENS = 8192
 """Tokens in one forward."""
 CHUNK_ROWS = 512
@@ -115,18 +118,21 @@ def read_scores(store: Store, ref: Ref) -> Scores:
 # ---- held-out text -----------------------------------------------------------------------------------------
 
 
-def score_mask(mask: Mask) -> Mask:
-    """The masks of scores: the recipe's rate, but always uniform and with a seed of their own.
+def score_mask(mask: Mask, masks: int = 1) -> Mask:
+    """The `masks` masks of scores: the recipe's rate, but always uniform and with a seed of their own.
 
     So models trained with different masks are judged by one, and none is judged by the masks that it was trained on.
     """
-    return Mask(seed=MASK_SEED if mask.seed != MASK_SEED else MASK_SEED + 1, rate=mask.rate)
+    return Mask(seed=MASK_SEED if mask.seed != MASK_SEED else MASK_SEED + 1, rate=mask.rate, variants=masks)
 
 
-def heldout_protocol(blocks: Sequence[Blocks], mask: Mask, limit: int, teacher: str = "") -> dict[str, Any]:
+def heldout_protocol(
+    blocks: Sequence[Blocks], mask: Mask, limit: int, teacher: str = "", masks: int = 1
+) -> dict[str, Any]:
     """The protocol of a held-out trial; `teacher` is its fingerprint, or "" when there is none."""
-    settings = score_mask(mask).model_dump(mode="json")
-    return {"mask": settings, "rows": limit, "blocks": [part.key for part in blocks], "teacher": teacher}
+    settings = score_mask(mask, masks).model_dump(mode="json")
+    blocks_keys = [part.key for part in blocks]
+    return {"version": HELDOUT, "mask": settings, "rows": limit, "blocks": blocks_keys, "teacher": teacher}
 
 
 def score_heldout(
@@ -136,10 +142,13 @@ def score_heldout(
     mask: Mask,
     limit: int,
     teacher: PreTrainedModel | None = None,
+    masks: int = 1,
 ) -> Scores:
     """Figures over the masked positions of up to `limit` blocks, taken evenly from all held-out blocks.
 
-    blocks, positions   how many were scored
+    Each block is shown under `masks` masks: where there is little held-out text, that makes the figures surer.
+
+    blocks, positions   how many were scored (a position counts once a mask)
     top1, top1_se       share of positions where the true token comes first, and its standard error by blocks
     top1_at_mask        the same where the input shows the mask token (80 %; the rest shows the token or a random one)
     mlm_loss, perplexity   mean cross-entropy (nats a token), and its exponential
@@ -147,6 +156,7 @@ def score_heldout(
     teacher_*           the teacher's own figures on the same positions
     kl, agreement       mean KL(teacher || student) at T = 1 in nats; share of positions with the same first token
     kept                (top1 - f) / (teacher_top1 - f); left out where the teacher is no better than f
+    by_block            sums by block (positions, hits, teacher_hits, kl), for `block_counts`
 
     Softmax runs over the tokenizer's pieces; rows that only pad a decoder do not count. `not_run` where there is
     nothing to score. FatalError where a model's logits are not finite.
@@ -155,7 +165,7 @@ def score_heldout(
         return not_run("there is no held-out text; raise corpus.heldout_per_mille or give more text")
     models = [model] if teacher is None else [model, teacher]
     with evaluating(*models), torch.no_grad():
-        batches = _batches(blocks, vocabulary, score_mask(mask), limit)
+        batches = _batches(blocks, vocabulary, score_mask(mask, masks), limit)
         columns = [_columns(models, batch, vocabulary) for batch in batches]
     seen = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
     if not len(seen["label"]):
@@ -205,13 +215,16 @@ def _batches(blocks: Sequence[Blocks], vocabulary: Vocabulary, mask: Mask, limit
         rows = chosen[(chosen >= first) & (chosen < first + len(part))] - first
         size = max(1, FORWARD_TOKENS // part.input_ids.shape[1])
         for start in range(0, len(rows), size):
-            yield _batch(part, rows[start : start + size], first, vocabulary, mask)
+            for variant in range(mask.variants):
+                yield _batch(part, rows[start : start + size], first, vocabulary, mask, variant)
         first += len(part)
 
 
-def _batch(part: Blocks, rows: npt.NDArray[np.int64], first: int, vocabulary: Vocabulary, mask: Mask) -> _Batch:
+def _batch(
+    part: Blocks, rows: npt.NDArray[np.int64], first: int, vocabulary: Vocabulary, mask: Mask, variant: int
+) -> _Batch:
     lengths = part.lengths[rows]
-    masked = mask_rows(part.key, rows, part.input_ids[rows], lengths, vocabulary, mask, None, 0)
+    masked = mask_rows(part.key, rows, part.input_ids[rows], lengths, vocabulary, mask, None, variant)
     input_ids = masked.input_ids[:, : lengths.max()]
     attended = np.arange(input_ids.shape[1]) < lengths[:, None]
     shown = np.take_along_axis(input_ids, masked.positions, axis=1)[masked.valid]
@@ -260,7 +273,7 @@ def _log_probs(model: PreTrainedModel, features_nH: Tensor, pieces: int) -> Tens
 def _compare(log_probs: list[Tensor], labels_n: Tensor) -> dict[str, Tensor]:
     """Per position: loss and hit of each model; with a teacher also KL and agreement. All on the CPU."""
     found: dict[str, Tensor] = {}
-    for prefix, log_p_nV in zip(("", "teacher_"), log_probs, strict=False):
+    for prefix, log_p_nV in zip(("", TEACHERS), log_probs, strict=False):
         label_n = labels_n.to(log_p_nV.device)
         found[f"{prefix}loss"] = -log_p_nV.gather(1, label_n[:, None]).squeeze(1).cpu()
         found[f"{prefix}hit"] = (log_p_nV.argmax(-1) == label_n).cpu()
@@ -280,11 +293,27 @@ def _figures(seen: dict[str, npt.NDArray[Any]]) -> Scores:
         **_own_figures(seen, ""),
     }
     if "kl" in seen:
-        scores |= _own_figures(seen, "teacher_")
+        scores |= _own_figures(seen, TEACHERS)
         scores |= {"kl": float(seen["kl"].mean()), "agreement": float(seen["agree"].mean())}
         if scores["teacher_top1"] > frequent:
             scores["kept"] = (scores["top1"] - frequent) / (scores["teacher_top1"] - frequent)
-    return scores
+    return scores | {"by_block": _by_block(seen)}
+
+
+def _by_block(seen: dict[str, npt.NDArray[Any]]) -> dict[str, list[float]]:
+    number = np.unique(seen["block"], return_inverse=True)[1]
+    columns = {"hits": "hit", "teacher_hits": "teacher_hit", "kl": "kl"}
+    sums = {name: np.bincount(number, weights=seen[column]) for name, column in columns.items() if column in seen}
+    return {name: values.tolist() for name, values in ({"positions": np.bincount(number)} | sums).items()}
+
+
+def block_counts(figures: Scores, name: str) -> npt.NDArray[np.float64]:
+    """What each held-out block adds to a mean over positions [1, B, 2], as tasks.interval.against takes it.
+
+    `name` is hits, teacher_hits or kl.
+    """
+    blocks = figures["by_block"]
+    return np.stack([np.array(blocks[name], float), np.array(blocks["positions"], float)], axis=-1)[None]
 
 
 def _own_figures(seen: dict[str, npt.NDArray[Any]], prefix: str) -> Scores:

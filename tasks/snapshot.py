@@ -8,22 +8,22 @@ their hashes identify the sources. Read me's, licences, hidden files and other s
 """
 
 import hashlib
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 
-from storage.error import FatalError, RetryableError
+from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
+from storage.remote import on_this_machine
 from storage.store import Store
 from tasks.config import Corpus
+from tasks.folder import Folder, list_folder, listing_errors, natural, stamp_of
 
 _CHECKSUMS = re.compile(r"sha256|checksum", re.IGNORECASE)
 _BYSTANDER = re.compile(
@@ -81,10 +81,17 @@ def take_snapshot(corpus: Corpus, *, partial: bool = False) -> Snapshot:
     FatalError: no such folder, no source in it, a link that leads out of it, a bad checksum file, and, unless
     `partial`, a name in a checksum file that is not there.
     """
-    with _listing_errors(corpus.url):
-        fs, root = fsspec.core.url_to_fs(corpus.url)
-        files = _list(fs, root, corpus.url)
-        checksums = _checksums(fs, root, files)
+    return snapshot_of(list_folder(corpus.url), corpus, partial=partial)
+
+
+def snapshot_of(folder: Folder, corpus: Corpus, *, partial: bool = False) -> Snapshot:
+    """`take_snapshot` of a listing that is there already; its errors are the same.
+
+    With `partial` a folder that holds a checksum file and nothing of what it names is a snapshot without sources.
+    """
+    fs, files = folder.fs, folder.files
+    with listing_errors(corpus.url):
+        checksums = _checksums(fs, folder.root, files)
     absent = tuple(sorted(name for name in checksums.keys() - files.keys() if _fits(name, corpus.pattern)))
     if absent and not partial:
         more = f" (nor are {len(absent) - 1} others)" if absent[1:] else ""
@@ -96,13 +103,13 @@ def take_snapshot(corpus: Corpus, *, partial: bool = False) -> Snapshot:
     everything = {name: _source(fs, name, detail, checksums.get(name)) for name, detail in files.items()}
     sources = _paired([source for name, source in everything.items() if _is_source(name)])
     sources = [source for source in sources if _fits(source.name, corpus.pattern)]
-    if not sources:
+    if not sources and not (partial and absent):
         raise FatalError(
             f"{corpus.url} holds no source file{'' if corpus.pattern == '*' else f' that fits {corpus.pattern}'}; "
             "correct corpus.url or corpus.pattern",
             corpus.url,
         )
-    return Snapshot(corpus.url, tuple(_labelled(sorted(sources, key=lambda source: _natural(source.name)))), absent)
+    return Snapshot(corpus.url, tuple(_labelled(sorted(sources, key=lambda source: natural(source.name)))), absent)
 
 
 def parse_checksums(text: str, file: str) -> dict[str, str]:
@@ -152,53 +159,7 @@ def _identity(source: Source) -> str:
     return f"{source.url}|{source.size}|{source.stamp}"
 
 
-# ---- listing -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _listing_errors(url: str) -> Iterator[None]:
-    """Turns what a file system raises into the two error types."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        raise FatalError(f"corpus.url {url} cannot be opened: {error}", url) from error
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise FatalError(f"corpus.url {url} cannot be listed: {error}", url) from error
-    except OSError as error:
-        raise RetryableError(f"corpus.url {url} did not answer: {error}", url) from error
-
-
-def _list(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[str, dict[str, Any]]:
-    """Path below the folder -> what the file system says of that file."""
-    local = _is_local(fs)
-    fs.invalidate_cache()
-    if not fs.isdir(root):
-        kind = "a file, not a folder" if fs.exists(root) else "no folder that exists"
-        raise FatalError(f"corpus.url {url} is {kind}; correct it", url)
-    found = fs.find(root, detail=True, **({"on_error": "raise"} if local else {}))
-    base = len(root.rstrip("/")) + 1
-    files = {}
-    for path, detail in found.items():
-        name = path[base:]
-        if local and detail["type"] != "file":
-            detail = _linked(Path(path), Path(root), name, detail)
-        if detail is not None and detail["type"] == "file":
-            files[name] = detail
-    return files
-
-
-def _linked(path: Path, root: Path, name: str, detail: dict[str, Any]) -> dict[str, Any]:
-    """What a local link leads to. FatalError if it leads out of the folder or nowhere, or is no link but a pipe."""
-    if not detail["islink"]:
-        raise FatalError(f"{path} is neither a file nor a folder; move it out of the corpus", name)
-    target = Path(os.path.realpath(path))
-    if not target.is_relative_to(os.path.realpath(root)) or not target.exists():
-        raise FatalError(
-            f"{path} is a link that leads out of the corpus folder or nowhere; put the file itself there", name
-        )
-    if target.is_dir():
-        return {"type": "directory"}  # listed under its own name
-    return {"name": str(path), "type": "file", "size": target.stat().st_size, "mtime": target.stat().st_mtime}
+# ---- what is a source --------------------------------------------------------------------------------------
 
 
 def _checksums(fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str]) -> dict[str, str]:
@@ -218,15 +179,10 @@ def _checksums(fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str]) -
     return found
 
 
-def _source(fs: fsspec.AbstractFileSystem, name: str, detail: dict[str, Any], sha256: str | None) -> Source:
+def _source(fs: fsspec.AbstractFileSystem, name: str, detail: Mapping[str, Any], sha256: str | None) -> Source:
     path = detail.get("name", name)
-    stamp = next((detail[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if detail.get(key)), "")
-    url = path if _is_local(fs) else fs.unstrip_protocol(path)
-    return Source(name, url, int(detail["size"]), str(stamp).strip('"'), sha256, _plain(name))
-
-
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    url = path if on_this_machine(fs) else fs.unstrip_protocol(path)
+    return Source(name, url, int(detail["size"]), stamp_of(detail), sha256, _plain(name))
 
 
 def _is_checksum_file(path: str) -> bool:
@@ -282,8 +238,3 @@ def _plain(name: str) -> str:
     """A name without its suffixes, of letters, digits, `.`, `_` and `-` only."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", _SUFFIXES.sub("", name.replace("/", "-"))).lstrip(".-_")
     return plain[-_LABEL_LENGTH:].lstrip(".-_") or "source"
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts part 2 before part 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -12,7 +12,7 @@ Shapes: R rows of a shard, N positions, P bytes a position.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from storage.arrow import ArrowWriter, metadata_of, open_arrow
 from storage.artifact import Ref
+from storage.cache import Held
 from storage.error import FatalError
 from storage.store import Store
 from tasks.codec import Calibration, Codec
@@ -49,6 +50,8 @@ class TargetRows:
     _batches: tuple[Bytes, ...]
     _batch_of: Int64s
     _start_of: Int64s
+    held: Held | None = None
+    """Keeps a copy in the cache while these are in use."""
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -71,9 +74,8 @@ def open_targets(store: Store, ref: Ref, check: bool = True) -> TargetRows:
 
     FatalError that names the shard if they are not there, damaged, or of another artifact.
     """
-    receipt = store.receipt(ref)
-    folder = store.check(receipt) if check else store.local(receipt)
-    return read_targets(folder / FILE, ref)
+    held = store.hold(store.receipt(ref), check=check)
+    return replace(read_targets(held.folder / FILE, ref), held=held)
 
 
 def read_targets(path: Path, ref: Ref) -> TargetRows:

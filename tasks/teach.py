@@ -9,14 +9,15 @@ Called by the flows, one call a shard, with one teacher loaded for all of them. 
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from storage.ahead import reading_ahead
 from storage.arrow import TARGETS, ArrowWriter, open_arrow
 from storage.artifact import Receipt, Ref
 from storage.error import FatalError
@@ -31,6 +32,7 @@ from tasks.capture import (
     encode,
     hidden_states,
     masked_inputs,
+    one_ahead,
     refuse_nonfinite,
 )
 from tasks.codec import CALIBRATED, Calibration, Codec, fit_calibration, make_codec
@@ -39,6 +41,8 @@ from tasks.probe import Parity, probe
 from tasks.targets import FILE, TargetRows, describe, read_targets, write_rows
 from tasks.teacher import shared_teacher
 from tasks.vocabulary import Vocabulary, fits
+
+R = TypeVar("R")
 
 SCHEMA = 1
 CALIBRATION_FILE = "calibration.arrow"
@@ -54,8 +58,11 @@ def open_capture(
     counts: Ref | None = None,
     calibration: Ref | None = None,
     device: str = "auto",
+    pulse: Callable[[], None] = lambda: None,
 ) -> Capture:
     """Loads the teacher (once a process) and what was estimated; leave `calibration` out to calibrate.
+
+    `pulse` is called before each forward of the teacher, and may raise to end the work there.
 
     FatalError as tasks.teacher.load_teacher, and for a tokenizer of the blocks that does not fit the teacher.
     """
@@ -70,7 +77,13 @@ def open_capture(
         counts_key=counts.key if counts else "",
         calibration=read_calibration(store, calibration) if calibration else None,
         calibration_key=calibration.key if calibration else "",
+        pulse=pulse,
     )
+
+
+def with_capture(fn: Callable[..., R], opened: Callable[[], Capture], *args: Any, **kwargs: Any) -> R:
+    """`fn(*args, capture=opened())`, for another process: the teacher is loaded there, once, and does not travel."""
+    return fn(*args, capture=opened(), **kwargs)
 
 
 # ---- calibration ---------------------------------------------------------------------------------------------
@@ -179,9 +192,18 @@ def targets_ref(
     return Ref("targets", key_of("targets", SCHEMA, settings, parents), label)
 
 
-def make_targets(store: Store, blocks: Ref, capture: Capture, variant: int = 0, *, force: bool = False) -> Receipt:
+def make_targets(
+    store: Store,
+    blocks: Ref,
+    capture: Capture,
+    variant: int = 0,
+    *,
+    following: Ref | None = None,
+    force: bool = False,
+) -> Receipt:
     """Runs the teacher over one shard's blocks and keeps its encoded word. Does nothing where it is there.
 
+    `following` are blocks that are likely to be next: of a remote store they are copied meanwhile.
     Receipt: rows = blocks, tokens = those read; info: positions, digest over all row digests, probe.
     FatalError: NaN or infinity (names block row and shard), a block too long, the parity probe fails.
     """
@@ -193,7 +215,7 @@ def make_targets(store: Store, blocks: Ref, capture: Capture, variant: int = 0, 
     started = time.perf_counter()
     source = open_blocks(store, blocks, check=True)
     codec = make_codec(capture.targets, teacher.width, capture.calibration, teacher.vocab_size)
-    with store.scratch() as folder:
+    with reading_ahead(store, following), store.scratch() as folder:
         digest = _write(folder / FILE, ref, source, capture, codec, variant)
         written = read_targets(folder / FILE, ref)
         advice = "take a finer targets.encoding (int8, bf16)" if codec.name != "bf16" else "this is a fault: report it"
@@ -224,22 +246,29 @@ def _write(path: Any, ref: Ref, blocks: Blocks, capture: Capture, codec: Codec, 
         "dtype": str(capture.teacher.dtype).removeprefix("torch."),
     }
     with ArrowWriter(path, TARGETS, describe(codec, ref, facts)) as writer:
-        for inputs, hidden_ND in _forward(capture, blocks, np.arange(len(blocks)), variant):
-            payload_NP, finite_N = encode(capture.teacher, codec, hidden_ND)
+
+        def keep(read: tuple[Inputs, torch.Tensor, torch.Tensor]) -> list[bytes]:
+            inputs, payload_NP, finite_N = read
             refuse_nonfinite(inputs, finite_N.cpu().numpy(), blocks, capture.teacher)
             write_rows(writer, inputs.digests, inputs.valid.sum(1), payload_NP.cpu().numpy())
-            digest.update(b"".join(inputs.digests))
+            return inputs.digests
+
+        forward = _forward(capture, blocks, np.arange(len(blocks)), variant)
+        encoded = ((inputs, *encode(capture.teacher, codec, hidden_ND)) for inputs, hidden_ND in forward)
+        for digests in one_ahead(encoded, keep):  # one batch is written while the teacher reads the next
+            digest.update(b"".join(digests))
     return digest.hexdigest()
 
 
 def _forward(
     capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], variant: int
 ) -> Iterator[tuple[Inputs, torch.Tensor]]:
-    """Batch by batch: what the teacher reads, and its hidden states [N, D] at the kept positions."""
+    """Batch by batch: what the teacher reads, masked one batch ahead, and its hidden states [N, D]."""
     length = blocks.input_ids.shape[1]
     check_length(capture.teacher, length)
-    for some in batches(capture.teacher, rows, length):
-        inputs = masked_inputs(capture, blocks, some, variant)
+    chosen = batches(capture.teacher, rows, length)
+    for inputs in one_ahead(chosen, lambda some: masked_inputs(capture, blocks, some, variant)):
+        capture.pulse()
         yield inputs, hidden_states(capture.teacher, inputs)
 
 

@@ -5,7 +5,8 @@
 
 Reads RUN.json (tasks.run) and the store that it names; writes checkpoints and the model into the store, and
 metrics.jsonl and result.json into the run's folder. A run that was killed goes on from its newest checkpoint and ends
-with the same bits (CPU). SIGTERM writes a checkpoint and ends with status 143. Status 1 with one sentence on an error.
+with the same bits (CPU). SIGTERM writes a checkpoint and ends with status 143. An error ends it with one sentence and
+status 1, or 75 if the same command may succeed later.
 """
 
 import json
@@ -14,11 +15,12 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,16 +29,19 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.artifact import Receipt
-from storage.error import DistilError, FatalError
+from storage.disk import writing
+from storage.error import DistilError, FatalError, RetryableError
 from storage.lease import Lease
 from storage.store import Store
-from tasks.batch import Corpus, Loader, Masking, stretches
+from tasks.ahead import ReadAhead
+from tasks.batch import Loader, Masking, stretches
 from tasks.build import Built, build
 from tasks.checkpoint import Progress, load_checkpoint, save_checkpoint
+from tasks.corpus import Corpus
 from tasks.metrics import Meter
 from tasks.model import save_model
 from tasks.order import Order
-from tasks.run import RunSpec, read_run
+from tasks.run import PASSING, RunSpec, read_run
 from tasks.schedule import lr_factor, make_optimizer, set_lr
 from tasks.step import Distiller, World, gradient_step, sum_counts
 from tasks.validate import heldout_loss
@@ -72,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             finished = train(run, world, stop)
     except DistilError as error:
         print(error, file=sys.stderr)
-        return 1
+        return PASSING if isinstance(error, RetryableError) else 1
     return 0 if finished else STOPPED
 
 
@@ -90,11 +95,8 @@ def joined_world(run: RunSpec) -> Iterator[World]:
         raise FatalError(f"train.batch_rows = {run.train.batch_rows} is below the {ranks} ranks; raise it")
     on_gpu = pick_device(run).type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        counting = dist.new_group(backend="gloo") if on_gpu else None
-        yield World(dist.get_rank(), ranks, counting)
-    finally:
-        dist.destroy_process_group()
+    counting = dist.new_group(backend="gloo") if on_gpu else None
+    yield World(dist.get_rank(), ranks, counting)  # `leave` ends it
 
 
 def pick_device(run: RunSpec) -> torch.device:
@@ -121,7 +123,7 @@ def die_with_parent() -> None:
 def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
     """Trains to the end (True) or to SIGTERM (False); the model is in the store when it returns True."""
     # The cache of the flows: HOME/cache beside HOME/run/KEY.
-    store = Store(run.store, cache=Path(run.folder).parent.parent / "cache")
+    store = Store(run.store, cache=Path(run.folder).parent.parent / "cache", cache_bytes=run.cache_bytes)
     if store.has(run.model_ref):
         if world.rank == 0:  # a kill between model and result leaves the one without the other
             write_result(run, store.receipt(run.model_ref))
@@ -212,7 +214,8 @@ class Trainer:
         order = Order(tuple(part.rows for part in run.manifest), train.window_shards, train.seed)
         plan = stretches(step, run.total_steps, train.batch_rows, train.micro_rows, self.world.rank, self.world.ranks)
         masking = Masking(self.built.vocabulary, run.mask, run.targets.positions == "all", self.built.counts)
-        return Loader(corpus, masking, order, plan, ahead=train.prefetch, pin=self.device.type == "cuda")
+        ahead = ReadAhead(corpus, order, run.total_steps * train.batch_rows, run.mask.variants)
+        return Loader(corpus, masking, order, plan, ahead, prefetch=train.prefetch, pin=self.device.type == "cuda")
 
     def _advance(self, progress: Progress, tokens: int) -> Progress:
         step = progress.step + 1
@@ -257,8 +260,27 @@ def write_result(run: RunSpec, receipt: Receipt) -> None:
         "steps": receipt.settings["steps"],
         "tokens": receipt.tokens,
     }
-    (Path(run.folder) / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    with writing(f"the run's folder {run.folder}"):
+        (Path(run.folder) / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def leave(run: Callable[[], int]) -> NoReturn:
+    """Ends this process with the status that `run` returns, or with a traceback and 1.
+
+    Of several ranks none takes its process group down: gloo's destructor waits, with the interpreter lock held, for a
+    thread that may want that lock (seen with torch 2.13), and the training would never end.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(run())
+    status = 1
+    try:
+        status = run()
+    except Exception:  # noqa: BLE001  what the interpreter does with it, but for the tidying up
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

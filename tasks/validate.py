@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from storage.store import Store
-from tasks.batch import Corpus, Masking, make_batch
+from tasks.batch import Masking, make_batch
 from tasks.build import Built
+from tasks.corpus import Corpus
 from tasks.encoder import decoder_of, head_features, hidden_rows
 from tasks.mask import IGNORED
 from tasks.metrics import Heldout

@@ -15,18 +15,20 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from storage.store import Store
-from tasks.batch import Corpus, Masking, make_batch
+from tasks.batch import Masking, make_batch
 from tasks.config import Loss, Mask, Teacher
+from tasks.corpus import Corpus
 from tasks.run import Part
 from tasks.step import Distiller, World, gradient_step, sum_counts
 from tasks.student import make_student
 from tasks.supervision import Online
 from tasks.teacher import load_teacher
+from tasks.train import leave
 
 ROWS = 8
 
 
-def main(store: str, teacher_folder: str, parts_file: str, out: str) -> None:
+def main(store: str, teacher_folder: str, parts_file: str, out: str) -> int:
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size())
     parts = tuple(Part(**values) for values in json.loads(Path(parts_file).read_text()))
@@ -42,10 +44,10 @@ def main(store: str, teacher_folder: str, parts_file: str, out: str) -> None:
     gradient_step(distiller, Online(teacher, Loss()), [batch], sum_counts([batch], False, world), world, None)
     if world.rank == 0:
         save_file({name: p.grad for name, p in student.named_parameters() if p.grad is not None}, out)
-    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert "WORLD_SIZE" in os.environ, "start it with torchrun"
-    main(*sys.argv[1:])
+    leave(lambda: main(*sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Small real things for tests: French text, a Unigram tokenizer, teachers of every family, a corpus, a run."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -124,3 +125,10 @@ def write_oscar(folder: Path, parts: int = 3, texts: int = 60) -> Path:
         lines = [json.dumps({"content": text, "metadata": {}}) for text in documents(texts, seed=number)]
         (folder / f"fr_meta_part_{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def write_sums(folder: Path, *files: Path) -> None:
+    """A checksum file in `folder`, as OSCAR writes them, that names these files, be they there or not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()} {file.name}\n" for file in files]
+    (folder / "fr_sha256.txt").write_text("".join(lines))

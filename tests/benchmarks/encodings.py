@@ -1,7 +1,7 @@
 """How faithful, how small and how fast each encoding of the teacher's hidden states is, through the real files.
 
-    python tests/benchmarks/encodings.py                                          the bundled demo teacher and corpus
-    python tests/benchmarks/encodings.py --teacher FOLDER --corpus FOLDER --shards 9 --device cuda
+    python -m tests.benchmarks.encodings                                          the bundled demo teacher and corpus
+    python -m tests.benchmarks.encodings --teacher FOLDER --corpus FOLDER --shards 9 --device cuda
 
 Needs the project installed (`pip install -e .`). Every encoding is written by tasks.teach into a store, read back,
 decoded and compared with a live forward of the teacher in float32. Prints a table and writes it, as Markdown and JSON,
@@ -14,9 +14,6 @@ The arithmetic here is its own, in float64, and not that of tasks.probe: it chec
 """
 
 import argparse
-import datetime
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -39,11 +36,8 @@ from tasks.snapshot import take_snapshot
 from tasks.targets import FILE, open_targets
 from tasks.teach import calibrate, make_targets, needs_calibration, open_capture
 from tasks.vocabulary import load_vocabulary
+from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, facts_of, notes_of, save, shown
 
-REPO = Path(__file__).resolve().parents[2]
-TEACHER = REPO / "deployments" / "demo" / "teacher"
-CORPUS = REPO / "deployments" / "demo" / "corpus"
-RESULTS = Path(__file__).resolve().parent / "results"
 ENCODINGS = ("int8", "int4", "bf16", "topk")
 REPEATS = 5
 
@@ -174,14 +168,6 @@ def _wait(device: torch.device) -> None:
 # ---- the report ----------------------------------------------------------------------------------------------
 
 
-def hardware(device: str) -> str:
-    """Short name of the machine for the table and its file name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name().replace("NVIDIA ", "")
-    cores = len(os.sched_getaffinity(0))
-    return f"CPU {cores} core{'s' if cores > 1 else ''}"
-
-
 def markdown(table: Sequence[Figures], facts: dict[str, str]) -> str:
     """The table and what it was measured on."""
     lines = ["# Encodings of the teacher's hidden states", ""]
@@ -197,8 +183,7 @@ def markdown(table: Sequence[Figures], facts: dict[str, str]) -> str:
             f"| {row.encoding} | {row.stored_bytes:.1f} | {row.payload_bytes} | {row.kl:.1e} | {cosine} "
             f"| {row.encode:.2%} | {row.decode:.2%} |"
         )
-    notes = (__doc__ or "").split("\n\n")[-1].strip()
-    return "\n".join([*lines, "", notes, ""])
+    return "\n".join([*lines, "", notes_of(__doc__), ""])
 
 
 def main() -> None:
@@ -217,27 +202,16 @@ def main() -> None:
         made = blocks_of(store, given.corpus, given.teacher, given.length, given.shard_bytes, given.shards)
         blocks = [receipt.ref for receipt in made]
         table = measure(store, blocks, given.teacher, ENCODINGS, given.device)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    facts = {
-        "date": date,
-        "hardware": f"{hardware(given.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32",
-        "teacher": _shown(given.teacher),
-        "corpus": f"{_shown(given.corpus)}, {sum(receipt.rows for receipt in made)} blocks of {given.length}, "
+    facts = facts_of(
+        given.device,
+        dtype="float32",
+        teacher=shown(given.teacher),
+        corpus=f"{shown(given.corpus)}, {sum(receipt.rows for receipt in made)} blocks of {given.length}, "
         f"{table[0].positions} masked positions",
-    }
+    )
     text = markdown(table, facts)
     print(text)
-    given.results.mkdir(parents=True, exist_ok=True)
-    name = f"{date}-{hardware(given.device).lower().replace(' ', '-')}-encodings"
-    (given.results / f"{name}.md").write_text(text, encoding="utf-8")
-    record = {**facts, "encodings": [asdict(row) for row in table]}
-    (given.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _shown(path: Path) -> str:
-    """The path inside the checkout, else its name alone."""
-    path = path.resolve()
-    return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else path.name
+    save(given.results, "encodings", given.device, text, {**facts, "encodings": [asdict(row) for row in table]})
 
 
 if __name__ == "__main__":

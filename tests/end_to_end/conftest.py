@@ -2,22 +2,17 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from tests.end_to_end.place import BROKEN, History, Result, Shell, environment, make_place, running
+from tests.end_to_end.place import BROKEN, History, Result, Shell, environment, make_place, mount
+from tests.server import serving
 from tests.tiny import make_teacher, write_oscar
-
-START_SECONDS = 180.0
 
 
 @pytest.fixture(scope="session")
@@ -50,24 +45,7 @@ def history(tmp_path_factory: pytest.TempPathFactory, teacher: Path, server: str
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API URL of a Prefect server on a free port."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    settings = {
-        "PREFECT_HOME": str(folder),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_UI_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
-    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with running(command, folder, environment(folder) | settings) as process:
-        end = time.monotonic() + START_SECONDS
-        while not answers(f"{url}/health"):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < end, "the Prefect server does not answer"
-            time.sleep(0.1)
+    with serving(tmp_path_factory.mktemp("server")) as url:
         yield url
 
 
@@ -104,10 +82,10 @@ def corpus_copy(history: History, tmp_path: Path) -> Path:
     return Path(shutil.copytree(history.place.folder / "corpus", tmp_path / "corpus"))
 
 
-def answers(url: str) -> bool:
-    """True if something answers there."""
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 kB; only root may mount one."""
+    folder = tmp_path / "disk"
+    mount(folder, "128k")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

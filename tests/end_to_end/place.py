@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import pytest
 
 from storage.artifact import KINDS, Receipt
 from storage.store import Store
@@ -27,6 +28,8 @@ BROKEN = "fr_meta_part_2.jsonl.zst"
 """The source that is cut short in the first run of the history."""
 LENGTH = 32
 STEPS = 20
+MARK = "DISTIL_TEST_PLACE"
+"""In the environment of everything that is started for a place: the folder of the place."""
 LIMIT = 300.0
 """Seconds after which a command is taken for hung."""
 
@@ -182,6 +185,7 @@ def environment(folder: Path, server: str = "") -> dict[str, str]:
     if server:
         kept |= {"PREFECT_API_URL": server, "PREFECT_HOME": str(folder / "prefect-home")}
     return kept | {
+        MARK: str(folder),
         "PYTHONPATH": str(REPO),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -254,3 +258,17 @@ def made(before: Mapping[Stamp, str], after: Mapping[Stamp, str], *kinds: str) -
     """Kind and label of what was made, or made again, between two looks; of these kinds, or of all."""
     fresh = {stamp for stamp, created in after.items() if before.get(stamp) != created}
     return {(kind, label) for kind, label, _ in fresh if not kinds or kind in kinds}
+
+
+def mount(folder: Path, size: str) -> None:
+    """An empty file system in memory, of 128k or 32m, at a new folder. Skips where that may not be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "distil-test", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
+
+
+def remount(folder: Path, options: str) -> None:
+    """Changes the size or the mode of a mounted file system."""
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)

@@ -54,7 +54,7 @@ def check_answers(answers: list[dict[str, Any]]) -> None:
 def test_the_run_ends_with_its_table(history: History) -> None:
     assert history.whole.status == 0, history.whole.err
     assert "Traceback" not in history.whole.out + history.whole.err
-    for text in ("snapshot", "targets", "masked top-1", "Le camembert est <mask> :)", "not run: score.ner"):
+    for text in ("snapshot", "targets", "masked top-1", "Le camembert est <mask> :)", "not run: score.protocol"):
         assert text in history.whole.out
     assert "distilled version 1" in history.whole.out.splitlines()[-1]
 
@@ -113,7 +113,7 @@ def test_a_source_cut_short_is_named_and_holds_back_only_itself(history: History
     heading, row = tables(history.broken.out)
     said = dict(zip(heading, row, strict=True))
     assert (said["stage"], said["file"]) == ("source", BROKEN)
-    assert said["howtoretry"] == "distilretryRECIPE.toml--stagesource--shardfr_meta_part_2"
+    assert said["howtoretry"] == "distilretrytiny.toml--stagesource--shardfr_meta_part_2"
     done = {(kind, label) for kind, label, _ in history.broken_stamps}
     kinds = {"source", "shard", "blocks", "targets"}
     whole = {(kind, label) for kind, label, _ in history.whole_stamps if kind in kinds}

@@ -14,22 +14,16 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tasks.metrics import read_metrics
-from tests.end_to_end.place import LIMIT, History, Place, environment, run_folder_of
+from tests.end_to_end.place import LIMIT, MARK, History, Place, environment, run_folder_of
+from tests.started import started_for
 
 STEPS = 300
 SETTINGS = (f"train.max_steps={STEPS}", "train.checkpoint_steps=25")
 
 
 def processes_of(place: Place) -> list[psutil.Process]:
-    """Everything that was started for this place: its Prefect folder is in the environment of each."""
-    mine = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("PREFECT_HOME") == str(place.home / "prefect"):
-                mine.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return mine
+    """Everything that was started for this place, trainers too, which know nothing of Prefect."""
+    return started_for(MARK, place.folder)
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:

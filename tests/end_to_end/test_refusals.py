@@ -3,8 +3,6 @@
 import gzip
 import json
 import shutil
-import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from storage.upkeep import verify
-from tests.end_to_end.place import History, Place, Result, Shell, make_place, refusal, tables
+from tests.end_to_end.place import History, Place, Result, Shell, make_place, refusal, remount, tables
 from tests.tiny import documents
 
 HASH = "0" * 64
@@ -157,31 +155,18 @@ def test_a_tokenizer_that_does_not_fit_the_teacher_is_refused(
     assert str(teacher) in said
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 kB; only root may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "distil-test", folder], capture_output=True, text=True, check=False
-    )
-    if mount.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {mount.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def remount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
-
-
-def test_a_full_store_is_refused_and_filled_up_later(
+def test_a_small_store_is_refused_and_a_full_one_filled_up_later(
     history: History, teacher: Path, shell: Shell, small_disk: Path, tmp_path: Path
 ) -> None:
     place = make_place(tmp_path / "place", history.place.folder / "corpus", teacher)
     place.home.mkdir()
     (place.home / "store").symlink_to(small_disk)
     command = ("prepare", place.recipe, "targets.source=online")
+    said = refusal(shell(*command))
+    assert "has no room for this run" in said
+    assert str(place.store.root) in said
+    assert place.stamps() == {}
+    remount(small_disk, "size=160k")  # room for the data, but not for files of whole pages
     assert "is full" in refusal(shell(*command))
     assert verify(place.store) == []
     remount(small_disk, "size=20m")
@@ -195,7 +180,7 @@ def test_a_read_only_store_is_refused(
     history: History, teacher: Path, shell: Shell, small_disk: Path, tmp_path: Path
 ) -> None:
     place = make_place(tmp_path / "place", history.place.folder / "corpus", teacher)
-    remount(small_disk, "ro")
+    remount(small_disk, "ro,size=20m")
     assert "read-only" in refusal(shell("prepare", place.recipe, f"store={small_disk}/store", "targets.source=online"))
 
 

@@ -26,7 +26,7 @@ def receipts(place: Path, kind: str) -> dict[str, int]:
 
 def test_it_ends_with_a_table_of_what_was_made(first, place: Path) -> None:
     assert first.returncode == 0, first.stderr
-    for word in ("masked top-1", "not run: score.ner names no set", "student:", "mlflow ui", "version 1"):
+    for word in ("masked top-1", "not run: score.protocol names no", "student:", "distil up --home", "version 1"):
         assert word in first.stdout
     assert "Traceback" not in first.stderr
 
@@ -70,6 +70,63 @@ def test_mlflow_holds_settings_curve_and_data_sets(first, place: Path) -> None:
     assert runs["score-heldout"].data.metrics["teacher_perplexity"] > 1
 
 
+def test_the_gate_refuses_what_was_not_scored_and_says_so(first, place: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place}/.distil/mlflow/mlflow.db")
+    tags = client.get_model_version("distilled", "1").tags
+    assert tags["distil.gate.decision"] == "refused"
+    assert tags["distil.gate.reason"].startswith("fine-tuning was not run: score.protocol names no")
+    assert "champion" not in client.get_registered_model("distilled").aliases
+    assert "fine-tuning was not run: score.protocol names no" in " ".join(first.stdout.split())
+
+
+def test_card_and_picture_lie_beside_the_model_and_in_mlflow(first, place: Path) -> None:
+    import mlflow
+    from huggingface_hub import ModelCard
+
+    folder = place / ".distil" / "models" / "tiny-card"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "fill-mask"
+    assert card.data.metrics == ["accuracy"]
+    assert "2 layers, distilled from `teacher`" in card.text
+    assert "- fine-tuning (student): score.protocol names no" in card.text
+    assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
+    mlflow.set_tracking_uri(f"sqlite:///{place}/.distil/mlflow/mlflow.db")
+    model = Path(mlflow.artifacts.download_artifacts("models:/distilled@challenger")) / "model"
+    assert {"README.md", "scores.png", "model.safetensors", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_person_forces_what_the_gate_refused(first, distil, place: Path) -> None:
+    refused = distil("promote", "tiny.toml", "--model", "distilled", "--version", "1")
+    assert refused.returncode == 1
+    assert "distil: distilled version 1: refused: fine-tuning was not run" in refused.stderr
+    assert distil("promote", "tiny.toml", "--force").returncode == 1
+    forced = distil("promote", "tiny.toml", "--force", "--reason", "no set here")
+    assert forced.returncode == 0, forced.stderr
+    assert "distilled version 1: forced: no set here (against the gate: fine-tuning was not run" in forced.stdout
+
+
+@pytest.mark.slow
+def test_a_candidate_by_another_protocol_has_the_champion_scored_by_it_too(first, distil, place: Path) -> None:
+    """The champion is version 1; the next one is judged on fewer held-out blocks."""
+    from mlflow.tracking import MlflowClient
+
+    assert distil("promote", "tiny.toml", "--force", "--reason", "no set here").returncode == 0
+    second = distil("run", "tiny.toml", "train.seed=1", "score.heldout_rows=8", 'gate.optional=["fine-tuning"]')
+    assert second.returncode == 0, second.stderr
+    client = MlflowClient(f"sqlite:///{place}/.distil/mlflow/mlflow.db")
+    tags = client.get_model_version("distilled", "2").tags
+    (row, *_) = json.loads(tags["distil.gate.table"])
+    assert (row["set_name"], tags["distil.gate.against"]) == ("heldout", "1")
+    assert row["best"] is not None
+    protocol = tags["distil.protocol.heldout"]
+    champion = client.get_model_version("distilled", "1").tags
+    assert len([name for name in champion if name.startswith("distil.standing.heldout.")]) == 2
+    assert json.loads(champion[f"distil.standing.heldout.{protocol}"])["values"] == [row["best"]]
+
+
 @pytest.mark.slow
 def test_damage_is_named_and_exactly_that_is_made_again(first, distil, place: Path) -> None:
     before = {kind: receipts(place, kind) for kind in ("source", "shard", "blocks", "targets")}
@@ -94,3 +151,26 @@ def test_damage_is_named_and_exactly_that_is_made_again(first, distil, place: Pa
     assert changed == {f"{path.parent.parent.name}.receipt.json" for path in (deleted, flipped)}
     assert whole.exists()
     assert distil("verify", "tiny.toml").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_registered_model_that_is_scored_keeps_its_standings_and_costs_no_score_twice(
+    first, distil, place: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place}/.distil/mlflow/mlflow.db")
+    tags = client.get_model_version("distilled", "1").tags
+    standings = [tag for tag in tags if tag.startswith("distil.standing.heldout.")]
+    receipts = place / ".distil" / "store" / "receipts" / "scores"
+    before = len(list(receipts.iterdir()))
+    for standing in standings:
+        client.delete_model_version_tag("distilled", "1", standing)
+    done = distil("score", "models:/distilled/1", "tiny.toml")
+    assert done.returncode == 0, done.stderr
+    assert "distilled-1 scored" in done.stdout
+    after = client.get_model_version("distilled", "1").tags
+    standing = f"distil.standing.heldout.{after['distil.protocol.heldout']}"
+    assert after[standing] == tags[standing]
+    # Only the sheets that name the models beside the teacher: held-out text was scored in the chain.
+    assert len(list(receipts.iterdir())) == before + 2

@@ -20,7 +20,7 @@ def test_every_command_has_help_with_an_example(repo: Path) -> None:
 
     from flows.cli import app
 
-    for command in ("demo", "run", "prepare", "status", "retry", "verify", "gc", "score"):
+    for command in ("demo", "run", "plan", "prepare", "status", "retry", "verify", "gc", "score", "deploy", "promote"):
         shown = CliRunner().invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert f"Example:  distil {command}" in shown.output
@@ -50,3 +50,25 @@ def test_status_of_an_untouched_recipe(distil) -> None:
     assert rows["source"]["wanted"] == 3
     assert rows["source"]["missing"] == [f"fr_meta_part_{number}" for number in (1, 2, 3)]
     assert rows["targets"]["wanted"] == 0
+
+
+def test_score_takes_models_recipe_settings_and_protocol_in_any_order(monkeypatch, tmp_path) -> None:
+    from typer.testing import CliRunner
+
+    from flows import cli
+
+    asked: list[object] = []
+    monkeypatch.setattr(cli, "_recipe", lambda path, overrides: asked.append((path, overrides)))
+    monkeypatch.setattr(cli, "_flow", lambda recipe, module, name, *more: asked.append(more[1:]))
+    call = CliRunner().invoke
+    words = ["one", "two/three", "my.toml", "score.sets=/data", "--recipe", "/p/flue.toml", "--only", "xnli seed 1"]
+    assert call(cli.app, ["score", *words]).exit_code == 0
+    assert asked == [
+        (Path("my.toml"), ["score.sets=/data", 'score.protocol="/p/flue.toml"']),
+        ("one", ("two/three",), "xnli seed 1", False),
+    ]
+    asked.clear()
+    assert call(cli.app, ["score", "models:/demo@champion"]).exit_code == 0
+    assert asked == [(cli.DEMO, []), ("models:/demo@champion", (), "", False)]
+    for wrong in (["only.toml"], ["one", "a.toml", "b.toml"]):
+        assert call(cli.app, ["score", *wrong]).exit_code == 2

@@ -10,8 +10,9 @@ from storage.artifact import Ref
 from storage.error import FatalError
 from storage.store import Store
 from tasks.block import make_blocks
-from tasks.config import Recipe, make_recipe
+from tasks.config import Recipe
 from tasks.lineage import trace, vocabulary_of
+from tasks.recipe import make_recipe
 from tasks.shard import shard_source
 from tests.tiny import save_tokenizer, write_oscar
 

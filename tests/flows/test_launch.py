@@ -1,5 +1,6 @@
 """The trainer as a child: its sentence becomes ours, and nothing of it is left behind."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -7,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.launch import command, end_with_parent, launch
-from storage.error import FatalError
+from flows.launch import Tail, command, end_with_parent, launch
+from storage.error import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.config import Blocks, Loss, Mask, Student, Targets, Teacher, Train
 from tasks.run import Part, RunSpec
@@ -45,6 +46,36 @@ def test_several_ranks_go_through_torchrun(tmp_path: Path) -> None:
 def test_the_trainers_sentence_is_the_error(tmp_path: Path) -> None:
     with pytest.raises(FatalError, match="no-such-teacher"):
         launch(a_run(tmp_path), lambda lines, final: None)
+
+
+def test_a_store_that_does_not_answer_is_worth_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = probe.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{nobody}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    run = a_run(tmp_path).model_copy(update={"store": "s3://bucket/store"})
+    with pytest.raises(RetryableError, match="the store s3://bucket/store did not answer"):
+        launch(run, lambda lines, final: None)
+
+
+def test_only_new_lines_are_followed_until_the_file_is_cut_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.lines() == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert tail.lines() == [{"step": 1}, {"step": 2}]
+    assert tail.lines() == []
+    with path.open("a") as file:
+        file.write('ep": 3}\n')
+    assert tail.lines() == [{"step": 3}]
+    fresh = path.with_suffix(".new")
+    fresh.write_text('{"step": 1}\n')
+    fresh.replace(path)
+    assert tail.lines() == [{"step": 1}]
 
 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:

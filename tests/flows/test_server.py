@@ -20,7 +20,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments import run_deployment
 from prefect.deployments.runner import RunnerDeployment
-from tasks.config import load_recipe
+from tasks.recipe import load_recipe
 
 repo, recipe = sys.argv[1:3]
 values = load_recipe(recipe, ["train.max_steps=5"]).model_dump(mode="json", by_alias=True)

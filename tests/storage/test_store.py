@@ -11,10 +11,10 @@ import pytest
 from storage import layout
 from storage.artifact import Receipt, Ref
 from storage.error import FatalError, RetryableError
-from storage.fingerprint import key_of
 from storage.lease import Lease
 from storage.store import Store
 from storage.upkeep import gc, verify
+from tests.artifacts import put, ref_of
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -23,20 +23,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
         yield Store(tmp_path / "store")
     else:
         yield Store(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
-
-
-def ref_of(label: str, kind: str = "blocks") -> Ref:
-    return Ref(kind, key_of(kind, 1, {"label": label}, []), label)
-
-
-def put(store: Store, label: str, data: bytes = b"bytes", kind: str = "blocks") -> Receipt:
-    with store.scratch() as folder:
-        (folder / "inner").mkdir()
-        (folder / "blocks.arrow").write_bytes(data)
-        (folder / "inner" / "more.txt").write_bytes(b"more")
-        return store.commit(
-            ref_of(label, kind), folder, schema=1, rows=3, tokens=7, settings={"a": 1}, parents=["p"], info={"n": 2}
-        )
 
 
 def test_what_is_committed_is_there_and_reads_back(store: Store) -> None:
@@ -129,7 +115,7 @@ def damage(store: Store, receipt: Receipt) -> None:
     data = bytearray(store.fs.cat_file(path))
     data[0] ^= 1
     store.fs.pipe_file(path, bytes(data))
-    shutil.rmtree(store.cache, ignore_errors=True)
+    shutil.rmtree(store.cache.folder, ignore_errors=True)
 
 
 def test_verify_names_and_withdraws_exactly_what_is_wrong(store: Store) -> None:
@@ -157,6 +143,7 @@ def test_a_file_of_another_size_is_refused_before_it_is_read(store: Store) -> No
     path = store.path(layout.data_path("blocks", receipt.key, receipt.content, "blocks.arrow"))
     store.fs.pipe_file(path, b"short")
     store.fs.pipe_file(path, b"sh")
+    shutil.rmtree(store.cache.folder, ignore_errors=True)
     with pytest.raises(FatalError, match=r"blocks\.arrow"):
         store.local(receipt)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM
 from storage.error import FatalError
 from storage.store import Store
 from tasks.build import build
-from tasks.config import make_recipe
+from tasks.recipe import make_recipe
 from tasks.run import RunSpec, make_run
 from tasks.teacher import fingerprint_of
 from tests.tiny import make_parts, make_teacher, save_tokenizer

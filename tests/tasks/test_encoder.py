@@ -24,12 +24,7 @@ FAMILIES = {
 LENGTH = 20
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(family: str, attention: str = "sdpa", dropout: float = 0.0, double: bool = False):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import f1_score
 
-from tasks.entities import LABELS, class_scores, entity_scores, mean_and_sd, to_iob, weighted_mean
+from tasks.entities import LABELS, class_scores, entity_scores, to_iob, weighted_mean
 
 CARD = {  # class: F1, support (cmarkea/distilcamembert-base-ner)
     "PER": (96.82, 23_754),
@@ -92,12 +92,3 @@ def test_class_scores_equal_scikit_learn(pairs):
     assert [found["by_class"][name]["f1"] for name in LABELS] == pytest.approx(list(by_class))
     inside = f1_score(gold, predicted, average="weighted", labels=range(1, 5), zero_division=0)
     assert found["weighted_f1_without_o"] == pytest.approx(inside)
-
-
-def test_mean_and_sd_over_seeds_at_any_depth():
-    runs = [{"entity": {"f1": value}, "rows": 10} for value in (0.2, 0.4, 0.9)]
-    summary = mean_and_sd(runs)
-    assert summary["entity"]["f1"]["mean"] == pytest.approx(0.5)
-    assert summary["entity"]["f1"]["sd"] == pytest.approx(np.std([0.2, 0.4, 0.9], ddof=1))
-    assert summary["rows"] == {"mean": 10, "sd": 0, "seeds": 3}
-    assert mean_and_sd(runs[:1])["entity"]["f1"] == {"mean": 0.2, "seeds": 1}

@@ -1,15 +1,18 @@
 """Which artifacts a recipe wants: the sample of calibration stays what it was."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from storage import layout
 from storage.artifact import Ref
 from storage.error import FatalError
 from storage.store import Store
 from tasks.block import make_blocks
-from tasks.config import Recipe, make_recipe
-from tasks.lineage import check_teacher, pin_sample, trace, vocabulary_of
+from tasks.config import Recipe
+from tasks.lineage import check_teacher, pin_sample, plan_key, plan_run, trace, vocabulary_of
+from tasks.recipe import make_recipe
 from tasks.shard import shard_source
 from tasks.teach import calibrate, open_capture
 from tests.tiny import make_teacher, write_oscar
@@ -83,6 +86,18 @@ def test_a_sample_that_is_gone_for_good_serves_as_long_as_its_calibration_is_the
     assert trace(store, new).calibration == receipt.ref
     store.withdraw(receipt.ref)
     assert trace(store, new).sample == trace(store, new).training_blocks
+
+
+def test_a_run_is_named_without_asking_the_store(place: Path, store: Store) -> None:
+    values = recipe_of(place, "old").model_dump(by_alias=True) | {"targets": {"source": "online"}}
+    recipe = make_recipe(values, "test")
+    blocks = make_text(store, recipe)
+    receipt = Path(store.path(layout.receipt_path("blocks", blocks[0].key)))
+    receipt.write_bytes(replace(store.receipt(blocks[0]), rows=0).to_json())
+    lineage = trace(store, recipe)
+    run = plan_run(store, recipe, lineage)
+    assert len(run.manifest) == len(blocks) - 1
+    assert plan_key(recipe, lineage) == run.run_key
 
 
 def test_a_teacher_that_cannot_work_is_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:

@@ -23,12 +23,7 @@ from tasks.loss import (
 WEIGHTS = Weights(distil=0.5, cosine=0.3, mlm=0.2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def golden_inputs() -> dict[str, Tensor]:

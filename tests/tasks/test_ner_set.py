@@ -6,10 +6,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.error import FatalError
-from tasks.ner_set import Sentence, load_ner
+from tasks.ner_set import NerSet, Sentence
+from tasks.ner_set import load_ner as load_named
+from tasks.set_files import Place
 
 A, B, C, D, E = (f"Phrase {letter} .".split() for letter in "ABCDE")
 TAGS = [0, 1, 0]
+
+
+def load_ner(source: str) -> NerSet:
+    return load_named("ner", Place(source))
 
 
 def write(path, sentences, tags=None, **columns):
@@ -51,17 +57,34 @@ def test_layouts_of_folders(tmp_path, names):
     for name, sentences in zip(names, ([A, B], [C]), strict=True):
         write(tmp_path / f"{name}.parquet", sentences)
     ner = load_ner(str(tmp_path))
-    assert (words(ner.train), words(ner.test), ner.validation) == ([A, B], [C], ())
+    assert words(ner.test) == [C]
+    assert sorted(words(ner.train) + words(ner.validation)) == [A, B]
+
+
+def test_a_tenth_of_train_is_held_out_by_its_words_where_no_validation_split_is(tmp_path):
+    many = [["Phrase", str(number), "."] for number in range(50)]
+    ner = load_ner(write_set(tmp_path / "one", many, [A]))
+    assert (len(ner.train), len(ner.validation)) == (45, 5)
+    assert (ner.counts["train"]["kept"], ner.counts["validation"]["kept"]) == (45, 5)
+    assert "held out for validation" in ner.rule
+    # Order does not matter, and a sentence more moves at most one other.
+    other = load_ner(write_set(tmp_path / "other", [B, *reversed(many)], [A]))
+    assert (
+        len({tuple(words) for words in words(ner.validation)} - {tuple(words) for words in words(other.validation)})
+        <= 1
+    )
 
 
 def test_several_files_of_a_split_and_any_url(tmp_path):
     write(tmp_path / "train-00000-of-00002.parquet", [A])
     write(tmp_path / "train-00001-of-00002.parquet", [B])
     write(tmp_path / "test-00000-of-00001.parquet", [C])
+    write(tmp_path / "validation-00000-of-00001.parquet", [D])
     memory = fsspec.filesystem("memory")
     memory.put(f"{tmp_path}/", "/ner-set/", recursive=True)
     ner = load_ner("memory://ner-set")
     assert words(ner.train) == [A, B]
+    assert words(ner.validation) == [D]
     assert ner.fingerprint == load_ner(str(tmp_path)).fingerprint
 
 
@@ -97,6 +120,7 @@ def test_label_names_in_the_file_are_compared(tmp_path):
         features = str({"info": {"features": {"ner_tags": {"feature": {"names": names}}}}}).replace("'", '"')
         table = pa.table({"tokens": [A], "ner_tags": [TAGS]}).replace_schema_metadata({"huggingface": features})
         pq.write_table(table, tmp_path / "train.parquet")
+        write(tmp_path / "validation.parquet", [D])
         if fits:
             assert load_ner(str(tmp_path)).train == (Sentence(tuple(A), tuple(TAGS)),)
         else:
@@ -113,7 +137,7 @@ def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(FatalError, match="no test sentences"):
         load_ner(str(tmp_path))
     (tmp_path / "test.parquet").write_bytes(b"not parquet")
-    with pytest.raises(FatalError, match="cannot be read as parquet"):
+    with pytest.raises(FatalError, match="cannot be read"):
         load_ner(str(tmp_path))
 
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForMaskedLM
 
 from storage.artifact import Ref
 from storage.store import Store
-from tasks.config import Targets, Teacher, make_recipe
+from tasks.config import Targets, Teacher
 from tasks.metrics import read_metrics
+from tasks.recipe import make_recipe
 from tasks.run import Part, make_run
 from tasks.step import World
 from tasks.student import make_student
@@ -28,6 +29,8 @@ from tasks.train import StopSignal, train
 from tasks.vocabulary import load_vocabulary
 from tests.benchmarks.encodings import CORPUS, TEACHER, blocks_of, capture_of, measure
 from tests.tiny import make_parts, make_teacher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOW = 20
 PARTS = ("distil", "cosine", "mlm")
@@ -51,15 +54,6 @@ class Bench:
 
     def refs(self) -> list[Ref]:
         return [part.blocks_ref() for part in self.parts]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The order of sums, and so the drift, must not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from tasks.config import Mask
 from tasks.mask import mask_rows
 from tasks.score import (
     Trial,
+    block_counts,
     clustered_error,
     heldout_protocol,
     make_scores,
@@ -44,6 +45,11 @@ def scene(request, tmp_path_factory):
     parts = make_parts(store, folder / "teacher", shards=2, texts=6)
     blocks = [open_blocks(store, part.blocks_ref()) for part in parts]
     return student, teacher, vocabulary, blocks
+
+
+def flat(figures):
+    """The figures without the sums by block."""
+    return {name: value for name, value in figures.items() if name != "by_block"}
 
 
 def every_position(model, vocabulary, blocks):
@@ -82,7 +88,16 @@ def test_figures_equal_a_plain_computation_from_full_logits(scene):
     kl = F.kl_div(own, told, reduction="batchmean", log_target=True)
     assert found["kl"] == pytest.approx(float(kl), rel=1e-4)
     assert found["agreement"] == pytest.approx(float((own.argmax(-1) == told.argmax(-1)).double().mean()))
-    assert all(isinstance(value, float) for value in found.values())
+    assert all(isinstance(value, float) for value in flat(found).values())
+
+
+def test_sums_by_block_give_the_figures_back(scene):
+    student, teacher, vocabulary, blocks = scene
+    found = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
+    for name, figure in (("hits", "top1"), ("teacher_hits", "teacher_top1"), ("kl", "kl")):
+        counts = block_counts(found, name)
+        assert counts.shape == (1, found["blocks"], 2)
+        assert counts[0, :, 0].sum() / counts[0, :, 1].sum() == pytest.approx(found[figure])
 
 
 def test_the_size_of_chunks_changes_nothing(scene, monkeypatch):
@@ -91,7 +106,7 @@ def test_the_size_of_chunks_changes_nothing(scene, monkeypatch):
     monkeypatch.setattr(score, "CHUNK_ROWS", 7)
     monkeypatch.setattr(score, "FORWARD_TOKENS", 96)
     pieces = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
-    assert pieces == pytest.approx(whole, rel=1e-5)
+    assert flat(pieces) == pytest.approx(flat(whole), rel=1e-5)
 
 
 def test_a_model_agrees_with_itself(scene):
@@ -145,6 +160,17 @@ def test_the_limit_takes_blocks_evenly_from_all_shards(scene):
     assert spread_rows(3, 10).tolist() == [0, 1, 2]
 
 
+def test_several_masks_show_every_block_again_elsewhere(scene):
+    student, teacher, vocabulary, blocks = scene
+    once = score_heldout(student, vocabulary, blocks, MASK, 8, teacher)
+    found = score_heldout(student, vocabulary, blocks, MASK, 8, teacher, masks=3)
+    assert found["blocks"] == once["blocks"] == 8
+    assert found["positions"] == 3 * once["positions"]
+    assert [3 * count for count in once["by_block"]["positions"]] == found["by_block"]["positions"]
+    assert [3 * total for total in once["by_block"]["kl"]] != pytest.approx(found["by_block"]["kl"], rel=1e-3)
+    assert heldout_protocol(blocks, MASK, 8, masks=3) != heldout_protocol(blocks, MASK, 8)
+
+
 def test_rows_that_pad_the_decoder_do_not_count(scene):
     student, teacher, vocabulary, blocks = scene
     before = score_heldout(student, vocabulary, blocks, MASK, 8, teacher)
@@ -153,7 +179,8 @@ def test_rows_that_pad_the_decoder_do_not_count(scene):
     wider.resize_token_embeddings(vocabulary.size + 13)
     with torch.no_grad():
         wider.get_output_embeddings().bias[vocabulary.size :] = 100.0
-    assert score_heldout(wider, vocabulary, blocks, MASK, 8, teacher) == pytest.approx(before, rel=1e-5)
+    found = score_heldout(wider, vocabulary, blocks, MASK, 8, teacher)
+    assert flat(found) == pytest.approx(flat(before), rel=1e-5)
 
 
 def test_nothing_to_score_is_said_and_broken_weights_are_refused(scene):

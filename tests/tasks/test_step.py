@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from storage.store import Store
-from tasks.batch import Batch, Corpus, Masking, make_batch, stretches
+from tasks.batch import Batch, Masking, make_batch, stretches
 from tasks.config import Loss, Mask, Teacher
+from tasks.corpus import Corpus
 from tasks.run import Part
 from tasks.step import Distiller, Sums, World, gradient_step, sum_counts
 from tasks.student import make_student

@@ -35,12 +35,7 @@ ENCODINGS = ["int8", "int4", "bf16", "topk"]
 NO_CHANGE = Mask()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

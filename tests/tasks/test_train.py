@@ -10,20 +10,27 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
 
 from storage.artifact import Ref
 from storage.store import Store
+from tasks.batch import Masking, make_batch
 from tasks.checkpoint import steps_kept
-from tasks.config import Loss, Recipe, Train, make_recipe
+from tasks.config import Loss, Recipe, Train
+from tasks.corpus import Corpus
 from tasks.metrics import read_metrics
+from tasks.recipe import make_recipe
 from tasks.run import RunSpec, make_run, write_run
 from tasks.step import World
 from tasks.teacher import fingerprint_of
 from tasks.train import StopSignal
 from tasks.train import train as run_training
+from tasks.vocabulary import load_vocabulary
+from tests import noted
 from tests.tiny import make_parts, make_teacher
 
 REPO = Path(__file__).resolve().parents[2]
@@ -79,15 +86,15 @@ def run_of(place: Path, home: Path, **train: object) -> RunSpec:
     )
 
 
-def start(run: RunSpec, ranks: int = 1) -> subprocess.Popen[str]:
+def start(run: RunSpec, ranks: int = 1, trainer: str = "tasks.train") -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "tasks.train", str(write_run(run))]
+    command = [sys.executable, *launcher, "-m", trainer, str(write_run(run))]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=run.folder)
 
 
-def finish(run: RunSpec, ranks: int = 1) -> dict[str, torch.Tensor]:
-    process = start(run, ranks)
+def finish(run: RunSpec, ranks: int = 1, trainer: str = "tasks.train") -> dict[str, torch.Tensor]:
+    process = start(run, ranks, trainer)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     return weights_of(run)
@@ -186,29 +193,71 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(place: Path, tmp_path: Pa
     assert 5 <= step < STEPS
 
 
+def logits(run: RunSpec) -> torch.Tensor:
+    """What the finished model says of a few rows of tokens."""
+    store = Store(run.store)
+    model = AutoModelForMaskedLM.from_pretrained(store.local(store.receipt(run.model_ref))).eval()
+    input_ids = torch.arange(4 * 16).view(4, 16) % model.config.vocab_size
+    with torch.no_grad():
+        return model(input_ids=input_ids).logits
+
+
 def test_two_ranks_end_like_one(
     place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     """Without dropout, at the default learning rate; the loss parts too, since counts are of all ranks.
 
-    Key biases have a gradient of zero but for rounding (softmax does not see them), which AdamW blows up: only they
-    need the wider bound.
+    Key biases are left out: softmax does not see them, so their gradient is rounding, which AdamW turns into steps of
+    full size. How far they go depends on the processor; that both models say the same shows that it does not matter.
     """
     values = {"max_steps": 50, "batch_rows": 6, "lr": 5e-4}
     one, two = run_of(place, tmp_path / "one", **values), run_of(place, tmp_path / "two", **values)
     runs = [run.model_copy(update={"student": run.student.model_copy(update={"dropout": 0.0})}) for run in (one, two)]
     first, second = finish(runs[0]), finish(runs[1], ranks=2)
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5 if "key.bias" in name else 1e-6)
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(runs[0]), logits(runs[1]), rtol=0, atol=1e-4)
     curves = [read_metrics(Path(run.folder) / "metrics.jsonl") for run in runs]
     assert curves[0][-2]["loss"] == pytest.approx(curves[1][-2]["loss"], rel=1e-4)
+
+
+def test_two_ranks_killed_and_resumed_on_one_see_every_block_once(place: Path, tmp_path: Path) -> None:
+    run = run_of(place, tmp_path, max_steps=0, epochs=1.0, batch_rows=6, checkpoint_steps=5)
+    process = start(run, ranks=2, trainer="tests.noted")
+    wait_for_step(run, process, 13)
+    for rank in psutil.Process(process.pid).children(recursive=True):
+        rank.kill()
+    process.kill()
+    process.communicate()
+    notes = Path(run.folder) / noted.FILE
+    first = [json.loads(line) for line in notes.read_text().splitlines() if line.endswith("}")]
+    notes.unlink()
+    finish(run, ranks=1, trainer="tests.noted")
+    second = [json.loads(line) for line in notes.read_text().splitlines()]
+
+    resumed = second[0]["step"] - 1
+    assert resumed >= 10
+    assert {line["rank"] for line in first} == {0, 1}
+    kept = [*(line for line in first if line["step"] <= resumed), *second]
+    seen = [row for line in sorted(kept, key=lambda line: (line["step"], line["rank"])) for row in line["rows"]]
+    assert len(seen) == run.total_steps * 6
+    masking = Masking(load_vocabulary(run.teacher.model), run.mask, every_position=False)
+    corpus = Corpus(Store(run.store), run.manifest, cached=False)
+    wanted = []
+    for number, part in enumerate(run.manifest):
+        rows = np.arange(part.rows)
+        batch = make_batch(corpus, masking, np.full_like(rows, number), rows, np.zeros_like(rows))
+        wanted += noted.row_names(batch.input_ids)
+    assert sorted(seen[: run.rows]) == sorted(wanted)
+    assert len(set(wanted)) == run.rows
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_checkpoint(
     place: Path, tmp_path: Path
 ) -> None:
     run = run_of(place, tmp_path, lr=1.0, clip=0.0, warmup=0.0, batch_rows=2, max_steps=2000, checkpoint_steps=1)
-    run = run.model_copy(update={"loss": Loss(distil=1e38)})
+    run = run.model_copy(update={"loss": Loss(temperature=1e-40)})  # no float32 holds a logit divided by it
     process = start(run)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1

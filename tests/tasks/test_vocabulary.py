@@ -140,7 +140,7 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path / "cache", word_piece(), {})
     asked: list[tuple[str, str | None]] = []
 
-    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((name, revision))
         assert not any(pattern.endswith(("safetensors", "bin", "*")) for pattern in allow_patterns)
         if name == "hub/unknown":
@@ -152,7 +152,7 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert load_vocabulary("hub/known", "v1") == load_vocabulary(folder)
-    with pytest.raises(FatalError, match="hub/unknown: there is no such folder here and no such model on the hub"):
+    with pytest.raises(FatalError, match="hub/unknown: there is no such folder here and no such tokenizer on the hub"):
         load_vocabulary("hub/unknown")
     with pytest.raises(RetryableError, match="hub/silent: no such folder here and the hub did not answer"):
         load_vocabulary("hub/silent")

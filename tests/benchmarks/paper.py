@@ -1,0 +1,85 @@
+"""A corpus on paper: a recipe, and a store with receipts of everything from sources to targets, a byte of data each.
+
+    make_paper(folder, folder / "store", shards=2000)
+    recipe = recipe_of(folder, str(folder / "store"))
+
+For the benchmarks that measure the keeping of books alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from flows.corpus import prepare_corpus
+from storage import layout
+from storage.artifact import DataFile, Receipt, Ref, content_of
+from storage.fingerprint import sha256_bytes
+from storage.store import Store
+from tasks.config import Recipe
+from tasks.lineage import trace
+from tasks.recipe import make_recipe
+from tasks.snapshot import remember_content
+from tests.benchmarks.results import TEACHER
+from tests.tiny import write_oscar
+
+SOURCES = 20
+BYTE = b"x"
+
+
+def recipe_of(folder: Path, root: str) -> Recipe:
+    """`root` is the store's address."""
+    values = {
+        "name": "scale",
+        "home": str(folder / "home"),
+        "store": root,
+        "corpus": {"url": str(folder / "corpus")},
+        "blocks": {"length": 128},
+        "teacher": {"model": str(TEACHER)},
+    }
+    return make_recipe(values, "benchmark")
+
+
+def make_paper(folder: Path, root: Path, shards: int) -> None:
+    """Everything from sources to targets, written without fsync: a store that a real run has left."""
+    write_oscar(folder / "corpus", parts=SOURCES, texts=1)
+    recipe, store = recipe_of(folder, str(root)), Store(root)
+    for source in trace(store, recipe).snapshot.sources:
+        remember_content(store, source, sha256_bytes(source.name.encode()))
+    for number, (source, ref) in enumerate(trace(store, recipe).sources):
+        assert ref
+        own = range(number, shards, SOURCES)
+        listed = [{"key": f"{one:064x}", "label": f"{source.label}-{one:04d}", "rows": 1, "bytes": 1} for one in own]
+        _write(store, ref, {"shards": listed, "heldout": []})
+    for _ in range(2):  # the sample of the calibration is only known once there are blocks
+        lineage = trace(store, recipe)
+        for refs in lineage.stages().values():
+            for ref in store.missing(refs):
+                _write(store, ref)
+        prepare_corpus(store, recipe)
+
+
+def _write(store: Store, ref: Ref, info: dict[str, Any] | None = None) -> None:
+    files = (DataFile("data", len(BYTE), sha256_bytes(BYTE)),)
+    receipt = Receipt(
+        kind=ref.kind,
+        key=ref.key,
+        label=ref.label,
+        schema=1,
+        files=files,
+        rows=1,
+        tokens=1,
+        parents=(),
+        settings={},
+        info=info or {},
+        versions={},
+        timings={},
+        host="paper",
+        created="2026-01-01T00:00:00+00:00",
+    )
+    contents = {
+        layout.data_path(ref.kind, ref.key, content_of(files), "data"): BYTE,
+        layout.receipt_path(ref.kind, ref.key): receipt.to_json(),
+    }
+    for name, data in contents.items():
+        path = Path(store.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)

@@ -1,0 +1,169 @@
+"""A teacher, blocks and targets to measure with: random ones of any size (speed does not depend on weights), or real.
+
+    bench = random_bench(folder, CAMEMBERT, rows=4096, device="cuda")
+    bench = real_bench(folder, TEACHER, CORPUS, length=128, layers=2)
+    parts, codec = cached(bench, Targets(positions="all"))
+
+Used by the benchmarks of loader, step and GPU. All goes through the store and the functions that the product uses.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from storage.arrow import ArrowWriter, blocks_schema
+from storage.artifact import Receipt, Ref
+from storage.fingerprint import key_of
+from storage.store import Store
+from tasks.batch import Batch, Masking, make_batch
+from tasks.capture import Capture
+from tasks.codec import Codec
+from tasks.config import Mask, Targets, Teacher
+from tasks.corpus import Corpus as Reader
+from tasks.run import Part
+from tasks.student import make_fresh
+from tasks.targets import open_targets
+from tasks.teach import calibrate, make_targets, read_calibration
+from tasks.teacher import TeacherModel, load_teacher, resolve_dtype
+from tasks.vocabulary import Vocabulary
+from tests.benchmarks.encodings import blocks_of
+
+
+@dataclass(frozen=True)
+class Size:
+    """A CamemBERT: layers of teacher and student, width, heads, inner width, vocabulary, tokens in a block."""
+
+    name: str
+    layers: int
+    student_layers: int
+    width: int
+    heads: int
+    inner: int
+    vocab: int
+    length: int
+
+
+CAMEMBERT = Size("camembert-base, 12 layers to 6", 12, 6, 768, 12, 3072, 32_005, 512)
+SMALL = Size("4 layers of 128 to 2, vocabulary 8,000", 4, 2, 128, 2, 512, 8_000, 128)
+TINY = Size("4 layers of 32 to 2, vocabulary 500", 4, 2, 32, 2, 64, 500, 32)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Blocks of one length in a store, their teacher, and how many layers its student has."""
+
+    name: str
+    store: Store
+    teacher: TeacherModel
+    blocks: tuple[Receipt, ...]
+    length: int
+    layers: int
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The manifest, without targets."""
+        return tuple(Part(label=one.label, blocks=one.key, rows=one.rows, tokens=one.tokens) for one in self.blocks)
+
+
+def random_bench(folder: Path, size: Size, rows: int, device: str, shards: int = 2) -> Bench:
+    """A teacher with random weights, and `rows` full blocks of random ids in each of `shards` shards."""
+    vocabulary = random_vocabulary(size)
+    store = Store(folder / "store")
+    blocks = tuple(_random_blocks(store, vocabulary, rows, size.length, number) for number in range(shards))
+    return Bench(size.name, store, random_teacher(size, vocabulary, device), blocks, size.length, size.student_layers)
+
+
+def real_bench(folder: Path, teacher: Path, corpus: Path, *, length: int, layers: int, shards: int = 2) -> Bench:
+    """A saved teacher on the CPU, and blocks of a few small shards of real text."""
+    store = Store(folder / "store")
+    blocks = tuple(blocks_of(store, corpus, teacher, length, shard_bytes=200_000, shards=shards))
+    loaded = load_teacher(Teacher(model=str(teacher), dtype="float32"), "cpu")
+    name = f"demo teacher, {loaded.model.config.num_hidden_layers} layers of {loaded.width} to {layers}"
+    return Bench(name, store, loaded, blocks, length, layers)
+
+
+def random_vocabulary(size: Size) -> Vocabulary:
+    """Special ids as in camembert-base; there is no tokenizer behind it."""
+    mask = size.vocab - 1
+    specials = (0, 1, 2, 3, 4, 5, 6, mask)
+    return Vocabulary(
+        size.name, "", f"random {size.vocab}", size.vocab, 1, 5, 6, mask, 3, specials=specials, unknowns=(3, 4)
+    )
+
+
+def random_teacher(size: Size, vocabulary: Vocabulary, device: str) -> TeacherModel:
+    """Frozen, in the dtype that a teacher has on this device."""
+    where, settings = torch.device(device), Teacher(model="random")
+    dtype = resolve_dtype(settings, where)
+    config = {
+        "model_type": "camembert",
+        "num_hidden_layers": size.layers,
+        "hidden_size": size.width,
+        "num_attention_heads": size.heads,
+        "intermediate_size": size.inner,
+        "vocab_size": size.vocab,
+        "max_position_embeddings": size.length + 2,
+        "type_vocab_size": 1,
+    }
+    model = make_fresh(config, vocabulary)
+    nn.Module.to(model, where, dtype).requires_grad_(False)
+    return TeacherModel(
+        model, vocabulary, settings, f"random {size.name}", size.width, size.vocab, device=where, dtype=dtype
+    )
+
+
+def _random_blocks(store: Store, vocabulary: Vocabulary, rows: int, length: int, number: int) -> Receipt:
+    """Full blocks of one shard, in the file that tasks.block writes."""
+    schema = blocks_schema(length, vocabulary.size)
+    kind = schema.field("input_ids").type
+    ids = np.random.default_rng(number).integers(7, vocabulary.mask, (rows, length))
+    ids[:, 0], ids[:, -1] = vocabulary.bos, vocabulary.eos
+    flat = pa.array(ids.ravel().astype(kind.value_type.to_pandas_dtype()))
+    ref = Ref("blocks", key_of("blocks", 1, {"rows": rows, "length": length, "number": number}, []), f"random-{number}")
+    with store.scratch() as folder:
+        with ArrowWriter(folder / "blocks.arrow", schema) as writer:
+            lengths = pa.array(np.full(rows, length, np.int32))
+            writer.write({"input_ids": pa.FixedSizeListArray.from_arrays(flat, type=kind), "length": lengths})
+        return store.commit(ref, folder, schema=1, rows=rows, tokens=rows * length, settings={}, parents=[])
+
+
+# ---- what is made of it ------------------------------------------------------------------------------------
+
+
+def open_bench(bench: Bench, targets: Targets) -> Capture:
+    """The teacher, calibrated on the first shard."""
+    capture = Capture(bench.teacher, bench.teacher.vocabulary, Mask(), targets)
+    receipt = calibrate(bench.store, [bench.blocks[0].ref], capture)
+    calibration = read_calibration(bench.store, receipt.ref)
+    return replace(capture, calibration=calibration, calibration_key=receipt.key)
+
+
+def cached(bench: Bench, targets: Targets) -> tuple[tuple[Part, ...], Codec]:
+    """The manifest with the teacher's targets of every shard, and the codec that decodes them."""
+    capture = open_bench(bench, targets)
+    receipts = [make_targets(bench.store, blocks.ref, capture) for blocks in bench.blocks]
+    made = zip(bench.parts, receipts, strict=True)
+    parts = tuple(part.model_copy(update={"targets": (receipt.key,)}) for part, receipt in made)
+    return parts, open_targets(bench.store, receipts[0].ref, check=False).codec
+
+
+def masking_of(bench: Bench, targets: Targets) -> Masking:
+    """How blocks become rows of a batch."""
+    return Masking(bench.teacher.vocabulary, Mask(), targets.positions == "all")
+
+
+def first_batch(bench: Bench, targets: Targets, parts: tuple[Part, ...], rows: int) -> Batch:
+    """The first rows of the first shard; with the teacher's vectors where the parts have targets."""
+    reader = Reader(bench.store, parts, cached=bool(parts[0].targets))
+    zeros = np.zeros(rows, np.int64)
+    return make_batch(reader, masking_of(bench, targets), zeros, np.arange(rows), zeros)
+
+
+def weights_of(model: Any) -> int:
+    """Bytes of a model's parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())

@@ -1,0 +1,94 @@
+"""The benchmarks themselves, at tiny size: that they run and compare like with like. No test here judges a speed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.artifact import Ref
+from storage.store import Store
+from tasks.config import Corpus, Loss, Targets
+from tasks.snapshot import take_snapshot
+from tasks.student import make_student
+from tasks.vocabulary import load_vocabulary
+from tests.benchmarks import corpus, gpu, imports, loader, rerun, step
+from tests.benchmarks.flops import case_flops
+from tests.benchmarks.reference import reference_batch, reference_losses
+from tests.benchmarks.results import CORPUS, TEACHER, Report, Row, publish
+from tests.benchmarks.synthetic import CAMEMBERT, TINY, Bench, first_batch, random_bench
+
+CASES = ["capture masked", "capture all", "cached masked", "cached all", "online masked", "online all", "reference"]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return random_bench(tmp_path_factory.mktemp("bench"), TINY, 16, "cpu")
+
+
+def test_the_reference_computes_our_loss_over_all_positions(bench: Bench) -> None:
+    batch = reference_batch(first_batch(bench, Targets(), bench.parts, 8))
+    student = make_student(bench.teacher.model, bench.teacher.vocabulary, layers=bench.layers)
+    theirs = float(reference_losses(bench.teacher.model, student, batch, Loss()).total.detach())
+    ours = step.our_step(bench, "all", 8).run()
+    assert ours == pytest.approx(theirs, rel=2e-4)  # ours reads the teacher through int8
+
+
+def test_all_and_masked_positions_are_the_same_blocks_and_masks(bench: Bench) -> None:
+    masked, everywhere = (
+        reference_batch(first_batch(bench, Targets.model_validate({"positions": positions}), bench.parts, 8))
+        for positions in ("masked", "all")
+    )
+    assert torch.equal(masked.input_ids, everywhere.input_ids)
+    assert torch.equal(masked.labels, everywhere.labels)
+
+
+def test_the_arithmetic_of_a_token_is_that_of_the_design() -> None:
+    """313 MFLOP with a whole last layer, 279 with the short one; 188 for the teacher, 177 with the short one."""
+    assert case_flops(CAMEMBERT, "cached masked") == pytest.approx(279e6, rel=0.01)
+    assert case_flops(CAMEMBERT, "capture masked") == pytest.approx(177e6, rel=0.01)
+    assert case_flops(CAMEMBERT, "reference") == pytest.approx(673e6, rel=0.01)
+
+
+def test_a_report_is_written_as_table_and_json(tmp_path: Path) -> None:
+    rows = [Row("speed", "tokens/s", 12_345.6, 1000.0, 12.3456, 2.0), Row("bytes", "B", 0.0)]
+    publish(Report("name", "Title", {"date": "today"}, rows, "Notes."), tmp_path)
+    (table,), (record,) = tmp_path.glob("*-name.md"), tmp_path.glob("*-name.json")
+    assert "| speed | tokens/s | 12,346 | 1,000 | 12.3 | 2 |" in table.read_text(encoding="utf-8")
+    assert json.loads(record.read_text(encoding="utf-8"))["rows"][0]["ours"] == 12_345.6
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_on_a_cpu(tmp_path: Path) -> None:
+    plan = replace(gpu.SMALL, batches=(4,))
+    cases, rate = gpu.measure(plan, tmp_path)
+    assert rate > 0
+    assert [case.case for case in cases] == CASES
+    for case in cases:
+        assert case.tokens_per_second, case
+        assert case.mfu, case
+        trains = case.case.startswith(("cached", "online"))
+        assert (case.data_wait is not None) == trains, case
+
+
+@pytest.mark.slow
+def test_the_others_run(tmp_path: Path, bench: Bench) -> None:
+    settings = Corpus(url=str(CORPUS))
+    place = corpus.Place(take_snapshot(settings).sources[:1], settings, load_vocabulary(str(TEACHER)), tmp_path)
+    rows = [*corpus.shard_rows(place, 1), *step.step_rows(bench, 8, 1), loader.against_step(bench, "masked", 8, 1)]
+    rows += [loader.against_gpu(bench, "all", 8, 1), *imports.measure(1)]
+    assert all(row.ours > 0 for row in rows), rows
+
+
+@pytest.mark.slow
+def test_a_run_over_unchanged_shards_writes_nothing(tmp_path: Path) -> None:
+    spent, written = rerun.measure(tmp_path, shards=40, tries=1)
+    assert spent.ours > 0
+    assert written.ours == 0
+    store = Store(tmp_path / "store")
+    assert len(store.keys("targets")) == 40
+    assert not store.missing([Ref("shard", f"{number:064x}", "shard") for number in range(40)])

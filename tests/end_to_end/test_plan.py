@@ -1,0 +1,163 @@
+"""`distil plan` against what a run then made, and the check for room on the way in."""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import plan as view
+from flows import room as entrance
+from storage.error import FatalError
+from tasks import room
+from tasks.config import Recipe
+from tasks.lineage import trace
+from tasks.pace import Machine
+from tasks.plan import Forecast, Prices
+from tasks.recipe import load_recipe
+from tests.end_to_end.place import History, Place, Shell, make_place, refusal
+
+SAMPLE = 4_000_000
+
+
+@pytest.fixture(scope="module")
+def forecast(tmp_path_factory: pytest.TempPathFactory, history: History, teacher: Path) -> tuple[Recipe, Forecast]:
+    """The plan of the history's recipe, with an empty store."""
+    place = make_place(tmp_path_factory.mktemp("plan"), history.place.folder / "corpus", teacher)
+    recipe = load_recipe(place.recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view, "TIMED_SECONDS", 0.1)
+        patch.setattr(view, "look_at_machine", lambda: Machine(2, 1.0))
+        found = view.forecast_of(recipe, sample_bytes=SAMPLE, prices=Prices())
+    assert place.stamps() == {}
+    return recipe, found
+
+
+def test_bytes_are_those_that_the_run_made(forecast: tuple[Recipe, Forecast], history: History) -> None:
+    made = {kind: sum(history.place.store.sizes(kind).values()) for kind in ("shard", "blocks", "targets", "model")}
+    found = forecast[1].outlook
+    for kind, size in made.items():
+        assert found.bytes[kind].total == pytest.approx(size, rel=0.2), kind
+    assert sum(found.bytes[kind].total for kind in made) == pytest.approx(sum(made.values()), rel=0.1)
+    one = max(history.place.store.sizes("checkpoint").values())
+    assert found.bytes["checkpoint"].total == pytest.approx(2 * one, rel=0.2)
+    receipts = history.place.receipts("targets")
+    assert found.blocks.total == pytest.approx(sum(receipt.rows for receipt in receipts), rel=0.1)
+    assert found.positions.total == pytest.approx(sum(one.info["positions"] for one in receipts), rel=0.1)
+
+
+def test_everything_was_timed(forecast: tuple[Recipe, Forecast]) -> None:
+    found = forecast[1]
+    assert all(found.seconds[stage].left > 0 for stage in ("source", "blocks", "targets", "train", "score"))
+    assert 1 <= found.pace.rows <= 6
+    assert found.break_even is not None
+
+
+def test_tables_show_the_numbers_of_the_json(forecast: tuple[Recipe, Forecast]) -> None:
+    recipe, found = forecast
+    out = io.StringIO()
+    with redirect_stdout(out):
+        view.show(recipe, found)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
+    shown = {cells[0]: cells[1:] for cells in lines if cells[0]}
+    value: dict[str, Any] = json.loads(json.dumps(found.to_json()))
+    parts = ("total", "done", "left")
+    for name, amount in value["outlook"]["bytes"].items():
+        assert shown[f"{name} (bytes)"] == [view.amount_of_bytes(amount[part]) for part in parts]
+    for name, amount in {key: one for key, one in value["seconds"].items() if key != "blocks"}.items():
+        assert shown[name] == [view.duration(amount[part]) for part in parts]
+    for one in value["choices"]:
+        column = {"masked": 1, "all": 2}[one["positions"]]
+        assert shown[one["encoding"]][column].startswith(view.amount_of_bytes(one["bytes"]))
+    assert value["advice"].startswith(shown["recommendation"][0])
+
+
+def test_what_is_done_is_not_left(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view, "TIMED_SECONDS", 0.1)
+    monkeypatch.setattr(view, "look_at_machine", lambda: Machine(2, 1.0))
+    found = view.forecast_of(load_recipe(history.place.recipe), sample_bytes=SAMPLE, prices=Prices())
+    assert all(amount.left == 0 < amount.done for amount in found.outlook.bytes.values())
+    assert found.total_seconds.left == 0 < found.total_seconds.total
+    assert found.need == 0
+
+
+def test_the_command_prints_json_and_keeps_nothing(
+    history: History, teacher: Path, shell: Shell, tmp_path: Path
+) -> None:
+    place = make_place(tmp_path, history.place.folder / "corpus", teacher)
+    result = shell("plan", place.recipe, "--json", "--prepare", "targets.source=online")
+    assert result.status == 0, result.err
+    value = json.loads(result.out)
+    assert set(value["outlook"]["bytes"]) == {"shard", "blocks", "targets"}
+    assert value["need"] > 0
+    assert not place.home.joinpath("store").exists()
+
+
+# ---- the check for room ------------------------------------------------------------------------------------
+
+
+def check(place: Place, monkeypatch: pytest.MonkeyPatch, free: int | None, *, training: bool = True) -> None:
+    recipe = load_recipe(place.recipe)
+    monkeypatch.setattr(entrance, "free_bytes", lambda store: free)
+    entrance.check_room(place.store, recipe, trace(place.store, recipe), training=training)
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("nothing is to be sampled here")
+
+
+def test_nothing_to_do_is_never_refused_nor_sampled(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "take_sample", never)
+    check(history.place, monkeypatch, free=0)
+    check(history.place, monkeypatch, free=0, training=False)
+
+
+def test_much_room_needs_no_sample_and_an_object_store_is_not_asked(
+    history: History, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(room, "take_sample", never)
+    place = make_place(tmp_path, history.place.folder / "corpus", teacher)
+    check(place, monkeypatch, free=10**12)
+    check(place, monkeypatch, free=None)
+
+
+def test_what_fits_by_the_forecast_is_let_in_and_what_does_not_is_not(
+    forecast: tuple[Recipe, Forecast], history: History, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = make_place(tmp_path, history.place.folder / "corpus", teacher)
+    need = int(forecast[1].need)
+    check(place, monkeypatch, free=need + 1000)
+    with pytest.raises(FatalError, match="has no room for this run"):
+        check(place, monkeypatch, free=need - 1000)
+
+
+def test_only_what_is_missing_must_fit(history: History, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = history.place.copy(tmp_path / "place", without=("targets", "model", "checkpoint"))
+    targets = sum(history.place.store.sizes("targets").values())
+    check(place, monkeypatch, free=int(1.2 * targets), training=False)
+    with pytest.raises(FatalError, match="has no room"):
+        check(place, monkeypatch, free=int(0.9 * targets), training=False)
+
+
+def test_a_source_that_cannot_be_read_is_left_to_the_run(
+    history: History, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(history.place.folder / "corpus", corpus)
+    for path in corpus.iterdir():
+        path.write_bytes(b'{"title": 1}\n' * 30)
+    check(make_place(tmp_path / "place", corpus, teacher), monkeypatch, free=1_000)
+
+
+def test_a_run_on_a_small_disk_does_not_start(
+    history: History, teacher: Path, shell: Shell, small_disk: Path, tmp_path: Path
+) -> None:
+    place = make_place(tmp_path / "place", history.place.folder / "corpus", teacher)
+    said = refusal(shell("run", place.recipe, f"store={small_disk}/store"))
+    assert "has no room for this run" in said
+    assert f"{small_disk}/store" in said
+    assert "distil plan" in said
+    assert not list(small_disk.rglob("*.receipt.json"))

@@ -1,0 +1,116 @@
+"""Two thousand small shards through one deployed `prepare` run, on SQLite and on PostgreSQL, and once more.
+
+What counts is the store; of Prefect it is asked that no flow run hangs, and how many task runs it has lost.
+The figures are printed (pytest -s): time, task runs, and what orchestration costs a shard.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, StateType
+
+from storage.upkeep import verify
+from tests.end_to_end.place import make_place
+from tests.end_to_end.stack import Stack, make_stack, wait_for
+from tests.postgres import Postgres
+from tests.tiny import write_oscar
+
+pytestmark = pytest.mark.slow
+
+SHARDS = 2000
+SOURCES = 20
+SETTINGS = ("corpus.heldout_per_mille=0", "blocks.length=128")
+AGAIN_SECONDS = 15.0
+STAGE = re.compile(
+    r"(?P<stage>\w+): (?P<jobs>\d+) jobs in (?P<runs>\d+) task runs, (?P<seconds>[\d.]+) seconds, "
+    r"in jobs (?P<inside>[\d.]+), at once (?P<slots>\d+)"
+)
+
+
+def stages_of(stack: Stack, run: UUID) -> list[dict[str, str]]:
+    """What the run's own log says of each stage."""
+    with stack.client as client:
+        found = client.request("POST", "/logs/filter", json={"logs": {"flow_run_id": {"any_": [str(run)]}}}).json()
+    return [match.groupdict() for line in found if (match := STAGE.fullmatch(line["message"]))]
+
+
+def task_states(stack: Stack, run: UUID) -> dict[str, int]:
+    """How many task runs of a flow run the server knows in each state."""
+    states: dict[str, int] = {}
+    this = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+    with stack.client as client:
+        while page := client.read_task_runs(flow_run_filter=this, limit=200, offset=sum(states.values())):
+            for one in page:
+                name = one.state.type.value if one.state else "NONE"
+                states[name] = states.get(name, 0) + 1
+    return states
+
+
+def seconds(run: FlowRun) -> float:
+    """From Running to its end."""
+    assert run.start_time
+    assert run.end_time
+    return (run.end_time - run.start_time).total_seconds()
+
+
+def report(database: str, stack: Stack, run: FlowRun) -> None:
+    """Prints what the run cost, and how many task runs the server has lost."""
+    wait_for(lambda: any(stage["stage"] == "targets" for stage in stages_of(stack, run.id)))  # logs come in late
+    stages = stages_of(stack, run.id)
+    submitted = sum(int(stage["runs"]) for stage in stages)
+    wait_for(lambda: not task_states(stack, run.id).keys() & {"RUNNING", "PENDING"})
+    recorded = sum(task_states(stack, run.id).values())
+    jobs = sum(int(stage["jobs"]) for stage in stages)
+    wall = seconds(run)
+    beside = wall - sum(float(stage["inside"]) / int(stage["slots"]) for stage in stages)
+    print(f"\n{database}: {jobs} jobs in {wall:.1f} s; {submitted} task runs submitted, {submitted - recorded} lost")
+    print(f"orchestration: {1000 * beside / jobs:.2f} ms a job, {100 * beside / wall:.1f} % of the time")
+    for stage in stages:
+        print("  {stage}: {jobs} jobs, {runs} task runs, {seconds} s".format(**stage))
+
+
+@contextmanager
+def sqlite_stack(folder: Path, _request: pytest.FixtureRequest) -> Iterator[Stack]:
+    with make_stack(folder) as stack:
+        yield stack
+
+
+@contextmanager
+def postgres_stack(folder: Path, request: pytest.FixtureRequest) -> Iterator[Stack]:
+    database: Postgres = request.getfixturevalue("postgres")
+    with make_stack(folder, database.prefect) as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("on", [sqlite_stack, postgres_stack])
+def test_two_thousand_shards(
+    on: Callable[..., "contextmanager[Stack]"], teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    corpus = write_oscar(tmp_path / "corpus", parts=SOURCES, texts=2700)
+    place = make_place(tmp_path / "place", corpus, teacher)
+    with on(tmp_path / "stack", request) as stack:
+        stack.start_worker()
+        first = stack.wait(stack.start("prepare", place, *SETTINGS), "COMPLETED")
+        report(on.__name__, stack, first)
+        made = {kind: place.store.keys(kind) for kind in ("source", "shard", "blocks", "targets")}
+        assert len(made["source"]) == SOURCES
+        assert len(made["shard"]) >= SHARDS
+        assert len(made["shard"]) == len(made["blocks"]) == len(made["targets"])
+        assert verify(place.store) == []
+        before = place.stamps()
+
+        again = stack.wait(stack.start("prepare", place, *SETTINGS), "COMPLETED")
+        print(f"again, with nothing to do: {seconds(again):.1f} s")
+        assert again.state
+        assert again.state.message == "nothing to do"
+        assert place.stamps() == before
+        assert seconds(again) < AGAIN_SECONDS
+
+        with stack.client as client:
+            states = [run.state.type for run in client.read_flow_runs() if run.state]
+        assert states == [StateType.COMPLETED] * 2

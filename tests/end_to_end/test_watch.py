@@ -1,0 +1,114 @@
+"""A snapshot that arrives piece by piece: announced by an event, taken once, trained on from the champion."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from prefect.client.schemas.objects import FlowRun
+
+from flows.home import set_environment
+from flows.track import CHAMPION, open_book
+from tasks.recipe import load_recipe
+from tests.end_to_end.place import LIMIT, History, Place, ended, environment, made
+from tests.end_to_end.stack import Stack, make_stack, wait_for
+from tests.tiny import write_oscar, write_sums
+
+pytestmark = pytest.mark.slow
+
+EVENT = ["prefect", "event", "emit", "corpus.snapshot.published", "--resource-id", "corpus.oscar"]
+"""What who publishes a snapshot calls."""
+WATCH = """
+[watch]
+folder = {folder}
+settle_seconds = 1
+warm_start = "champion"
+"""
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with make_stack(tmp_path_factory.mktemp("stack")) as stack:
+        stack.start_worker()
+        yield stack
+
+
+@pytest.fixture
+def place(history: History, stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """All of the history but its place; its model is the champion, its corpus the snapshot 2026-9; all deployed."""
+    sources = Path(shutil.copytree(history.place.folder / "corpus", tmp_path / "oscar" / "2026-9"))
+    # By their checksums the store knows the copies; without, a run would have to read them first.
+    write_sums(sources, *sources.iterdir())
+    place = history.place.copy(tmp_path / "place", corpus=sources)
+    with place.recipe.open("a", encoding="utf-8") as file:
+        file.write(WATCH.format(folder=json.dumps(str(sources.parent))))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    set_environment(str(place.home))
+    (model,) = place.receipts("model")
+    book = open_book(load_recipe(place.recipe))
+    run = book.run("chain", model.parents[0], "tiny")
+    book.register(run, "distilled", model.key, place.store.local(model), "Le juge <mask> le dossier.", {})
+    book.client.set_registered_model_alias("distilled", CHAMPION, "1")
+    deployed = place.distil("deploy", server=stack.url)
+    assert deployed.status == 0, deployed.err
+    return place
+
+
+def runs_of(stack: Stack, flow: str) -> list[FlowRun]:
+    with stack.client as client:
+        wanted = client.read_flow_by_name(flow).id
+        return [run for run in client.read_flow_runs() if run.flow_id == wanted]
+
+
+def test_a_snapshot_copied_in_slowly_starts_one_run_that_computes_only_what_is_new(
+    place: Place, stack: Stack, tmp_path: Path
+) -> None:
+    older, newer = tmp_path / "oscar" / "2026-9", tmp_path / "oscar" / "2026-10"
+    files = [*sorted(older.glob("fr_meta*")), write_oscar(tmp_path / "later", parts=4) / "fr_meta_part_4.jsonl"]
+    write_sums(newer, *files)
+    for file in files[:-1]:
+        shutil.copyfile(file, newer / file.name)
+    early = place.distil("watch", server=stack.url)
+    assert early.status == 0, early.err
+    assert "2026-10 is not whole yet: fr_meta_part_4.jsonl is named in a checksum file but not there" in early.out
+    assert "; nothing new: 2026-9 (" in early.out
+    assert "is processed already" in early.out
+    assert runs_of(stack, "distill") == []
+
+    before = place.stamps()
+    shutil.copyfile(files[-1], newer / files[-1].name)
+    by_hand = place.start("watch", server=stack.url)
+    variables = environment(tmp_path, stack.url)
+    subprocess.run([sys.executable, "-m", *EVENT], env=variables, check=True, timeout=LIMIT, stdout=subprocess.PIPE)
+    said = ended(by_hand)
+    assert said.status == 0, said.err
+    wait_for(lambda: [run for run in runs_of(stack, "watch-snapshots") if run.deployment_id])
+    (by_event,) = (run for run in runs_of(stack, "watch-snapshots") if run.deployment_id)
+    watched = stack.wait(by_event.id, "COMPLETED")
+    (run,) = runs_of(stack, "distill")
+    assert watched.state
+    for sentence in (said.out, str(watched.state.message)):
+        assert str(run.id) in sentence
+    assert run.parameters["recipe"]["corpus"]["url"] == str(newer)
+    assert run.parameters["recipe"]["train"]["warm_start"] == "models:/distilled/1"
+
+    stack.wait(run.id, "COMPLETED")
+    fresh = made(before, place.stamps())
+    data = {(kind, label) for kind, label in fresh if kind not in ("checkpoint", "model", "scores")}
+    assert {kind for kind, _ in data} == {"source", "shard", "blocks", "targets"}
+    assert all(label.startswith("fr_meta_part_4") for _, label in data)
+    assert ("model", "tiny") in fresh
+    assert len(MlflowClient(place.mlflow).search_model_versions("name = 'distilled'")) == 2
+    (spec,) = (path for path in (place.home / "run").glob("*/run.json"))
+    start = Path(json.loads(spec.read_text())["train"]["warm_start"])
+    (first, *_) = sorted(place.receipts("model"), key=lambda receipt: receipt.created)
+    weights = place.store.local(first) / "model.safetensors"
+    assert (start / "model.safetensors").read_bytes() == weights.read_bytes()
+
+    again = place.distil("watch", server=stack.url)
+    assert "nothing new: 2026-10 (" in again.out
+    assert len(runs_of(stack, "distill")) == 1

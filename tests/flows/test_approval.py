@@ -1,0 +1,100 @@
+"""A person's word before promotion: the run pauses with a form, a bad answer changes nothing, a good one decides."""
+
+import contextvars
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from storage.fingerprint import sha256_bytes
+from tasks.config import Recipe
+from tasks.recipe import make_recipe
+from tasks.standing import Standing
+
+pytestmark = pytest.mark.slow
+WAIT = 180.0
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, prefect_api: None, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    from flows import approval
+
+    monkeypatch.setattr(approval, "POLL_SECONDS", 1)
+    values = {
+        "name": "tiny",
+        "home": str(tmp_path),
+        "corpus": {"url": "x"},
+        "teacher": {"model": "y"},
+        "register": {"name": f"tiny-{os.urandom(4).hex()}", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "gate": {"approval": True},
+    }
+    return make_recipe(values, "test")
+
+
+def paused_run(asked: "Future[object]", seen: set[UUID]) -> UUID:
+    """Waits until a run that was not seen before is paused, and returns its id."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+
+    paused = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
+    end = time.monotonic() + WAIT
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < end:
+            if asked.done():
+                raise AssertionError(f"the run ended without asking: {asked.result()}")
+            for run in client.read_flow_runs(flow_run_filter=paused):
+                if run.id not in seen:
+                    seen.add(run.id)
+                    return run.id
+            time.sleep(0.2)
+    raise AssertionError("no run was paused")
+
+
+def answer(run: UUID, values: Mapping[str, object]) -> str:
+    """Sends the form; the state of the run right after it."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        client.resume_flow_run(run, run_input=dict(values))
+        return str(client.read_flow_run(run).state.type.value)  # type: ignore[union-attr]
+
+
+def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
+    from flows.promote import promote, record_standings
+    from flows.track import open_book
+
+    book, name = open_book(recipe), recipe.register_as.name
+    run = book.run("chain", sha256_bytes(b"approval"), "tiny")
+    book.client.create_registered_model(name)
+    book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
+    record_standings(book, book.version(name, "1"), [Standing("heldout", "top1", (0.5,))], {"heldout": "a" * 64})
+    seen: set[UUID] = set()
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask() -> "Future[object]":
+            return pool.submit(contextvars.copy_context().run, promote, recipe, name, "1", return_state=True)  # type: ignore[arg-type]
+
+        asked = ask()
+        first = paused_run(asked, seen)
+        assert answer(first, {"approve": "perhaps", "by": "marie"}) == "PAUSED"
+        assert answer(first, {"approve": True}) == "PAUSED"  # nobody's name
+        assert book.champion(name) is None
+        assert answer(first, {"approve": False, "by": "marie", "reason": "wait for NER"}) == "RUNNING"
+        refused = asked.result(WAIT)
+        assert (refused.name, refused.is_failed()) == ("Refused", True)  # type: ignore[attr-defined]
+        assert book.champion(name) is None
+        tags = book.version(name, "1").tags
+        assert tags["distil.gate.decision"] == "declined"
+        assert tags["distil.gate.reason"] == "declined by marie: wait for NER"
+
+        asked = ask()
+        assert answer(paused_run(asked, seen), {"approve": True, "by": "marie"}) == "RUNNING"
+        assert asked.result(WAIT).is_completed()  # type: ignore[attr-defined]
+        assert book.champion(name) == book.version(name, "1")
+        tags = book.version(name, "1").tags
+        assert (tags["distil.gate.decision"], tags["distil.gate.approved_by"]) == ("promoted", "marie")

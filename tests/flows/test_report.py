@@ -1,0 +1,50 @@
+"""What people read of failures and results: text from a corpus can be anything and must stay text."""
+
+from flows.report import CELL_CHARACTERS, failure_rows, markdown_sheet, markdown_tables
+from storage.artifact import Failure
+from tasks.config import Recipe
+from tasks.recipe import make_recipe
+
+HOSTILE = 'x | <img src=x onerror="alert(1)"> [click](javascript:alert(1)) `a`\n# title \x1b[31m'
+
+
+def recipe(name: str) -> Recipe:
+    return make_recipe({"name": name, "corpus": {"url": "x"}, "teacher": {"model": "y"}}, "test")
+
+
+def failure(message: str) -> Failure:
+    return Failure("blocks", "", "part-0001", "FatalError", message, False, message, 7, "", "")
+
+
+def test_the_command_names_a_bundled_recipe_by_its_path_and_others_by_name() -> None:
+    for name, file in (("demo", "deployments/demo.toml"), ("mine", "mine.toml")):
+        (row,) = failure_rows(recipe(name), [failure("bad")])
+        assert row["how to retry"] == f"distil retry {file} --stage blocks --shard part-0001"
+
+
+def test_a_cell_is_one_printable_line_of_bounded_length() -> None:
+    (row,) = failure_rows(recipe("mine"), [failure(HOSTILE), failure("y" * 10 * CELL_CHARACTERS)][:1])
+    for cell in (row["file"], row["error"]):
+        assert cell.isprintable()
+        assert r"\n# title \x1b[31m" in cell
+    (row,) = failure_rows(recipe("mine"), [failure("y" * 10 * CELL_CHARACTERS)])
+    assert len(row["error"]) == CELL_CHARACTERS + 1
+
+
+def test_a_sheet_shows_text_as_it_is() -> None:
+    sheet = markdown_sheet("mine", {"scores": [("a|b", HOSTILE)]})
+    (row,) = [line for line in sheet.splitlines() if "onerror" in line]
+    assert "<" not in row.replace("<br>", "")  # its lines
+    assert r"\[click\]" in row
+    assert row.replace(r"\|", "").count("|") == 3
+
+
+def test_a_table_shows_text_as_it_is() -> None:
+    shown = markdown_tables({"a_b": (["model", HOSTILE], [["one\ntwo", HOSTILE]])})
+    heading, _, *rows = shown.splitlines()
+    assert heading == r"# a\_b"
+    assert len(rows) == 3
+    assert rows[2].startswith("| one<br>two | ")
+    for row in rows:
+        assert "<" not in row.replace("<br>", "")
+        assert row.replace(r"\|", "").count("|") == 3

@@ -1,0 +1,133 @@
+"""`distil score` for several models: one table, nested MLflow runs, and after a kill only what is missing."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.store import Store
+from tests.sets import write_ner, write_pairs
+from tests.tiny import make_teacher
+
+pytestmark = pytest.mark.slow
+
+PROTOCOL = """
+name = "tiny"
+[tuning]
+lr = [1e-3, 1e-2]
+epochs = 1
+batch_rows = 16
+max_tokens = 32
+[sets.xnli]
+path = "xnli"
+[sets.ner]
+path = "ner"
+[sets.cls-books]
+path = "cls"
+"""
+WAIT = 240.0
+
+
+@pytest.fixture(scope="module")
+def command(place: Path) -> list[str]:
+    """Two models beside the recipe's teacher, by a protocol of which one set is absent."""
+    write_pairs(place / "sets" / "xnli", train=60, test=20)
+    write_ner(place / "sets" / "ner", train=60, test=20)
+    (place / "protocol.toml").write_text(PROTOCOL, encoding="utf-8")
+    for layers, name in ((2, "small"), (3, "middle")):
+        make_teacher(place / name, layers=layers)
+    settings = ["score.sets=sets", "score.latency_runs=0", "train.device=cpu"]
+    return ["score", "small", "middle", "tiny.toml", "--protocol", "protocol.toml", *settings]
+
+
+@pytest.fixture(scope="module")
+def done(command: list[str], distil) -> "subprocess.CompletedProcess[str]":  # type: ignore[no-untyped-def]
+    return distil(*command)
+
+
+def labels(home: Path) -> dict[str, str]:
+    """Label and moment of the fine-tuned scores in a store."""
+    found = Store(home / "store").receipts("scores") if (home / "store").exists() else ()
+    return {f"{one.label} {one.key}": one.created for one in found if one.label.split("-")[0] in ("xnli", "ner")}
+
+
+def test_one_table_with_intervals_for_all_models(done) -> None:  # type: ignore[no-untyped-def]
+    assert done.returncode == 0, done.stderr
+    for text in ("small / teacher", "xnli accuracy, %", "ner entity F1, %", "sub-word F1", "±", "not run"):
+        assert text in done.stdout
+    assert "dvd and music" in done.stdout.replace("\n", " ") or "no such folder" in done.stdout
+    assert "small, middle scored" in done.stdout
+
+
+def test_mlflow_nests_a_child_run_a_model_and_set(done, place: Path) -> None:  # type: ignore[no-untyped-def]
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place}/.distil/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("distil")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if run.data.tags["distil.part"] == "scores")
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    by_name = {run.info.run_name: run.data.metrics for run in children}
+    for model in ("small", "middle", "teacher"):
+        assert {"accuracy", "accuracy.low", "accuracy.high", "macro_f1"} <= set(by_name[f"{model} xnli"])
+        assert {"entity_f1", "subword.weighted_f1", "entity.by_type.PER.f1"} <= set(by_name[f"{model} ner"])
+        assert "top1" in by_name[f"{model} heldout"]
+    assert "against_teacher.ratio.low" in by_name["small xnli"]
+    assert "against_first.difference.high" in by_name["middle ner"]
+    assert "not run" in parent.data.tags["distil.score.cls-books"]
+    assert "kl" in by_name["middle heldout"]
+
+
+def test_a_second_run_computes_nothing_and_shows_the_same_table(done, command: list[str], distil, place: Path) -> None:  # type: ignore[no-untyped-def]
+    before = labels(place / ".distil")
+    assert len(before) == 2 * 3 * 3
+    again = distil(*command)
+    assert again.stdout == done.stdout
+    assert labels(place / ".distil") == before
+
+
+def test_a_run_that_is_killed_goes_on_with_the_missing_pairs(  # type: ignore[no-untyped-def]
+    done, command: list[str], distil, place: Path, environment: dict[str, str]
+) -> None:
+    home = place / "other"
+    killed = [*command, f"home={home}"]
+    process = subprocess.Popen([sys.executable, "-m", "flows.cli", *killed], cwd=place, env=environment)
+    try:
+        wait_for(lambda: len(labels(home)) >= 4)
+    finally:
+        children = list(below(process.pid))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for child in children:
+            if Path(f"/proc/{child}").exists():
+                os.kill(child, signal.SIGKILL)
+    before = labels(home)
+    assert 4 <= len(before) < 18
+    after = distil(*killed)
+    assert after.returncode == 0, after.stderr
+    found = labels(home)
+    assert set(found) == set(labels(place / ".distil"))
+    assert {name: found[name] for name in before} == before
+    assert after.stdout == done.stdout
+    shutil.rmtree(home)
+
+
+def below(pid: int) -> Iterator[int]:
+    """All descendants of a process."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            yield int(child)
+            yield from below(int(child))
+
+
+def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within four minutes"
+        time.sleep(0.05)

@@ -1,0 +1,83 @@
+"""Nothing is unpickled across a trust border: a whole run in which unpickling is refused, but for what the
+processes of one run send each other or keep for themselves (PIPES)."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.place import LIMIT, REPO, environment, make_place
+from tests.tiny import make_teacher, write_oscar
+
+GUARD = REPO / "tests" / "hard" / "guard"
+PIPES = {
+    "multiprocessing": "the standard library's pipes to its own worker processes",
+    "docket": "Prefect's server, its own background tasks in its own memory",
+}
+ROOMS = ("storage", "tasks", "flows")
+
+
+@pytest.mark.slow
+def test_a_whole_run_unpickles_nothing_but_what_its_own_processes_send_each_other(tmp_path: Path) -> None:
+    make_teacher(tmp_path / "teacher")
+    write_oscar(tmp_path / "corpus", parts=2)
+    place = make_place(tmp_path / "place", tmp_path / "corpus", tmp_path / "teacher")
+    seen = tmp_path / "unpickled"
+    guarded = environment(place.folder, "") | {
+        "PYTHONPATH": f"{GUARD}{os.pathsep}{REPO}",
+        "DISTIL_UNPICKLED": str(seen),
+        "DISTIL_MAY_UNPICKLE": ",".join(PIPES),
+    }
+    command = [sys.executable, "-m", "flows.cli", "run", str(place.recipe)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=guarded, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    asked = set(seen.read_text(encoding="utf-8").split())
+    assert done.returncode == 0, (asked, done.stderr)
+    assert any(name.startswith("multiprocessing") for name in asked), "the guard was not there"
+    assert [name for name in asked if not name.startswith(tuple(PIPES))] == []
+
+
+def calls_of(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+
+
+def name_of(call: ast.Call) -> str:
+    return ast.unparse(call.func)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_sources_load_only_what_cannot_run_code(room: str) -> None:
+    loaders = ("pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "yaml.full_load", "yaml.unsafe_load")
+    executors = ("eval", "exec", "marshal.loads", "shelve.open", "joblib.load")
+    calls = [(path, call) for path in sorted((REPO / room).rglob("*.py")) for call in calls_of(path)]
+    assert len(calls) > 50
+    assert [f"{path}: {name_of(call)}" for path, call in calls if name_of(call) in (*loaders, *executors)] == []
+    unsafe = [
+        f"{path}:{call.lineno}"
+        for path, call in calls
+        if name_of(call) in ("torch.load", "load_state_dict_from_url")
+        and {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}.get("weights_only") != "True"
+    ]
+    assert unsafe == []
+    trusting = [
+        f"{path}:{call.lineno}"
+        for path, call in calls
+        for keyword in call.keywords
+        if keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) == "True"
+    ]
+    assert trusting == []
+
+
+def test_the_guard_refuses(tmp_path: Path) -> None:
+    code = "import pickle; pickle.loads(pickle.dumps(1))"
+    guarded = os.environ | {
+        "PYTHONPATH": str(GUARD),
+        "DISTIL_UNPICKLED": str(tmp_path / "seen"),
+        "DISTIL_MAY_UNPICKLE": "multiprocessing",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=guarded, capture_output=True, text=True, check=False)
+    assert "RuntimeError: __main__ unpickles" in done.stderr

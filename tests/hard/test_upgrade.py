@@ -1,0 +1,79 @@
+"""A store that an older version wrote: artifacts of an older schema number are left alone and made anew, receipts of
+another form are refused in one sentence that says what to do. One test an artifact kind.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from storage import layout
+from storage.artifact import KINDS, Ref
+from storage.error import FatalError
+from storage.fingerprint import canonical_json, sha256_bytes
+from storage.store import Store
+from storage.upkeep import verify
+from tests.hard.bench import STAGES, Bench, make_bench
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STAGE_OF = {kind: kind for kind in KINDS} | {"shard": "source", "model": "checkpoint"}
+"""The call that makes a kind. Training makes checkpoints and the model."""
+NUMBERS = {
+    "source": ["tasks.shard"],
+    "blocks": ["tasks.block"],
+    "counts": ["tasks.block"],
+    "calibration": ["tasks.teach"],
+    "targets": ["tasks.teach"],
+    "checkpoint": ["tasks.run", "tasks.checkpoint", "tasks.model"],
+    "scores": ["tasks.score"],
+}
+"""Where the schema number of a stage stands."""
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return make_bench(Store(tmp_path / "store"), tmp_path)
+
+
+def made(bench: Bench, kind: str) -> Ref:
+    """Runs the stage that makes a kind; what it made of that kind (any one of several)."""
+    before = bench.store.keys(kind)
+    STAGES[STAGE_OF[kind]](bench)()
+    fresh = sorted(bench.store.keys(kind) - before)
+    assert fresh, f"nothing was made of {kind}"
+    return bench.store.receipt(Ref(kind, fresh[0], "")).ref
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_schema_number_is_another_artifact(kind: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = made(bench, kind)
+    receipt = bench.store.receipt(old)
+    assert receipt.schema == 1
+    assert {"pyarrow", "numpy", "tokenizers", "transformers", "torch"} <= receipt.versions.keys()
+    for module in NUMBERS[STAGE_OF[kind]]:
+        monkeypatch.setattr(f"{module}.SCHEMA", 2)
+    new = made(bench, kind)
+    assert new.key != old.key
+    assert bench.store.receipt(new).schema == 2
+    assert bench.store.receipt(old) == receipt, "what an older version made is still there, until gc"
+    assert verify(bench.store) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_receipt_of_another_form_is_refused_withdrawn_and_made_again(kind: str, bench: Bench) -> None:
+    ref = made(bench, kind)
+    path = Path(bench.store.path(layout.receipt_path(kind, ref.key)))
+    body = {name: value for name, value in json.loads(path.read_bytes()).items() if name not in ("seal", "host")}
+    path.write_bytes(canonical_json(body | {"seal": sha256_bytes(canonical_json(body))}))
+    with pytest.raises(FatalError, match=r"not a receipt of this version .*host.*; run `distil verify`") as caught:
+        bench.store.receipt(ref)
+    assert "\n" not in str(caught.value)
+    assert [fault.ref.key for fault in verify(bench.store)] == [ref.key]
+    assert bench.store.missing([ref]) == [ref]
+    if kind == "checkpoint":  # which nobody needs while the model is there
+        for key in bench.store.keys("model"):
+            bench.store.withdraw(Ref("model", key, ""))
+    STAGES[STAGE_OF[kind]](bench)()
+    assert bench.store.missing([ref]) == []
+    assert verify(bench.store) == []

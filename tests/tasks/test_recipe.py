@@ -1,0 +1,54 @@
+"""Recipe files: one that extends another names only what differs."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.error import FatalError
+from tasks.recipe import load_recipe
+
+BASE = """
+name = "small"
+[corpus]
+url = "texts"
+min_chars = 10
+[teacher]
+model = "teacher"
+[gate]
+optional = ["ner", "xnli"]
+"""
+
+
+def test_a_recipe_lies_over_the_one_that_it_extends_section_by_section(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(BASE)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "teacher").mkdir()
+    far = tmp_path / "far" / "small.toml"
+    far.write_text(
+        'extends = "../small.toml"\n[corpus]\nmin_chars = 20\n[gate]\noptional = ["ner"]\n[run]\nworkers = 8\n'
+    )
+    recipe = load_recipe(far, ["corpus.max_chars=500"])
+    assert (recipe.name, recipe.corpus.min_chars, recipe.corpus.max_chars, recipe.run.workers) == ("small", 20, 500, 8)
+    assert recipe.gate.optional == ("ner",)
+    # A name is looked for beside the file first and then beside the one that it extends.
+    assert recipe.corpus.url == str(tmp_path / "texts")
+    assert recipe.teacher.model == str(tmp_path / "far" / "teacher")
+
+
+def test_circles_and_missing_files_are_named(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a"), ("c", "nobody")):
+        (tmp_path / f"{name}.toml").write_text(f'extends = "{other}.toml"\n')
+    with pytest.raises(FatalError, match=r"a\.toml: extends itself"):
+        load_recipe(tmp_path / "a.toml")
+    with pytest.raises(FatalError, match=r"nobody\.toml: no such recipe file"):
+        load_recipe(tmp_path / "c.toml")
+
+
+def test_the_cluster_differs_from_the_laptop_only_in_where(repo: Path) -> None:
+    here = load_recipe(repo / "deployments" / "oscar-2301.toml").model_dump()
+    there = load_recipe(repo / "deployments" / "cluster" / "oscar-2301.toml").model_dump()
+    differ = {section for section in here if here[section] != there[section]}
+    assert differ == {"store", "corpus", "run", "ray", "train", "register_as"}
+    assert {name for name in here["train"] if here["train"][name] != there["train"][name]} == {"ranks"}
+    assert {name for name in here["corpus"] if here["corpus"][name] != there["corpus"][name]} == {"url"}
