@@ -15,6 +15,7 @@ from storage.remote import CREDENTIALS, has_password
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Layer = Annotated[int, Field(ge=0, lt=1000)]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Section(BaseModel):
@@ -77,7 +78,7 @@ class Teacher(Section):
 
     model: str = Field("", description="Folder or hub id of a masked language model; empty only for plain MLM training")
     revision: str = Field("", description="Commit or tag on the hub; empty means the newest")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    dtype: Dtype = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation; part of the key")
     batch_rows: int = Field(0, ge=0, le=100_000, description="Blocks in one teacher forward; 0 chooses by memory")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model; only if you trust it")
@@ -164,6 +165,10 @@ class Train(Section):
         "", description="Start from this model instead of teacher layers: a folder, hub id or models:/NAME@champion"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train")
+    dtype: Dtype = Field(
+        "auto",
+        description="Matrix products by autocast in this; auto: bfloat16 on GPU, float32 on CPU; weights stay float32",
+    )
     compile: bool = Field(True, description="torch.compile (GPU only)")
     ranks: int = Field(1, ge=1, le=1024, description="Processes on this machine (torchrun)")
     launcher: tuple[str, ...] = Field(

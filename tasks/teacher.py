@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
-from tasks.config import Teacher
+from tasks.config import Dtype, Teacher
 from tasks.hub import download, is_hub_id
 from tasks.student import set_dropout
 from tasks.vocabulary import Vocabulary, fits, load_vocabulary
@@ -57,7 +57,7 @@ def load_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
     FatalError: no weights, damaged or incomplete weights, a tokenizer that does not fit, no such device.
     """
     where = _device(device)
-    dtype = resolve_dtype(teacher, where)
+    dtype = resolve_dtype(teacher.dtype, where)
     folder = resolve_model(teacher.model, teacher.revision)
     vocabulary = load_vocabulary(teacher.model, teacher.revision, teacher.trust_remote_code)
     # Any: transformers' own types change with what else is imported.
@@ -86,11 +86,11 @@ def shared_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
     return load_teacher(teacher, device)
 
 
-def resolve_dtype(teacher: Teacher, device: torch.device) -> torch.dtype:
-    """teacher.dtype, where auto means bfloat16 on a GPU and float32 on a CPU."""
-    if teacher.dtype == "auto":
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """A recipe's dtype, where auto means bfloat16 on a GPU and float32 on a CPU."""
+    if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
 # ---- which files ---------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from tasks.order import Order
 from tasks.run import PASSING, RunSpec, read_run
 from tasks.schedule import lr_factor, make_optimizer, set_lr
 from tasks.step import Distiller, World, gradient_step, sum_counts
+from tasks.teacher import resolve_dtype
 from tasks.validate import heldout_loss
 
 STOPPED = 143
@@ -161,7 +162,8 @@ class Trainer:
         self.run, self.store, self.built, self.optimizer = run, store, built, optimizer
         self.world, self.lease, self.device = world, lease, device
         on_gpu = device.type == "cuda"
-        self.autocast = torch.bfloat16 if on_gpu else None
+        dtype = resolve_dtype(run.train.dtype, device)
+        self.autocast = dtype if dtype != torch.float32 else None
         distiller = Distiller(built.student, run.loss, compile_encoder=on_gpu and run.train.compile)
         self.distiller: nn.Module = distiller
         if world.ranks > 1:

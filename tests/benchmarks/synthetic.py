@@ -99,7 +99,7 @@ def random_vocabulary(size: Size) -> Vocabulary:
 def random_teacher(size: Size, vocabulary: Vocabulary, device: str) -> TeacherModel:
     """Frozen, in the dtype that a teacher has on this device."""
     where, settings = torch.device(device), Teacher(model="random")
-    dtype = resolve_dtype(settings, where)
+    dtype = resolve_dtype(settings.dtype, where)
     config = {
         "model_type": "camembert",
         "num_hidden_layers": size.layers,

@@ -143,6 +143,21 @@ def test_a_run_learns_and_leaves_model_metrics_and_result(
     assert min(looks, key=lambda step: looks[step]) in kept, "the best is kept, whatever checkpoint_steps is"
 
 
+def test_bfloat16_on_a_cpu_is_a_run_of_its_own_that_stays_near_float32(
+    undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], place: Path, tmp_path: Path
+) -> None:
+    run = run_of(place, tmp_path, dtype="bfloat16")
+    assert run.run_key != undisturbed[0].run_key
+    weights = finish(run)
+    losses, exact = (
+        np.array([line["loss"] for line in read_metrics(Path(each.folder) / "metrics.jsonl") if "loss" in line])
+        for each in (run, undisturbed[0])
+    )
+    assert not np.array_equal(losses, exact)
+    np.testing.assert_allclose(losses, exact, rtol=0.02)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+
+
 def test_a_model_that_is_there_gets_its_result_written_again(
     undisturbed: tuple[RunSpec, dict[str, torch.Tensor]],
 ) -> None:
