@@ -1,12 +1,11 @@
 """All benchmarks, one after the other, each in a process of its own.
 
-    python -m tests.benchmarks                                                 the bundled corpus and teacher python -m
-    tests.benchmarks --corpus FOLDER --tokenizer FOLDER              .jsonl.zst sources of your own for shards and
-    blocks
+    python -m tests.benchmarks                                              the bundled corpus and teacher
+    python -m tests.benchmarks --corpus FOLDER --tokenizer FOLDER           .jsonl.zst sources of your own
 
-Needs the project installed with its extra `test`; takes a quarter of an hour on two cores. Where there is a GPU its
-suite runs too. Every table goes into tests/benchmarks/results/ under date and hardware. Exit status 1 if one of them
-failed.
+Needs the project installed with its extra `test`; takes a quarter of an hour on two cores. The folders are for shards
+and blocks alone. Where there is a GPU its suite runs too. Every table goes into tests/benchmarks/results/ under date
+and hardware. Exit status 1 if one of them failed.
 """
 
 import argparse
