@@ -270,7 +270,8 @@ def kind_of(point: str) -> str:
 
 
 def spread(all_points: Sequence[str], count: int) -> list[str]:
-    """`count` points: in turn one of each kind, kinds and points in an order that is always the same."""
+    """`count` points: in turn one of each kind, kinds and points in a mixed order that is always the same, so that a
+    visit that runs out of time has been early and late in the chain."""
     draw = random.Random(8)
     kinds: dict[str, list[str]] = defaultdict(list)
     for one in all_points:
@@ -282,7 +283,7 @@ def spread(all_points: Sequence[str], count: int) -> list[str]:
     chosen: list[str] = []
     while len(chosen) < min(count, len(all_points)):
         chosen += [kinds[kind].pop() for kind in order if kinds[kind]]
-    return sorted(chosen[:count], key=all_points.index)
+    return chosen[:count]
 
 
 def visit(made: Matrix, chosen: Sequence[str], moments: int, seed: int, limit: float = float("inf")) -> Iterator[Life]:
