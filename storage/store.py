@@ -365,7 +365,8 @@ class Store:
             raise RetryableError(f"{path} came with {len(data):,} bytes only", path) from error
 
     def _read(self, path: str) -> bytes:
-        return self._patiently(partial(self.fs.cat_file, path))
+        data: bytes = self._patiently(partial(self.fs.cat_file, path))
+        return data
 
     def _write(self, relative: str, data: bytes) -> None:
         path = self.path(relative)
