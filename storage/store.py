@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from storage import layout
 from storage.artifact import (
@@ -36,9 +36,20 @@ from storage.artifact import (
 )
 from storage.cache import LIMIT, Cache, Held
 from storage.disk import move_files, write_file, writing
-from storage.error import DistilError, FatalError
+from storage.error import DistilError, FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
-from storage.remote import answering, files_below, on_this_machine, open_url, patiently, upload
+from storage.remote import (
+    answering,
+    download,
+    files_below,
+    on_this_machine,
+    open_url,
+    patiently,
+    upload,
+    write_object,
+)
+
+T = TypeVar("T")
 
 NODE = "DISTIL_NODE"
 """Environment variable: what receipts name as host instead of the host name, where one host has several nodes."""
@@ -78,19 +89,21 @@ class Store:
 
     def has(self, ref: Ref) -> bool:
         """True if a receipt of `ref` and data are there, as `keys` counts; looks at this one artifact only."""
-        with self.access():
-            if not self.fs.exists(self.path(layout.receipt_path(ref.kind, ref.key))):
-                return False
+        receipt = self.path(layout.receipt_path(ref.kind, ref.key))
+        try:
+            # Not `exists`, which for some file systems is False after any error.
+            self._patiently(partial(self.fs.info, receipt))
+        except FileNotFoundError:
+            return False
         return bool(self.find(layout.key_folder(ref.kind, ref.key)))
 
     def receipt(self, ref: Ref) -> Receipt:
         """The receipt of `ref`. FatalError if there is none, or if it is damaged or belongs to another artifact."""
         path = self.path(layout.receipt_path(ref.kind, ref.key))
         try:
-            data = self._read(path)
+            receipt = self._patiently(partial(self._read_receipt, path))
         except FileNotFoundError as error:
             raise FatalError(f"{ref.kind} {ref.label} is not in the store {self.root}; run `distil retry`") from error
-        receipt = receipt_from_json(data, path)
         if (receipt.kind, receipt.key) != (ref.kind, ref.key):
             raise FatalError(
                 f"{path}: this receipt is of {receipt.kind} {receipt.label}, not of {ref.label}; run `distil verify`",
@@ -326,8 +339,7 @@ class Store:
     def find(self, relative: str) -> dict[str, dict[str, Any]]:
         """Every file below a folder of the store: path inside the store -> size, mtime… as the file system says."""
         self.fs.invalidate_cache()
-        with self.access():
-            found = files_below(self.fs, self.path(relative))
+        found = self._patiently(partial(files_below, self.fs, self.path(relative)))
         base = len(self.path(""))
         return {path[base:]: detail for path, detail in found.items()}
 
@@ -338,30 +350,45 @@ class Store:
     def _names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache()
         try:
-            with self.access():
-                return [path.rstrip("/").rsplit("/", 1)[-1] for path in self.fs.ls(self.path(folder), detail=False)]
+            paths = self._patiently(partial(self.fs.ls, self.path(folder), detail=False))
         except FileNotFoundError:
             return []
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+
+    def _read_receipt(self, path: str) -> Receipt:
+        data = self.fs.cat_file(path)
+        try:
+            return receipt_from_json(data, path)
+        except FatalError as error:
+            if self.fs.info(path)["size"] == len(data):
+                raise
+            raise RetryableError(f"{path} came with {len(data):,} bytes only", path) from error
 
     def _read(self, path: str) -> bytes:
-        with self.access():
-            data: bytes = self.fs.cat_file(path)
-            return data
+        data: bytes = self._patiently(partial(self.fs.cat_file, path))
+        return data
 
     def _write(self, relative: str, data: bytes) -> None:
-        with self.access():
-            path = self.path(relative)
-            if self.is_local:
-                write_file(Path(path), data)
-            else:
-                self.fs.pipe_file(path, data)
+        path = self.path(relative)
+        if self.is_local:
+            self._patiently(partial(write_file, Path(path), data))
+        else:
+            self._patiently(partial(write_object, self.fs, path, data))
 
     def _remove(self, relative: str) -> None:
-        with self.access():
-            try:
-                self.fs.rm_file(self.path(relative))
-            except FileNotFoundError:
-                return
+        try:
+            self._patiently(partial(self.fs.rm_file, self.path(relative)))
+        except FileNotFoundError:
+            return
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """`call` with the errors of `access`; of a remote store again after a pause if the error may pass."""
+
+        def once() -> T:
+            with self.access():
+                return call()
+
+        return once() if self.is_local else patiently(once)
 
     def _upload(self, path: Path, target: str) -> None:
         with self.access():
@@ -379,7 +406,7 @@ class Store:
 
     def _download(self, remote: str, path: Path) -> None:
         with self.access(), self.cache.filling():
-            self.fs.get_file(remote, os.fspath(path))
+            download(self.fs, remote, path)
 
 
 @cache

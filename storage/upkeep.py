@@ -15,7 +15,7 @@ from typing import Any
 
 from storage import layout
 from storage.artifact import KINDS, Fault, Receipt, Ref
-from storage.error import FatalError
+from storage.error import FatalError, RetryableError
 from storage.fingerprint import sha256_stream
 from storage.store import Store
 
@@ -63,8 +63,11 @@ def _rehash(store: Store, receipt: Receipt) -> None:
         try:
             with store.access(), store.fs.open(path, "rb") as stream:
                 found = sha256_stream(stream)
+                came, size = stream.tell(), int(store.fs.info(path)["size"])
         except FileNotFoundError as error:
             raise FatalError(f"{receipt.kind} {receipt.label}: {path} is gone", path) from error
+        if found != file.sha256 and came < size:
+            raise RetryableError(f"{path} came with {came:,} of its {size:,} bytes; try again", path)
         if found != file.sha256:
             message = f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt"
             raise FatalError(message, path)

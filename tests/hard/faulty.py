@@ -1,0 +1,368 @@
+"""faulty://NAME: an object store in memory that fails by a script, for tests of what a bad network or server does.
+
+    with staged() as script:                                     # an empty store, and a script without faults
+    script.add("read", "*/blocks.arrow", reset(100), times=2)    # the next two reads of such a file
+    store = Store(f"faulty://{name}/store")
+
+Operations: read, write, list (one folder), info (one object), remove. A fault belongs to one operation and a pattern
+of paths (without the protocol) and is used up after `times` of them; every operation is noted in `script.met`. It is a
+flat store of objects like S3; folders are what their names say. Listings of more than one folder are fsspec's own.
+"""
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, NamedTuple
+
+import fsspec
+from botocore.exceptions import ClientError
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from s3fs.errors import translate_boto_error
+
+ALWAYS = 1 << 30
+
+
+class Thing(NamedTuple):
+    """One object: its bytes, and the number of the write that made it."""
+
+    data: bytes
+    number: int
+
+
+Objects = dict[str, Thing]
+Act = Callable[["Call"], None]
+
+
+@dataclass
+class Call:
+    """One operation while it runs; a fault changes what it gives. `cut`: bytes that are read before the end."""
+
+    op: str
+    path: str
+    objects: Objects
+    """What a listing sees, or what the whole store holds for a write; a fault may change it."""
+    gone: Objects
+    """What was deleted."""
+    data: bytes = b""
+    """What is read, or is about to be written."""
+    after: tuple[int, Exception] | None = None
+    """Bytes after which a read fails instead of going on."""
+    kept: bool = True
+    """False if nothing of a write is kept."""
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` operations of this kind on paths of this pattern."""
+
+    op: str
+    pattern: str
+    act: Act
+    times: int
+
+
+class Script:
+    """Faults that are still to come, and what was done so far."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self.met: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
+
+    def add(self, op: str, pattern: str, act: Act, times: int = 1) -> None:
+        """Puts a fault at the end of the script."""
+        self.faults.append(Fault(op, pattern, act, times))
+
+    def clear(self) -> None:
+        """No faults any more, and nothing noted."""
+        self.faults, self.met = [], []
+
+    def count(self, op: str, pattern: str = "*") -> int:
+        """How many such operations were tried."""
+        return sum(one == op and fnmatchcase(path, pattern) for one, path in self.met)
+
+    def used_up(self) -> bool:
+        """True if no fault with an end is left."""
+        return all(fault.times > ALWAYS // 2 for fault in self.faults)
+
+    def meet(self, call: Call) -> None:
+        """Notes the operation and lets the first fault that fits it act."""
+        with self.lock:
+            self.met.append((call.op, call.path))
+            fits = [one for one in self.faults if one.op == call.op and fnmatchcase(call.path, one.pattern)]
+            fault = next((one for one in fits if one.times > 0), None)
+            if fault is not None:
+                fault.times -= 1
+        if fault is not None:
+            fault.act(call)
+
+
+# ---- faults ------------------------------------------------------------------------------------------------
+
+
+def reset(after: int = 0) -> Act:
+    """The connection breaks after so many bytes of a read; of anything else at once."""
+
+    def act(call: Call) -> None:
+        error = ConnectionResetError(104, "Connection reset by peer")
+        if call.op != "read":
+            raise error
+        call.after = (after, error)
+
+    return act
+
+
+def short(size: int) -> Act:
+    """A read that gives so many bytes and then the end, as if there were no more."""
+
+    def act(call: Call) -> None:
+        call.data = call.data[:size]
+
+    return act
+
+
+def wrong(call: Call) -> None:
+    """A read that gives as many bytes as asked, one of them another."""
+    call.data = bytes([call.data[0] ^ 1]) + call.data[1:]
+
+
+def stale(call: Call) -> None:
+    """A listing that does not have the newest object below its folder yet."""
+    below = [path for path in call.objects if path.startswith(f"{call.path}/")]
+    if below:
+        del call.objects[max(below, key=lambda path: call.objects[path].number)]
+
+
+def ghosts(call: Call) -> None:
+    """A listing that still has all that was deleted."""
+    call.objects |= {path: thing for path, thing in call.gone.items() if path not in call.objects}
+
+
+def refuse(error: Callable[[], Exception]) -> Act:
+    """The error of a client."""
+
+    def act(call: Call) -> None:
+        raise error()
+
+    return act
+
+
+def s3_error(status: int, code: str, message: str, **headers: str) -> Exception:
+    """What s3fs makes of an answer of S3."""
+    answer = {
+        "Error": {"Code": code, "Message": message},
+        "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": headers, "RetryAttempts": 4},
+    }
+    error: Exception = translate_boto_error(ClientError(answer, "GetObject"))
+    return error
+
+
+def slow_down(seconds: int | None = None) -> Act:
+    """503 SlowDown, with Retry-After if seconds are given."""
+    headers = {} if seconds is None else {"retry-after": str(seconds)}
+    return refuse(lambda: s3_error(503, "SlowDown", "Please reduce your request rate.", **headers))
+
+
+forbidden = refuse(lambda: s3_error(403, "AccessDenied", "Access Denied"))
+no_bucket = refuse(lambda: s3_error(404, "NoSuchBucket", "The specified bucket does not exist"))
+
+
+class Clock:
+    """Time that passes only where somebody waits by it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waited: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        """Instead of time.sleep."""
+        self.now += seconds
+        self.waited.append(seconds)
+
+    def hang(self, client_timeout: float) -> Act:
+        """Nothing comes, until the client has waited for as long as it does."""
+
+        def act(call: Call) -> None:
+            self.now += client_timeout
+            raise TimeoutError(f"Read timeout on endpoint URL after {client_timeout:g} seconds")
+
+        return act
+
+
+def wait_for(event: threading.Event, began: threading.Event) -> Act:
+    """Slow: it sets `began`, and goes on when the event is set."""
+
+    def act(call: Call) -> None:
+        began.set()
+        if not event.wait(60):
+            raise TimeoutError("nobody let it go on")
+
+    return act
+
+
+def broken_close(call: Call) -> None:
+    """A write that fails at its close; nothing is kept of it."""
+    call.kept = False
+    call.after = (0, OSError(5, "the upload could not be completed"))
+
+
+def lies(size: int | None) -> Act:
+    """A write that reports success and keeps so many bytes; None: no object at all."""
+
+    def act(call: Call) -> None:
+        call.kept = size is not None
+        call.data = call.data[:size]
+
+    return act
+
+
+def each_once(*acts: Act) -> Act:
+    """Every object meets a fault the first time, one kind after the other; afterwards it is as it should be."""
+    met: set[tuple[str, str]] = set()
+
+    def act(call: Call) -> None:
+        if (call.op, call.path) not in met:
+            met.add((call.op, call.path))
+            acts[len(met) % len(acts)](call)
+
+    return act
+
+
+# ---- the file system ---------------------------------------------------------------------------------------
+
+
+class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    """All instances share the objects of this process. Only what an object store tells is told of them."""
+
+    protocol = "faulty"
+    script = Script()
+    objects: ClassVar[Objects] = {}
+    gone: ClassVar[Objects] = {}
+    guard = threading.RLock()
+
+    # As of most file systems: by `info` and by one listing a folder.
+    find = AbstractFileSystem.find
+    exists = AbstractFileSystem.exists
+    isdir = AbstractFileSystem.isdir
+    isfile = AbstractFileSystem.isfile
+    cat_file = AbstractFileSystem.cat_file
+    pipe_file = AbstractFileSystem.pipe_file
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("faulty://").strip("/")
+
+    def _call(self, op: str, path: str, data: bytes = b"") -> Call:
+        with self.guard:
+            call = Call(op, path, dict(self.objects), dict(self.gone), data)
+        self.script.meet(call)
+        return call
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        path = self._strip_protocol(path)
+        seen = self._call("list", path).objects
+        found = {path: _described(path, seen[path])} if path in seen else {}
+        for name in seen:
+            if name.startswith(f"{path}/"):
+                child = f"{path}/{name[len(path) + 1 :].split('/')[0]}"
+                found[child] = _described(name, seen[name]) if child == name else _folder(child)
+        if not found:
+            raise FileNotFoundError(path)
+        return [found[name] for name in sorted(found)] if detail else sorted(found)
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        there = self._call("info", path).objects
+        if path in there:
+            return _described(path, there[path])
+        if any(name.startswith(f"{path}/") for name in there):
+            return _folder(path)
+        raise FileNotFoundError(path)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """There are no folders to make."""
+
+    def rm_file(self, path: str) -> None:
+        path = self._strip_protocol(path)
+        self._call("remove", path)
+        with self.guard:
+            if path not in self.objects:
+                raise FileNotFoundError(path)
+            self.gone[path] = self.objects.pop(path)
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        path = self._strip_protocol(path)
+        if mode == "wb":
+            return _Writer(self, path)
+        there = self.objects.get(path)
+        call = self._call("read", path, there.data if there else b"")
+        if there is None:
+            raise FileNotFoundError(path)
+        return _Reader(call.data, call.after)
+
+    def keep(self, path: str, data: bytes) -> None:
+        """What the end of a write does."""
+        call = self._call("write", path, data)
+        if call.kept:
+            with self.guard:
+                self.objects[path] = Thing(call.data, _next_number(self))
+        if call.after:
+            raise call.after[1]
+
+
+def _next_number(fs: FaultyFileSystem) -> int:
+    return 1 + max((thing.number for thing in (*fs.objects.values(), *fs.gone.values())), default=0)
+
+
+def _described(path: str, thing: Thing) -> dict[str, Any]:
+    written = datetime.fromtimestamp(thing.number, UTC)
+    return {"name": path, "size": len(thing.data), "type": "file", "LastModified": written, "ETag": str(thing.number)}
+
+
+def _folder(path: str) -> dict[str, Any]:
+    return {"name": path, "size": 0, "type": "directory"}
+
+
+class _Reader(io.BytesIO):
+    """Fails after `after` bytes; those before come."""
+
+    def __init__(self, data: bytes, after: tuple[int, Exception] | None) -> None:
+        super().__init__(data if after is None else data[: after[0]])
+        self.size = len(data)
+        self.error = after[1] if after else None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if self.error is not None and (not data or size is None or size < 0):
+            raise self.error
+        return data
+
+
+class _Writer(io.BytesIO):
+    """An object is there when its file was closed, and not before."""
+
+    def __init__(self, fs: FaultyFileSystem, path: str) -> None:
+        super().__init__()
+        self.fs, self.path = fs, path
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        data = self.getvalue()
+        super().__exit__(kind, *rest)
+        if kind is None:
+            self.fs.keep(self.path, data)
+
+
+@contextmanager
+def staged() -> Iterator[Script]:
+    """faulty:// is known inside, with no objects and an empty script."""
+    fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+    FaultyFileSystem.script = Script()
+    FaultyFileSystem.objects, FaultyFileSystem.gone = {}, {}
+    FaultyFileSystem.clear_instance_cache()
+    yield FaultyFileSystem.script
+    FaultyFileSystem.script, FaultyFileSystem.objects, FaultyFileSystem.gone = Script(), {}, {}

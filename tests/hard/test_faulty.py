@@ -1,0 +1,220 @@
+"""A remote store that is slow, that fails and that lies: what may pass by itself is tried again with growing pauses up
+to a limit, what cannot is said at once, and nothing counts as made that is not whole.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from storage.error import FatalError, RetryableError
+from storage.remote import PAUSES
+from storage.store import Store
+from storage.upkeep import verify
+from tests.artifacts import put, ref_of
+from tests.hard.faulty import (
+    ALWAYS,
+    Clock,
+    Script,
+    broken_close,
+    each_once,
+    forbidden,
+    ghosts,
+    lies,
+    no_bucket,
+    reset,
+    short,
+    slow_down,
+    staged,
+    stale,
+    wrong,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = "faulty://bucket/store"
+
+
+@pytest.fixture
+def script() -> "Script":
+    with staged() as script:
+        yield script
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the store would have slept."""
+    clock = Clock()
+    monkeypatch.setattr("storage.remote.time", SimpleNamespace(sleep=clock.sleep))
+    return clock
+
+
+@pytest.fixture
+def store(script: Script, tmp_path: Path) -> Store:
+    return Store(ROOT, cache=tmp_path / "home" / "cache")
+
+
+def cold(store: Store, tmp_path: Path) -> Store:
+    """The same store as another machine sees it."""
+    return Store(store.root, cache=tmp_path / "elsewhere" / "cache")
+
+
+READS = {
+    "reset": lambda clock: reset(3),
+    "reset at once": lambda clock: reset(0),
+    "short": lambda clock: short(3),
+    "empty": lambda clock: short(0),
+    "503": lambda clock: slow_down(),
+    "hangs": lambda clock: clock.hang(60),
+}
+WRITES = {
+    "reset": lambda clock: reset(),
+    "503": lambda clock: slow_down(),
+    "hangs": lambda clock: clock.hang(60),
+    "fails at its close": lambda clock: broken_close,
+    "keeps less": lambda clock: lies(3),
+    "keeps an empty object": lambda clock: lies(0),
+    "keeps nothing": lambda clock: lies(None),
+}
+OBJECTS = {"data": "*/blocks.arrow", "receipt": "*.receipt.json"}
+
+
+@pytest.mark.parametrize("what", OBJECTS)
+@pytest.mark.parametrize("fault", READS)
+def test_a_read_that_fails_is_tried_again(
+    fault: str, what: str, store: Store, script: Script, clock: Clock, tmp_path: Path
+) -> None:
+    put(store, "a")
+    other = cold(store, tmp_path)
+    script.add("read", OBJECTS[what], READS[fault](clock), times=2)
+    folder = other.check(other.receipt(ref_of("a")))
+    assert (folder / "blocks.arrow").read_bytes() == b"bytes"
+    assert clock.waited == list(PAUSES)
+    assert script.count("read", OBJECTS[what]) == 3
+
+
+@pytest.mark.parametrize("what", OBJECTS)
+@pytest.mark.parametrize("fault", READS)
+def test_a_read_that_never_succeeds_ends_with_one_sentence(
+    fault: str, what: str, store: Store, script: Script, clock: Clock, tmp_path: Path
+) -> None:
+    put(store, "a")
+    other = cold(store, tmp_path)
+    script.add("read", OBJECTS[what], READS[fault](clock), times=ALWAYS)
+    with pytest.raises(RetryableError) as caught:
+        other.check(other.receipt(ref_of("a")))
+    said(caught.value)
+    assert clock.waited == list(PAUSES)
+    assert script.count("read", OBJECTS[what]) == 1 + len(PAUSES)
+    with pytest.raises(RetryableError):
+        verify(store)
+    script.clear()
+    assert other.check(other.receipt(ref_of("a"))).exists()
+    assert verify(store) == []
+
+
+@pytest.mark.parametrize("what", OBJECTS)
+@pytest.mark.parametrize("fault", WRITES)
+def test_a_write_that_fails_is_tried_again(
+    fault: str, what: str, store: Store, script: Script, clock: Clock, tmp_path: Path
+) -> None:
+    script.add("write", OBJECTS[what], WRITES[fault](clock), times=2)
+    receipt = put(store, "a")
+    assert clock.waited == list(PAUSES)
+    assert script.count("write", OBJECTS[what]) == 3
+    assert (cold(store, tmp_path).check(receipt) / "blocks.arrow").read_bytes() == b"bytes"
+    assert verify(store) == []
+
+
+@pytest.mark.parametrize("what", OBJECTS)
+@pytest.mark.parametrize("fault", WRITES)
+def test_a_write_that_never_succeeds_makes_no_artifact(
+    fault: str, what: str, store: Store, script: Script, clock: Clock
+) -> None:
+    script.add("write", OBJECTS[what], WRITES[fault](clock), times=ALWAYS)
+    with pytest.raises(RetryableError) as caught:
+        put(store, "a")
+    said(caught.value)
+    assert clock.waited == list(PAUSES)
+    script.clear()
+    assert store.missing([ref_of("a")]) == [ref_of("a")]
+    assert not store.has(ref_of("a"))
+    assert verify(store) == []
+    put(store, "a")
+    assert verify(store) == []
+
+
+def said(error: Exception) -> None:
+    """One sentence, with the address of what did not answer."""
+    assert "\n" not in str(error)
+    assert "bucket/store" in str(error)
+
+
+PERMANENT = {
+    "403": (forbidden, "may not be written or read.*check the credentials"),
+    "no bucket": (no_bucket, "there is no such bucket"),
+}
+
+
+@pytest.mark.parametrize("fault", PERMANENT)
+@pytest.mark.parametrize("op", ["read", "write", "list", "info"])
+def test_what_cannot_pass_is_said_at_once(
+    op: str, fault: str, store: Store, script: Script, clock: Clock, tmp_path: Path
+) -> None:
+    put(store, "a")
+    other = cold(store, tmp_path)
+    calls = {
+        "read": lambda: other.check(other.receipt(ref_of("a"))),
+        "write": lambda: put(other, "b"),
+        "list": lambda: other.missing([ref_of("a")]),
+        "info": lambda: other.has(ref_of("a")),
+    }
+    act, words = PERMANENT[fault]
+    script.clear()
+    script.add(op, "*", act, times=ALWAYS)
+    with pytest.raises(FatalError, match=words) as caught:
+        calls[op]()
+    said(caught.value)
+    assert clock.waited == []
+    assert script.count(op) == 1
+
+
+def test_other_bytes_are_fetched_once_more_and_then_named(
+    store: Store, script: Script, clock: Clock, tmp_path: Path
+) -> None:
+    put(store, "a")
+    other = cold(store, tmp_path)
+    script.add("read", OBJECTS["data"], wrong, times=ALWAYS)
+    with pytest.raises(FatalError, match=r"blocks a: the bytes of .*blocks\.arrow are not those of its receipt"):
+        other.check(other.receipt(ref_of("a")))
+    assert script.count("read", OBJECTS["data"]) == 2
+    assert clock.waited == []
+
+
+def test_a_listing_that_is_behind_costs_work_done_twice_and_no_more(store: Store, script: Script) -> None:
+    first = put(store, "a")
+    script.add("list", "*/receipts/*", stale)
+    assert store.missing([ref_of("a")]) == [ref_of("a")]
+    assert store.missing([ref_of("a")]) == []
+    assert put(store, "a").files == first.files
+    assert verify(store) == []
+
+
+def test_a_listing_that_shows_what_was_deleted_gives_no_artifact(store: Store, script: Script, tmp_path: Path) -> None:
+    put(store, "a")
+    store.withdraw(ref_of("a"))
+    script.add("list", "*", ghosts, times=ALWAYS)
+    assert store.missing([ref_of("a")]) == []
+    assert not store.has(ref_of("a"))
+    with pytest.raises(FatalError, match="blocks a is not in the store"):
+        cold(store, tmp_path).receipt(ref_of("a"))
+
+
+def test_every_object_fails_once_in_every_way_and_all_is_made(store: Store, script: Script, clock: Clock) -> None:
+    script.add("write", "*", each_once(reset(), slow_down(), broken_close, lies(2), lies(None)), times=ALWAYS)
+    labels = [f"shard-{number}" for number in range(12)]
+    for label in labels:
+        put(store, label)
+    assert store.missing([ref_of(label) for label in labels]) == []
+    assert verify(store) == []
+    assert len(clock.waited) >= 2 * len(labels), "each data file and each receipt failed once"
