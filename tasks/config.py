@@ -50,6 +50,9 @@ class Corpus(Section):
         10, ge=0, le=10**9, description="A source with more bad lines than this and than 0.1 % is refused"
     )
     max_line_bytes: int = Field(32_000_000, ge=1_000, le=2**31, description="A longer line is quarantined")
+    max_unpacked_ratio: int = Field(
+        200, ge=1, le=10**9, description="A packed source of more than so many times its size (and 256 MB) is refused"
+    )
 
 
 class Blocks(Section):
