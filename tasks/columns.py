@@ -48,7 +48,9 @@ def _rows(parquet: pq.ParquetFile, file: BinaryIO, name: str, tally: Tally, corp
     schema = parquet.schema_arrow
     field = next((field for field in FIELDS if field in schema.names and _is_text(schema.field(field).type)), "")
     if not field:
-        raise unknown_schema(name, f"parquet columns {', '.join(schema.names[:8])} without {' or '.join(FIELDS)}")
+        raise unknown_schema(
+            name, f"parquet columns {', '.join(one[:40] for one in schema.names[:8])} without {' or '.join(FIELDS)}"
+        )
     tally.schema = "parquet"
     metadata = next((column for column in _METADATA if column in schema.names), "")
     growth = Growth(name, file.seek(0, os.SEEK_END), corpus.max_unpacked_ratio)

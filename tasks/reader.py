@@ -120,8 +120,13 @@ def _fault_of(record: Mapping[str, Any], field: str) -> str:
         return "OSCAR 21.09 metadata without its text file (fr_meta_part_1.jsonl.gz goes with fr_part_1.txt.gz)"
     if field in record:
         return f"the field {field} is {_kind(record[field])}"
-    fields = ", ".join(sorted(record)[:8]) or "none"
+    fields = _fields(record) or "none"
     return f"a JSON object without the field {field or ' or '.join(FIELDS)} (its fields: {fields})"
+
+
+def _fields(record: Mapping[str, Any]) -> str:
+    """The first names of a record, each in one line and cut: they are the file's, not ours."""
+    return ", ".join(" ".join(field[:40].split()) for field in sorted(record)[:8])
 
 
 def _kind(value: object) -> str:
@@ -186,7 +191,7 @@ def _check_pair(companion: Path, name: str, tally: Tally, ratio: int) -> None:
     for line in split_lines(chunks_of(companion, companion.name, ratio), 1 << 26, companion.name):
         record, fault = _record(line)
         if record is not None and "nb_sentences" not in record:
-            fields = ", ".join(sorted(record)[:8])
+            fields = _fields(record)
             raise unknown_schema(
                 companion.name, f"fields {fields} beside {name}, where 21.09 has headers, nb_sentences"
             )
