@@ -89,7 +89,7 @@ def show_failures(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show_sheet(title: str, sections: Mapping[str, Rows]) -> None:
     """Prints a two-column table with a heading for every section that has rows."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=_shown(title), title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for heading, rows in sections.items():
@@ -97,7 +97,7 @@ def show_sheet(title: str, sections: Mapping[str, Rows]) -> None:
             table.add_section()
             table.add_row(f"[u]{heading}[/u]", "")
             for name, value in rows:
-                table.add_row(escape(name), escape(value))
+                table.add_row(_shown(name), _shown(value))
     _console().print(table)
 
 
@@ -120,12 +120,12 @@ def show_table(title: str, table: TextTable) -> None:
     """Prints a table with a heading line: header cells, rows of cells."""
     header, rows = table
     shown = Table(
-        title=escape(title), title_justify="left", show_lines=any("\n" in cell for row in rows for cell in row)
+        title=_shown(title), title_justify="left", show_lines=any("\n" in cell for row in rows for cell in row)
     )
     for number, name in enumerate(header):
-        shown.add_column(escape(name), overflow="fold", style="bold" if number == 0 else "")
+        shown.add_column(_shown(name), overflow="fold", style="bold" if number == 0 else "")
     for row in rows:
-        shown.add_row(*(escape(cell) for cell in row))
+        shown.add_row(*(_shown(cell) for cell in row))
     _console().print(shown)
 
 
@@ -145,6 +145,11 @@ def markdown_table(table: TextTable) -> str:
 def _cell(text: str) -> str:
     """Text of a cell as it is; its lines stay lines."""
     return "<br>".join(_literal(line) for line in text.split("\n"))
+
+
+def _shown(text: str) -> str:
+    """Text of a cell for the terminal: no markup, no escape codes; its lines stay lines."""
+    return escape("\n".join(map(plain, text.split("\n"))))
 
 
 def _console() -> Console:

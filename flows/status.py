@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import start
-from flows.report import size
+from flows.report import plain, size
 from storage.artifact import Ref
 from storage.error import FatalError
 from storage.store import Store
@@ -98,6 +98,7 @@ def show(recipe: Recipe, rows: Iterable[StageRow]) -> None:
 
 def named(kind: str, label: str, reason: str) -> str:
     """The reason with the name of the artifact before it, unless it names it itself."""
+    reason = plain(reason)  # it tells of files that others made
     return reason if reason.startswith(f"{kind} {label}") else f"{kind} {label}: {reason}"
 
 

@@ -121,18 +121,36 @@ def content_of(files: tuple[DataFile, ...]) -> str:
 
 
 def receipt_from_json(data: bytes, where: str) -> Receipt:
-    """Parses a receipt strictly. FatalError if it is not JSON, lacks fields, or its seal does not fit."""
+    """Parses a receipt strictly. FatalError if it is not JSON, lacks fields, or its seal does not fit.
+
+    So it is if one of its files would lie outside the artifact: a seal only says that a receipt is as it was written.
+    """
     body = _parse(data, where)
     seal = body.pop("seal", None)
-    if seal != sha256_bytes(canonical_json(body)):
+    try:
+        fits = seal == sha256_bytes(canonical_json(body))
+    except ValueError:  # NaN, or text that is no Unicode: never written by us
+        fits = False
+    if not fits:
         raise FatalError(f"{where}: the receipt was changed after it was written; run `distil verify`", where)
     try:
         files = tuple(DataFile(**file) for file in body.pop("files"))
         receipt = Receipt(files=files, parents=tuple(body.pop("parents")), seal=seal, **body)
         Ref(receipt.kind, receipt.key, receipt.label)
+        for file in files:
+            _check_file(file)
     except (TypeError, KeyError, ValueError) as error:
         raise FatalError(f"{where}: not a receipt of this version ({error}); run `distil verify`", where) from error
     return receipt
+
+
+def _check_file(file: DataFile) -> None:
+    """ValueError unless the name is a plain path below the artifact's folder, with a size and a hash."""
+    parts = file.name.split("/") if isinstance(file.name, str) else []
+    if not parts or not file.name.isprintable() or "\\" in file.name or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"the file name {file.name!r} leads out of its folder or has odd characters")
+    if type(file.size) is not int or file.size < 0 or not isinstance(file.sha256, str):
+        raise ValueError(f"the file {file.name} has no size or no hash")
 
 
 def failure_from_json(data: bytes, where: str) -> Failure:
@@ -146,7 +164,7 @@ def failure_from_json(data: bytes, where: str) -> Failure:
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         body = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FatalError(f"{where}: not JSON ({error}); run `distil verify`", where) from error
     if not isinstance(body, dict):
         raise FatalError(f"{where}: not a JSON object; run `distil verify`", where)

@@ -6,10 +6,19 @@ Anything else that is raised is a fault of the program and keeps its traceback.
 """
 
 
+def printable(text: str) -> str:
+    """Any text with what is not to be printed, but for newlines, shown as \\x1b and the like; twice is as once."""
+    return "".join(
+        mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode() for mark in text
+    )
+
+
 class DistilError(Exception):
     """One clear sentence, and where known the file and the line that it is about."""
 
     def __init__(self, message: str, file: str = "", line: int | None = None) -> None:
+        # Names and excerpts come from outside; escaped here, none of them can command a terminal or break an encoder.
+        message, file = printable(message), printable(file)
         # All three go to Exception so that the error survives the way back from a worker process.
         super().__init__(message, file, line)
         self.message = message

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from storage.error import printable
 from tasks.config import Recipe
 from tasks.measured import Measured, half_width, kept, set_names, teacher_among
 from tasks.standing import Standing
@@ -291,11 +292,11 @@ def _table(rows: Pairs) -> str:
 
 def _line(text: str) -> str:
     """Outside text as one line of Markdown: no cell, link, tag or heading begins in it."""
-    line = " ".join(str(text).split())
+    line = printable(" ".join(str(text).split()))
     return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", line)
 
 
 def _code(text: str) -> str:
     """Outside text as inline code."""
-    line = " ".join(str(text).replace("`", "'").split()).replace("|", "¦")
+    line = " ".join(printable(str(text)).replace("`", "'").split()).replace("|", "¦")
     return f"`{line}`" if line else "``"

@@ -1,30 +1,32 @@
 """Documents out of a parquet file: the {id, text} export of OSCAR 2019, or any with a column `text` or `content`.
 
-Called by tasks/reader.py. Memory is bounded by a few pages and BATCH rows, whatever the size of the row groups.
+Called by tasks/reader.py. Memory is bounded by a few pages and what tasks.pages allows to be decoded at once, whatever
+the size of the row groups.
 """
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.config import Corpus
 from tasks.document import FIELDS, Document, Tally, labels_of, unknown_schema
-from tasks.lines import packing_of, reading_error
-
-BATCH = 64
-"""Rows that are decoded at once; documents of many megabytes exist."""
+from tasks.lines import Growth, packing_of, reading_error
+from tasks.pages import batch_rows
 
 _METADATA = ("metadata", "meta")
 
 
 def rows_of_parquet(
-    path: Path, chunks: Iterable[bytes], name: str, tally: Tally, folder: Path, limit: int
+    path: Path, chunks: Iterable[bytes], name: str, tally: Tally, folder: Path, corpus: Corpus
 ) -> Iterator[Document]:
-    """Every row as a document, `line` being its row; null, wrong UTF-8 and more than `limit` bytes are quarantined.
+    """Every row as a document, `line` being its row; null, wrong UTF-8 and longer than a line may be are quarantined.
 
     Parquet has its footer at the end, so a packed file is unpacked into `folder` first; `chunks` is it unpacked.
-    FatalError: no text column, damaged or cut short.
+    FatalError: no text column, damaged or cut short, pages or a text of a size that is no text's.
     """
     with path.open("rb") as file:
         packed = bool(packing_of(file.read(4)))
@@ -33,8 +35,8 @@ def rows_of_parquet(
         with path.open("wb") as out:
             out.writelines(chunks)
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
-            yield from _rows(parquet, name, tally, limit)
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet, path.open("rb") as file:
+            yield from _rows(parquet, file, name, tally, corpus)
     except (pa.ArrowException, OSError) as error:
         raise reading_error(error, name) from error
     finally:
@@ -42,25 +44,39 @@ def rows_of_parquet(
             path.unlink()
 
 
-def _rows(parquet: pq.ParquetFile, name: str, tally: Tally, limit: int) -> Iterator[Document]:
+def _rows(parquet: pq.ParquetFile, file: BinaryIO, name: str, tally: Tally, corpus: Corpus) -> Iterator[Document]:
     schema = parquet.schema_arrow
     field = next((field for field in FIELDS if field in schema.names and _is_text(schema.field(field).type)), "")
     if not field:
-        raise unknown_schema(name, f"parquet columns {', '.join(schema.names[:8])} without {' or '.join(FIELDS)}")
+        raise unknown_schema(
+            name, f"parquet columns {', '.join(one[:40] for one in schema.names[:8])} without {' or '.join(FIELDS)}"
+        )
     tally.schema = "parquet"
     metadata = next((column for column in _METADATA if column in schema.names), "")
-    columns = [field, metadata] if metadata else [field]
-    for batch in parquet.iter_batches(BATCH, columns=columns, use_threads=False):
+    growth = Growth(name, file.seek(0, os.SEEK_END), corpus.max_unpacked_ratio)
+    for batch in batches(parquet, file, name, [field, metadata] if metadata else [field]):
         texts = batch.column(field).cast(pa.large_binary()).to_pylist()
         labels = batch.column(metadata).to_pylist() if metadata else [None] * len(texts)
         for text, label in zip(texts, labels, strict=True):
             tally.lines += 1
-            fault, chars = _measured(text, limit)
+            growth.add(len(text or b"") + 1)
+            fault, chars = _measured(text, corpus.max_line_bytes)
             if fault:
                 tally.quarantine(tally.lines, fault, text or b"")
                 continue
             tally.documents += 1
             yield Document(text, chars, tally.lines, labels_of(label))
+
+
+def batches(
+    parquet: pq.ParquetFile, file: BinaryIO, name: str, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of some or all columns, so many at once as its pages allow; `file` are its bytes, opened once more."""
+    metadata = parquet.metadata
+    for group in range(metadata.num_row_groups):
+        looked_at = columns or parquet.schema_arrow.names
+        rows = batch_rows(metadata.row_group(group), metadata.schema, file, name, looked_at)
+        yield from parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 def _is_text(kind: pa.DataType) -> bool:

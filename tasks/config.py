@@ -50,6 +50,9 @@ class Corpus(Section):
         10, ge=0, le=10**9, description="A source with more bad lines than this and than 0.1 % is refused"
     )
     max_line_bytes: int = Field(32_000_000, ge=1_000, le=2**31, description="A longer line is quarantined")
+    max_unpacked_ratio: int = Field(
+        200, ge=1, le=10**9, description="A packed source of more than so many times its size (and 256 MB) is refused"
+    )
 
 
 class Blocks(Section):
@@ -189,7 +192,9 @@ class Train(Section):
 class Register(Section):
     """Where the result is recorded."""
 
-    name: str = Field("distilled", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model in MLflow")
+    name: str = Field(
+        "distilled", max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="Registered model in MLflow"
+    )
     experiment: str = Field("distil", min_length=1, description="MLflow experiment")
     tracking_uri: str = Field("", description="MLflow server or database; empty means the local one")
     artifacts: str = Field(
@@ -317,7 +322,7 @@ class Watch(Section):
 class Recipe(Section):
     """One whole recipe. `name` appears in runs, models and screens."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name of the recipe")
+    name: str = Field(max_length=100, pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name of the recipe")
     home: str = Field("", description="Folder of local state; empty means .distil in the current folder")
     store: str = Field("", description="Root of the artifacts, a path or any fsspec URL; empty means HOME/store")
     corpus: Corpus

@@ -77,6 +77,8 @@ def _copy(source: Source, folder: Path) -> tuple[Path, str]:
         for chunk in _download(source):
             digest.update(chunk)
             out.write(chunk)
+            if out.tell() > source.size:  # else a server that never ends would fill the disk
+                raise RetryableError(f"{source.name} has more than the {source.size:,} bytes listed", source.name)
     if path.stat().st_size != source.size:
         raise RetryableError(f"{source.name} has {path.stat().st_size:,} bytes, not {source.size:,}", source.name)
     return path, digest.hexdigest()

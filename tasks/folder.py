@@ -44,15 +44,16 @@ class Folder:
 
 
 def list_folder(url: str) -> Folder:
-    """Lists a folder, its subfolders included.
+    """Lists a folder, its subfolders included. `url` may be a link; one inside must lead to a file of the folder.
 
-    FatalError: no such folder, or a link that leads out of it. RetryableError: it does not answer.
+    FatalError: no such folder, a link that leads out of it or nowhere, a name that is not UTF-8.
+    RetryableError: it does not answer.
     """
     with listing_errors(url):
         fs, root = open_url(url)
         fs.invalidate_cache()
         _check_folder(fs, root, url, "corpus.url")
-        return Folder(url, fs, root, _list(fs, root))
+        return Folder(url, fs, root, _list(fs, root, url))
 
 
 def subfolders(url: str) -> list[str]:
@@ -95,7 +96,7 @@ def _check_folder(fs: fsspec.AbstractFileSystem, root: str, url: str, field: str
         raise FatalError(f"{field} {url} is {kind}; correct it", url)
 
 
-def _list(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]:
+def _list(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[str, dict[str, Any]]:
     """Path below the folder -> what the file system says of that file."""
     local = on_this_machine(fs)
     found = fs.find(root, detail=True, **({"on_error": "raise"} if local else {}))
@@ -103,6 +104,10 @@ def _list(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]
     files = {}
     for path, detail in found.items():
         name = path[base:]
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise FatalError(f"{url}: the file name {name[:80]!r} is not UTF-8; rename it", name) from error
         if local and detail["type"] != "file":
             detail = _linked(Path(path), Path(root), name, detail)
         if detail is not None and detail["type"] == "file":

@@ -3,8 +3,9 @@
     for line in split_lines(chunks_of(path, name), max_line_bytes): ...
 
 The packing is recognised by the first bytes, not by the name. Files of several gzip members or zstd frames are read
-to their end; one that is cut short or damaged is a FatalError. Nothing longer than a line is ever held, and a line that
-is too long is not held either: only its beginning is kept while the rest is skipped.
+to their end; one that is cut short or damaged is a FatalError, and so is one that unpacks to far more than text does.
+Nothing longer than a line is ever held, and a line that is too long is not held either: only its beginning is kept
+while the rest is skipped.
 """
 
 import os
@@ -24,6 +25,12 @@ HEAD = 400
 
 ENDLESS = 64
 """A line this many times longer than allowed ends the source: such a file is no text, or packed to do harm."""
+
+RATIO = 200
+"""A source that unpacks to more than so many times its size was made to do harm (text: 3 to 30 times); see HARMLESS."""
+
+HARMLESS = 1 << 28
+"""Unpacked bytes up to which no ratio is looked at: even a small file of one repeated line is no danger there."""
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -46,9 +53,28 @@ def packing_of(head: bytes) -> str:
     return ""
 
 
-def chunks_of(path: Path, name: str) -> Iterator[bytes]:
+class Growth:
+    """Watches how much comes out of a file of `size` bytes: FatalError beyond `ratio` times that (and HARMLESS)."""
+
+    def __init__(self, name: str, size: int, ratio: int) -> None:
+        self.name, self.size, self.ratio = name, size, ratio
+        self.left = max(HARMLESS, ratio * size)
+
+    def add(self, unpacked: int) -> None:
+        """Counts bytes that came out."""
+        self.left -= unpacked
+        if self.left < 0:
+            raise FatalError(
+                f"{self.name} unpacks to more than {self.ratio} times its {self.size:,} bytes, as no text does; "
+                "leave it out, or raise corpus.max_unpacked_ratio if it is meant to",
+                self.name,
+            )
+
+
+def chunks_of(path: Path, name: str, ratio: int = RATIO) -> Iterator[bytes]:
     """The unpacked bytes of a local file in pieces of at most CHUNK; `name` is what errors call it.
 
+    FatalError: cut short, damaged, or a packed file that unpacks to more than `ratio` times its size (and HARMLESS).
     Arrow's streams do the unpacking because they raise at a frame or member that is cut short, where zstandard's own
     reader just ends, and because they never unpack more than they are asked for.
     """
@@ -57,7 +83,10 @@ def chunks_of(path: Path, name: str) -> Iterator[bytes]:
             packing = packing_of(file.read(4))
             file.seek(0)
             stream = pa.CompressedInputStream(file, packing) if packing else file
+            growth = Growth(name, file.size(), ratio)
             while chunk := stream.read(CHUNK):
+                if packing:
+                    growth.add(len(chunk))
                 yield chunk
     except OSError as error:
         raise reading_error(error, name) from error

@@ -68,7 +68,9 @@ class SetPlan(Section):
 class Protocol(Section):
     """One whole protocol."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name; it is shown beside the figures")
+    name: str = Field(
+        max_length=100, pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name; it is shown beside the figures"
+    )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
         (0, 1, 2), min_length=3, max_length=100, description="Seeds of fine-tuning; the first chooses the learning rate"
     )

@@ -43,21 +43,22 @@ def read_documents(
     """Every document of a local file, in order; bad lines go to `tally`. Call `tally.finish()` after the last one.
 
     `name` is what errors call the file and may say `.txt`; `companion` is the metadata file of a 21.09 pair; `folder`
-    takes temporary files. FatalError: unknown schema, damaged or cut short archive, a pair that does not fit together.
+    takes temporary files. FatalError: unknown schema, damaged or cut short archive, one that unpacks to far more than
+    text does, a pair that does not fit together.
     """
-    chunks = chunks_of(path, name)
+    chunks = chunks_of(path, name, corpus.max_unpacked_ratio)
     sample = next(chunks, b"")
     if not sample:
         raise FatalError(f"{name} is empty; fetch it again or leave it out", name)
     if sample.startswith(b"PAR1"):
-        yield from rows_of_parquet(path, chain([sample], chunks), name, tally, folder, corpus.max_line_bytes)
+        yield from rows_of_parquet(path, chain([sample], chunks), name, tally, folder, corpus)
         return
     sample = sample.removeprefix(b"\xef\xbb\xbf")
     lines = split_lines(chain([sample], chunks), corpus.max_line_bytes, name)
     if companion is not None:
         tally.schema = "oscar-21.09"
         yield from _paragraphs(lines, corpus.max_line_bytes, tally)
-        _check_pair(companion, name, tally)
+        _check_pair(companion, name, tally, corpus.max_unpacked_ratio)
     elif _looks_like_json(sample, name):
         yield from _records(lines, tally)
     elif not _looks_like_text(sample, name):
@@ -119,8 +120,13 @@ def _fault_of(record: Mapping[str, Any], field: str) -> str:
         return "OSCAR 21.09 metadata without its text file (fr_meta_part_1.jsonl.gz goes with fr_part_1.txt.gz)"
     if field in record:
         return f"the field {field} is {_kind(record[field])}"
-    fields = ", ".join(sorted(record)[:8]) or "none"
+    fields = _fields(record) or "none"
     return f"a JSON object without the field {field or ' or '.join(FIELDS)} (its fields: {fields})"
+
+
+def _fields(record: Mapping[str, Any]) -> str:
+    """The first names of a record, each in one line and cut: they are the file's, not ours."""
+    return ", ".join(" ".join(field[:40].split()) for field in sorted(record)[:8])
 
 
 def _kind(value: object) -> str:
@@ -179,13 +185,13 @@ def _text(line: bytes | LongLine, tally: Tally) -> tuple[bytes, int] | None:
     return (line, chars) if line.strip() else None
 
 
-def _check_pair(companion: Path, name: str, tally: Tally) -> None:
+def _check_pair(companion: Path, name: str, tally: Tally, ratio: int) -> None:
     """FatalError unless the metadata file of a 21.09 pair has one record for each document of the text."""
     records = 0
-    for line in split_lines(chunks_of(companion, companion.name), 1 << 26, companion.name):
+    for line in split_lines(chunks_of(companion, companion.name, ratio), 1 << 26, companion.name):
         record, fault = _record(line)
         if record is not None and "nb_sentences" not in record:
-            fields = ", ".join(sorted(record)[:8])
+            fields = _fields(record)
             raise unknown_schema(
                 companion.name, f"fields {fields} beside {name}, where 21.09 has headers, nb_sentences"
             )

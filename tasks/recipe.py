@@ -6,6 +6,7 @@
 The sections and their fields are in tasks/config.py.
 """
 
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _extended(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
     """The values of a file over those of the recipe that it extends, and the folders of both."""
+    values = read_toml(path, "recipe")  # first: what can be read can be resolved
     if path.resolve() in above:
         raise FatalError(f"{path}: extends itself; name another recipe", str(path))
-    values = read_toml(path, "recipe")
     base, folder = values.pop("extends", ""), path.parent.resolve()
     if not base:
         return values, [folder]
@@ -61,7 +62,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FatalError(f"{path}: no such {what} file", str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML, not UTF-8, a path with a zero byte
         raise FatalError(f"{path}: not a readable TOML file ({error})", str(path)) from error
 
 
@@ -83,7 +84,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise FatalError(f"override {text!r}: write section.field=value")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = raw  # a bare word or path
     *sections, field = name.strip().split(".")
     for section in sections:
@@ -122,4 +123,4 @@ def beside(name: str, folder: Path) -> str:
     if not name or "://" in name or Path(name).is_absolute():
         return name
     there = folder / name
-    return str(there) if there.exists() else name
+    return str(there) if os.path.exists(there) else name  # Path.exists raises at names longer than a disk takes

@@ -22,9 +22,10 @@ from storage.error import FatalError
 from storage.remote import open_url
 from storage.store import Store
 from tasks.block import make_blocks, open_blocks
+from tasks.columns import batches
 from tasks.config import Blocks, Corpus, Mask
 from tasks.fetch import beginning
-from tasks.lines import CHUNK, packing_of, reading_error
+from tasks.lines import CHUNK, Growth, packing_of, reading_error
 from tasks.mask import share
 from tasks.shard import heldout_of, shard_source, shards_of
 from tasks.snapshot import Source
@@ -38,7 +39,6 @@ UNSEEN = 4 * CHUNK
 """Bytes before the cut that a packed stream is not fed with: two of its blocks, so that it never meets the cut."""
 PIECE = 1 << 12
 """Unpacked bytes read at once: so exactly is it known which packed bytes they come from."""
-PARQUET_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _sample_source(
     with store.scratch() as folder:
         started = time.perf_counter()
         path = folder / Path(source.name).name
-        taken = _cut(source, limit, path)
+        taken = _cut(source, limit, path, corpus.max_unpacked_ratio)
         unpacked = time.perf_counter() - started
         # The label of the real one, so that errors name it; the bytes of the cut are its identity.
         copy = replace(source, url=str(path), size=path.stat().st_size, stamp="", sha256=None, companion=None)
@@ -147,10 +147,10 @@ def _positions(store: Store, blocks: Receipt, mask: Mask) -> int:
 # ---- the beginning of a source -----------------------------------------------------------------------------
 
 
-def _cut(source: Source, limit: int, path: Path) -> float:
+def _cut(source: Source, limit: int, path: Path, ratio: int) -> float:
     """Writes the unpacked beginning of a source to `path`; returns how many bytes of the source it stands for.
 
-    `limit` are the bytes of the source to read. FatalError: gone, or damaged before that.
+    `limit` are the bytes of the source to read. FatalError: gone, or damaged or grown beyond `ratio` before that.
     """
     head = beginning(source, limit)
     whole = len(head) == source.size
@@ -158,16 +158,16 @@ def _cut(source: Source, limit: int, path: Path) -> float:
         path.write_bytes(head)
         return len(head)
     if head.startswith(b"PAR1"):
-        return _cut_parquet(source, limit, path)
-    text, used = _unpacked(head, source)
+        return _cut_parquet(source, limit, path, ratio)
+    text, used = _unpacked(head, source, ratio)
     if text.startswith(b"PAR1"):  # packed parquet has its footer where only the whole file shows it
-        return _cut(source, source.size, path)
+        return _cut(source, source.size, path, ratio)
     last = text.rfind(b"\n") + 1 or len(text)
     path.write_bytes(text[:last])
     return used * last / max(1, len(text))
 
 
-def _unpacked(head: bytes, source: Source) -> tuple[bytes, float]:
+def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
     """The text that a cut-off beginning surely holds, and how many bytes of the source it stands for.
 
     A stream packs its beginning worse than the rest, since it has nothing yet to refer back to: the rest of the source
@@ -178,10 +178,12 @@ def _unpacked(head: bytes, source: Source) -> tuple[bytes, float]:
         return head, len(head)
     parts: list[bytes] = []
     seen = [(0, 0)]  # packed bytes taken and text given so far
+    growth = Growth(source.name, len(head), ratio)
     try:
         with pa.BufferReader(head) as file, pa.CompressedInputStream(file, packing) as stream:
             # The stream takes new bytes, many at once, when it has given all of the old.
             while (chunk := stream.read(PIECE)) and file.tell() < len(head) - UNSEEN:
+                growth.add(len(chunk))
                 parts.append(chunk)
                 seen.append((file.tell(), seen[-1][1] + len(chunk)))
     except OSError as error:
@@ -192,17 +194,19 @@ def _unpacked(head: bytes, source: Source) -> tuple[bytes, float]:
     return b"".join(parts), source.size * given / max(1.0, whole)
 
 
-def _cut_parquet(source: Source, limit: int, path: Path) -> float:
+def _cut_parquet(source: Source, limit: int, path: Path, ratio: int) -> float:
     """The first rows of a parquet file, as many as `limit` bytes of it hold on average."""
     fs, remote = open_url(source.url)
     try:
-        with fs.open(remote, "rb") as file, pq.ParquetFile(file) as parquet:
+        with fs.open(remote, "rb") as file, fs.open(remote, "rb") as again, pq.ParquetFile(file) as parquet:
             rows = parquet.metadata.num_rows
             wanted, taken = ceil(rows * limit / source.size), 0
+            growth = Growth(source.name, source.size, ratio)
             with pq.ParquetWriter(path, parquet.schema_arrow) as writer:
-                for batch in parquet.iter_batches(PARQUET_ROWS):
+                for batch in batches(parquet, again, source.name):
                     if taken >= wanted:
                         break
+                    growth.add(batch.nbytes)
                     writer.write_batch(batch)
                     taken += batch.num_rows
     except (pa.ArrowException, OSError) as error:

@@ -38,7 +38,7 @@ BATCH_ROWS = 16_384
 SHARD_ROWS = 1_000_000
 """A shard of very short lines ends here: its hashes for de-duplication stay under 150 MB."""
 
-_NOT_IN_KEY = {"url", "pattern", "max_bad_lines"}
+_NOT_IN_KEY = {"url", "pattern", "max_bad_lines", "max_unpacked_ratio"}
 _DROPS = ("language", "language_prob", "quality_warning", "harmful", "short")
 
 

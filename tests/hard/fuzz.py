@@ -1,0 +1,69 @@
+"""The targets of test_fuzz.py, driven by coverage, and how many inputs each saw.
+
+    python -m tests.hard.fuzz --seconds 60 [TARGET ...]         needs the extra `fuzz` (atheris)
+
+Each target runs in a process of its own, since libFuzzer ends the one that it runs in. Status 1 if one found something;
+the input that did it lies in the current folder as crash-….
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.hard.targets import TARGETS, attempt, seeds
+
+ONE = "--inside"
+"""Marks the process of one target."""
+
+
+def fuzz(target: str, seconds: int) -> tuple[int, str]:
+    """(status, executions as libFuzzer counts them) of one target in a process of its own."""
+    command = [sys.executable, "-m", "tests.hard.fuzz", ONE, target, str(seconds)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    counts = re.findall(r"^#(\d+)|number_of_executed_units: (\d+)", done.stderr, re.MULTILINE)
+    if done.returncode:
+        print(done.stderr[-4000:], file=sys.stderr)
+    return done.returncode, max((first or second for first, second in counts), key=int, default="0")
+
+
+def inside(target: str, seconds: int) -> None:
+    """Fuzzes until the time is over; never returns."""
+    import atheris
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, known = Path(place) / "work", Path(place) / "known"
+        folder.mkdir()
+        known.mkdir()
+        for number, data in enumerate(seeds(target)):
+            (known / str(number)).write_bytes(data)
+        atheris.instrument_all()
+        options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=2048", "-print_final_stats=1"]
+        atheris.Setup([sys.argv[0], *options, str(known)], lambda data: attempt(target, data, folder))
+        atheris.Fuzz()
+
+
+def main() -> None:
+    """Entry point."""
+    if sys.argv[1:2] == [ONE]:
+        inside(sys.argv[2], int(sys.argv[3]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all of them by default")
+    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    given = parser.parse_args()
+    unknown = set(given.targets) - TARGETS.keys()
+    if unknown:
+        parser.error(f"no target {', '.join(sorted(unknown))}")
+    worst = 0
+    for target in given.targets or TARGETS:
+        status, count = fuzz(target, given.seconds)
+        print(f"{target:<10} {int(count):>12,} executions{'' if status == 0 else ', FOUND SOMETHING'}", flush=True)
+        worst = max(worst, status)
+    sys.exit(1 if worst else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Whatever others may hand us, in random and in slightly damaged form: an answer or one of our two errors, no other.
+
+DISTIL_FUZZ=1000 sets how many examples a target gets (40 by default); tests/hard/fuzz.py does the same by coverage.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.hard.targets import TARGETS, attempt, seeds
+
+EXAMPLES = int(os.environ.get("DISTIL_FUZZ", "40"))
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: list[bytes]) -> bytes:
+    """A real input with a few bytes changed, a piece taken out, or another one put in."""
+    data = bytearray(draw(st.sampled_from(whole)))
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        size = draw(st.integers(0, 3))
+        data[at : at + size] = draw(st.binary(max_size=4))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_error_but_ours(target: str) -> None:
+    inputs = st.one_of(st.binary(max_size=400), damaged(seeds(target)))
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(inputs)
+    def run(data: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            attempt(target, data, Path(folder))
+
+    run()

@@ -1,0 +1,71 @@
+"""Text from a corpus, a store or a model shows as what it is: in the terminal, in tables, in cards and in errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows import report
+from storage.error import FatalError
+from storage.store import Store
+from tasks.card import _code, _line
+from tasks.config import Corpus
+from tasks.shard import shard_source
+from tasks.snapshot import take_snapshot
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
+HOSTILE = f"[bold]b[/bold]{ESCAPE} [/] | <script>x</script> ![i](http://h) `c` \u202e\udcff"
+CODES = set("\x1b\x07\u202e\udcff\r\0")
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    """What reached the screen; printing it must not have failed, and no code may be in it."""
+    text = capsys.readouterr().out
+    assert not CODES & set(text)
+    return text
+
+
+def test_tables_on_a_screen_hold_no_codes_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show_sheet(HOSTILE, {"heading": [("name", HOSTILE), (HOSTILE, "two\nlines")]})
+    assert "[bold]b[/bold]" in shown(capsys)
+    report.show_table(HOSTILE, (("one", HOSTILE), [[HOSTILE, "two\nlines"]]))
+    assert "[bold]b[/bold]" in shown(capsys)
+    report.show_failures([{"error": report.plain(HOSTILE)}])
+    assert "[bold]b[/bold]" in shown(capsys)
+
+
+def test_a_card_takes_no_codes() -> None:
+    assert _line(HOSTILE).isprintable()
+    assert _code(HOSTILE).isprintable()
+    assert "<script>" not in _line(HOSTILE)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.jsonl", json.dumps({HOSTILE.replace("\udcff", ""): "x", "b" * 100_000: "y"})),
+        ("a.jsonl", f"not json {ESCAPE}"),
+        ("a.csv", f"id,{ESCAPE}"),
+    ],
+)
+def test_what_a_file_holds_is_told_in_one_short_plain_line(tmp_path: Path, name: str, line: str) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / name).write_text(line + "\n", encoding="utf-8")
+    settings = Corpus(url=str(folder))
+    (source,) = take_snapshot(settings).sources
+    with pytest.raises(FatalError, match="unknown schema") as caught:
+        shard_source(Store(tmp_path / "store"), source, settings)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_hostile_documents_are_kept_as_they_are(tmp_path: Path) -> None:
+    """Text is data: nothing in a document is mended, it only never reaches a screen unescaped."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    text = HOSTILE.replace("\udcff", "")
+    (folder / "a.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    settings = Corpus(url=str(folder), heldout_per_mille=0)
+    (source,) = take_snapshot(settings).sources
+    assert shard_source(Store(tmp_path / "store"), source, settings).info["counts"]["bytes"] == len(text.encode())
