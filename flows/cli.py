@@ -138,10 +138,13 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     ]
     for kind, label in lacking:
         print(f"missing  {kind} {label}")
-    if faults or lacking:
+    withdrawn = sum(fault.withdrawn for fault in faults)
+    if withdrawn or lacking:
         raise DistilError(
-            f"{len(faults)} damaged and withdrawn, {len(lacking)} missing; `distil retry {recipe}` makes them again"
+            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {recipe}` makes them again"
         )
+    if faults:
+        raise DistilError(f"{len(faults)} files in the store are none of its own; delete them")
     print("all that is there is whole, and nothing is missing")
 
 

@@ -138,14 +138,14 @@ def _add_heldout_intervals(figures: Sequence[Scores]) -> None:
 
 
 def _heldout(store: Store, recipe: Recipe, model: Candidate, heldout: Sequence[Ref]) -> Scores:
-    blocks = [open_blocks(store, ref) for ref in heldout]
     rows, masks = recipe.score.heldout_rows, recipe.score.heldout_masks
-    protocol = heldout_protocol(blocks, recipe.mask, rows, teacher_key(recipe), masks)
+    protocol = heldout_protocol(heldout, recipe.mask, rows, teacher_key(recipe), masks)
 
     def compute() -> Scores:
         teacher = teacher_of(recipe)
         theirs = _loaded(recipe, teacher).model if teacher else None
         own = _loaded(recipe, model).model
+        blocks = [open_blocks(store, ref) for ref in heldout]
         return score_heldout(own, vocabulary_of(recipe), blocks, recipe.mask, rows, theirs, masks)
 
     work = partial(make_scores, store, Trial(model.key, protocol, "heldout"), compute)

@@ -20,6 +20,18 @@ KINDS = (
     "scores",
 )
 _KEY = re.compile(r"[0-9a-f]{64}(-[0-9]{9})?")
+_TYPES = {
+    int: ("schema", "rows", "tokens"),
+    str: ("label", "host", "created"),
+    list: ("files", "parents"),
+    dict: ("settings", "info", "versions", "timings"),
+}
+"""What JSON has in the fields of a receipt."""
+
+
+def is_key(text: str) -> bool:
+    """True for what can be the key of an artifact."""
+    return _KEY.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Ref:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown artifact kind {self.kind!r}")
-        if not _KEY.fullmatch(self.key):
+        if not is_key(self.key):
             raise ValueError(f"{self.key!r} is not a key")
 
 
@@ -109,10 +121,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that `verify` found wrong with a finished artifact."""
+    """Something that `verify` found wrong with a finished artifact; `withdrawn`: it does not exist any more."""
 
     ref: Ref
     reason: str
+    withdrawn: bool = True
 
 
 def content_of(files: tuple[DataFile, ...]) -> str:
@@ -121,20 +134,19 @@ def content_of(files: tuple[DataFile, ...]) -> str:
 
 
 def receipt_from_json(data: bytes, where: str) -> Receipt:
-    """Parses a receipt strictly. FatalError if it is not JSON, lacks fields, or its seal does not fit.
-
-    So it is if one of its files would lie outside the artifact: a seal only says that a receipt is as it was written.
+    """Parses a receipt strictly. FatalError if it is not JSON, not the very bytes that `to_json` gives, its seal does
+    not fit, fields are missing or of another type, or a file would lie outside the artifact: a seal only says that a
+    receipt is as it was written.
     """
     body = _parse(data, where)
     seal = body.pop("seal", None)
-    try:
-        fits = seal == sha256_bytes(canonical_json(body))
-    except ValueError:  # NaN, or text that is no Unicode: never written by us
-        fits = False
-    if not fits:
+    if not _is_sealed(body, seal, data):
         raise FatalError(f"{where}: the receipt was changed after it was written; run `distil verify`", where)
     try:
+        wrong = [name for kind, names in _TYPES.items() for name in names if not isinstance(body[name], kind)]
         files = tuple(DataFile(**file) for file in body.pop("files"))
+        if wrong or not files:
+            raise TypeError(f"{(*wrong, 'files')[0]} is of another type")
         receipt = Receipt(files=files, parents=tuple(body.pop("parents")), seal=seal, **body)
         Ref(receipt.kind, receipt.key, receipt.label)
         for file in files:
@@ -159,6 +171,14 @@ def failure_from_json(data: bytes, where: str) -> Failure:
         return Failure(**_parse(data, where))
     except TypeError as error:
         raise FatalError(f"{where}: not a failure note ({error}); delete the file", where) from error
+
+
+def _is_sealed(body: dict[str, Any], seal: object, data: bytes) -> bool:
+    try:
+        whole = canonical_json(body | {"seal": seal})
+        return data == whole and seal == sha256_bytes(canonical_json(body))
+    except ValueError:  # NaN, or half a character
+        return False
 
 
 def _parse(data: bytes, where: str) -> dict[str, Any]:

@@ -35,6 +35,25 @@ def sha256_stream(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+class Hashes:
+    """sha256 of local files, each read once in this process for as long as it stays as it is."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hashes, ()  # another process looks for itself
+
+    def of(self, path: Path) -> str:
+        """Hex sha256 of a file; reads it again only if its inode, size or times are others than they were."""
+        found = path.stat()
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        before = self._known.get(os.fspath(path))
+        if before is None or before[0] != state:
+            before = self._known[os.fspath(path)] = (state, sha256_file(path))
+        return before[1]
+
+
 def sha256_files(paths: Iterable[Path]) -> str:
     """Hex sha256 over the names and contents of local files, in the order of their names."""
     named = sorted((path.name, sha256_file(path)) for path in paths)

@@ -8,6 +8,9 @@
 No receipt means that the artifact does not exist. Two writers of one key do no harm: the data of each has a name
 of its own, and the last receipt wins and refers to whole files. An object store needs no more than that: nothing is
 renamed there, nothing is written on condition, and the size of every file is asked for before its receipt is written.
+
+Whoever makes something of an artifact hashes it first: `check`, or `hold(receipt, check=True)`. A file is hashed once
+in a process, so asking again costs nothing.
 """
 
 import json
@@ -32,12 +35,13 @@ from storage.artifact import (
     Ref,
     content_of,
     failure_from_json,
+    is_key,
     receipt_from_json,
 )
 from storage.cache import LIMIT, Cache, Held
 from storage.disk import move_files, write_file, writing
 from storage.error import DistilError, FatalError, RetryableError
-from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
+from storage.fingerprint import Hashes, canonical_json, sha256_bytes, sha256_file
 from storage.remote import (
     answering,
     download,
@@ -56,6 +60,9 @@ NODE = "DISTIL_NODE"
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
 POINTED_AT = ("model",)
 """Kinds of which people are told the folder: of a remote store their copies are never evicted."""
+
+STRAY = "is none of the files that its receipt names; delete it"
+"""What is said of a file too many."""
 
 
 def now() -> str:
@@ -80,6 +87,7 @@ class Store:
         self.fs, self._base = open_url(self.root, options)
         self.is_local = on_this_machine(self.fs)
         self.cache = Cache(cache or Path(tempfile.gettempdir()) / f"distil-{os.getuid()}" / "cache", cache_bytes)
+        self._hashes = Hashes()
 
     def path(self, relative: str) -> str:
         """The path that the file system knows for a path inside the store."""
@@ -104,9 +112,12 @@ class Store:
             receipt = self._patiently(partial(self._read_receipt, path))
         except FileNotFoundError as error:
             raise FatalError(f"{ref.kind} {ref.label} is not in the store {self.root}; run `distil retry`") from error
+        except FatalError as error:
+            raise FatalError(f"{ref.kind} {ref.label}: {error}", path) from error
         if (receipt.kind, receipt.key) != (ref.kind, ref.key):
             raise FatalError(
-                f"{path}: this receipt is of {receipt.kind} {receipt.label}, not of {ref.label}; run `distil verify`",
+                f"{ref.kind} {ref.label}: {path}: this receipt is of {receipt.kind} {receipt.label}, "
+                f"not of {ref.label}; run `distil verify`",
                 path,
             )
         return receipt
@@ -117,11 +128,7 @@ class Store:
 
     def sizes(self, kind: str) -> dict[str, int]:
         """Bytes of data by key of every artifact of `kind` that is there, by the same two listings."""
-        with_receipt = {
-            name.removesuffix(layout.RECEIPT)
-            for name in self._names(layout.receipts_folder(kind))
-            if name.endswith(layout.RECEIPT)
-        }
+        with_receipt = set(self.receipt_keys(kind))
         found: dict[str, int] = {}
         # Files, not folders: an empty folder of deleted data is no artifact.
         for path, detail in self.find(layout.data_folder(kind)).items():
@@ -138,9 +145,14 @@ class Store:
 
     def receipts(self, kind: str) -> Iterator[Receipt]:
         """Every receipt of `kind`, in the order of keys (reads each)."""
-        for name in sorted(self._names(layout.receipts_folder(kind))):
-            if name.endswith(layout.RECEIPT):
-                yield self.receipt(Ref(kind, name.removesuffix(layout.RECEIPT), name))
+        for key in self.receipt_keys(kind):
+            yield self.receipt(Ref(kind, key, key[:12]))
+
+    def receipt_keys(self, kind: str) -> list[str]:
+        """Keys of `kind` that have a receipt, with or without data, in order; reads none."""
+        names = self._names(layout.receipts_folder(kind))
+        keys = (name.removesuffix(layout.RECEIPT) for name in names if name.endswith(layout.RECEIPT))
+        return sorted(filter(is_key, keys))
 
     def failures(self, kind: str) -> list[Failure]:
         """Failures of `kind` that no later success has removed."""
@@ -254,10 +266,11 @@ class Store:
     # ---- reading -------------------------------------------------------------------------------------------
 
     def hold(self, receipt: Receipt, *, check: bool = False) -> Held:
-        """A local folder that holds the artifact's files, for as long as the value lives; `check` hashes every file.
+        """A local folder that holds the artifact's files, for as long as the value lives; `check` hashes every file
+        that this process has not hashed yet, or that is not as it was then.
 
         Of a remote store they are copied into the cache first. FatalError that names the first file that is gone, has
-        another size or, with `check`, other bytes than the receipt says.
+        another size or, with `check`, other bytes than the receipt says; or, with `check`, that is none of them.
         """
         folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
         held = Held(Path(self.path(folder))) if self.is_local else self._cached(folder, receipt)
@@ -275,25 +288,34 @@ class Store:
                     "run `distil verify`",
                     os.fspath(path),
                 )
+        if check and self.is_local and (stray := self.strays(receipt)):
+            raise FatalError(f"{receipt.kind} {receipt.label}: {stray[0]} {STRAY}", stray[0])
         return held
+
+    def strays(self, receipt: Receipt) -> list[str]:
+        """Paths in the artifact's folder that its receipt does not name: a library that opens the folder would read
+        them. Names with a dot in front are the file system's own."""
+        folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
+        named = {f"{folder}/{file.name}" for file in receipt.files}
+        return [self.path(path) for path in self.find(folder) if path not in named and "/." not in path]
 
     def local(self, receipt: Receipt) -> Path:
         """`hold` for a moment: sizes are checked, hashes are not. A copy in the cache may be evicted later on."""
         return self.hold(receipt).folder
 
     def check(self, receipt: Receipt) -> Path:
-        """Like `local`, and hashes every file."""
+        """Like `local`, and hashes every file, as `hold` says."""
         return self.hold(receipt, check=True).folder
 
     def _has_its_bytes(self, path: Path, file: DataFile, again: Callable[[], Held]) -> bool:
-        if sha256_file(path) == file.sha256:
+        if self._hashes.of(path) == file.sha256:
             return True
         if self.is_local:
             return False
         # The copy in the cache may be what is wrong, not the store.
         path.unlink()
         with again():
-            return sha256_file(path) == file.sha256
+            return self._hashes.of(path) == file.sha256
 
     def _cached(self, folder: str, receipt: Receipt) -> Held:
         keep = receipt.kind in POINTED_AT

@@ -17,7 +17,7 @@ from storage import layout
 from storage.artifact import KINDS, Fault, Receipt, Ref
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import sha256_stream
-from storage.store import Store
+from storage.store import STRAY, Store
 
 DAY = 86_400.0
 
@@ -25,19 +25,18 @@ DAY = 86_400.0
 def verify(store: Store, kinds: Iterable[str] = KINDS) -> list[Fault]:
     """Re-hashes every file of every receipt; withdraws the receipt of each artifact that is not whole.
 
-    Returns what was wrong. The reason is noted as that artifact's failure, so that `status` names it.
+    Returns what was wrong. The reason is noted as that artifact's failure, so that `status` names it. A file too many
+    is only named: the artifact is whole, and nobody but its owner knows what that file is.
     """
     faults = []
     for kind in kinds:
-        for name in sorted(store.find(layout.receipts_folder(kind))):
-            if not name.endswith(layout.RECEIPT):
-                continue
-            key = name.rsplit("/", 1)[-1].removesuffix(layout.RECEIPT)
+        for key in store.receipt_keys(kind):
             fault = _fault(store, kind, key)
             if fault is not None:
-                store.withdraw(fault.ref)
-                store.fail(fault.ref, FatalError(fault.reason))
                 faults.append(fault)
+                if fault.withdrawn:
+                    store.withdraw(fault.ref)
+                    store.fail(fault.ref, FatalError(fault.reason))
     return faults
 
 
@@ -49,14 +48,15 @@ def _fault(store: Store, kind: str, key: str) -> Fault | None:
         _rehash(store, receipt)
     except FatalError as error:
         return Fault(ref, str(error))
-    return None
+    strays = store.strays(receipt)
+    return Fault(ref, f"{kind} {receipt.label}: {strays[0]} {STRAY}", withdrawn=False) if strays else None
 
 
 def _rehash(store: Store, receipt: Receipt) -> None:
-    """Hashes what the store itself holds, not a copy in the cache. FatalError names the first file that differs."""
-    if store.is_local:
-        store.check(receipt)
-        return
+    """Hashes what the store itself holds, whatever was hashed before, and no copy in the cache.
+
+    FatalError names the first file that differs.
+    """
     folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
     for file in receipt.files:
         path = store.path(f"{folder}/{file.name}")

@@ -53,8 +53,9 @@ def blocks_ref(shard: Ref, blocks: BlockSettings, vocabulary: Vocabulary) -> Ref
 def make_blocks(
     store: Store, shard: Ref, blocks: BlockSettings, vocabulary: Vocabulary, *, force: bool = False
 ) -> Receipt:
-    """Tokenises one text shard and packs it. Does nothing where the blocks are there, unless `force`.
+    """Tokenises one text shard, hashed first, and packs it. Does nothing where the blocks are there, unless `force`.
 
+    FatalError that names the shard if its text is not there or damaged.
     Receipt: rows = blocks, tokens = all that are not padding; info: documents, empty (documents without a token),
     text_tokens (special tokens left out), unknown, literal_specials (see tasks.tokens).
     """
@@ -66,7 +67,7 @@ def make_blocks(
     started = time.perf_counter()
     source = store.receipt(shard)
     counts = Counts()
-    with store.hold(source) as text, store.scratch() as folder, store.scratch() as spool:
+    with store.hold(source, check=True) as text, store.scratch() as folder, store.scratch() as spool:
         pack = _packed if blocks.packing == "packed" else _one_a_document
         pieces = tokenised(text / "text.arrow", vocabulary, counts)
         lengths = _spool(pack(pieces, blocks.length, vocabulary), spool / "ids")
@@ -94,9 +95,9 @@ def _info(documents: int, counts: Counts) -> dict[str, int]:
     }
 
 
-def open_blocks(store: Store, ref: Ref, check: bool = False) -> Blocks:
-    """Maps the blocks of a shard into memory; `check` hashes the file first. FatalError if they are not there."""
-    held = store.hold(store.receipt(ref), check=check)
+def open_blocks(store: Store, ref: Ref) -> Blocks:
+    """Hashes the blocks of a shard and maps them into memory. FatalError if they are not there or damaged."""
+    held = store.hold(store.receipt(ref), check=True)
     reader = open_arrow(held.folder / "blocks.arrow")
     length = reader.schema.field("input_ids").type.list_size
     batch = reader.get_batch(0)
@@ -135,8 +136,8 @@ def count_tokens(store: Store, sample: Sequence[Ref], vocabulary: Vocabulary, *,
 
 
 def read_counts(store: Store, ref: Ref) -> npt.NDArray[np.int64]:
-    """The counts [vocabulary size] that `count_tokens` wrote."""
-    table = open_arrow(store.local(store.receipt(ref)) / "counts.arrow").read_all()
+    """The counts [vocabulary size] that `count_tokens` wrote, hashed. FatalError: none there, or damaged."""
+    table = open_arrow(store.check(store.receipt(ref)) / "counts.arrow").read_all()
     counts: npt.NDArray[np.int64] = table.column("count").to_numpy()
     return counts
 

@@ -34,7 +34,10 @@ class Built:
 
 
 def build(run: RunSpec, store: Store, device: torch.device) -> Built:
-    """Loads and checks everything. FatalError names what does not fit the run."""
+    """Loads and checks everything; counts and the targets that the codec comes from are hashed.
+
+    FatalError names what does not fit the run or is damaged.
+    """
     vocabulary = vocabulary_for(run.blocks, run.teacher)
     teacher = _teacher(run, device) if run.teacher.model else None
     student = _student(run, teacher, vocabulary)
@@ -117,7 +120,7 @@ def _supervision(run: RunSpec, store: Store, teacher: TeacherModel | None) -> Su
         return Nothing()
     if run.targets.source == "online":
         return Online(teacher, run.loss)
-    targets = open_targets(store, run.manifest[0].targets_ref(0), check=False)
+    targets = open_targets(store, run.manifest[0].targets_ref(0))
     probe_cache(store, run, teacher)
     # Only the LM head is needed from here on; the encoder's memory goes to the student.
     setattr(teacher.model, teacher.model.base_model_prefix, nn.Identity())

@@ -118,7 +118,11 @@ def _drop_old(store: Store, run: RunSpec, progress: Progress) -> None:
 
 
 def discard(store: Store, ref: Ref) -> None:
-    """Withdraws a checkpoint and deletes its data."""
-    receipt = store.receipt(ref)
+    """Withdraws a checkpoint and deletes its data; `gc` does that where the receipt is damaged and names none."""
+    try:
+        receipt = store.receipt(ref)
+    except FatalError:
+        store.withdraw(ref)
+        return
     store.withdraw(ref)
     store.drop_data(receipt)

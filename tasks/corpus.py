@@ -1,11 +1,13 @@
 """The manifest's parts, opened while they are read: blocks and, with cached targets, the teacher's word on them.
 
-    corpus = Corpus(store, run.manifest, cached=True)
+    corpus = Corpus(store, run.manifest, cached=True, codec=the_codec_that_decodes)
     corpus.blocks(3), corpus.targets(3, variant=0)      # opened on first use; of a remote store, copied first
     corpus.keep({(3, 0), (4, 0)})                       # lets go of all others, whose copies may then be evicted
 
-Every file is hashed when it is opened for the first time. Safe from several threads: each part is opened once, by
-whoever needs it first, and nobody waits for another part. Called by tasks.batch, tasks.ahead and tasks.validate.
+Every file is hashed when it is opened (by the store, and again only if it changed since), so before a row of it is
+read. Blocks must be as many as the manifest says, and targets encoded for the codec that decodes them. Safe from
+several threads: each part is opened once, by whoever needs it first, and nobody waits for another part. Called by
+tasks.batch, tasks.ahead and tasks.validate.
 """
 
 import threading
@@ -16,6 +18,7 @@ from typing import Any, TypeVar, cast
 from storage.error import FatalError
 from storage.store import Store
 from tasks.block import Blocks, open_blocks
+from tasks.codec import Codec
 from tasks.run import Part
 from tasks.targets import TargetRows, open_targets
 
@@ -26,21 +29,21 @@ BLOCKS = -1
 
 
 class Corpus:
-    """The parts of a manifest. `cached` says whether their targets are read too."""
+    """The parts of a manifest. `cached` says whether their targets are read too, `codec` what decodes these."""
 
-    def __init__(self, store: Store, parts: tuple[Part, ...], cached: bool) -> None:
+    def __init__(self, store: Store, parts: tuple[Part, ...], cached: bool, codec: Codec | None = None) -> None:
         self.store, self.parts, self.cached = store, parts, cached
         self._lock = threading.Lock()
         self._opened: dict[Key, Future[Any]] = {}
-        self._checked: set[Key] = set()
-        self._codec = ("", "")  # fingerprint, and label of the first part that had it
+        # Fingerprint, and label of the part that it was taken from.
+        self._codec = (codec.fingerprint, parts[0].label) if codec else ("", "")
 
     def blocks(self, part: int) -> Blocks:
-        """Blocks of one part."""
+        """Blocks of one part. FatalError if they are damaged or not as many as the manifest says."""
         return self._once((part, BLOCKS), self._open_blocks)
 
     def targets(self, part: int, variant: int) -> TargetRows:
-        """Targets of one part and mask variant. FatalError if they are encoded otherwise than those before."""
+        """Targets of one part and mask variant. FatalError if they are damaged or another codec has to decode them."""
         return self._once((part, variant), self._open_targets)
 
     def open(self, part: int, variant: int) -> None:
@@ -57,7 +60,7 @@ class Corpus:
                 if key[0] not in parts or (key[1] != BLOCKS and key not in wanted):
                     del self._opened[key]
 
-    def _once(self, key: Key, open_it: Callable[[Key, bool], T]) -> T:
+    def _once(self, key: Key, open_it: Callable[[Key], T]) -> T:
         """What `open_it` gives, called by the first thread that asks; after an error the next one tries again."""
         with self._lock:
             found = self._opened.get(key)
@@ -65,22 +68,27 @@ class Corpus:
         if mine is None:
             return cast(T, cast(Future[Any], found).result())
         try:
-            # A local file that was whole once is not hashed in every epoch; a fresh copy of a remote one is.
-            opened = open_it(key, not (self.store.is_local and key in self._checked))
+            opened = open_it(key)
         except BaseException as error:
             with self._lock:
                 self._opened.pop(key, None)
             mine.set_exception(error)
             raise
-        self._checked.add(key)
         mine.set_result(opened)
         return opened
 
-    def _open_blocks(self, key: Key, check: bool) -> Blocks:
-        return open_blocks(self.store, self.parts[key[0]].blocks_ref(), check=check)
+    def _open_blocks(self, key: Key) -> Blocks:
+        part = self.parts[key[0]]
+        opened = open_blocks(self.store, part.blocks_ref())
+        if len(opened) != part.rows:
+            raise FatalError(
+                f"blocks {part.label} are {len(opened)} rows but were {part.rows} when this run was planned; run "
+                "`distil verify`, then start the run again"
+            )
+        return opened
 
-    def _open_targets(self, key: Key, check: bool) -> TargetRows:
-        opened = open_targets(self.store, self.parts[key[0]].targets_ref(key[1]), check=check)
+    def _open_targets(self, key: Key) -> TargetRows:
+        opened = open_targets(self.store, self.parts[key[0]].targets_ref(key[1]))
         with self._lock:
             if not self._codec[0]:
                 self._codec = (opened.codec.fingerprint, opened.label)

@@ -93,7 +93,8 @@ def probe(capture: Capture, blocks: Blocks, targets: TargetRows, variant: int, a
 def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parity]:
     """Probes the first mask variant of a few parts, spread over the manifest, before anything is trained from it.
 
-    Hashes are not checked here: that is done for every part when its rows are first read. FatalError as `probe`.
+    Their files are hashed here, and not once more when their rows are read. FatalError as `probe`, or for a file that
+    is damaged.
     """
     counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
     capture = Capture(teacher, vocabulary_for(run.blocks, run.teacher), run.mask, run.targets, counts)
@@ -103,7 +104,7 @@ def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parit
         probe(
             capture,
             open_blocks(store, part.blocks_ref()),
-            open_targets(store, part.targets_ref(0), check=False),
+            open_targets(store, part.targets_ref(0)),
             variant=0,
         )
         for part in parts

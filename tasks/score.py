@@ -110,8 +110,8 @@ def keep_scores(store: Store, trial: Trial, scores: Scores, seconds: float = 0.0
 
 
 def read_scores(store: Store, ref: Ref) -> Scores:
-    """The figures as they were kept. FatalError where there are none."""
-    scores: Scores = json.loads((store.local(store.receipt(ref)) / FILE).read_bytes())
+    """The figures as they were kept. FatalError where there are none or their bytes changed."""
+    scores: Scores = json.loads((store.check(store.receipt(ref)) / FILE).read_bytes())
     return scores
 
 
@@ -127,7 +127,7 @@ def score_mask(mask: Mask, masks: int = 1) -> Mask:
 
 
 def heldout_protocol(
-    blocks: Sequence[Blocks], mask: Mask, limit: int, teacher: str = "", masks: int = 1
+    blocks: Sequence[Blocks | Ref], mask: Mask, limit: int, teacher: str = "", masks: int = 1
 ) -> dict[str, Any]:
     """The protocol of a held-out trial; `teacher` is its fingerprint, or "" when there is none."""
     settings = score_mask(mask, masks).model_dump(mode="json")

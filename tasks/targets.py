@@ -69,12 +69,12 @@ class TargetRows:
         return joined.reshape(-1, size)
 
 
-def open_targets(store: Store, ref: Ref, check: bool = True) -> TargetRows:
-    """Opens one shard's targets; `check` hashes the file first.
+def open_targets(store: Store, ref: Ref) -> TargetRows:
+    """Hashes one shard's targets and opens them.
 
     FatalError that names the shard if they are not there, damaged, or of another artifact.
     """
-    held = store.hold(store.receipt(ref), check=check)
+    held = store.hold(store.receipt(ref), check=True)
     return replace(read_targets(held.folder / FILE, ref), held=held)
 
 

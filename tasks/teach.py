@@ -149,7 +149,7 @@ def _calibration_settings(fingerprint: str, teacher: Teacher, mask: Mask, target
 
 def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Calibration, int, int]:
     """The calibration, and how many positions and blocks it comes from."""
-    opened = [open_blocks(store, ref, check=True) for ref in sample]
+    opened = [open_blocks(store, ref) for ref in sample]
     owner = np.repeat(np.arange(len(opened)), [len(blocks) for blocks in opened])
     row = np.concatenate([np.arange(len(blocks)) for blocks in opened])
     wanted = min(capture.targets.calibration_rows, len(row))
@@ -213,7 +213,7 @@ def make_targets(
     if not force and store.has(ref):
         return store.receipt(ref)
     started = time.perf_counter()
-    source = open_blocks(store, blocks, check=True)
+    source = open_blocks(store, blocks)
     codec = make_codec(capture.targets, teacher.width, capture.calibration, teacher.vocab_size)
     with reading_ahead(store, following), store.scratch() as folder:
         digest = _write(folder / FILE, ref, source, capture, codec, variant)

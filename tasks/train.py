@@ -44,6 +44,7 @@ from tasks.order import Order
 from tasks.run import PASSING, RunSpec, read_run
 from tasks.schedule import lr_factor, make_optimizer, set_lr
 from tasks.step import Distiller, World, gradient_step, sum_counts
+from tasks.supervision import Cached
 from tasks.teacher import resolve_dtype
 from tasks.validate import heldout_loss
 
@@ -211,8 +212,9 @@ class Trainer:
 
     def _loader(self, step: int) -> Loader:
         run, train = self.run, self.run.train
-        cached = run.targets.source == "cached" and run.loss.needs_teacher
-        corpus = Corpus(self.store, run.manifest, cached)
+        supervision = self.built.supervision
+        codec = supervision.codec if isinstance(supervision, Cached) else None
+        corpus = Corpus(self.store, run.manifest, codec is not None, codec)
         order = Order(tuple(part.rows for part in run.manifest), train.window_shards, train.seed)
         plan = stretches(step, run.total_steps, train.batch_rows, train.micro_rows, self.world.rank, self.world.ranks)
         masking = Masking(self.built.vocabulary, run.mask, run.targets.positions == "all", self.built.counts)

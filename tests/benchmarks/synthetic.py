@@ -149,7 +149,7 @@ def cached(bench: Bench, targets: Targets) -> tuple[tuple[Part, ...], Codec]:
     receipts = [make_targets(bench.store, blocks.ref, capture) for blocks in bench.blocks]
     made = zip(bench.parts, receipts, strict=True)
     parts = tuple(part.model_copy(update={"targets": (receipt.key,)}) for part, receipt in made)
-    return parts, open_targets(bench.store, receipts[0].ref, check=False).codec
+    return parts, open_targets(bench.store, receipts[0].ref).codec
 
 
 def masking_of(bench: Bench, targets: Targets) -> Masking:

@@ -64,7 +64,7 @@ def to_text(ids: list[int]) -> str:
 
 def made(store: Store, texts: list[str], settings: Settings, vocabulary: Vocabulary) -> Blocks:
     receipt = make_blocks(store, write_shard(store, texts), settings, vocabulary, force=True)
-    blocks = open_blocks(store, receipt.ref, check=True)
+    blocks = open_blocks(store, receipt.ref)
     assert receipt.rows == len(blocks)
     assert receipt.tokens == blocks.lengths.sum()
     return blocks
@@ -211,7 +211,7 @@ def test_a_flipped_byte_is_noticed(store: Store, vocabulary: Vocabulary) -> None
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(FatalError, match=r"blocks part-0000: the bytes of .*blocks\.arrow"):
-        open_blocks(store, receipt.ref, check=True)
+        open_blocks(store, receipt.ref)
 
 
 def test_blocks_that_are_not_there(store: Store, vocabulary: Vocabulary) -> None:

@@ -352,7 +352,7 @@ def test_a_cut_off_file_is_found(store, parts, capture):
     path = store.local(receipt) / FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(FatalError, match=r"targets part-0000: .*has another size"):
-        open_targets(store, receipt.ref, check=False)
+        open_targets(store, receipt.ref)
 
 
 def test_two_files_exchanged_are_found_even_without_hashes(store, parts, capture):

@@ -1,0 +1,298 @@
+"""The corruption matrix: whatever is done to an artifact's files or receipt is found before anything is made of it.
+
+    pytest tests/hard/test_corruption.py -s        prints how much was planted and how much was found, by kind
+
+A small finished chain is built once. Each damage of planted.py is done to a copy of its store, one at a time, to one
+artifact of every kind, and has to be found twice: by the stage that comes next (it raises a FatalError that names the
+artifact, or the store says that it is missing, so that it is made again) and by `verify`, which names that artifact and
+no other. What is forged, with a receipt that fits, only training can find, and has to find before a gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.artifact import KINDS, Receipt, Ref
+from storage.error import FatalError
+from storage.store import Store
+from storage.upkeep import verify
+from tasks.block import count_tokens, make_blocks, read_counts
+from tasks.build import build
+from tasks.capture import Capture
+from tasks.checkpoint import checkpoint_ref, load_checkpoint, steps_kept
+from tasks.config import Recipe
+from tasks.lineage import plan_run, trace, vocabulary_of
+from tasks.model import open_model
+from tasks.recipe import make_recipe
+from tasks.run import RunSpec
+from tasks.schedule import make_optimizer
+from tasks.score import Trial, keep_scores, read_scores
+from tasks.shard import shard_source
+from tasks.snapshot import take_snapshot
+from tasks.step import World
+from tasks.targets import open_targets
+from tasks.teach import calibrate, make_targets, open_capture, read_calibration
+from tasks.train import StopSignal, Trainer, train
+from tests.hard.planted import Damage, again, bytes_of, damages, forge_targets, linked_copy, version
+from tests.tiny import make_teacher, write_oscar
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A finished chain. `chosen`: of each kind the artifact that is damaged; `others`: more of that kind.
+
+    `capture` makes the targets, `bare` the calibration that they need; `trainer` is ready for its first step.
+    """
+
+    store: Store
+    recipe: Recipe
+    run: RunSpec
+    chosen: Mapping[str, Receipt]
+    others: Mapping[str, list[Receipt]]
+    bare: Capture
+    capture: Capture
+    trainer: Trainer
+
+    @property
+    def sample(self) -> list[Ref]:
+        return [part.blocks_ref() for part in self.run.manifest]
+
+
+def recipe_in(folder: Path) -> Recipe:
+    values = {
+        "name": "tiny",
+        "home": str(folder / "home"),
+        "store": str(folder / "store"),
+        "corpus": {"url": str(folder / "corpus"), "heldout_per_mille": 100},
+        "teacher": {"model": str(folder / "teacher")},
+        "blocks": {"length": 32},
+        "mask": {"kind": "smoothed"},
+        "student": {"layers": 1},
+        "train": {"batch_rows": 24, "checkpoint_steps": 1, "validate_steps": 0, "threads": 1, "device": "cpu"},
+    }
+    return make_recipe(values, "test")
+
+
+def captures(store: Store, recipe: Recipe, counts: Ref, sample: list[Ref]) -> tuple[Capture, Capture]:
+    """Without and with the calibration, which is made if it is not there."""
+    vocabulary = vocabulary_of(recipe)
+    bare = open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, device="cpu")
+    frozen = calibrate(store, sample, bare)
+    return bare, replace(bare, calibration=read_calibration(store, frozen.ref), calibration_key=frozen.key)
+
+
+def of_another_seed(store: Store, recipe: Recipe, counts: Ref, blocks: Ref) -> Receipt:
+    """The same blocks under another mask."""
+    other = recipe.model_copy(update={"mask": recipe.mask.model_copy(update={"seed": recipe.mask.seed + 1})})
+    return make_targets(store, blocks, captures(store, other, counts, [blocks])[1])
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    folder = tmp_path_factory.mktemp("chain")
+    make_teacher(folder / "teacher", layers=2)
+    write_oscar(folder / "corpus", parts=2, texts=20)
+    with (folder / "corpus" / "fr_meta_part_1.jsonl").open("a") as file:
+        file.write("{not JSON\n")  # so that the source keeps something: its quarantine
+    recipe = recipe_in(folder)
+    store = Store(recipe.store)
+    sources = [shard_source(store, source, recipe.corpus) for source in take_snapshot(recipe.corpus).sources]
+    lineage = trace(store, recipe)
+    shards = [store.receipt(ref) for ref in lineage.shards]
+    vocabulary = vocabulary_of(recipe)
+    for ref in (*lineage.shards, *lineage.heldout_shards):
+        make_blocks(store, ref, recipe.blocks, vocabulary)
+    lineage = trace(store, recipe)
+    blocks = [store.receipt(ref) for ref in lineage.training_blocks]
+    counts = count_tokens(store, lineage.sample, vocabulary)
+    bare, capture = captures(store, recipe, counts.ref, list(lineage.sample))
+    targets = [make_targets(store, one.ref, capture) for one in blocks]
+    run = plan_run(store, recipe, lineage)
+    assert train(run, World(), StopSignal())
+    steps = [store.receipt(checkpoint_ref(run, step)) for step in steps_kept(store, run)]
+    model = store.receipt(run.model_ref)
+    trial = Trial(model.key, {"name": "p"}, "set")
+    scores = keep_scores(store, trial, {"accuracy": 0.5, "by": {"x": 1.0}})
+    first = [blocks[0].ref]
+    other_model = version(store, model, replace(model.ref, key="a" * 64))
+    chosen = dict(zip(KINDS, (sources[0], shards[0], counts, blocks[0]), strict=False))
+    chosen |= {"calibration": store.receipt(Ref("calibration", capture.calibration_key, "c")), "targets": targets[0]}
+    chosen |= {"checkpoint": steps[-1], "model": model, "scores": scores}
+    others = {
+        "source": [sources[1]],
+        "shard": [shards[1], store.receipt(lineage.heldout_shards[0])],
+        "counts": [count_tokens(store, first, vocabulary)],
+        "blocks": [blocks[1]],
+        "calibration": [calibrate(store, first, bare)],
+        "targets": [targets[1], of_another_seed(store, recipe, counts.ref, first[0])],
+        "checkpoint": [steps[0]],
+        "model": [other_model],
+        "scores": [keep_scores(store, replace(trial, seed=1), {"accuracy": 0.6, "by": {"x": 2.0}})],
+    }
+    assert verify(store) == []
+    built = build(run, store, CPU)
+    trainer = Trainer(run, store, built, make_optimizer(built.student, run.train), World(), None, CPU)
+    return Chain(store, recipe, run, chosen, others, bare, capture, trainer)
+
+
+# ---- who reads a kind ----------------------------------------------------------------------------------------
+
+
+def read_source(chain: Chain, store: Store) -> None:
+    source = take_snapshot(chain.recipe.corpus).sources[0]
+    shard_source(store, source, chain.recipe.corpus)
+
+
+def make_blocks_again(chain: Chain, store: Store) -> None:
+    make_blocks(store, chain.chosen["shard"].ref, chain.recipe.blocks, vocabulary_of(chain.recipe), force=True)
+
+
+def make_targets_again(chain: Chain, store: Store) -> None:
+    make_targets(store, chain.chosen["blocks"].ref, chain.capture, force=True)
+
+
+def count_again(chain: Chain, store: Store) -> None:
+    count_tokens(store, chain.sample, vocabulary_of(chain.recipe), force=True)
+
+
+def all_batches(chain: Chain, store: Store) -> None:
+    """Every batch of the run, as the trainer reads them before each step."""
+    chain.trainer.store = store
+    for _ in chain.trainer._loader(0):
+        pass
+
+
+def resume(chain: Chain, store: Store) -> None:
+    """Goes on from an older checkpoint and notes what was wrong with the newest."""
+    newest = chain.chosen["checkpoint"]
+    progress = load_checkpoint(store, chain.run, chain.trainer.built.student, chain.trainer.optimizer)
+    if progress.step < int(newest.settings["step"]):
+        raise FatalError(next((f.message for f in store.failures("checkpoint") if f.key == newest.key), "not noted"))
+
+
+READERS: Mapping[str, tuple[Callable[[Chain, Store], object], ...]] = {
+    "source": (read_source,),
+    "shard": (make_blocks_again,),
+    "blocks": (make_targets_again, count_again, all_batches),
+    "counts": (lambda chain, store: read_counts(store, chain.chosen["counts"].ref),),
+    "calibration": (lambda chain, store: read_calibration(store, chain.chosen["calibration"].ref),),
+    "targets": (all_batches,),
+    "checkpoint": (resume,),
+    "model": (lambda chain, store: open_model(store, chain.chosen["model"].ref),),
+    "scores": (lambda chain, store: read_scores(store, chain.chosen["scores"].ref),),
+}
+
+
+OF_FILES = [f"receipt sealed: another {what}" for what in ("sha256", "size", "name of a file")]
+"""Damage to a receipt that only shows when the files are read."""
+
+
+def missed_by_stages(chain: Chain, kind: str, store: Store, damage: Damage) -> list[str]:
+    """What each reader did instead of refusing, in words."""
+    receipt = chain.chosen[kind]
+    if store.missing([receipt.ref]):
+        return []  # it is made again before anybody reads it
+    if kind == "source" and (damage.name in OF_FILES or not damage.name.startswith(("receipt", "all exchanged"))):
+        return []  # nothing is made of what a source keeps beside its receipt: only people read its quarantine
+    said = []
+    for reader in READERS[kind]:
+        try:
+            reader(chain, store)
+            said.append(f"{damage.name}: read without a word")
+        except FatalError as error:
+            if receipt.label not in str(error) and receipt.key not in str(error):
+                said.append(f"{damage.name}: not named: {error}")
+        except Exception as error:  # noqa: BLE001  whatever else is raised is a miss, to be shown beside the others
+            said.append(f"{damage.name}: {error!r}")
+    return said
+
+
+def missed_by_verify(chain: Chain, kind: str, store: Store, damage: Damage) -> list[str]:
+    keys = {chain.chosen[kind].key}
+    about = keys | ({one.key for one in chain.others[kind]} if "exchanged" in damage.name else set())
+    lost = bool(store.missing([chain.chosen[kind].ref]))
+    try:
+        found = {fault.ref.key for fault in verify(store)}
+    except Exception as error:  # noqa: BLE001  as above
+        return [f"{damage.name}: {error!r}"]
+    if not (lost or keys <= found) or not found <= about:
+        return [f"{damage.name}: {sorted(found)}"]
+    return []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_damage_is_found_by_the_next_stage_and_by_verify(kind: str, chain: Chain, tmp_path: Path) -> None:
+    planted = damages(chain.store, chain.chosen[kind], chain.others[kind])
+    missed: dict[str, list[str]] = {"stage": [], "verify": []}
+    for number, damage in enumerate(planted):
+        for who, look in (("stage", missed_by_stages), ("verify", missed_by_verify)):
+            store = linked_copy(chain.store, tmp_path / f"{number}-{who}")
+            damage.plant(store)
+            missed[who] += look(chain, kind, store, damage)
+    counts = ", ".join(f"{who} missed {len(names)}" for who, names in missed.items())
+    print(f"\n{kind}: {len(planted)} planted, {counts}")
+    assert len(planted) > 50
+    assert missed == {"stage": [], "verify": []}
+
+
+# ---- forged: the receipt fits ----------------------------------------------------------------------------------
+
+
+def targets_file(store: Store, ref: Ref, of: Ref, **shifts: int) -> None:
+    forge_targets(store, ref, open_targets(store, of), **shifts)
+
+
+def in_place_of(store: Store, receipt: Receipt, other: Receipt, **changes: int) -> None:
+    """The files of another artifact, or its own, under a receipt that fits them."""
+    again(store, receipt, receipt.ref, bytes_of(store, other), **changes)
+
+
+FORGED: Mapping[str, Callable[[Chain, Store], object]] = {
+    "targets of another shard": lambda chain, store: targets_file(
+        store, chain.chosen["targets"].ref, chain.others["targets"][0].ref
+    ),
+    "targets of another mask": lambda chain, store: targets_file(
+        store, chain.chosen["targets"].ref, chain.others["targets"][1].ref
+    ),
+    "rows of targets shifted": lambda chain, store: targets_file(
+        store, chain.chosen["targets"].ref, chain.chosen["targets"].ref, shift_rows=1
+    ),
+    "vectors of targets shifted": lambda chain, store: targets_file(
+        store, chain.chosen["targets"].ref, chain.chosen["targets"].ref, shift_vectors=1
+    ),
+    "the file of another shard's targets": lambda chain, store: in_place_of(
+        store, chain.chosen["targets"], chain.others["targets"][0]
+    ),
+    "blocks of another shard": lambda chain, store: in_place_of(
+        store, chain.chosen["blocks"], chain.others["blocks"][0]
+    ),
+    "counts of another sample": lambda chain, store: in_place_of(
+        store, chain.chosen["counts"], chain.others["counts"][0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_is_forged_is_found_before_a_gradient(
+    name: str, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = linked_copy(chain.store, tmp_path / "store")
+    FORGED[name](chain, store)
+    store.withdraw(chain.run.model_ref)
+    for step in steps_kept(store, chain.run):
+        store.withdraw(checkpoint_ref(chain.run, step))
+
+    def touched(*_: object) -> None:
+        raise AssertionError(f"{name}: a gradient was touched")
+
+    monkeypatch.setattr("tasks.train.gradient_step", touched)
+    run = chain.run.model_copy(update={"store": store.root, "folder": str(tmp_path / "run" / "x")})
+    Path(run.folder).mkdir(parents=True)
+    with pytest.raises(FatalError, match=r"fr_meta_part_\d-0000"):
+        train(run, World(), StopSignal())
