@@ -22,6 +22,12 @@ PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
 LATER = f"http://{LOOPBACK}:{PREFECT_PORT}"
 """Where the runs are seen afterwards, by `distil up`; links to runs say so."""
+RETENTION = {
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 24 * 3600),
+}
+"""What a server of ours is told unless the user says otherwise: to drop old runs with their logs (the period is in
+seconds), and old events."""
 
 
 def start_server(home: str) -> Callable[[], None]:
@@ -70,14 +76,9 @@ def prefect_server(home: str, port: int) -> Service:
     """Starts a Prefect server: SQLite below home, unless PREFECT_API_DATABASE_CONNECTION_URL names a database."""
     url = f"http://{LOOPBACK}:{port}/api"
     folder = Path(home)
-    kept = {
-        # Old runs with their logs, and old events; PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD is in seconds.
-        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
-        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 24 * 3600),
-    }
     fixed = {"PREFECT_SERVER_UI_API_URL": url, "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui")}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
-    environment = kept | talkative(os.environ) | fixed | prefect_access()
+    environment = RETENTION | talkative(os.environ) | fixed | prefect_access()
     return start("prefect", command, folder / "run", environment, health=f"{url}/health")
 
 

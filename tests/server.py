@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,8 @@ START_SECONDS = 180.0
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """The API URL of a server whose state and log lie in `folder`."""
+def serving(folder: Path, more: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The API URL of a server whose state and log lie in `folder`; `more` are variables of its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -33,7 +33,7 @@ def serving(folder: Path) -> Iterator[str]:
         "DO_NOT_TRACK": "1",
     }
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with running(command, folder, environment(folder) | settings) as process:
+    with running(command, folder, environment(folder) | settings | dict(more or {})) as process:
         end = time.monotonic() + START_SECONDS
         while not answers(f"{url}/health"):
             assert process.poll() is None, (folder / "log").read_text()

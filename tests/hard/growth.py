@@ -1,0 +1,82 @@
+"""What a soak (soak.py) looks at after each run, how much of it may grow in a run and why, and what did.
+
+grown(samples)        # {"memory": 3.1}: those that grew more than they may, by so much a run
+verdict(samples)      # all of them, a line each
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most that a figure may grow in a run, and why so much."""
+
+    limit: float
+    unit: str
+    reason: str
+
+
+ONE_IN_TWENTY = 0.05
+"""Of what is counted: less than one that stays in twenty runs, so one that each chain leaves (0.1 a run) is found."""
+BOUNDS: Mapping[str, Bound] = {
+    "memory": Bound(0.3, "MB", "500 runs may take 150 MB, a tenth of what a flow process has with torch and MLflow"),
+    "files": Bound(ONE_IN_TWENTY, "", "1024 is what a process may open"),
+    "threads": Bound(ONE_IN_TWENTY, "", "all threads of a run end with it"),
+    "children": Bound(ONE_IN_TWENTY, "", "worker processes and trainers end with their run"),
+    "temporary": Bound(
+        ONE_IN_TWENTY, "", "in TMPDIR, the store's scratch, leases aside, and HOME/run but for trainings"
+    ),
+    "prefect": Bound(400.0, "kB", "states, logs and events of a run, until retention"),
+    "wal": Bound(50.0, "kB", "Prefect's log of writes is used again and again"),
+    "mlflow": Bound(40.0, "kB", "a tenth of a chain: three runs with their parameters, curves and tags"),
+    "server memory": Bound(0.3, "MB", "as a flow process"),
+    "server files": Bound(ONE_IN_TWENTY, "", "connections end with the flow"),
+    "server threads": Bound(ONE_IN_TWENTY, "", "a pool of fixed size"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was there after a run; figures by the names of BOUNDS, in their units."""
+
+    number: int
+    flow: str
+    seconds: float
+    figures: Mapping[str, float]
+
+
+def growth(values: Sequence[float]) -> float:
+    """Of one value after the other: the slope of the line through the last two thirds of them."""
+    late = values[len(values) // 3 :]
+    return float(np.polyfit(np.arange(len(late)), late, 1)[0]) if len(late) > 1 else 0.0
+
+
+def grown(samples: Sequence[Sample]) -> dict[str, float]:
+    """Growth a run of those figures that grew more than they may."""
+    found = {name: growth([one.figures[name] for one in samples]) for name in BOUNDS}
+    return {name: value for name, value in found.items() if value > BOUNDS[name].limit}
+
+
+def heading() -> str:
+    """Above the table."""
+    return f"{'run':>5} {'seconds':>8} " + " ".join(f"{name:>14}" for name in BOUNDS)
+
+
+def told(sample: Sample) -> str:
+    """A line of the table."""
+    values = " ".join(f"{sample.figures[name]:>14,.1f}" for name in BOUNDS)
+    return f"{sample.number:>5} {sample.seconds:>8.1f} {values}"
+
+
+def verdict(samples: Sequence[Sample]) -> str:
+    """Each figure with its growth and bound."""
+    bad = grown(samples)
+    lines = []
+    for name, bound in BOUNDS.items():
+        value = growth([one.figures[name] for one in samples])
+        how = "GREW" if name in bad else "flat"
+        lines.append(f"{how}  {name:<15} {value:>9.3f} of {bound.limit:g} {bound.unit} a run: {bound.reason}")
+    return "\n".join(lines)

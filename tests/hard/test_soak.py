@@ -1,0 +1,48 @@
+"""A short soak (soak.py) of a few runs within three minutes, and what its judgement takes for growth."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.hard.growth import BOUNDS, Sample, grown, growth, verdict
+
+
+@pytest.mark.soak
+def test_twenty_runs_leave_nothing_that_grows(tmp_path: Path) -> None:
+    # Deferred: it imports MLflow, which takes seconds that the other tests here do not need.
+    from tests.hard.soak import soak, soaking
+
+    with soaking(tmp_path) as made:
+        samples = list(soak(made, runs=20, seconds=150))
+        left = made.retention()
+    assert len(samples) >= 6, "too few runs to say anything"
+    assert not grown(samples), verdict(samples)
+    assert not left
+
+
+def samples_of(name: str, values: list[float]) -> list[Sample]:
+    """All figures flat but one."""
+    flat = dict.fromkeys(BOUNDS, 100.0)
+    return [Sample(number, "prepare", 1.0, flat | {name: value}) for number, value in enumerate(values, start=1)]
+
+
+def test_growth_is_a_run_and_the_first_third_does_not_count() -> None:
+    assert growth([0.0, 50.0, 100.0, 100.0, 100.5, 101.0, 101.5, 102.0, 102.5]) == pytest.approx(0.5)
+    assert growth([7.0]) == 0.0
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_what_grows_twice_as_fast_as_it_may_is_named_and_nothing_else(name: str) -> None:
+    steps = [100.0 + 2 * BOUNDS[name].limit * number for number in range(30)]
+    assert list(grown(samples_of(name, steps))) == [name]
+    assert verdict(samples_of(name, steps)).count("GREW") == 1
+
+
+def test_one_open_file_that_each_chain_leaves_is_found() -> None:
+    assert "files" in grown(samples_of("files", [float(number // 10) for number in range(50)]))
+
+
+def test_a_file_open_for_a_moment_is_no_growth() -> None:
+    values = [100.0] * 30
+    values[24] = 101.0
+    assert not grown(samples_of("files", values))
