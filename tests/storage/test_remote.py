@@ -116,6 +116,16 @@ def test_verify_finds_what_is_short_wrong_or_gone_on_the_server(store: Store) ->
     assert verify(store) == []
 
 
+def test_verify_reads_a_large_object_part_by_part(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.remote.PART", 5 << 20)
+    receipt = put(store, "a", os.urandom(12 << 20))
+    assert verify(fresh(store)) == []
+    data = bytearray(store.fs.cat_file(object_of(store, receipt)))
+    data[7 << 20] ^= 1
+    store.fs.pipe_file(object_of(store, receipt), bytes(data))
+    assert [fault.ref.label for fault in verify(fresh(store))] == ["a"]
+
+
 def test_a_short_object_is_refused_when_it_is_read(store: Store) -> None:
     receipt = put(store, "a", b"a" * 100)
     store.fs.pipe_file(object_of(store, receipt), b"a" * 50)
