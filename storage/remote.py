@@ -149,7 +149,7 @@ def _settings(protocol: str) -> dict[str, Any]:
         "use_listings_cache": False,
         "max_concurrency": AT_ONCE,
         "default_block_size": PART,
-        # Our receipts hold the sha256 of every file. Some servers send the checksum of the whole object with a part of it.
+        # Receipts hold the sha256 of every file, and some servers send the checksum of the whole object with a part.
         "config_kwargs": {
             "retries": retries,
             "read_timeout": 60,
