@@ -34,6 +34,8 @@ from tasks.vocabulary import vocabulary_for
 
 LIMIT = 1e-2
 """Neither figure may be above this; dtype noise and all encodings but a bad fit stay below."""
+NEAR = 1e-4
+"""Of a hidden state's own length: what is nearer to the mean than this is the mean."""
 PROBE_ROWS = 6
 PROBE_PARTS = 3
 """So many shards are probed when training opens its cache; the digest of every row is checked as it is read."""
@@ -149,8 +151,11 @@ def _compare(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: T
         centre_D = codec.statistics(live_ND.device)[0]
     else:
         centre_D = live_ND.float().mean(0) if len(live_ND) > 1 else torch.zeros_like(live_ND[0], dtype=torch.float32)
-    cosine_N = F.cosine_similarity(live_ND.float() - centre_D, decoded_ND.float() - centre_D)
-    return _not_below_0(kl / len(live_ND)), float((1 - cosine_N).mean())
+    # A state that equals the mean has no direction from there: one more coordinate, far below the state itself, is
+    # what both have in common then.
+    floor_N1 = NEAR * live_ND.float().norm(dim=-1, keepdim=True)
+    centred_N = [torch.cat([states_ND.float() - centre_D, floor_N1], dim=-1) for states_ND in (live_ND, decoded_ND)]
+    return _not_below_0(kl / len(live_ND)), float((1 - F.cosine_similarity(*centred_N)).mean())
 
 
 def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor, whole: bool) -> float:

@@ -93,12 +93,12 @@ def test_documents_of_one_token_or_of_none(tmp_path: Path, teacher: Path) -> Non
     store = Store(run.store)
     blocks = open_blocks(store, run.manifest[0].blocks_ref())
     counts = open_targets(store, run.manifest[0].targets_ref(0)).counts
-    assert (blocks.lengths <= 4).all()
+    assert (blocks.lengths <= 2 + 2 * 3).all(), "two documents of at most two pieces and their ends"
     assert len(counts) == len(blocks)
     losses(run)
 
 
-@pytest.mark.parametrize("length", [8, 128, 2048, 8192])
+@pytest.mark.parametrize("length", [8, 128, 2048, pytest.param(8192, marks=pytest.mark.slow)])
 def test_block_lengths(length: int, tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     model = make_teacher(folder, family="modernbert", layers=2, width=16)
@@ -119,7 +119,7 @@ def test_blocks_longer_than_the_teacher_reads_are_refused(tmp_path: Path, teache
 
 
 def test_a_teacher_that_says_the_same_of_everything(tmp_path: Path) -> None:
-    """Equal logits everywhere: the softened distribution is uniform, so the loss is log V minus the student's entropy."""
+    """Equal logits everywhere: the softened distribution is uniform."""
     folder = tmp_path / "teacher"
     make_teacher(folder, layers=2, width=16)
     model = AutoModelForMaskedLM.from_pretrained(folder)
