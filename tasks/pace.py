@@ -28,6 +28,7 @@ from tasks.build import build
 from tasks.capture import Capture
 from tasks.checkpoint import Progress, save_checkpoint
 from tasks.config import Recipe, S
+from tasks.heap import keep_freed_memory
 from tasks.lineage import caches_targets, teacher_key, vocabulary_of
 from tasks.metrics import read_metrics
 from tasks.model import hardware
@@ -149,6 +150,7 @@ def _time_student(store: Store, recipe: Recipe, taught: _Taught, counts: Ref | N
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(train.threads or threads)
+    keep_freed_memory()  # as a trainer does; for good, so what else is timed comes before
     started = time.perf_counter()
     built = build(run, store, pick_device(run))
     optimizer = make_optimizer(built.student, train)

@@ -38,6 +38,7 @@ from tasks.batch import Loader, Masking, stretches
 from tasks.build import Built, build
 from tasks.checkpoint import Progress, load_checkpoint, save_checkpoint
 from tasks.corpus import Corpus
+from tasks.heap import keep_freed_memory
 from tasks.metrics import Meter
 from tasks.model import save_model
 from tasks.order import Order
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()  # type: ignore[no-untyped-call]
     stop = StopSignal()
     signal.signal(signal.SIGTERM, stop.ask)
+    keep_freed_memory()
     try:
         run = read_run(arguments[0])
         with joined_world(run) as world:
