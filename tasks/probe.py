@@ -154,8 +154,8 @@ def _compare(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: T
     # A state that equals the mean has no direction from there: one more coordinate, far below the state itself, is
     # what both have in common then.
     floor_N1 = NEAR * live_ND.float().norm(dim=-1, keepdim=True)
-    centred_N = [torch.cat([states_ND.float() - centre_D, floor_N1], dim=-1) for states_ND in (live_ND, decoded_ND)]
-    return _not_below_0(kl / len(live_ND)), float((1 - F.cosine_similarity(*centred_N)).mean())
+    left_N, right_N = (torch.cat([states_ND.float() - centre_D, floor_N1], -1) for states_ND in (live_ND, decoded_ND))
+    return _not_below_0(kl / len(live_ND)), float((1 - F.cosine_similarity(left_N, right_N)).mean())
 
 
 def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor, whole: bool) -> float:
