@@ -26,8 +26,8 @@ RETENTION = {
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 24 * 3600),
 }
-"""What a server of ours is told unless the user says otherwise: to drop old runs with their logs (the period is in
-seconds), and old events."""
+"""What a server of ours is told unless the user says otherwise: to drop runs and their logs after so many seconds, and
+events after Prefect's own seven days."""
 
 
 def start_server(home: str) -> Callable[[], None]:
