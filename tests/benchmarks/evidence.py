@@ -132,18 +132,18 @@ def counts_of(trainings: Sequence[Training], part: str) -> Array:
     if part in heldout:
         return np.concatenate([block_counts(one.heldout, heldout[part]) for one in trainings])
     metric = METRICS[part]
-    return np.stack([row_counts(metric, run["predictions"]) for one in trainings for run in one.tuned[part]])
+    return np.stack([row_counts(metric, run["predictions"]) for one in trainings for run in one.tuned.get(part, ())])
 
 
 def compared(evidence: Evidence, ours: str, theirs: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Ratio and difference of one kind to another: top-1 ("heldout"), KL, and the sets that both were scored on."""
+    """Ratio and difference of one kind to another: top-1 ("heldout"), KL, and the sets that both have scores of."""
     one, other = evidence.trainings[ours], evidence.trainings[theirs]
     if theirs == TEACHER:
         found = {"heldout": against(counts_of(one, "heldout"), counts_of(one, "teacher"))}
     else:
         found = {part: against(counts_of(one, part), counts_of(other, part)) for part in ("heldout", "kl")}
     for part in TUNED:
-        if all(part in training.tuned for training in (*one, *other)):
+        if all(any(part in training.tuned for training in trainings) for trainings in (one, other)):
             found[part] = against(counts_of(one, part), counts_of(other, part))
     return found
 
