@@ -33,13 +33,19 @@ def test_growth_is_a_run_and_the_first_third_does_not_count() -> None:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_what_grows_twice_as_fast_as_it_may_is_named_and_nothing_else(name: str) -> None:
-    steps = [100.0 + 2 * BOUNDS[name].limit * number for number in range(30)]
+    steps = [100.0 + 2 * BOUNDS[name].allowed(20) * number for number in range(30)]
     assert list(grown(samples_of(name, steps))) == [name]
     assert verdict(samples_of(name, steps)).count("GREW") == 1
 
 
 def test_one_open_file_that_each_chain_leaves_is_found() -> None:
     assert "files" in grown(samples_of("files", [float(number // 10) for number in range(50)]))
+
+
+def test_what_may_come_once_may_come_in_the_middle_and_no_more_of_it() -> None:
+    step = BOUNDS["server memory"].once
+    assert not grown(samples_of("server memory", [100.0] * 15 + [100.0 + step] * 10))
+    assert grown(samples_of("server memory", [100.0] * 15 + [100.0 + 3 * step] * 10))
 
 
 def test_a_file_open_for_a_moment_is_no_growth() -> None:
