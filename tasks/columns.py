@@ -12,10 +12,11 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.error import FatalError
 from tasks.config import Corpus
 from tasks.document import FIELDS, Document, Tally, labels_of, unknown_schema
 from tasks.lines import Growth, packing_of, reading_error
-from tasks.pages import batch_rows
+from tasks.pages import batch_rows, row_groups
 
 _METADATA = ("metadata", "meta")
 
@@ -37,7 +38,7 @@ def rows_of_parquet(
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet, path.open("rb") as file:
             yield from _rows(parquet, file, name, tally, corpus)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of the name of a column
         raise reading_error(error, name) from error
     finally:
         if packed:
@@ -72,11 +73,13 @@ def batches(
     parquet: pq.ParquetFile, file: BinaryIO, name: str, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """The rows of some or all columns, so many at once as its pages allow; `file` are its bytes, opened once more."""
-    metadata = parquet.metadata
-    for group in range(metadata.num_row_groups):
-        looked_at = columns or parquet.schema_arrow.names
-        rows = batch_rows(metadata.row_group(group), metadata.schema, file, name, looked_at)
-        yield from parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+    looked_at = columns or parquet.schema_arrow.names
+    groups = row_groups(file, name)
+    if [len(group) for group in groups] != [parquet.metadata.num_columns] * parquet.metadata.num_row_groups:
+        raise FatalError(f"{name} is damaged: its footer contradicts itself; fetch it again", name)
+    for number, group in enumerate(groups):
+        rows = batch_rows(group, parquet.schema, file, name, looked_at)
+        yield from parquet.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False)
 
 
 def _is_text(kind: pa.DataType) -> bool:

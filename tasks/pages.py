@@ -1,13 +1,16 @@
 """How large the pages of a parquet file become when they are read, before any of them is. Called by tasks/columns.py.
 
-    rows = batch_rows(metadata.row_group(0), metadata.schema, file, name, ("text",))    # so many may be decoded at once
+    group, *others = row_groups(file, name)
+    rows = batch_rows(group, metadata.schema, file, name, ("text",))    # so many may be decoded at once
 
 A page of a few kB may unpack to gigabytes, and a dictionary or shared prefixes may stand for the same long text in
 every row. What the footer says of that is only said; each page has a header of its own that Arrow goes by, in Thrift's
-compact form, and so do we.
+compact form, and so do we. The footer too is read here: asked for a column chunk that contradicts itself, pyarrow 25
+aborts the process.
 """
 
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
@@ -27,24 +30,37 @@ HELD = 1 << 28
 """Bytes that the rows decoded at once may take, as long as none is larger by itself."""
 
 Columns = Collection[str]
+Chunk = Mapping[int, Any]
+"""What the footer says of a column chunk (ColumnMetaData of the format), by field number."""
+NUM_VALUES, COMPRESSED_SIZE, DATA_PAGE, DICTIONARY_PAGE = 5, 7, 9, 11
 _HEADER = 1 << 24  # Arrow refuses longer ones
 _DEPTH = 16
 
 
-def batch_rows(
-    group: pq.RowGroupMetaData, schema: pq.ParquetSchema, file: BinaryIO, name: str, columns: Columns
-) -> int:
+def row_groups(file: BinaryIO, name: str) -> list[list[Chunk]]:
+    """The column chunks of each row group, by the footer of a file that has one. FatalError: it cannot be told."""
+    end = file.seek(-8, os.SEEK_END)
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(0, end - length))
+    try:
+        footer, _ = _struct(file.read(length), 0, 0)
+        return [[column[3] for column in group[1]] for group in footer[4]]
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise FatalError(f"{name} is damaged: its footer cannot be read; fetch it again", name) from error
+
+
+def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO, name: str, columns: Columns) -> int:
     """Rows of a row group to decode at once so that they take HELD bytes at most: BATCH, fewer where pages are large.
 
     Looks at the pages of `columns` and what is nested in them; `name` is what errors call the file. FatalError: a page
     of more than PAGE bytes or VALUES values, or one that cannot be told.
     """
     largest = 1
-    for number in range(group.num_columns):
+    for number, chunk in enumerate(group):
         column = schema.column(number)
         if column.path.split(".")[0] not in columns:
             continue
-        for size, values in _pages(file, group.column(number), name):
+        for size, values in _pages(file, chunk, name):
             if size > PAGE or (column.max_repetition_level and values > VALUES):
                 raise FatalError(
                     f"{name}: a page of its column {column.path} unpacks to {size:,} bytes and {values:,} values, as "
@@ -55,14 +71,17 @@ def batch_rows(
     return max(1, min(BATCH, HELD // largest))
 
 
-def _pages(file: BinaryIO, chunk: pq.ColumnChunkMetaData, name: str) -> Iterator[tuple[int, int]]:
+def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]:
     """(unpacked bytes, values) of each page of a column chunk, by its header."""
-    if chunk.num_values <= 0:  # such a column is not read, and may have no page
+    values, length, at = (chunk.get(field) for field in (NUM_VALUES, COMPRESSED_SIZE, DATA_PAGE))
+    dictionary = chunk.get(DICTIONARY_PAGE)
+    if not (isinstance(values, int) and isinstance(length, int) and isinstance(at, int)):
+        raise FatalError(f"{name} is damaged: its footer does not say where its pages are; fetch it again", name)
+    if values <= 0:  # such a column is not read, and may have no page
         return
-    at = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < at:
-        at = chunk.dictionary_page_offset
-    end = at + chunk.total_compressed_size
+    if isinstance(dictionary, int) and 0 < dictionary < at:
+        at = dictionary
+    end = at + length
     while at < end:
         header, length = _header(file, at, name)
         size, packed = header.get(2), header.get(3)
@@ -131,12 +150,14 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         at += 1
         if count == 15:
             count, at = _varint(data, at)
+        values = []
         for _ in range(count):
-            _, at = _value(data, at, inner, depth + 1)
-        return None, at
+            value, at = _value(data, at, inner, depth + 1)
+            values.append(value)
+        return values, at
     if kind == 12:
         return _struct(data, at, depth + 1)
-    raise ValueError(f"no type {kind} in a page header")
+    raise ValueError(f"no type {kind} in Parquet")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

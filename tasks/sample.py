@@ -209,6 +209,6 @@ def _cut_parquet(source: Source, limit: int, path: Path, ratio: int) -> float:
                     growth.add(batch.nbytes)
                     writer.write_batch(batch)
                     taken += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise reading_error(error, source.name) from error
     return float(source.size * taken / max(1, rows))

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage.error import FatalError
 from tests.hard.targets import TARGETS, attempt, seeds
 
+FOUND = sorted((Path(__file__).parent / "found").iterdir())
+"""Inputs that once did harm, by target: column names that are no text, a footer at which pyarrow aborts the process."""
 EXAMPLES = int(os.environ.get("DISTIL_FUZZ", "40"))
 
 
@@ -38,3 +41,10 @@ def test_no_error_but_ours(target: str) -> None:
             attempt(target, data, Path(folder))
 
     run()
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.name)
+def test_what_was_found_is_refused(path: Path, tmp_path: Path) -> None:
+    target = TARGETS[path.name.split("-")[0]]
+    with pytest.raises(FatalError, match="damaged"):
+        target(path.read_bytes(), tmp_path)
