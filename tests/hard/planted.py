@@ -1,7 +1,7 @@
 """Damage, planted into a copy of a store one at a time: what test_corruption.py counts.
 
     for damage in damages(store, receipt, others):      # others: receipts of the same kind, real ones
-        copy = linked_copy(store, folder)
+        copy = mended_copy(store, folder)
         damage.plant(copy)
 
 Copies are hard links, so nothing here writes into a file: it is replaced. What is planted leaves receipts as they are,
@@ -44,6 +44,29 @@ def linked_copy(store: Store, folder: Path) -> Store:
     """A store of its own in `folder`, which must not exist."""
     shutil.copytree(store.root, folder, copy_function=os.link, ignore=shutil.ignore_patterns("scratch"))
     return Store(folder)
+
+
+def mended_copy(store: Store, folder: Path) -> Store:
+    """A linked copy in `folder`; one that is there is made again what it was, as thousands of copies take minutes to
+    delete."""
+    if not folder.exists():
+        return linked_copy(store, folder)
+    ours, theirs = _inodes(folder), _inodes(Path(store.root))
+    for name in ours.keys() - theirs.keys():
+        (folder / name).unlink()
+    for name, inode in theirs.items():
+        if ours.get(name) != inode:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            os.link(Path(store.root) / name, path)
+    return Store(folder)
+
+
+def _inodes(root: Path) -> dict[Path, int]:
+    """Of every file below; a link is a file of its own."""
+    paths = (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {name: path.lstat().st_ino for path in paths if (name := path.relative_to(root)).parts[0] != "scratch"}
 
 
 def damages(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> list[Damage]:

@@ -36,7 +36,7 @@ from tasks.step import World
 from tasks.targets import open_targets
 from tasks.teach import calibrate, make_targets, open_capture, read_calibration
 from tasks.train import StopSignal, Trainer, train
-from tests.hard.planted import Damage, again, bytes_of, damages, forge_targets, linked_copy, version
+from tests.hard.planted import Damage, again, bytes_of, damages, forge_targets, linked_copy, mended_copy, version
 from tests.tiny import make_teacher, write_oscar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,9 +230,9 @@ def missed_by_verify(chain: Chain, kind: str, store: Store, damage: Damage) -> l
 def test_every_damage_is_found_by_the_next_stage_and_by_verify(kind: str, chain: Chain, tmp_path: Path) -> None:
     planted = damages(chain.store, chain.chosen[kind], chain.others[kind])
     missed: dict[str, list[str]] = {"stage": [], "verify": []}
-    for number, damage in enumerate(planted):
+    for damage in planted:
         for who, look in (("stage", missed_by_stages), ("verify", missed_by_verify)):
-            store = linked_copy(chain.store, tmp_path / f"{number}-{who}")
+            store = mended_copy(chain.store, tmp_path / "store")
             damage.plant(store)
             missed[who] += look(chain, kind, store, damage)
     counts = ", ".join(f"{who} missed {len(names)}" for who, names in missed.items())
