@@ -35,7 +35,7 @@ BOUNDS: Mapping[str, Bound] = {
         ONE_IN_TWENTY, "", "in TMPDIR, the store's scratch, leases aside, and HOME/run but for trainings"
     ),
     "prefect": Bound(400.0, "kB", "states, logs and events of a run, until retention"),
-    "wal": Bound(50.0, "kB", "Prefect's log of writes is used again and again", 500),
+    "wal": Bound(50.0, "kB", "Prefect's log of writes is used again and again; SQLite empties it at 4 MB", 4000),
     "mlflow": Bound(40.0, "kB", "a tenth of a chain: three runs with their parameters, curves and tags"),
     "server memory": Bound(0.3, "MB", "as a flow process; its caches fill during the first hundred runs", 10),
     "server files": Bound(ONE_IN_TWENTY, "", "connections end with the flow; a pool of them stays open", 2),
