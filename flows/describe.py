@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.launch import METRICS
+from flows.registry import Version
 from flows.score import PICTURE
-from flows.track import Book, Version
+from flows.track import Book
 from storage.store import Store
 from tasks.card import CardFacts, model_card
 from tasks.config import Recipe

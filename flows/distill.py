@@ -26,13 +26,14 @@ from flows.home import link_model, open_store, settled
 from flows.launch import METRICS, Line, launch
 from flows.promote import Judgement, gate, gate_rows, record_standings
 from flows.recorded import record_scores
+from flows.registry import Version
 from flows.report import bar, markdown_sheet, show_sheet
 from flows.rival import score_champion
 from flows.score import control_of, failure_sentence, protocol_of, score_models
 from flows.sheet import Course, sections
 from flows.shown import publish_failures, publish_sheet
 from flows.start import plan
-from flows.track import Book, Version, open_book
+from flows.track import Book, open_book
 from flows.tuned import Candidate, Judged
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
@@ -136,10 +137,10 @@ def _judge(store: Store, recipe: Recipe, student: Candidate, prepared: Prepared)
 def _conclude(store: Store, book: Book, parent: str, result: Result) -> Judgement:
     """Standings, card and picture beside the version, then the gate, which may wait for a person: nothing else does."""
     recipe, own = result.recipe, next(iter(result.scores.values()))
-    version = record_standings(book, result.version, standings(own), protocols(own))
+    version = record_standings(book.registry, result.version, standings(own), protocols(own))
     run_one("card", recipe.name, partial(describe, store, book, parent, result), recipe.run)
-    score_champion(store, book, result)
-    return gate(recipe, book, version)
+    score_champion(store, book.registry, result)
+    return gate(recipe, book.registry, version)
 
 
 @contextmanager
@@ -209,7 +210,7 @@ class _Follower:
 
 def _register(book: Book, parent: str, recipe: Recipe, model: Candidate) -> Version:
     sentence = recipe.score.sentences[0] if recipe.score.sentences else "<mask>"
-    return book.register(parent, recipe.register_as.name, model.key, model.folder, sentence, _prefect_tags())
+    return book.registry.register(parent, recipe.register_as.name, model.key, model.folder, sentence, _prefect_tags())
 
 
 def _show(store: Store, course: Course, seconds: float) -> None:

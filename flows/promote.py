@@ -2,7 +2,7 @@
 
     distil promote --model M --version V [RECIPE.toml] [--force --reason "..."]
     flows/promote.py:promote                    entry point of the deployments `promote/NAME` (queue `promote`)
-    judgement = gate(recipe, book, version)     the same inside `distill`, after its scores
+    judgement = gate(recipe, registry, version) the same inside `distill`, after its scores
 
 All that a judgement needs is in MLflow: `record_standings` keeps the deciding figures as tags of the version. MLflow's
 aliases have no compare-and-set, so promotions take turns: a file lock below the recipe's home here, a work queue of
@@ -27,8 +27,8 @@ from prefect.states import Completed, Failed
 from flows.approval import ask
 from flows.bind import bound_flow, run_one
 from flows.home import settled
+from flows.registry import Registry, Version, open_registry
 from flows.report import Rows, TextTable, markdown_sheet, markdown_table, show_sheet
-from flows.track import Book, Version, open_book
 from storage.error import FatalError
 from tasks.config import Gate, Recipe
 from tasks.gate import Row, Verdict, judge
@@ -76,7 +76,7 @@ class Order:
 
 
 def record_standings(
-    book: Book, version: Version, standings: Sequence[Standing], protocols: Mapping[str, str]
+    registry: Registry, version: Version, standings: Sequence[Standing], protocols: Mapping[str, str]
 ) -> Version:
     """Keeps standings as tags of a version, each under the protocol of its set (any long hash); older ones stay.
 
@@ -89,7 +89,7 @@ def record_standings(
         name, protocol = standing.set_name, protocols[standing.set_name][:PROTOCOL_DIGITS]
         tags[f"{STANDING}{name}.{protocol}"] = json.dumps(standing.to_json(), ensure_ascii=False)
         tags[f"{PROTOCOL}{name}"] = protocol
-    book.tag_version(version, tags)
+    registry.tag_version(version, tags)
     return replace(version, tags={name: value for name, value in {**version.tags, **tags}.items() if value})
 
 
@@ -113,11 +113,11 @@ def standings_of(version: Version) -> list[Standing]:
 # ---- the decision ------------------------------------------------------------------------------------------
 
 
-def examine(book: Book, version: Version, rules: Gate) -> tuple[Verdict, Version | None]:
+def examine(registry: Registry, version: Version, rules: Gate) -> tuple[Verdict, Version | None]:
     """The gate's word on a version, and the champion that stands now; changes nothing."""
-    champions = book.champions(version.name)
+    champions = registry.champions(version.name)
     wanted = protocols_by_set(version)
-    now = book.champion(version.name)
+    now = registry.champion(version.name)
     past = [_comparable(one, wanted, strict=one == now) for one in champions]
     return judge(standings_of(version), past, rules), now
 
@@ -152,13 +152,13 @@ def turn(recipe: Recipe, model: str) -> Iterator[None]:
         yield
 
 
-def decide(recipe: Recipe, book: Book, version: Version, order: Order) -> Judgement:
+def decide(recipe: Recipe, registry: Registry, version: Version, order: Order) -> Judgement:
     """Judges, records the decision and moves the alias, in turn. RetryableError if MLflow is away or somebody
     else moved the alias meanwhile: then it is judged anew.
     """
     with turn(recipe, version.name):
-        version = book.version(version.name, version.version)
-        verdict, champion = examine(book, version, recipe.gate)
+        version = registry.version(version.name, version.version)
+        verdict, champion = examine(registry, version, recipe.gate)
         against = champion.version if champion else ""
         if champion == version:
             return Judgement(version, against, STANDS, ("it has the alias already",), verdict.rows)
@@ -167,14 +167,14 @@ def decide(recipe: Recipe, book: Book, version: Version, order: Order) -> Judgem
         reasons = (f"{order.reason} (against the gate: {'; '.join(verdict.reasons)})",) if forced else verdict.reasons
         judgement = Judgement(version, against, decision, reasons, verdict.rows)
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        record(book, judgement, order, now)
+        record(registry, judgement, order, now)
         # The tags come first: killed in between, the version is not champion and the next call decides again.
         if judgement.is_champion:
-            book.crown(version, now)
+            registry.crown(version, now)
         return judgement
 
 
-def record(book: Book, judgement: Judgement, order: Order, when: str) -> None:
+def record(registry: Registry, judgement: Judgement, order: Order, when: str) -> None:
     """Keeps a decision as tags of the version; the newest replaces the one before."""
     tags = {
         "decision": judgement.decision,
@@ -186,42 +186,42 @@ def record(book: Book, judgement: Judgement, order: Order, when: str) -> None:
         "at": when,
         "prefect_run_url": str(runtime.flow_run.ui_url or ""),
     }
-    book.tag_version(judgement.version, {f"distil.gate.{name}": value for name, value in tags.items()})
+    registry.tag_version(judgement.version, {f"distil.gate.{name}": value for name, value in tags.items()})
 
 
 # ---- in a flow ---------------------------------------------------------------------------------------------
 
 
-def gate(recipe: Recipe, book: Book, version: Version, order: Order | None = None) -> Judgement:
+def gate(recipe: Recipe, registry: Registry, version: Version, order: Order | None = None) -> Judgement:
     """Decides about a version inside a flow; where the recipe says so, a person is asked before it is promoted.
 
     Nobody waits in turn for that person: afterwards it is judged again, against the champion of that moment.
     """
     order = order or Order(by=_who())
     if recipe.gate.approval and not order.force:
-        judgement = _asked(recipe, book, version, order)
+        judgement = _asked(recipe, registry, version, order)
         if judgement:
             publish(judgement)
             return judgement
-    judgement = run_one("gate", str(version), partial(decide, recipe, book, version, order), recipe.run)
+    judgement = run_one("gate", str(version), partial(decide, recipe, registry, version, order), recipe.run)
     publish(judgement)
     return judgement
 
 
-def _asked(recipe: Recipe, book: Book, version: Version, order: Order) -> Judgement | None:
+def _asked(recipe: Recipe, registry: Registry, version: Version, order: Order) -> Judgement | None:
     """Pauses the flow for a person's word if the gate would promote; the judgement if that word is no."""
-    version = book.version(version.name, version.version)
-    verdict, champion = examine(book, version, recipe.gate)
+    version = registry.version(version.name, version.version)
+    verdict, champion = examine(registry, version, recipe.gate)
     if not verdict.promote or champion == version:
         return None
     answer = ask(f"{version} passed the gate", verdict.reasons, recipe.gate.approval_hours)
     if answer.approve:
-        book.tag_version(version, {"distil.gate.approved_by": answer.by, "distil.gate.approval": answer.reason})
+        registry.tag_version(version, {"distil.gate.approved_by": answer.by, "distil.gate.approval": answer.reason})
         return None
     reason = f"declined by {answer.by or 'nobody named'}: {answer.reason or 'no reason given'}"
     against = champion.version if champion else ""
     judgement = Judgement(version, against, DECLINED, (reason,), verdict.rows)
-    record(book, judgement, order, datetime.now(UTC).isoformat(timespec="microseconds"))
+    record(registry, judgement, order, datetime.now(UTC).isoformat(timespec="microseconds"))
     return judgement
 
 
@@ -275,9 +275,9 @@ def run_promote(
     if force and not reason.strip():
         raise FatalError("force needs a reason, which is kept with the version; give --reason")
     recipe = settled(recipe)
-    book = open_book(recipe)
-    candidate = book.version(model or recipe.register_as.name, version)
-    judgement = gate(recipe, book, candidate, Order(by or _who(), force, reason.strip()))
+    registry = open_registry(recipe)
+    candidate = registry.version(model or recipe.register_as.name, version)
+    judgement = gate(recipe, registry, candidate, Order(by or _who(), force, reason.strip()))
     show_sheet(str(candidate), {"Gate": gate_rows(judgement), "Sets": set_rows(judgement.rows)})
     if judgement.is_champion:
         return Completed(message=judgement.sentence)

@@ -1,6 +1,6 @@
 """Has the champion scored by the candidate's protocol, so that the gate compares figures of one kind.
 
-    score_champion(store, book, result)
+    score_champion(store, registry, result)
 
 A new snapshot brings other held-out text, and a recipe may change what is scored: then the champion's older figures say
 nothing. What was scored before is read from the store, not computed again.
@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from flows.describe import Result
 from flows.promote import record_standings, standing_of
+from flows.registry import Registry
 from flows.score import deciding_scores, failure_sentence, find_model
-from flows.track import Book
 from storage.error import FatalError
 from storage.store import Store
 from tasks.lineage import vocabulary_of
@@ -19,12 +19,12 @@ from tasks.standing import protocols, standings
 from tasks.vocabulary import load_vocabulary
 
 
-def score_champion(store: Store, book: Book, result: Result) -> None:
+def score_champion(store: Store, registry: Registry, result: Result) -> None:
     """Scores the present champion and keeps its standings, unless it has them, is the candidate or reads other tokens.
 
     Without them the gate refuses the candidate and says that the two cannot be compared. FatalError if a score failed.
     """
-    champion = book.champion(result.version.name)
+    champion = registry.champion(result.version.name)
     if champion is None or champion == result.version:
         return
     candidate = next(iter(result.scores.values()))
@@ -39,4 +39,4 @@ def score_champion(store: Store, book: Book, result: Result) -> None:
     if judged.failures:
         raise FatalError(failure_sentence(judged))
     own = judged.scores[model.name]
-    record_standings(book, champion, [one for one in standings(own) if one.was_run], protocols(own))
+    record_standings(registry, champion, [one for one in standings(own) if one.was_run], protocols(own))

@@ -24,9 +24,10 @@ from flows.corpus import failed_state, prepare_heldout
 from flows.home import REGISTERED, open_store, settled
 from flows.promote import record_standings
 from flows.recorded import record_scores
+from flows.registry import fetch_model, open_registry
 from flows.report import TextTable, markdown_tables, show_table
 from flows.shown import only_a_view, publish_failures
-from flows.track import fetch_model, open_book
+from flows.track import open_book
 from flows.tuned import EVERY_PAIR, NO_PROTOCOL, Candidate, Judged, Pairs, tuned_scores
 from storage.artifact import Ref
 from storage.error import FatalError
@@ -243,7 +244,7 @@ def _candidates(recipe: Recipe, models: Sequence[str]) -> list[Candidate]:
 
 def find_model(recipe: Recipe, model: str) -> Candidate:
     """A folder, hub id or registered model, under its own name and keyed by its content. FatalError: there is none."""
-    uri = open_book(recipe).named(model).uri if model.startswith(REGISTERED) else ""
+    uri = open_registry(recipe).named(model).uri if model.startswith(REGISTERED) else ""
     folder = fetch_model(recipe, uri) if uri else resolve_model(model)
     return Candidate(model, fingerprint_of(Teacher(model=str(folder))), folder, uri)
 
@@ -299,4 +300,4 @@ def _record(recipe: Recipe, models: Sequence[Candidate], judged: Judged) -> None
     for model in models:
         if model.uri:
             own = judged.scores[model.name]
-            record_standings(book, book.named(model.uri), standings(own), protocols(own))
+            record_standings(book.registry, book.registry.named(model.uri), standings(own), protocols(own))

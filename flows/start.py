@@ -34,7 +34,7 @@ def with_local_start(recipe: Recipe) -> Recipe:
     if not recipe.train.warm_start.startswith(REGISTERED):
         return recipe
     # Deferred: it imports MLflow, which takes seconds and which most recipes do not need here.
-    from flows.track import fetch_model
+    from flows.registry import fetch_model
 
     folder = fetch_model(recipe, recipe.train.warm_start)
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"warm_start": str(folder)})})

@@ -182,7 +182,7 @@ def _warm(recipe: Recipe) -> Recipe:
     """The recipe, with today's champion to start from if it wants one; by number, so that a Retry gets the same."""
     if not recipe.watch.warm_start:
         return recipe
-    from flows.track import champion_of  # deferred: MLflow takes seconds to import
+    from flows.registry import champion_of  # deferred: MLflow takes seconds to import
 
     champion = champion_of(recipe)
     if champion is None:

@@ -12,7 +12,8 @@ from mlflow.tracking import MlflowClient
 from prefect.client.schemas.objects import FlowRun
 
 from flows.home import set_environment
-from flows.track import CHAMPION, open_book
+from flows.registry import CHAMPION
+from flows.track import open_book
 from tasks.recipe import load_recipe
 from tests.end_to_end.place import LIMIT, History, Place, ended, environment, made
 from tests.end_to_end.stack import Stack, make_stack, wait_for
@@ -51,7 +52,7 @@ def place(history: History, stack: Stack, tmp_path: Path, monkeypatch: pytest.Mo
     (model,) = place.receipts("model")
     book = open_book(load_recipe(place.recipe))
     run = book.run("chain", model.parents[0], "tiny")
-    book.register(run, "distilled", model.key, place.store.local(model), "Le juge <mask> le dossier.", {})
+    book.registry.register(run, "distilled", model.key, place.store.local(model), "Le juge <mask> le dossier.", {})
     book.client.set_registered_model_alias("distilled", CHAMPION, "1")
     deployed = place.distil("deploy", server=stack.url)
     assert deployed.status == 0, deployed.err

@@ -72,7 +72,9 @@ def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
     run = book.run("chain", sha256_bytes(b"approval"), "tiny")
     book.client.create_registered_model(name)
     book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
-    record_standings(book, book.version(name, "1"), [Standing("heldout", "top1", (0.5,))], {"heldout": "a" * 64})
+    record_standings(
+        book.registry, book.registry.version(name, "1"), [Standing("heldout", "top1", (0.5,))], {"heldout": "a" * 64}
+    )
     seen: set[UUID] = set()
     with ThreadPoolExecutor(1) as pool:
 
@@ -83,18 +85,18 @@ def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
         first = paused_run(asked, seen)
         assert answer(first, {"approve": "perhaps", "by": "marie"}) == "PAUSED"
         assert answer(first, {"approve": True}) == "PAUSED"  # nobody's name
-        assert book.champion(name) is None
+        assert book.registry.champion(name) is None
         assert answer(first, {"approve": False, "by": "marie", "reason": "wait for NER"}) == "RUNNING"
         refused = asked.result(WAIT)
         assert (refused.name, refused.is_failed()) == ("Refused", True)  # type: ignore[attr-defined]
-        assert book.champion(name) is None
-        tags = book.version(name, "1").tags
+        assert book.registry.champion(name) is None
+        tags = book.registry.version(name, "1").tags
         assert tags["distil.gate.decision"] == "declined"
         assert tags["distil.gate.reason"] == "declined by marie: wait for NER"
 
         asked = ask()
         assert answer(paused_run(asked, seen), {"approve": True, "by": "marie"}) == "RUNNING"
         assert asked.result(WAIT).is_completed()  # type: ignore[attr-defined]
-        assert book.champion(name) == book.version(name, "1")
-        tags = book.version(name, "1").tags
+        assert book.registry.champion(name) == book.registry.version(name, "1")
+        tags = book.registry.version(name, "1").tags
         assert (tags["distil.gate.decision"], tags["distil.gate.approved_by"]) == ("promoted", "marie")

@@ -21,7 +21,8 @@ from flows.promote import (
     standings_of,
     turn,
 )
-from flows.track import CHAMPION_SINCE, Book, Version, open_book
+from flows.registry import CHAMPION_SINCE, Registry, Version, open_registry
+from flows.track import open_book
 from storage.error import FatalError
 from storage.fingerprint import sha256_bytes
 from tasks.config import Recipe
@@ -59,18 +60,20 @@ def recipe(tmp_path: Path, database: str) -> Recipe:
 
 
 @pytest.fixture
-def book(recipe: Recipe) -> Book:
-    return open_book(recipe)
+def registry(recipe: Recipe) -> Registry:
+    return open_registry(recipe)
 
 
-def version_of(book: Book, recipe: Recipe, *standings: Standing, protocols: dict[str, str] = PROTOCOLS) -> Version:
+def version_of(
+    registry: Registry, recipe: Recipe, *standings: Standing, protocols: dict[str, str] = PROTOCOLS
+) -> Version:
     """A new version, without a model behind it, with these standings."""
     name = recipe.register_as.name
-    run = book.run("chain", sha256_bytes(os.urandom(8)), "tiny")
-    if not book.client.search_registered_models(f"name = '{name}'"):
-        book.client.create_registered_model(name)
-    made = book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
-    return record_standings(book, book.version(name, str(made.version)), standings, protocols)
+    run = open_book(recipe).run("chain", sha256_bytes(os.urandom(8)), "tiny")
+    if not registry.client.search_registered_models(f"name = '{name}'"):
+        registry.client.create_registered_model(name)
+    made = registry.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
+    return record_standings(registry, registry.version(name, str(made.version)), standings, protocols)
 
 
 def heldout(*values: float) -> Standing:
@@ -84,136 +87,140 @@ def ner(*values: float) -> Standing:
 CHAMPION = (heldout(0.46), ner(0.870, 0.876, 0.873))
 
 
-def tag(book: Book, version: Version, name: str) -> str:
-    return book.version(version.name, version.version).tags[f"distil.gate.{name}"]
+def tag(registry: Registry, version: Version, name: str) -> str:
+    return registry.version(version.name, version.version).tags[f"distil.gate.{name}"]
 
 
-def champion(book: Book, recipe: Recipe) -> str:
-    found = book.champion(recipe.register_as.name)
+def champion(registry: Registry, recipe: Recipe) -> str:
+    found = registry.champion(recipe.register_as.name)
     return found.version if found else ""
 
 
-def test_better_equal_worse_and_incomplete(book: Book, recipe: Recipe) -> None:
-    first = version_of(book, recipe, *CHAMPION)
-    assert decide(recipe, book, first, PERSON).decision == PROMOTED
-    assert tag(book, first, "against") == "no champion"
+def test_better_equal_worse_and_incomplete(registry: Registry, recipe: Recipe) -> None:
+    first = version_of(registry, recipe, *CHAMPION)
+    assert decide(recipe, registry, first, PERSON).decision == PROMOTED
+    assert tag(registry, first, "against") == "no champion"
     for standings, decision, said in (
         ((heldout(0.47), ner(0.880, 0.886, 0.883)), PROMOTED, "ner rose by 0.0100, from 0.8730 to 0.8830"),
         ((heldout(0.47), ner(0.880, 0.886, 0.883)), PROMOTED, "ner is 0.8830, equal to the best so far"),
         ((heldout(0.60), ner(0.860, 0.866, 0.863)), REFUSED, "ner fell by 0.0200"),
         ((heldout(0.60), Standing("ner", "", (), "the set is away")), REFUSED, "ner was not run: the set is away"),
     ):
-        before = champion(book, recipe)
-        version = version_of(book, recipe, *standings)
-        judgement = decide(recipe, book, version, PERSON)
-        assert judgement.decision == tag(book, version, "decision") == decision
-        assert said in tag(book, version, "reason")
-        assert tag(book, version, "against") == before
-        assert champion(book, recipe) == (version.version if decision == PROMOTED else before)
-        assert [row["set_name"] for row in json.loads(tag(book, version, "table"))][:2] == ["heldout", "ner"]
-        assert tag(book, version, "by") == "marie"
+        before = champion(registry, recipe)
+        version = version_of(registry, recipe, *standings)
+        judgement = decide(recipe, registry, version, PERSON)
+        assert judgement.decision == tag(registry, version, "decision") == decision
+        assert said in tag(registry, version, "reason")
+        assert tag(registry, version, "against") == before
+        assert champion(registry, recipe) == (version.version if decision == PROMOTED else before)
+        assert [row["set_name"] for row in json.loads(tag(registry, version, "table"))][:2] == ["heldout", "ner"]
+        assert tag(registry, version, "by") == "marie"
 
 
-def test_a_person_may_force_for_a_reason(book: Book, recipe: Recipe) -> None:
-    decide(recipe, book, version_of(book, recipe, *CHAMPION), PERSON)
-    worse = version_of(book, recipe, heldout(0.3), ner(0.5, 0.6))
-    judgement = decide(recipe, book, worse, Order("marie", force=True, reason="the old one leaks names"))
-    assert judgement.decision == tag(book, worse, "decision") == FORCED
-    assert tag(book, worse, "reason").startswith("the old one leaks names (against the gate: heldout fell by 0.1600")
-    assert champion(book, recipe) == worse.version
+def test_a_person_may_force_for_a_reason(registry: Registry, recipe: Recipe) -> None:
+    decide(recipe, registry, version_of(registry, recipe, *CHAMPION), PERSON)
+    worse = version_of(registry, recipe, heldout(0.3), ner(0.5, 0.6))
+    judgement = decide(recipe, registry, worse, Order("marie", force=True, reason="the old one leaks names"))
+    assert judgement.decision == tag(registry, worse, "decision") == FORCED
+    assert tag(registry, worse, "reason").startswith(
+        "the old one leaks names (against the gate: heldout fell by 0.1600"
+    )
+    assert champion(registry, recipe) == worse.version
     # Whoever was champion stays a measure: the one that was forced does not lower the bar.
-    assert decide(recipe, book, version_of(book, recipe, heldout(0.31), ner(0.5, 0.6)), PERSON).decision == REFUSED
+    assert (
+        decide(recipe, registry, version_of(registry, recipe, heldout(0.31), ner(0.5, 0.6)), PERSON).decision == REFUSED
+    )
 
 
-def test_the_champion_stays_when_it_is_asked_about_again(book: Book, recipe: Recipe) -> None:
-    first = version_of(book, recipe, *CHAMPION)
-    decide(recipe, book, first, PERSON)
-    assert decide(recipe, book, first, PERSON).decision == STANDS
-    assert tag(book, first, "decision") == PROMOTED
+def test_the_champion_stays_when_it_is_asked_about_again(registry: Registry, recipe: Recipe) -> None:
+    first = version_of(registry, recipe, *CHAMPION)
+    decide(recipe, registry, first, PERSON)
+    assert decide(recipe, registry, first, PERSON).decision == STANDS
+    assert tag(registry, first, "decision") == PROMOTED
 
 
-def test_other_protocols_are_not_compared(book: Book, recipe: Recipe) -> None:
-    first = version_of(book, recipe, *CHAMPION)
-    decide(recipe, book, first, PERSON)
+def test_other_protocols_are_not_compared(registry: Registry, recipe: Recipe) -> None:
+    first = version_of(registry, recipe, *CHAMPION)
+    decide(recipe, registry, first, PERSON)
     other = PROTOCOLS | {"heldout": sha256_bytes(b"a newer snapshot")}
-    second = version_of(book, recipe, heldout(0.9), ner(0.88), protocols=other)
-    judgement = decide(recipe, book, second, PERSON)
+    second = version_of(registry, recipe, heldout(0.9), ner(0.88), protocols=other)
+    judgement = decide(recipe, registry, second, PERSON)
     assert judgement.decision == REFUSED
     assert f"heldout cannot be compared: {first}, the champion, has no score by this protocol" in judgement.sentence
     # The champion is scored by the new protocol as well; its older standing is kept beside it.
-    first = record_standings(book, book.version(first.name, "1"), [heldout(0.85)], other)
-    assert decide(recipe, book, second, PERSON).decision == PROMOTED
+    first = record_standings(registry, registry.version(first.name, "1"), [heldout(0.85)], other)
+    assert decide(recipe, registry, second, PERSON).decision == PROMOTED
     assert [standing.mean for standing in standings_of(first) if standing.set_name == "heldout"] == [0.85]
-    third = version_of(book, recipe, heldout(0.9), ner(0.88))
-    assert f"heldout cannot be compared: {second}" in decide(recipe, book, third, PERSON).sentence
+    third = version_of(registry, recipe, heldout(0.9), ner(0.88))
+    assert f"heldout cannot be compared: {second}" in decide(recipe, registry, third, PERSON).sentence
 
 
-def test_a_set_that_only_the_champion_has_is_missing(book: Book, recipe: Recipe) -> None:
-    decide(recipe, book, version_of(book, recipe, *CHAMPION), PERSON)
-    less = version_of(book, recipe, heldout(0.6))
-    assert "ner was not run" in decide(recipe, book, less, PERSON).sentence
+def test_a_set_that_only_the_champion_has_is_missing(registry: Registry, recipe: Recipe) -> None:
+    decide(recipe, registry, version_of(registry, recipe, *CHAMPION), PERSON)
+    less = version_of(registry, recipe, heldout(0.6))
+    assert "ner was not run" in decide(recipe, registry, less, PERSON).sentence
     lenient = make(Path(recipe.home), recipe.register_as.tracking_uri, recipe.register_as.name, optional=["ner"])
-    assert decide(lenient, book, less, PERSON).decision == PROMOTED
+    assert decide(lenient, registry, less, PERSON).decision == PROMOTED
 
 
-def test_a_champion_made_by_hand_counts(book: Book, recipe: Recipe) -> None:
-    first, second = version_of(book, recipe, heldout(0.5)), version_of(book, recipe, heldout(0.6))
-    book.client.set_registered_model_alias(first.name, "champion", first.version)
-    assert decide(recipe, book, second, PERSON).decision == PROMOTED
-    assert CHAMPION_SINCE in book.version(first.name, first.version).tags
-    assert [one.version for one in book.champions(first.name)] == ["1", "2"]
+def test_a_champion_made_by_hand_counts(registry: Registry, recipe: Recipe) -> None:
+    first, second = version_of(registry, recipe, heldout(0.5)), version_of(registry, recipe, heldout(0.6))
+    registry.client.set_registered_model_alias(first.name, "champion", first.version)
+    assert decide(recipe, registry, second, PERSON).decision == PROMOTED
+    assert CHAMPION_SINCE in registry.version(first.name, first.version).tags
+    assert [one.version for one in registry.champions(first.name)] == ["1", "2"]
 
 
-def test_looking_changes_nothing(book: Book, recipe: Recipe) -> None:
-    version = version_of(book, recipe, heldout(0.5))
-    verdict, before = examine(book, version, recipe.gate)
+def test_looking_changes_nothing(registry: Registry, recipe: Recipe) -> None:
+    version = version_of(registry, recipe, heldout(0.5))
+    verdict, before = examine(registry, version, recipe.gate)
     assert verdict.promote
     assert before is None
-    assert champion(book, recipe) == ""
+    assert champion(registry, recipe) == ""
 
 
-def test_what_is_not_there_is_named(book: Book, recipe: Recipe) -> None:
+def test_what_is_not_there_is_named(registry: Registry, recipe: Recipe) -> None:
     name = recipe.register_as.name
     with pytest.raises(FatalError, match=f"MLflow has no model {name}"):
-        book.version(name)
-    made = version_of(book, recipe, heldout(0.5))
+        registry.version(name)
+    made = version_of(registry, recipe, heldout(0.5))
     with pytest.raises(FatalError, match="no challenger"):
-        book.version(name)
+        registry.version(name)
     with pytest.raises(FatalError, match=f"MLflow has no version 9 of model {name}"):
-        book.version(name, "9")
+        registry.version(name, "9")
     with pytest.raises(FatalError, match=f"MLflow has no version best of model {name}"):
-        book.version(name, "best")
-    assert book.version(name, made.version) == made
+        registry.version(name, "best")
+    assert registry.version(name, made.version) == made
 
 
 def promote_at_once(
     home: str, database: str, name: str, number: str, ready: "multiprocessing.synchronize.Barrier"
 ) -> None:
-    """What one of two processes does: open the book, wait for the other, ask."""
+    """What one of two processes does: open the registry, wait for the other, ask."""
     recipe = make(Path(home), database, name)
-    book = open_book(recipe)
-    version = book.version(name, number)
+    registry = open_registry(recipe)
+    version = registry.version(name, number)
     ready.wait(120)
-    decide(recipe, book, version, Order(by=number))
+    decide(recipe, registry, version, Order(by=number))
 
 
-def test_who_waits_is_judged_against_the_champion_of_its_turn(book: Book, recipe: Recipe) -> None:
-    decide(recipe, book, version_of(book, recipe, heldout(0.40)), PERSON)
-    high, low = version_of(book, recipe, heldout(0.60)), version_of(book, recipe, heldout(0.50))
+def test_who_waits_is_judged_against_the_champion_of_its_turn(registry: Registry, recipe: Recipe) -> None:
+    decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
+    high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
     with ThreadPoolExecutor(1) as pool:
         with turn(recipe, high.name):
-            waiting = pool.submit(decide, recipe, book, low, PERSON)
-            book.crown(high, "2026-11-25T12:00:00")
+            waiting = pool.submit(decide, recipe, registry, low, PERSON)
+            registry.crown(high, "2026-11-25T12:00:00")
         judgement = waiting.result(120)
     assert (judgement.decision, judgement.against) == (REFUSED, high.version)
-    assert champion(book, recipe) == high.version
+    assert champion(registry, recipe) == high.version
 
 
 @pytest.mark.slow
-def test_two_at_once_are_judged_one_after_the_other(book: Book, recipe: Recipe) -> None:
+def test_two_at_once_are_judged_one_after_the_other(registry: Registry, recipe: Recipe) -> None:
     """Both beat the champion; the lower of them, where it comes second, does not beat the higher."""
-    decide(recipe, book, version_of(book, recipe, heldout(0.40)), PERSON)
-    high, low = version_of(book, recipe, heldout(0.60)), version_of(book, recipe, heldout(0.50))
+    decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
+    high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(2)
     asked = [
@@ -228,9 +235,9 @@ def test_two_at_once_are_judged_one_after_the_other(book: Book, recipe: Recipe) 
     for process in asked:
         process.join(180)
         assert process.exitcode == 0
-    decisions = {version.version: tag(book, version, "decision") for version in (high, low)}
-    against = {version.version: tag(book, version, "against") for version in (high, low)}
-    assert champion(book, recipe) == high.version
+    decisions = {version.version: tag(registry, version, "decision") for version in (high, low)}
+    against = {version.version: tag(registry, version, "against") for version in (high, low)}
+    assert champion(registry, recipe) == high.version
     assert decisions[high.version] == PROMOTED
     if against[low.version] == high.version:
         assert decisions[low.version] == REFUSED
@@ -240,9 +247,11 @@ def test_two_at_once_are_judged_one_after_the_other(book: Book, recipe: Recipe) 
         assert (against[low.version], against[high.version]) == ("1", low.version)
 
 
-def test_what_was_not_run_and_is_asked_for_no_longer_does_not_block(book: Book, recipe: Recipe) -> None:
+def test_what_was_not_run_and_is_asked_for_no_longer_does_not_block(registry: Registry, recipe: Recipe) -> None:
     lacking = Standing("fine-tuning", "", (), "no protocol is named")
-    version = version_of(book, recipe, heldout(0.5), lacking, protocols=PROTOCOLS | {"fine-tuning": NOT_RUN})
-    assert decide(recipe, book, version, PERSON).decision == REFUSED
-    record_standings(book, book.version(version.name, version.version), [heldout(0.5), ner(0.8, 0.9)], PROTOCOLS)
-    assert decide(recipe, book, version, PERSON).decision == PROMOTED
+    version = version_of(registry, recipe, heldout(0.5), lacking, protocols=PROTOCOLS | {"fine-tuning": NOT_RUN})
+    assert decide(recipe, registry, version, PERSON).decision == REFUSED
+    record_standings(
+        registry, registry.version(version.name, version.version), [heldout(0.5), ner(0.8, 0.9)], PROTOCOLS
+    )
+    assert decide(recipe, registry, version, PERSON).decision == PROMOTED

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from flows.home import set_environment
+from flows.registry import CHAMPION, fetch_model
 from flows.start import plan
-from flows.track import CHAMPION, fetch_model, open_book
+from flows.track import open_book
 from storage.error import FatalError
 from storage.store import Store
 from tasks.block import make_blocks
@@ -33,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     book = open_book(recipe)
     run = book.run("chain", "0" * 64, "tiny")
     for name in ("model", "other"):
-        book.register(run, "distilled", name, folder / name, "Le juge <mask> le dossier.", {})
+        book.registry.register(run, "distilled", name, folder / name, "Le juge <mask> le dossier.", {})
     book.client.set_registered_model_alias("distilled", CHAMPION, "1")
     store = Store(recipe.store)
     for source, _ in trace(store, recipe).sources:

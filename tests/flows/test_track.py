@@ -1,4 +1,4 @@
-"""MLflow: runs are found again, no step is logged twice, a model key has one version that loads."""
+"""MLflow's runs: found again, no step logged twice, artifacts where the recipe says."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from flows.track import Book, flat, open_book
 from storage.error import FatalError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe import make_recipe
-from tests.tiny import make_teacher
 
 KEY = sha256_bytes(b"run")
 
@@ -18,7 +17,6 @@ KEY = sha256_bytes(b"run")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
     folder = tmp_path_factory.mktemp("mlflow")
     set_environment(str(folder))
-    make_teacher(folder / "teacher")
     values = {"name": "tiny", "home": str(folder), "corpus": {"url": "x"}, "teacher": {"model": "y"}}
     return open_book(make_recipe(values, "test"))
 
@@ -68,65 +66,6 @@ def test_data_sets_are_noted_once(book: Book) -> None:
         book.data(run, {"snapshot": ("f" * 64, "/data/oscar")})
     noted = book.client.get_run(run).inputs.dataset_inputs
     assert [(one.dataset.name, one.dataset.digest) for one in noted] == [("snapshot", "f" * 36)]
-
-
-def test_a_model_is_one_version_and_loads_as_a_pipeline(book: Book, tmp_path_factory: pytest.TempPathFactory) -> None:
-    import mlflow
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = make_folder(tmp_path_factory)
-    run = book.run("chain", KEY, "tiny")
-    sentence = "Le juge <mask> le dossier."
-    first = book.register(run, "tiny", KEY, folder, sentence, {"distil.prefect_run_id": "17"})
-    assert book.register(run, "tiny", KEY, folder, sentence, {}) == first
-    assert book.register(run, "tiny", sha256_bytes(b"2"), folder, sentence, {}).version != first.version
-    assert book.client.get_model_version_by_alias("tiny", "challenger").version == 2
-    assert book.client.get_model_version("tiny", first.version).tags["distil.prefect_run_id"] == "17"
-    pipeline = mlflow.transformers.load_model("models:/tiny@challenger")
-    assert len(pipeline(sentence)) == 5
-    inside = Path(mlflow.artifacts.download_artifacts(first.uri)) / "model"
-    assert AutoTokenizer.from_pretrained(inside)("Le juge").input_ids
-    assert AutoModel.from_pretrained(inside).config.num_hidden_layers == 4
-
-
-def test_a_version_that_was_killed_before_its_alias_gets_it_but_takes_it_from_no_newer_one(
-    book: Book, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, run = make_folder(tmp_path_factory), book.run("chain", sha256_bytes(b"half"), "half")
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(book.client, "set_registered_model_alias", killed)
-        with pytest.raises(KeyboardInterrupt):
-            book.register(run, "half", KEY, folder, "Le juge <mask>.", {})
-    again = book.register(run, "half", KEY, folder, "Le juge <mask>.", {})
-    assert again == book.version("half")
-    assert set(again.tags) == {"distil.model_key"}
-    assert len(book.client.search_model_versions("name = 'half'")) == 1
-    newer = book.register(run, "half", sha256_bytes(b"2"), folder, "Le juge <mask>.", {})
-    assert book.register(run, "half", KEY, folder, "Le juge <mask>.", {}) == again
-    assert book.version("half") == newer
-
-
-def test_files_of_a_result_lie_beside_the_weights(book: Book, tmp_path_factory: pytest.TempPathFactory) -> None:
-    import mlflow
-
-    run = book.run("chain", sha256_bytes(b"kept"), "kept")
-    book.register(run, "kept", KEY, make_folder(tmp_path_factory), "Le juge <mask>.", {})
-    book.keep(run, {"README.md": "# Modèle".encode()}, book.named("models:/kept@challenger"))
-    inside = Path(mlflow.artifacts.download_artifacts("models:/kept/1")) / "model"
-    assert (inside / "README.md").read_text(encoding="utf-8") == "# Modèle"
-    assert (inside / "model.safetensors").exists()
-    assert [file.path for file in book.client.list_artifacts(run)] == ["README.md"]
-    assert book.named("models:/kept/1") == book.version("kept")
-
-
-def make_folder(factory: pytest.TempPathFactory) -> Path:
-    folder = factory.mktemp("model")
-    make_teacher(folder)
-    return folder
 
 
 def test_nested_values_become_dotted_names() -> None:
