@@ -61,8 +61,8 @@ def card_facts(store: Store, result: Result) -> CardFacts:
     """What the card tells, from recipe, receipts, metrics and scores."""
     recipe, lineage, run = result.recipe, result.lineage, result.run
     model = store.receipt(run.model_ref)
-    shards = [store.receipt(ref) for ref in lineage.shards if store.has(ref)]
-    heldout = [store.receipt(ref) for ref in lineage.heldout_shards if store.has(ref)]
+    shards = store.receipts_of(lineage.shards)
+    heldout = store.receipts_of(lineage.heldout_shards)
     lines = read_metrics(Path(run.folder) / METRICS)
     return CardFacts(
         name=result.version.name,

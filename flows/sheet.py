@@ -64,8 +64,8 @@ def _made(store: Store, course: Course) -> Rows:
     lineage, run = course.lineage, course.run
     model = store.receipt(run.model_ref)
     lines = [line for line in read_metrics(Path(run.folder) / METRICS) if "tokens_per_second" in line]
-    shards = [store.receipt(ref) for ref in lineage.shards if store.has(ref)]
-    targets = [store.receipt(target.ref) for target in lineage.targets if store.has(target.ref)]
+    shards = store.receipts_of(lineage.shards)
+    targets = store.receipts_of(target.ref for target in lineage.targets)
     speed = f", {number(median(line['tokens_per_second'] for line in lines))} tokens/s" if lines else ""
     rows = [
         ("snapshot", f"{lineage.snapshot.url} ({lineage.snapshot.fingerprint[:12]})"),

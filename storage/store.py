@@ -19,6 +19,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -57,6 +58,8 @@ T = TypeVar("T")
 
 NODE = "DISTIL_NODE"
 """Environment variable: what receipts name as host instead of the host name, where one host has several nodes."""
+READERS = 16
+"""Receipts of a remote store that are read at a time: each is a round trip of milliseconds, and there may be 20,000."""
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
 POINTED_AT = ("model",)
 """Kinds of which people are told the folder: of a remote store their copies are never evicted."""
@@ -140,8 +143,21 @@ class Store:
     def missing(self, refs: Iterable[Ref]) -> list[Ref]:
         """Those of `refs` that are not there, in their order: the retry list."""
         wanted = list(refs)
-        there = {kind: self.keys(kind) for kind in {ref.kind for ref in wanted}}
+        there = self._there(wanted)
         return [ref for ref in wanted if ref.key not in there[ref.kind]]
+
+    def receipts_of(self, refs: Iterable[Ref]) -> list[Receipt]:
+        """Receipts of those of `refs` that are there, in their order; what is there is asked by listings, as `keys`."""
+        wanted = list(refs)
+        there = self._there(wanted)
+        found = [ref for ref in wanted if ref.key in there[ref.kind]]
+        if self.is_local:
+            return [self.receipt(ref) for ref in found]
+        with ThreadPoolExecutor(READERS, thread_name_prefix="receipts") as pool:
+            return list(pool.map(self.receipt, found))
+
+    def _there(self, refs: Iterable[Ref]) -> dict[str, set[str]]:
+        return {kind: self.keys(kind) for kind in {ref.kind for ref in refs}}
 
     def receipts(self, kind: str) -> Iterator[Receipt]:
         """Every receipt of `kind`, in the order of keys (reads each)."""

@@ -127,18 +127,20 @@ def plan_run(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
     Reads the receipt of each of its blocks. FatalError when targets.on_missing = raise and some are missing, or when
     train.warm_start is no folder or hub id of a model: a registered one is a folder by now.
     """
-    done, kept = store.keys("blocks"), store.keys("targets")
-    parts = []
+    kept = store.keys("targets")
+    wanted = []
     for ref, targets in _parts(lineage):
         lost = [target.ref.label for target in targets if target.ref.key not in kept]
         if lost and recipe.targets.on_missing == "raise":
             raise FatalError(f"targets of {lost[0]} are missing and targets.on_missing = raise; run `distil retry`")
-        if ref.key in done and not lost:
-            parts.append(_part(store.receipt(ref), tuple(target.ref.key for target in targets)))
+        if not lost:
+            wanted.append((ref, tuple(target.ref.key for target in targets)))
+    blocks = [ref for ref, _ in wanted]
+    receipts = {receipt.key: receipt for receipt in store.receipts_of([*blocks, *lineage.heldout_blocks])}
     return make_run(
         recipe,
-        manifest=tuple(parts),
-        heldout=tuple(_part(store.receipt(ref), ()) for ref in lineage.heldout_blocks if ref.key in done),
+        manifest=tuple(_part(receipts[ref.key], targets) for ref, targets in wanted if ref.key in receipts),
+        heldout=tuple(_part(receipts[ref.key], ()) for ref in lineage.heldout_blocks if ref.key in receipts),
         teacher_fingerprint=teacher_key(recipe),
         start=_start(recipe),
         counts=lineage.counts.key if lineage.counts else "",
@@ -248,9 +250,8 @@ def _sample_name(recipe: Recipe) -> str:
 
 def _receipts(store: Store, refs: Sequence[Ref]) -> list[Receipt]:
     """Receipts of the sources that are done; two files with the same bytes are one source."""
-    done = store.keys("source")
     once = {ref.key: ref for ref in reversed(refs)}
-    return [store.receipt(ref) for ref in refs if ref.key in done and once[ref.key] is ref]
+    return store.receipts_of(ref for ref in refs if once[ref.key] is ref)
 
 
 def _part(receipt: Receipt, targets: tuple[str, ...]) -> Part:

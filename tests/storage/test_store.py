@@ -41,6 +41,15 @@ def test_missing_keeps_the_order_and_leaves_out_what_is_done(store: Store) -> No
     assert store.missing([]) == []
 
 
+def test_receipts_of_what_is_there_come_in_the_order_asked(store: Store) -> None:
+    for name in "abcdef":
+        put(store, name)
+    store.withdraw(ref_of("d"))
+    found = store.receipts_of(ref_of(name) for name in "fgeda")
+    assert [receipt.ref for receipt in found] == [ref_of(name) for name in "fea"]
+    assert store.receipts_of([]) == []
+
+
 def test_data_without_a_receipt_does_not_exist(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def power_cut(*_: object) -> None:
         raise KeyboardInterrupt
