@@ -1,8 +1,9 @@
 """metrics.jsonl: one line every few steps, on local disk, written by rank 0 of a training and followed by the flow.
 
 A line holds means over the steps since the last one: loss and its parts, learning rate, gradient norm, tokens a
-second, share of the time spent waiting for data. Held-out figures have lines of their own. On resume the file is cut
-back to the checkpoint's step, so that no step stands in it twice; each checkpoint ends a line, so that none is missing.
+second, share of the time spent waiting for data, and on a GPU model FLOP utilisation. Held-out figures have lines of
+their own. On resume the file is cut back to the checkpoint's step, so that no step stands in it twice; each checkpoint
+ends a line, so that none is missing.
 """
 
 import json
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from storage.disk import writing
 from tasks.checkpoint import Progress
+from tasks.flops import Work
 from tasks.run import RunSpec
 from tasks.step import Sums
 
@@ -31,10 +33,14 @@ class Heldout(NamedTuple):
 
 
 class Meter:
-    """Collects steps and appends lines. Tensors stay on their device until a line is due."""
+    """Collects steps and appends lines. Tensors stay on their device until a line is due.
 
-    def __init__(self, run: RunSpec) -> None:
+    `work` and `rate`: what a token and a position cost, and the FLOP a second of all ranks; without, no `mfu`.
+    """
+
+    def __init__(self, run: RunSpec, work: Work | None = None, rate: float = 0.0) -> None:
         self.path = Path(run.folder) / "metrics.jsonl"
+        self.work, self.rate = work, rate
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -73,6 +79,7 @@ class Meter:
                 "tokens_per_second": self._tokens / seconds,
                 "data_wait": (waited - self._waited) / seconds,
                 "seconds": seconds,
+                **self._mfu(seconds),
                 "time": time.time(),
             }
         )
@@ -84,6 +91,12 @@ class Meter:
         line = {"step": step, "heldout_loss": found.loss, "heldout_top1": found.top1, "time": time.time()}
         self._append(line)
         self._since = time.perf_counter()
+
+    def _mfu(self, seconds: float) -> dict[str, float]:
+        """`mfu` of the steps since the last line, where it is known what it is measured against."""
+        if self.work is None or not self.rate:
+            return {}
+        return {"mfu": self.work.of(self._tokens, self._rows) / seconds / self.rate}
 
     def _append(self, line: dict[str, Any]) -> None:
         with self._writing(), self.path.open("a", encoding="utf-8") as file:

@@ -38,6 +38,7 @@ from tasks.batch import Loader, Masking, stretches
 from tasks.build import Built, build
 from tasks.checkpoint import Progress, load_checkpoint, save_checkpoint
 from tasks.corpus import Corpus
+from tasks.flops import matrix_rate, training_work
 from tasks.heap import keep_freed_memory
 from tasks.metrics import Meter
 from tasks.model import save_model
@@ -45,7 +46,7 @@ from tasks.order import Order
 from tasks.run import PASSING, RunSpec, read_run
 from tasks.schedule import lr_factor, make_optimizer, set_lr
 from tasks.step import Distiller, World, gradient_step, sum_counts
-from tasks.supervision import Cached
+from tasks.supervision import Cached, Online
 from tasks.teacher import resolve_dtype
 from tasks.validate import heldout_loss
 
@@ -172,7 +173,7 @@ class Trainer:
         if world.ranks > 1:
             head_unused = run.loss.distil == run.loss.mlm == 0
             self.distiller = DistributedDataParallel(distiller, find_unused_parameters=head_unused)
-        self.meter = Meter(run) if world.rank == 0 else None
+        self.meter = make_meter(run, built, device, world) if world.rank == 0 else None
 
     def loop(self, progress: Progress, stop: StopSignal) -> Progress:
         """Steps until the run is whole or asked to stop; ends on a checkpoint either way."""
@@ -257,6 +258,16 @@ class Trainer:
             self.lease.renew()
             save_checkpoint(self.store, self.run, self.built.student, self.optimizer, progress)
         return progress.step
+
+
+def make_meter(run: RunSpec, built: Built, device: torch.device, world: World) -> Meter:
+    """On a GPU with what MFU is measured against: the rate of large products on this one, for each rank."""
+    if device.type == "cpu":
+        return Meter(run)
+    told = built.supervision
+    teacher = told.teacher.model if isinstance(told, Cached | Online) else None
+    work = training_work(built.student, run.blocks.length, run.loss, teacher, online=isinstance(told, Online))
+    return Meter(run, work, matrix_rate(device) * world.ranks)
 
 
 def write_result(run: RunSpec, receipt: Receipt) -> None:

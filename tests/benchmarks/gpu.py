@@ -28,6 +28,7 @@ import torch
 from tasks.build import Built
 from tasks.checkpoint import Progress
 from tasks.config import Blocks, Loss, Mask, Recipe, Targets, Teacher
+from tasks.flops import matrix_rate
 from tasks.metrics import read_metrics
 from tasks.recipe import make_recipe
 from tasks.run import make_run
@@ -130,27 +131,14 @@ def reference_case(plan: Plan, bench: Bench, batch_rows: int) -> tuple[float, fl
     return (plan.steps - warm) * batch.input_ids.numel() / (time.perf_counter() - start), None
 
 
-def matrix_rate(device: str) -> float:
-    """FLOP a second of large bf16 products (float32 on a CPU, where bf16 may be emulated)."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
-    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        _wait(torch.device(device))
-        start = time.perf_counter()
-        for _ in range(10):
-            one @ other
-        _wait(torch.device(device))
-        best = min(best, (time.perf_counter() - start) / 10)
-    return 2 * size**3 / best
-
-
 # ---- the suite ---------------------------------------------------------------------------------------------
 
 
 def measure(plan: Plan, folder: Path) -> tuple[list[Case], float]:
     """All cases over all batch sizes, and the matrix rate that MFU is against."""
-    rate = matrix_rate(plan.device)
+    device = torch.device(plan.device)
+    # On a CPU, where this only shows that the suite runs, bf16 may be emulated.
+    rate = matrix_rate(device) if device.type == "cuda" else matrix_rate(device, 512, torch.float32)
     bench = random_bench(folder, plan.size, plan.rows, plan.device)
     cases = []
     for name, work, reach in _works(plan, bench):

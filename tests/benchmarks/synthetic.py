@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from storage.arrow import ArrowWriter, blocks_schema
 from storage.artifact import Receipt, Ref
@@ -100,9 +101,18 @@ def random_teacher(size: Size, vocabulary: Vocabulary, device: str) -> TeacherMo
     """Frozen, in the dtype that a teacher has on this device."""
     where, settings = torch.device(device), Teacher(model="random")
     dtype = resolve_dtype(settings.dtype, where)
+    model = random_model(size, size.layers, vocabulary)
+    nn.Module.to(model, where, dtype).requires_grad_(False)
+    return TeacherModel(
+        model, vocabulary, settings, f"random {size.name}", size.width, size.vocab, device=where, dtype=dtype
+    )
+
+
+def random_model(size: Size, layers: int, vocabulary: Vocabulary) -> PreTrainedModel:
+    """A CamemBERT of so many layers, with random weights."""
     config = {
         "model_type": "camembert",
-        "num_hidden_layers": size.layers,
+        "num_hidden_layers": layers,
         "hidden_size": size.width,
         "num_attention_heads": size.heads,
         "intermediate_size": size.inner,
@@ -110,11 +120,7 @@ def random_teacher(size: Size, vocabulary: Vocabulary, device: str) -> TeacherMo
         "max_position_embeddings": size.length + 2,
         "type_vocab_size": 1,
     }
-    model = make_fresh(config, vocabulary)
-    nn.Module.to(model, where, dtype).requires_grad_(False)
-    return TeacherModel(
-        model, vocabulary, settings, f"random {size.name}", size.width, size.vocab, device=where, dtype=dtype
-    )
+    return make_fresh(config, vocabulary)
 
 
 def _random_blocks(store: Store, vocabulary: Vocabulary, rows: int, length: int, number: int) -> Receipt:

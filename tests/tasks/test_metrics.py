@@ -8,6 +8,7 @@ import torch
 
 from tasks.checkpoint import Progress
 from tasks.config import Blocks, Loss, Mask, Student, Targets, Teacher, Train
+from tasks.flops import Work
 from tasks.metrics import Heldout, Meter, read_metrics
 from tasks.run import Part, RunSpec
 from tasks.step import Sums
@@ -45,6 +46,23 @@ def test_a_line_is_the_mean_of_the_steps_since_the_last_one(run: RunSpec) -> Non
         take(meter, step, due=step % 3 == 0)
     lines = read_metrics(meter.path)
     assert [(line["step"], line["loss"], line["rows"]) for line in lines] == [(3, 2.0, 6), (6, 5.0, 6)]
+
+
+def test_mfu_is_the_arithmetic_of_a_line_over_its_seconds(run: RunSpec) -> None:
+    meter = Meter(run, Work(token=1e9, position=5e8), rate=1e12)
+    for step in range(1, 5):
+        take(meter, step, due=step % 2 == 0)
+    for line in read_metrics(meter.path):
+        assert line["mfu"] == pytest.approx((2 * 1e9 + 4 * 5e8) / line["seconds"] / 1e12)
+    assert "mfu" not in run_without_a_rate(run)
+
+
+def run_without_a_rate(run: RunSpec) -> dict[str, float]:
+    """The first line of a meter that does not know what to measure against, as on a CPU."""
+    meter = Meter(run)
+    meter.path.unlink()
+    take(meter, 1, due=True)
+    return read_metrics(meter.path)[0]
 
 
 def test_on_resume_later_lines_and_a_line_cut_short_are_gone(run: RunSpec) -> None:

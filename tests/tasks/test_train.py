@@ -19,15 +19,17 @@ from transformers import AutoModelForMaskedLM
 from storage.artifact import Ref
 from storage.store import Store
 from tasks.batch import Masking, make_batch
+from tasks.build import build
 from tasks.checkpoint import steps_kept
 from tasks.config import Loss, Recipe, Train
 from tasks.corpus import Corpus
+from tasks.flops import training_work
 from tasks.metrics import read_metrics
 from tasks.recipe import make_recipe
 from tasks.run import RunSpec, make_run, write_run
 from tasks.step import World
 from tasks.teacher import fingerprint_of
-from tasks.train import StopSignal
+from tasks.train import StopSignal, make_meter
 from tasks.train import train as run_training
 from tasks.vocabulary import load_vocabulary
 from tests import noted
@@ -327,3 +329,14 @@ def test_schedules_start_low_and_end_near_zero(total: int) -> None:
         assert all(0 < factor <= 1 for factor in factors)
         assert max(factors) == 1
         assert factors[-1] <= max(1 / max(1, total * 0.2), 1 / total) + 1e-9
+
+
+def test_on_a_gpu_lines_tell_the_utilisation(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, cpu = run_of(place, tmp_path), torch.device("cpu")
+    built = build(run, Store(run.store), cpu)
+    monkeypatch.setattr("tasks.train.matrix_rate", lambda device: 1e12)
+    meter = make_meter(run, built, torch.device("cuda"), World(0, 2))
+    online = built.supervision.teacher.model  # type: ignore[attr-defined]
+    assert meter.work == training_work(built.student, run.blocks.length, run.loss, online, online=True)
+    assert meter.rate == 2e12
+    assert make_meter(run, built, cpu, World()).work is None
