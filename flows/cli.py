@@ -153,7 +153,7 @@ def gc(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE.toml...", help="Recipes whose artifacts are kept")],
     delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed")] = False,
 ) -> None:
-    """List (or delete) files that no given recipe and no model refers to and that are older than a day."""
+    """List (or delete) files older than a day that no given recipe, no model and no training that goes on refers to."""
     loaded = [_recipe(path, None) for path in recipes]
     from flows import status as view
     from flows.home import open_store

@@ -16,6 +16,7 @@ from flows import start
 from flows.report import plain, size
 from storage.artifact import Ref
 from storage.error import FatalError
+from storage.lease import read_on_lease
 from storage.store import Store
 from tasks.config import Recipe
 from tasks.lineage import Lineage, trace
@@ -103,8 +104,10 @@ def named(kind: str, label: str, reason: str) -> str:
 
 
 def kept(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
-    """What `gc` must keep: all that the recipes want, their samples, and every model, checkpoint and score."""
+    """What `gc` must keep: all that the recipes want, their samples, every model, checkpoint and score, and what
+    trainings that go on read, whose snapshot may no longer be that of the recipe."""
     keep = {(kind, key) for kind in ("model", "scores", "checkpoint") for key in store.keys(kind)}
+    keep |= read_on_lease(store)
     for recipe in recipes:
         lineage = trace(store, recipe)
         unread = [source.label for source, ref in lineage.sources if ref is None or not store.has(ref)]

@@ -5,11 +5,13 @@ receipts/KIND/KEY.failure.json   why it does not, until it does
 data/KIND/KEY/CONTENT/NAME       the bytes; CONTENT is a hash of them, so different bytes never share a name
 notes/TOPIC/NAME.json            small facts worth remembering (the hash of a source, two looks at a folder)
 leases/KEY.json                  who trains this run now
+leases/KEY.reads.json            what it reads, for as long as it goes on
 scratch/                         work in progress on a local store
 """
 
 RECEIPT = ".receipt.json"
 FAILURE = ".failure.json"
+READS = ".reads.json"
 
 
 def receipts_folder(kind: str) -> str:
@@ -46,6 +48,14 @@ def note_path(topic: str, name: str) -> str:
 
 def lease_path(key: str) -> str:
     return f"leases/{key}.json"
+
+
+def reads_path(key: str) -> str:
+    return f"leases/{key}{READS}"
+
+
+def leases_folder() -> str:
+    return "leases"
 
 
 def scratch_folder() -> str:

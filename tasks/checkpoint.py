@@ -71,15 +71,21 @@ def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: tor
     for step in reversed(steps_kept(store, run)):
         ref = checkpoint_ref(run, step)
         try:
-            folder = store.check(store.receipt(ref))
+            return load_step(store, run, model, optimizer, step)
         except FatalError as error:
             store.withdraw(ref)
             store.fail(ref, error)
-            continue
-        _restore(folder, model, optimizer)
-        values: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        return Progress(**values)
     return Progress()
+
+
+def load_step(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Progress:
+    """Restores the checkpoint of this step; of step 0 there is none, and nothing to do. FatalError: it is not whole."""
+    if step == 0:
+        return Progress()
+    folder = store.check(store.receipt(checkpoint_ref(run, step)))
+    _restore(folder, model, optimizer)
+    values: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    return Progress(**values)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

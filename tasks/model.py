@@ -50,7 +50,7 @@ def save_model(store: Store, run: RunSpec, student: PreTrainedModel, progress: P
                 "positions": run.targets.positions,
                 "source": run.targets.source,
                 "encoding": run.targets.encoding,
-                "heldout_loss": progress.best,
+                "best_heldout_loss": progress.best,  # of some step; these are the weights of the last one
                 "hardware": hardware(student.device, run.train.ranks),
             },
         )

@@ -4,7 +4,7 @@ The run key names the result: the settings that change weights, the manifest of 
 student's starting point. Device, micro-batch, ranks, threads and logging are not in it, so a run may move.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -92,6 +92,14 @@ class RunSpec(Section):
     def model_ref(self) -> Ref:
         """Names the model that this run ends with."""
         return model_ref(self.run_key, self.name)
+
+    def reads(self) -> Iterator[Ref]:
+        """Names every artifact that the training reads."""
+        for part in (*self.manifest, *self.heldout):
+            yield part.blocks_ref()
+            yield from (part.targets_ref(variant) for variant in range(len(part.targets)))
+        if self.counts:
+            yield Ref("counts", self.counts, "counts")
 
 
 def model_ref(run_key: str, name: str) -> Ref:

@@ -36,7 +36,7 @@ from storage.store import Store
 from tasks.ahead import ReadAhead
 from tasks.batch import Loader, Masking, stretches
 from tasks.build import Built, build
-from tasks.checkpoint import Progress, load_checkpoint, save_checkpoint
+from tasks.checkpoint import Progress, load_checkpoint, load_step, save_checkpoint
 from tasks.corpus import Corpus
 from tasks.flops import matrix_rate, training_work
 from tasks.heap import keep_freed_memory
@@ -137,17 +137,33 @@ def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
     device = pick_device(run)
     built = build(run, store, device)
     optimizer = make_optimizer(built.student, run.train)
-    progress = load_checkpoint(store, run, built.student, optimizer)
-    lease = Lease.take(store, run.run_key) if world.rank == 0 else None
+    lease = Lease.take(store, run.run_key, run.reads()) if world.rank == 0 else None
+    progress = resume(store, run, built.student, optimizer, world)
     trainer = Trainer(run, store, built, optimizer, world, lease, device)
     progress = trainer.loop(progress, stop)
     finished = progress.step >= run.total_steps
     if world.rank == 0 and finished:
         receipt = save_model(store, run, built.student, progress, Path(built.vocabulary.folder))
         write_result(run, receipt)
+        if lease:
+            lease.end()
     if world.ranks > 1:
         dist.barrier()
     return finished
+
+
+def resume(store: Store, run: RunSpec, student: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Progress:
+    """Restores the newest whole checkpoint that rank 0 finds, on every rank.
+
+    Ranks that each looked for themselves could find different ones, where a listing lags or an older process of the
+    run has just written. FatalError where a rank cannot read that of rank 0.
+    """
+    progress = load_checkpoint(store, run, student, optimizer) if world.rank == 0 else Progress()
+    if world.ranks == 1:
+        return progress
+    step = torch.tensor(progress.step)
+    dist.broadcast(step, 0, group=world.counting)
+    return progress if world.rank == 0 else load_step(store, run, student, optimizer, int(step))
 
 
 class Trainer:

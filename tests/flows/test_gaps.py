@@ -8,12 +8,14 @@ from flows.corpus import Prepared, StageDone, unexplained
 from flows.status import kept
 from storage.artifact import Ref
 from storage.error import FatalError
+from storage.lease import Lease
 from storage.store import Store
 from tasks.block import make_blocks
 from tasks.config import Recipe
 from tasks.lineage import trace, vocabulary_of
 from tasks.recipe import make_recipe
 from tasks.shard import shard_source
+from tests.artifacts import put
 from tests.tiny import save_tokenizer, write_oscar
 
 
@@ -58,3 +60,12 @@ def test_gc_refuses_while_it_cannot_know_what_a_source_holds(store: Store, recip
     store.withdraw(source)
     with pytest.raises(FatalError, match="fr_meta_part_1 is not done"):
         kept(store, [recipe])
+
+
+def test_gc_spares_what_a_training_of_an_older_snapshot_reads(store: Store, recipe: Recipe) -> None:
+    old = put(store, "blocks of the snapshot before").ref
+    assert (old.kind, old.key) not in kept(store, [recipe])
+    lease = Lease.take(store, "f" * 64, [old])
+    assert (old.kind, old.key) in kept(store, [recipe])
+    lease.end()
+    assert (old.kind, old.key) not in kept(store, [recipe])

@@ -11,7 +11,7 @@ import pytest
 from storage import layout
 from storage.artifact import Receipt, Ref
 from storage.error import FatalError, RetryableError
-from storage.lease import Lease
+from storage.lease import Lease, read_on_lease
 from storage.store import Store
 from storage.upkeep import gc, verify
 from tests.artifacts import put, ref_of
@@ -191,6 +191,16 @@ def test_the_newest_holder_of_a_lease_wins_and_the_old_one_notices(store: Store)
     second.renew()
     with pytest.raises(FatalError, match="taken over"):
         first.renew()
+
+
+def test_what_a_run_on_lease_reads_is_known_until_it_is_whole(store: Store) -> None:
+    first, second = Lease.take(store, "a", [ref_of("x"), ref_of("y")]), Lease.take(store, "b", [ref_of("z")])
+    assert read_on_lease(store) == {("blocks", ref_of(name).key) for name in "xyz"}
+    first.end()
+    assert read_on_lease(store) == {("blocks", ref_of("z").key)}
+    assert read_on_lease(store, seconds=-1) == set()
+    second.renew()
+    first.end()
 
 
 def test_notes_are_remembered(store: Store) -> None:

@@ -270,6 +270,19 @@ def test_two_ranks_killed_and_resumed_on_one_see_every_block_once(place: Path, t
     assert len(set(wanted)) == run.rows
 
 
+def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_finds(place: Path, tmp_path: Path) -> None:
+    run = run_of(place, tmp_path, batch_rows=6, checkpoint_steps=5, validate_steps=0)
+    process = start(run)
+    wait_for_step(run, process, 13)
+    process.kill()
+    process.communicate()
+    newest = steps_kept(Store(run.store), run)[-1]
+    finish(run, ranks=2, trainer="tests.lagging")
+    notes = [json.loads(line) for line in (Path(run.folder) / noted.FILE).read_text().splitlines()]
+    for rank in (0, 1):
+        assert [line["step"] for line in notes if line["rank"] == rank] == list(range(newest + 1, STEPS + 1))
+
+
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_checkpoint(
     place: Path, tmp_path: Path
 ) -> None:
