@@ -199,17 +199,12 @@ def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> tuple[Ref,
 def _source_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: Pool) -> Iterator[Job]:
     """One job a source: hash, read, cut into shards. A source of which a shard was lost is read again."""
     absent = {ref.key for ref in store.missing((*lineage.shards, *lineage.heldout_shards))}
+    read = store.receipts_of(ref for _, ref in lineage.sources if ref) if absent else []
+    # By key: a source that was renamed since keeps its shards under their old labels.
+    lacking = {one.key for one in read if absent & {shard.key for shard in (*shards_of(one), *heldout_of(one))}}
     for source, ref in lineage.sources:
-        # By key: a source that was renamed since keeps its shards under their old labels.
-        lost = bool(absent and ref and absent & _shard_keys(store, ref))
+        lost = ref is not None and ref.key in lacking
         yield Job("source", source.label, ref, partial(_read_source, pool, store, source, recipe), lost)
-
-
-def _shard_keys(store: Store, source: Ref) -> set[str]:
-    if not store.has(source):
-        return set()
-    receipt = store.receipt(source)
-    return {shard.key for shard in (*shards_of(receipt), *heldout_of(receipt))}
 
 
 def _read_source(pool: Pool, store: Store, source: Source, recipe: Recipe, *, force: bool) -> None:
