@@ -14,6 +14,8 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 from pydantic import Field
 
+from flows.server import page_now
+
 POLL_SECONDS = 5
 
 
@@ -27,7 +29,8 @@ class Approval(RunInput):
 
 def ask(question: str, details: Sequence[str], hours: float) -> Approval:
     """Pauses the flow until somebody answers. Nobody within `hours` counts as no."""
-    print(f"waiting for approval: {question}; answer in {runtime.flow_run.ui_url or 'the Prefect UI'}", file=sys.stderr)
+    where = page_now(runtime.flow_run.ui_url) if runtime.flow_run.ui_url else "the Prefect UI"
+    print(f"waiting for approval: {question}; answer in {where}", file=sys.stderr)
     form = Approval.with_initial_data(description=f"# {question}\n\n" + "\n".join(f"- {line}" for line in details))
     try:
         return pause_flow_run(wait_for_input=form, timeout=int(hours * 3600), poll_interval=POLL_SECONDS)

@@ -120,6 +120,9 @@ def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command(epilog="Example:  distil verify deployments/pilot.toml")
 def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Hash every file of the store again, withdraw what is not whole, and name what the recipe lacks."""
+    import shlex
+
+    words = [str(recipe), *(overrides or ())]
     loaded = _recipe(recipe, overrides)
     from flows import status as view
     from flows.home import open_store
@@ -141,20 +144,30 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     withdrawn = sum(fault.withdrawn for fault in faults)
     if withdrawn or lacking:
         raise DistilError(
-            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {recipe}` makes them again"
+            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {shlex.join(words)}` makes them "
+            "again"
         )
     if faults:
         raise DistilError(f"{len(faults)} files in the store are none of its own; delete them")
     print("all that is there is whole, and nothing is missing")
 
 
-@app.command(epilog="Example:  distil gc deployments/*.toml --delete")
+@app.command(epilog="Example:  distil gc deployments/pilot.toml corpus.url=/data/oscar --delete")
 def gc(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE.toml...", help="Recipes whose artifacts are kept")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE.toml... [a.b=c ...]",
+            help="Recipes whose artifacts are kept, and settings over those of each of them",
+        ),
+    ],
     delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed")] = False,
 ) -> None:
     """List (or delete) files older than a day that no given recipe, no model and no training that goes on refers to."""
-    loaded = [_recipe(path, None) for path in recipes]
+    recipes, overrides, others = _sorted_words(words)
+    if others or not recipes:
+        raise typer.BadParameter("name recipe files and settings only", param_hint="RECIPE.toml...")
+    loaded = [_recipe(Path(path), overrides) for path in recipes]
     from flows import status as view
     from flows.home import open_store
     from storage.upkeep import gc as sweep
@@ -213,9 +226,7 @@ def score(
 
     Held-out text, fill-mask, size, latency, and by a protocol fine-tuned sets; one table with intervals.
     """
-    recipes = [word for word in words if word.endswith(".toml")]
-    overrides = [word for word in words if "=" in word and word not in recipes]
-    models = [word for word in words if word not in (*recipes, *overrides)]
+    recipes, overrides, models = _sorted_words(words)
     if not models or len(recipes) > 1:
         raise typer.BadParameter("name at least one model, and at most one recipe", param_hint="MODEL...")
     if protocol:
@@ -263,7 +274,7 @@ def promote(
         Path, typer.Argument(metavar="[RECIPE.toml]", help="Whose gate rules and MLflow; the demo's if left out")
     ] = DEMO,
     overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="Registered model; the recipe's own if left out")] = "",
+    model: Annotated[str, typer.Option(help="Registered model, to make sure; it must be the recipe's own")] = "",
     version: Annotated[str, typer.Option(help="Number of the version; the challenger if left out")] = "",
     force: Annotated[bool, typer.Option("--force", help="Whatever the gate says; needs --reason")] = False,
     reason: Annotated[str, typer.Option(help="Why it is forced; kept with the version")] = "",
@@ -273,6 +284,13 @@ def promote(
     import getpass
 
     _flow(loaded, "flows.promote", "promote", loaded, model, version, force, reason, getpass.getuser())
+
+
+def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Recipe files, settings and all others, each in their order."""
+    recipes = [word for word in words if word.endswith(".toml") and "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    return recipes, overrides, [word for word in words if word not in (*recipes, *overrides)]
 
 
 def _run(recipe: "Recipe") -> None:
@@ -291,11 +309,18 @@ def _run(recipe: "Recipe") -> None:
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
     """The recipe, and the environment that Prefect, MLflow and transformers look at when they are imported."""
-    from flows.home import set_environment
+    import os
+    import shlex
+
+    from flows.home import TYPED, set_environment
+    from flows.server import join_up
     from tasks.recipe import load_recipe
 
     recipe = load_recipe(path, overrides or ())
     set_environment(recipe.home)
+    os.environ[TYPED] = shlex.join([os.path.relpath(path) if path == DEMO else str(path), *(overrides or ())])
+    if not os.environ.get("PREFECT_API_URL"):
+        join_up(recipe.home)  # also for what asks MLflow without a flow, as a warm start does
     return recipe
 
 

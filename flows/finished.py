@@ -8,6 +8,7 @@ Called by `distil run` before anything is started, and by the flow `distill`.
 from dataclasses import dataclass
 
 from flows import start
+from flows.home import registry_name
 from flows.report import Rows, number
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
@@ -57,5 +58,6 @@ def _name(recipe: Recipe, run_key: str) -> str:
         "protocol": protocol.model_dump(mode="json") if protocol else "",
         "score": recipe.score.model_dump(mode="json"),
         "register": recipe.register_as.model_dump(mode="json"),
+        "mlflow": registry_name(recipe),
     }
     return sha256_bytes(canonical_json(settings))

@@ -15,6 +15,8 @@ from tasks.config import Recipe
 
 HOME = ".distil"
 """The default folder, below the current one."""
+TYPED = "DISTIL_RECIPE"
+"""Environment variable: recipe file and overrides as the user typed them, for the commands that we tell him."""
 REGISTERED = "models:/"
 """How the name of a registered model begins: models:/NAME@ALIAS or models:/NAME/VERSION."""
 
@@ -61,8 +63,14 @@ def set_environment(home: str) -> None:
 
 
 def tracking_uri(recipe: Recipe) -> str:
-    """Where MLflow records: the recipe's server, else MLFLOW_TRACKING_URI, else a database below the recipe's home."""
+    """Where MLflow records: the recipe's server, else MLFLOW_TRACKING_URI, else the database of this home."""
     return recipe.register_as.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or mlflow_database(recipe.home)
+
+
+def registry_name(recipe: Recipe) -> str:
+    """What names a recipe's MLflow for good, without passwords: the server of a `distil up` is the home's database."""
+    uri, up = tracking_uri(recipe), _last_up(recipe.home)
+    return public(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
 
 
 def public(uri: str) -> str:
@@ -78,8 +86,9 @@ def public(uri: str) -> str:
 
 
 def mlflow_database(home: str) -> str:
-    """The local database of MLflow, which `distil run` writes to and the server of `distil up` serves."""
-    return f"sqlite:///{Path(home).absolute()}/mlflow/mlflow.db"
+    """The database that `distil run` writes to and the server of `distil up` serves: that of MLFLOW_BACKEND_STORE_URI,
+    else SQLite below home."""
+    return os.environ.get("MLFLOW_BACKEND_STORE_URI") or f"sqlite:///{Path(home).absolute()}/mlflow/mlflow.db"
 
 
 def up_file(home: str) -> Path:
@@ -89,9 +98,8 @@ def up_file(home: str) -> Path:
 
 def live_up(home: str) -> dict[str, str] | None:
     """The addresses (`prefect_api`, `prefect_ui`, `mlflow`) of the `distil up` that serves this home, or None."""
-    try:
-        up: dict[str, str] = json.loads(up_file(home).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    up = _last_up(home)
+    if up is None:
         return None
     with suppress(PermissionError):  # another user's process is alive as well
         try:
@@ -99,6 +107,15 @@ def live_up(home: str) -> dict[str, str] | None:
         except ProcessLookupError:
             return None
     return up if answers(f"{up['prefect_api']}/health") else None
+
+
+def _last_up(home: str) -> dict[str, str] | None:
+    """What the last `distil up` of this home said, alive or not."""
+    try:
+        up: dict[str, str] = json.loads(up_file(home).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return up
 
 
 def link_model(recipe: Recipe, folder: Path) -> Path:

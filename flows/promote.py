@@ -266,7 +266,7 @@ def run_promote(
 
     Args:
         recipe: Whose gate rules and whose MLflow are taken.
-        model: Name of a registered model; empty means the recipe's own.
+        model: Name of the registered model, to make sure; empty means the recipe's own, and no other will do.
         version: Number of the version; empty means the challenger.
         force: Make it the champion whatever the gate says; needs a reason.
         reason: Why it is forced; kept with the version.
@@ -275,8 +275,13 @@ def run_promote(
     if force and not reason.strip():
         raise FatalError("force needs a reason, which is kept with the version; give --reason")
     recipe = settled(recipe)
+    own = recipe.register_as.name
+    if model and model != own:
+        raise FatalError(
+            f"recipe {recipe.name} registers {own}, so its gate says nothing about {model}; name the recipe of {model}"
+        )
     registry = open_registry(recipe)
-    candidate = registry.version(model or recipe.register_as.name, version)
+    candidate = registry.version(own, version)
     judgement = gate(recipe, registry, candidate, Order(by or _who(), force, reason.strip()))
     show_sheet(str(candidate), {"Gate": gate_rows(judgement), "Sets": set_rows(judgement.rows)})
     if judgement.is_champion:

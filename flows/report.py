@@ -4,11 +4,11 @@ Tables go to standard output, bars to standard error.
 """
 
 import html
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flows.home import TYPED
 from storage.artifact import Failure
 from tasks.config import Recipe
 
@@ -58,7 +59,7 @@ def failure_rows(recipe: Recipe, failures: Sequence[Failure]) -> list[dict[str, 
             "file": plain(failure.file),
             "line": "" if failure.line is None else failure.line,
             "error": plain(failure.message),
-            "how to retry": f"distil retry {recipe_file(recipe)} --stage {failure.kind} --shard {failure.label}",
+            "how to retry": how_to_retry(recipe, failure.kind, failure.label),
         }
         for failure in failures
     ]
@@ -70,11 +71,12 @@ def plain(text: str) -> str:
     return shown if len(shown) <= CELL_CHARACTERS else f"{shown[:CELL_CHARACTERS]}…"
 
 
-def recipe_file(recipe: Recipe) -> str:
-    """The recipe's file as it is called by convention: a bundled one, else NAME.toml."""
-    name = f"{recipe.name}.toml"
-    bundled = Path(__file__).resolve().parent.parent / "deployments" / name
-    return f"deployments/{name}" if bundled.exists() else name
+def how_to_retry(recipe: Recipe, stage: str, shard: str) -> str:
+    """The command with the recipe and overrides of this run; of a run that came from a deployment, the deployment."""
+    typed = os.environ.get(TYPED)
+    if typed:
+        return f"distil retry {typed} --stage {stage} --shard {shard}"
+    return f"Retry on this run, or run retry-shard/{recipe.name} with stage = {stage} and shard = {shard}"
 
 
 def show_failures(rows: Sequence[Mapping[str, Any]]) -> None:

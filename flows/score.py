@@ -286,7 +286,7 @@ def _show(title: str, judged: Judged) -> None:
 def _record(recipe: Recipe, models: Sequence[Candidate], judged: Judged) -> None:
     """One MLflow run for the comparison, with its picture and a child run for each model and set.
 
-    A registered model keeps its standings too, so that the gate can compare it with others.
+    A registered model of this recipe keeps its standings too, so that the gate can compare it with others.
     """
     book = open_book(recipe)
     protocol = protocol_of(recipe)
@@ -298,6 +298,13 @@ def _record(recipe: Recipe, models: Sequence[Candidate], judged: Judged) -> None
         record_scores(book, parent, key, judged)
         book.keep(parent, {PICTURE: picture(names, measured_models(judged.scores))})
     for model in models:
-        if model.uri:
+        if is_own(recipe, model.uri):
             own = judged.scores[model.name]
             record_standings(book.registry, book.registry.named(model.uri), standings(own), protocols(own))
+
+
+def is_own(recipe: Recipe, uri: str) -> bool:
+    """Whether a registered model is one of this recipe. Standings by the held-out text of another recipe would say
+    nothing of it, and take the place of its own."""
+    name = re.split("[@/]", uri.removeprefix(REGISTERED), maxsplit=1)[0]
+    return uri.startswith(REGISTERED) and name == recipe.register_as.name

@@ -45,6 +45,13 @@ def start_server(home: str) -> Callable[[], None]:
     return lambda: wait_until_up(server)
 
 
+def page_now(link: str) -> str:
+    """A link as it can be opened while the run lasts: the server of a plain `distil run` has any port, but links that
+    are kept name that of a later `distil up`."""
+    api = os.environ.get("PREFECT_API_URL", "")
+    return link.replace(LATER, api.removesuffix("/api")) if api else link
+
+
 def join_up(home: str) -> bool:
     """Makes this process a client of the `distil up` that serves this home; False if there is none."""
     up = live_up(home)

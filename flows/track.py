@@ -178,7 +178,8 @@ def open_book(recipe: Recipe) -> Book:
                 f"register.artifacts = {wanted}; name another register.experiment"
             )
         return Book(client, found.experiment_id, uri)
-    beside = (Path(recipe.home) / "mlflow" / "artifacts").absolute().as_uri() if uri.startswith("sqlite:") else None
+    served = uri.startswith("http")  # then the server knows where artifacts lie
+    beside = None if served else (Path(recipe.home) / "mlflow" / "artifacts").absolute().as_uri()
     return Book(client, client.create_experiment(name, artifact_location=wanted or beside), uri)
 
 

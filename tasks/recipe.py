@@ -97,11 +97,13 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     """Makes paths that lie beside the recipe file absolute, so that the recipe works from any folder."""
-    home = recipe.home or str(Path(".distil").absolute())
+    # Servers, workers and trainers have working folders of their own.
+    home = str(Path(recipe.home or ".distil").absolute())
+    store = recipe.store if "://" in recipe.store or not recipe.store else str(Path(recipe.store).absolute())
     return recipe.model_copy(
         update={
             "home": home,
-            "store": recipe.store or f"{home}/store",
+            "store": store or f"{home}/store",
             "corpus": recipe.corpus.model_copy(update={"url": beside(recipe.corpus.url, folder)}),
             "blocks": recipe.blocks.model_copy(update={"tokenizer": beside(recipe.blocks.tokenizer, folder)}),
             "teacher": recipe.teacher.model_copy(update={"model": beside(recipe.teacher.model, folder)}),

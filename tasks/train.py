@@ -80,6 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
         run = read_run(arguments[0])
         with joined_world(run) as world:
             finished = train(run, world, stop)
+    except torch.OutOfMemoryError as error:
+        rows = run.train.micro_rows or run.train.batch_rows
+        print(
+            f"run {run.name}: the memory of the GPU is full with {rows} blocks of {run.blocks.length} tokens in one "
+            f"forward; lower train.micro_rows, which changes nothing but speed ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        return 1
     except DistilError as error:
         print(error, file=sys.stderr)
         return PASSING if isinstance(error, RetryableError) else 1

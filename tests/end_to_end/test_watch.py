@@ -21,7 +21,7 @@ from tests.tiny import write_oscar, write_sums
 
 pytestmark = pytest.mark.slow
 
-EVENT = ["prefect", "event", "emit", "corpus.snapshot.published", "--resource-id", "corpus.oscar"]
+EVENT = ["prefect", "event", "emit", "corpus.snapshot.published", "--resource-id", "corpus.tiny"]
 """What who publishes a snapshot calls."""
 WATCH = """
 [watch]

@@ -72,3 +72,15 @@ def test_score_takes_models_recipe_settings_and_protocol_in_any_order(monkeypatc
     assert asked == [(cli.DEMO, []), ("models:/demo@champion", (), "", False)]
     for wrong in (["only.toml"], ["one", "a.toml", "b.toml"]):
         assert call(cli.app, ["score", *wrong]).exit_code == 2
+
+
+def test_gc_takes_recipes_and_settings_and_nothing_else(distil) -> None:
+    done = distil("gc", "tiny.toml", "corpus.url=/nowhere")
+    assert (done.returncode, "corpus.url /nowhere" in done.stderr) == (1, True)
+    for wrong in (["tiny.toml", "targets"], ["corpus.url=/nowhere"]):
+        assert distil("gc", *wrong).returncode == 2
+
+
+def test_what_verify_says_to_do_has_the_settings_too(distil) -> None:
+    done = distil("verify", "tiny.toml", "blocks.length=16")
+    assert "`distil retry tiny.toml blocks.length=16` makes them again" in done.stderr

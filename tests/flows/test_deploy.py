@@ -43,6 +43,8 @@ def test_every_bundled_recipe_gets_every_flow_and_no_brace_is_left() -> None:
     for entry in project["deployments"]:
         assert Recipe.model_validate(entry["parameters"]["recipe"]).name == entry["name"]
         assert entry["work_pool"]["name"] == "my-pool"
+        for trigger in entry.get("triggers", ()):
+            assert trigger["match"] == {"prefect.resource.id": f"corpus.{entry['name']}"}
         assert "image" not in entry["work_pool"]["job_variables"]
 
 

@@ -1,8 +1,14 @@
 """Addresses as people see them."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from flows.home import public
+from flows.home import public, registry_name, tracking_uri, up_file
+from flows.server import LATER, page_now
+from tasks.config import Recipe
+from tasks.recipe import make_recipe
 
 
 def test_an_address_is_shown_without_its_password() -> None:
@@ -13,3 +19,39 @@ def test_a_server_is_shown_where_browsers_reach_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("DISTIL_MLFLOW_URL", "http://127.0.0.1:5000")
     assert public("http://me:secret@mlflow:5000") == "http://127.0.0.1:5000"
     assert public("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
+
+
+def recipe_of(home: Path) -> Recipe:
+    return make_recipe({"name": "tiny", "home": str(home), "corpus": {"url": "x"}, "teacher": {"model": "y"}}, "test")
+
+
+def test_every_command_uses_the_database_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(recipe) == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql+psycopg2://me:secret@db/mlflow")
+    assert tracking_uri(recipe) == "postgresql+psycopg2://me:secret@db/mlflow"
+    assert registry_name(recipe) == "postgresql+psycopg2://db/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri(recipe) == registry_name(recipe) == "http://mlflow:5000"
+
+
+def test_what_is_registered_here_is_so_with_and_without_a_server_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    recipe = recipe_of(tmp_path)
+    alone = registry_name(recipe)
+    up_file(recipe.home).parent.mkdir()
+    up_file(recipe.home).write_text(json.dumps({"mlflow": "http://127.0.0.1:5001"}), encoding="utf-8")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5001")
+    assert registry_name(recipe) == alone
+    assert registry_name(recipe_of(tmp_path / "other")) != alone
+
+
+def test_a_link_can_be_opened_while_the_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:34567/api")
+    assert page_now(f"{LATER}/runs/flow-run/1") == "http://127.0.0.1:34567/runs/flow-run/1"
+    assert page_now("https://prefect.example/runs/flow-run/1") == "https://prefect.example/runs/flow-run/1"

@@ -18,6 +18,7 @@ from flows.promote import (
     decide,
     examine,
     record_standings,
+    run_promote,
     standings_of,
     turn,
 )
@@ -255,3 +256,8 @@ def test_what_was_not_run_and_is_asked_for_no_longer_does_not_block(registry: Re
         registry, registry.version(version.name, version.version), [heldout(0.5), ner(0.8, 0.9)], PROTOCOLS
     )
     assert decide(recipe, registry, version, PERSON).decision == PROMOTED
+
+
+def test_a_model_is_judged_by_its_own_recipe_only(recipe: Recipe) -> None:
+    with pytest.raises(FatalError, match=f"registers {recipe.register_as.name}, so its gate says nothing about other"):
+        run_promote(recipe, model="other", version="1")

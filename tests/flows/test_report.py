@@ -1,5 +1,8 @@
 """What people read of failures and results: text from a corpus can be anything and must stay text."""
 
+import pytest
+
+from flows.home import TYPED
 from flows.report import CELL_CHARACTERS, failure_rows, markdown_sheet, markdown_tables
 from storage.artifact import Failure
 from tasks.config import Recipe
@@ -16,10 +19,13 @@ def failure(message: str) -> Failure:
     return Failure("blocks", "", "part-0001", "FatalError", message, False, message, 7, "", "")
 
 
-def test_the_command_names_a_bundled_recipe_by_its_path_and_others_by_name() -> None:
-    for name, file in (("demo", "deployments/demo.toml"), ("mine", "mine.toml")):
-        (row,) = failure_rows(recipe(name), [failure("bad")])
-        assert row["how to retry"] == f"distil retry {file} --stage blocks --shard part-0001"
+def test_the_command_is_that_of_the_user_and_of_a_deployed_run_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TYPED, "proof/a.toml 'corpus.url=/my data'")
+    (row,) = failure_rows(recipe("mine"), [failure("bad")])
+    assert row["how to retry"] == "distil retry proof/a.toml 'corpus.url=/my data' --stage blocks --shard part-0001"
+    monkeypatch.delenv(TYPED)
+    (row,) = failure_rows(recipe("mine"), [failure("bad")])
+    assert "run retry-shard/mine with stage = blocks and shard = part-0001" in row["how to retry"]
 
 
 def test_a_cell_is_one_printable_line_of_bounded_length() -> None:

@@ -131,3 +131,14 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
     while not condition():
         assert time.monotonic() < end, "it did not happen within four minutes"
         time.sleep(0.05)
+
+
+def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
+    from flows.score import is_own
+    from tasks.recipe import make_recipe
+
+    values = {"name": "a", "corpus": {"url": "x"}, "teacher": {"model": "y"}, "register": {"name": "mine"}}
+    recipe = make_recipe(values, "test")
+    own = ("models:/mine@challenger", "models:/mine/3")
+    assert all(is_own(recipe, uri) for uri in own)
+    assert not any(is_own(recipe, uri) for uri in ("models:/mine-2@challenger", "models:/other/3", "mine/3", ""))

@@ -52,3 +52,18 @@ def test_the_cluster_differs_from_the_laptop_only_in_where(repo: Path) -> None:
     assert differ == {"store", "corpus", "run", "ray", "train", "register_as"}
     assert {name for name in here["train"] if here["train"][name] != there["train"][name]} == {"ranks"}
     assert {name for name in here["corpus"] if here["corpus"][name] != there["corpus"][name]} == {"url"}
+
+
+def test_home_and_store_are_the_same_folders_wherever_a_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "here.toml"
+    path.write_text('name = "x"\nhome = "state"\n[corpus]\nurl = "c"\n[teacher]\nmodel = "t"\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for overrides, store in (
+        ([], f"{tmp_path}/state/store"),
+        (["store=there"], f"{tmp_path}/there"),
+        (["store=s3://a/b"], "s3://a/b"),
+    ):
+        recipe = load_recipe(path, overrides)
+        assert (recipe.home, recipe.store) == (f"{tmp_path}/state", store)

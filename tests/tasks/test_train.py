@@ -29,7 +29,7 @@ from tasks.recipe import make_recipe
 from tasks.run import RunSpec, make_run, write_run
 from tasks.step import World
 from tasks.teacher import fingerprint_of
-from tasks.train import StopSignal, make_meter
+from tasks.train import StopSignal, main, make_meter
 from tasks.train import train as run_training
 from tasks.vocabulary import load_vocabulary
 from tests import noted
@@ -342,6 +342,20 @@ def test_schedules_start_low_and_end_near_zero(total: int) -> None:
         assert all(0 < factor <= 1 for factor in factors)
         assert max(factors) == 1
         assert factors[-1] <= max(1 / max(1, total * 0.2), 1 / total) + 1e-9
+
+
+def test_a_full_gpu_is_one_sentence_that_names_the_setting(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore of it")
+
+    monkeypatch.setattr("tasks.train.gradient_step", full)
+    run = run_of(place, tmp_path, micro_rows=3)
+    assert main([str(write_run(run))]) == 1
+    said = capsys.readouterr().err
+    assert "full with 3 blocks of 32 tokens in one forward; lower train.micro_rows" in said
+    assert "More of it" not in said
 
 
 def test_on_a_gpu_lines_tell_the_utilisation(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
