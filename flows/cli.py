@@ -131,7 +131,7 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     store = open_store(loaded)
     faults = check(store)
     for fault in faults:
-        print(f"damaged  {view.named(fault.ref.kind, fault.ref.label, fault.reason)}")
+        print(f"{fault.what:<8} {view.named(fault.ref.kind, fault.ref.label, fault.reason)}")
     damaged = {(fault.ref.kind, fault.ref.label) for fault in faults}
     lacking = [
         (row.stage, label)
@@ -142,11 +142,15 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     for kind, label in lacking:
         print(f"missing  {kind} {label}")
     withdrawn = sum(fault.withdrawn for fault in faults)
+    if unread := sum(fault.what == "unread" for fault in faults):
+        print(f"{unread} could not be read and are left as they are; give access, or mend the disk, and verify again")
     if withdrawn or lacking:
         raise DistilError(
             f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {shlex.join(words)}` makes them "
             "again"
         )
+    if unread:
+        raise DistilError(f"{unread} could not be read, so it is not known whether they are whole")
     if faults:
         raise DistilError(f"{len(faults)} files in the store are none of its own; delete them")
     print("all that is there is whole, and nothing is missing")

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from storage.error import FatalError
+from storage.error import DamagedError, FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 
 KINDS = (
@@ -121,11 +121,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that `verify` found wrong with a finished artifact; `withdrawn`: it does not exist any more."""
+    """Something that `verify` found wrong with a finished artifact; `withdrawn`: it does not exist any more.
+
+    `what`: "damaged", "stray" (whole, with a file too many) or "unread" (it could not be looked at, so nobody knows).
+    """
 
     ref: Ref
     reason: str
     withdrawn: bool = True
+    what: str = "damaged"
 
 
 def content_of(files: tuple[DataFile, ...]) -> str:
@@ -134,14 +138,14 @@ def content_of(files: tuple[DataFile, ...]) -> str:
 
 
 def receipt_from_json(data: bytes, where: str) -> Receipt:
-    """Parses a receipt strictly. FatalError if it is not JSON, not the very bytes that `to_json` gives, its seal does
+    """Parses a receipt strictly. DamagedError if it is not JSON, not the very bytes that `to_json` gives, its seal does
     not fit, fields are missing or of another type, or a file would lie outside the artifact: a seal only says that a
     receipt is as it was written.
     """
     body = _parse(data, where)
     seal = body.pop("seal", None)
     if not _is_sealed(body, seal, data):
-        raise FatalError(f"{where}: the receipt was changed after it was written; run `distil verify`", where)
+        raise DamagedError(f"{where}: the receipt was changed after it was written; run `distil verify`", where)
     try:
         wrong = [name for kind, names in _TYPES.items() for name in names if not isinstance(body[name], kind)]
         files = tuple(DataFile(**file) for file in body.pop("files"))
@@ -152,7 +156,7 @@ def receipt_from_json(data: bytes, where: str) -> Receipt:
         for file in files:
             _check_file(file)
     except (TypeError, KeyError, ValueError) as error:
-        raise FatalError(f"{where}: not a receipt of this version ({error}); run `distil verify`", where) from error
+        raise DamagedError(f"{where}: not a receipt of this version ({error}); run `distil verify`", where) from error
     return receipt
 
 
@@ -185,7 +189,7 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise FatalError(f"{where}: not JSON ({error}); run `distil verify`", where) from error
+        raise DamagedError(f"{where}: not JSON ({error}); run `distil verify`", where) from error
     if not isinstance(body, dict):
-        raise FatalError(f"{where}: not a JSON object; run `distil verify`", where)
+        raise DamagedError(f"{where}: not a JSON object; run `distil verify`", where)
     return body

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from storage.artifact import DataFile
 from storage.disk import writing
-from storage.error import FatalError, RetryableError
+from storage.error import DamagedError, RetryableError
 
 LIMIT = 50_000_000_000
 """Bytes, where nobody says otherwise."""
@@ -71,8 +71,8 @@ class Cache:
     ) -> Held:
         """The folder `name` with all these files, copied by `fetch(file, path)` as far as they are not there.
 
-        With `keep` it is never evicted, nor counted. FatalError: a copy has another size than `files` say, or the disk
-        is full. Whatever `fetch` raises.
+        With `keep` it is never evicted, nor counted. DamagedError: a copy has another size than `files` say.
+        FatalError: the disk is full. Whatever `fetch` raises.
         """
         folder = self.folder / name
         for _ in range(_TRIES):
@@ -146,7 +146,7 @@ def _copy(folder: Path, file: DataFile, fetch: Callable[[str, Path], None]) -> N
     try:
         fetch(file.name, fresh)
         if fresh.stat().st_size != file.size:
-            raise FatalError(
+            raise DamagedError(
                 f"{file.name} is gone or has another size in the store than its receipt says ({file.size:,} bytes); "
                 "run `distil verify`",
                 os.fspath(path),

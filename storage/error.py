@@ -33,5 +33,11 @@ class FatalError(DistilError):
     """Trying again without changing something cannot help."""
 
 
+class DamagedError(FatalError):
+    """What the store holds is not what was put there: bytes, sizes, files or a receipt are others. Nothing else is
+    damage, so that whoever takes damaged things away never takes one that merely could not be read just now.
+    """
+
+
 class RetryableError(DistilError):
     """The same call may succeed later."""

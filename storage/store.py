@@ -41,7 +41,7 @@ from storage.artifact import (
 )
 from storage.cache import LIMIT, Cache, Held
 from storage.disk import move_files, write_file, writing
-from storage.error import DistilError, FatalError, RetryableError
+from storage.error import DamagedError, DistilError, FatalError, RetryableError
 from storage.fingerprint import Hashes, canonical_json, sha256_bytes, sha256_file
 from storage.remote import (
     answering,
@@ -54,12 +54,14 @@ from storage.remote import (
     write_object,
 )
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 NODE = "DISTIL_NODE"
 """Environment variable: what receipts name as host instead of the host name, where one host has several nodes."""
 READERS = 16
-"""Receipts of a remote store that are read at a time: each is a round trip of milliseconds, and there may be 20,000."""
+"""Files of a remote store that are read or deleted at a time: each is a round trip of milliseconds, and there may be
+20,000."""
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
 POINTED_AT = ("model",)
 """Kinds of which people are told the folder: of a remote store their copies are never evicted."""
@@ -103,22 +105,29 @@ class Store:
         receipt = self.path(layout.receipt_path(ref.kind, ref.key))
         try:
             # Not `exists`, which for some file systems is False after any error.
-            self._patiently(partial(self.fs.info, receipt))
+            self.patiently(partial(self.fs.info, receipt))
         except FileNotFoundError:
             return False
         return bool(self.find(layout.key_folder(ref.kind, ref.key)))
 
     def receipt(self, ref: Ref) -> Receipt:
-        """The receipt of `ref`. FatalError if there is none, or if it is damaged or belongs to another artifact."""
+        """The receipt of `ref`. FatalError if there is none; DamagedError as of `receipt_if_there`."""
+        receipt = self.receipt_if_there(ref)
+        if receipt is None:
+            raise FatalError(f"{ref.kind} {ref.label} is not in the store {self.root}; run `distil retry`")
+        return receipt
+
+    def receipt_if_there(self, ref: Ref) -> Receipt | None:
+        """The receipt of `ref`, or None where there is none. DamagedError if it is damaged or of another artifact."""
         path = self.path(layout.receipt_path(ref.kind, ref.key))
         try:
-            receipt = self._patiently(partial(self._read_receipt, path))
-        except FileNotFoundError as error:
-            raise FatalError(f"{ref.kind} {ref.label} is not in the store {self.root}; run `distil retry`") from error
-        except FatalError as error:
-            raise FatalError(f"{ref.kind} {ref.label}: {error}", path) from error
+            receipt = self.patiently(partial(self._read_receipt, path))
+        except FileNotFoundError:
+            return None
+        except FatalError as error:  # damaged, or it may not be read
+            raise type(error)(f"{ref.kind} {ref.label}: {error}", path) from error
         if (receipt.kind, receipt.key) != (ref.kind, ref.key):
-            raise FatalError(
+            raise DamagedError(
                 f"{ref.kind} {ref.label}: {path}: this receipt is of {receipt.kind} {receipt.label}, "
                 f"not of {ref.label}; run `distil verify`",
                 path,
@@ -147,22 +156,26 @@ class Store:
         return [ref for ref in wanted if ref.key not in there[ref.kind]]
 
     def receipts_of(self, refs: Iterable[Ref]) -> list[Receipt]:
-        """Receipts of those of `refs` that are there, in their order; what is there is asked by listings, as `keys`."""
+        """Receipts of those of `refs` that are there, in their order; what is there is asked by listings, as `keys`.
+
+        One that goes away between the listing and the read was not there: who asks gets what they would a moment later.
+        """
         wanted = list(refs)
         there = self._there(wanted)
-        found = [ref for ref in wanted if ref.key in there[ref.kind]]
-        if self.is_local:
-            return [self.receipt(ref) for ref in found]
-        with ThreadPoolExecutor(READERS, thread_name_prefix="receipts") as pool:
-            return list(pool.map(self.receipt, found))
+        return list(self._read_all(ref for ref in wanted if ref.key in there[ref.kind]))
+
+    def _read_all(self, refs: Iterable[Ref]) -> Iterator[Receipt]:
+        """Receipts in the order of `refs`, which were listed; without those that are gone since."""
+        for receipt in self.each(self.receipt_if_there, refs):
+            if receipt is not None:
+                yield receipt
 
     def _there(self, refs: Iterable[Ref]) -> dict[str, set[str]]:
         return {kind: self.keys(kind) for kind in {ref.kind for ref in refs}}
 
     def receipts(self, kind: str) -> Iterator[Receipt]:
-        """Every receipt of `kind`, in the order of keys (reads each)."""
-        for key in self.receipt_keys(kind):
-            yield self.receipt(Ref(kind, key, key[:12]))
+        """Every receipt of `kind`, in the order of keys (reads each), as `receipts_of` does."""
+        return self._read_all(Ref(kind, key, key[:12]) for key in self.receipt_keys(kind))
 
     def receipt_keys(self, kind: str) -> list[str]:
         """Keys of `kind` that have a receipt, with or without data, in order; reads none."""
@@ -171,13 +184,19 @@ class Store:
         return sorted(filter(is_key, keys))
 
     def failures(self, kind: str) -> list[Failure]:
-        """Failures of `kind` that no later success has removed."""
+        """Failures of `kind` that no later success has removed, not even since the listing."""
         paths = [
             self.path(f"{layout.receipts_folder(kind)}/{name}")
             for name in sorted(self._names(layout.receipts_folder(kind)))
             if name.endswith(layout.FAILURE)
         ]
-        return [failure_from_json(self._read(path), path) for path in paths]
+        return [failure for failure in self.each(self._failure_if_there, paths) if failure is not None]
+
+    def _failure_if_there(self, path: str) -> Failure | None:
+        try:
+            return failure_from_json(self._read(path), path)
+        except FileNotFoundError:
+            return None
 
     @property
     def scratch_folder(self) -> Path:
@@ -285,27 +304,29 @@ class Store:
         """A local folder that holds the artifact's files, for as long as the value lives; `check` hashes every file
         that this process has not hashed yet, or that is not as it was then.
 
-        Of a remote store they are copied into the cache first. FatalError that names the first file that is gone, has
+        Of a remote store they are copied into the cache first. DamagedError that names the first file that is gone, has
         another size or, with `check`, other bytes than the receipt says; or, with `check`, that is none of them.
+        FatalError: files may not be read, or the cache's disk is full.
         """
         folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
         held = Held(Path(self.path(folder))) if self.is_local else self._cached(folder, receipt)
-        for file in receipt.files:
-            path = held.folder / file.name
-            if not path.exists() or path.stat().st_size != file.size:
-                raise FatalError(
-                    f"{receipt.kind} {receipt.label}: {path} is gone or has another size than its receipt says; "
-                    "run `distil verify`",
-                    os.fspath(path),
-                )
-            if check and not self._has_its_bytes(path, file, partial(self._cached, folder, receipt)):
-                raise FatalError(
-                    f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt; "
-                    "run `distil verify`",
-                    os.fspath(path),
-                )
+        with answering(f"the store {self.root}" if self.is_local else f"the cache {self.cache.folder}"):
+            for file in receipt.files:
+                path = held.folder / file.name
+                if _size(path) != file.size:
+                    raise DamagedError(
+                        f"{receipt.kind} {receipt.label}: {path} is gone or has another size than its receipt says; "
+                        "run `distil verify`",
+                        os.fspath(path),
+                    )
+                if check and not self._has_its_bytes(path, file, partial(self._cached, folder, receipt)):
+                    raise DamagedError(
+                        f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt; "
+                        "run `distil verify`",
+                        os.fspath(path),
+                    )
         if check and self.is_local and (stray := self.strays(receipt)):
-            raise FatalError(f"{receipt.kind} {receipt.label}: {stray[0]} {STRAY}", stray[0])
+            raise DamagedError(f"{receipt.kind} {receipt.label}: {stray[0]} {STRAY}", stray[0])
         return held
 
     def strays(self, receipt: Receipt) -> list[str]:
@@ -377,7 +398,7 @@ class Store:
     def find(self, relative: str) -> dict[str, dict[str, Any]]:
         """Every file below a folder of the store: path inside the store -> size, mtime… as the file system says."""
         self.fs.invalidate_cache()
-        found = self._patiently(partial(files_below, self.fs, self.path(relative)))
+        found = self.patiently(partial(files_below, self.fs, self.path(relative)))
         base = len(self.path(""))
         return {path[base:]: detail for path, detail in found.items()}
 
@@ -385,10 +406,26 @@ class Store:
         """Deletes one file, if it is there."""
         self._remove(relative)
 
+    def remove_all(self, relatives: Iterable[str]) -> None:
+        """Deletes files, as far as they are there.
+
+        One a request: servers do not agree on requests for a thousand, and s3fs says nothing of what is refused in one.
+        """
+        for _ in self.each(self._remove, relatives):
+            pass
+
+    def each(self, call: Callable[[S], T], things: Iterable[S]) -> Iterator[T]:
+        """`call` of each thing, in their order; of a remote store READERS of them at a time."""
+        if self.is_local:
+            yield from map(call, things)
+        else:
+            with ThreadPoolExecutor(READERS, thread_name_prefix="store") as pool:
+                yield from pool.map(call, things)
+
     def _names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache()
         try:
-            paths = self._patiently(partial(self.fs.ls, self.path(folder), detail=False))
+            paths = self.patiently(partial(self.fs.ls, self.path(folder), detail=False))
         except FileNotFoundError:
             return []
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
@@ -397,29 +434,29 @@ class Store:
         data = self.fs.cat_file(path)
         try:
             return receipt_from_json(data, path)
-        except FatalError as error:
+        except DamagedError as error:
             if self.fs.info(path)["size"] == len(data):
                 raise
             raise RetryableError(f"{path} came with {len(data):,} bytes only", path) from error
 
     def _read(self, path: str) -> bytes:
-        data: bytes = self._patiently(partial(self.fs.cat_file, path))
+        data: bytes = self.patiently(partial(self.fs.cat_file, path))
         return data
 
     def _write(self, relative: str, data: bytes) -> None:
         path = self.path(relative)
         if self.is_local:
-            self._patiently(partial(write_file, Path(path), data))
+            self.patiently(partial(write_file, Path(path), data))
         else:
-            self._patiently(partial(write_object, self.fs, path, data))
+            self.patiently(partial(write_object, self.fs, path, data))
 
     def _remove(self, relative: str) -> None:
         try:
-            self._patiently(partial(self.fs.rm_file, self.path(relative)))
+            self.patiently(partial(self.fs.rm_file, self.path(relative)))
         except FileNotFoundError:
             return
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def patiently(self, call: Callable[[], T]) -> T:
         """`call` with the errors of `access`; of a remote store again after a pause if the error may pass."""
 
         def once() -> T:
@@ -440,11 +477,19 @@ class Store:
         except FileNotFoundError as error:
             if error.filename == os.fspath(path):
                 raise  # the folder that it goes to was deleted
-            raise FatalError(f"{remote} is gone from the store; run `distil verify`", remote) from error
+            raise DamagedError(f"{remote} is gone from the store; run `distil verify`", remote) from error
 
     def _download(self, remote: str, path: Path) -> None:
         with self.access(), self.cache.filling():
             download(self.fs, remote, path)
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file, or None where there is none; not `exists`, which may take one that cannot be read for that."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 @cache

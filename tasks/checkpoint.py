@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storage.artifact import Receipt, Ref
-from storage.error import FatalError
+from storage.error import DamagedError
 from storage.store import Store
 from tasks.run import SCHEMA, RunSpec
 
@@ -67,12 +67,18 @@ def save_checkpoint(
 
 
 def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restores the newest whole checkpoint; a damaged one is passed over for the one before. Progress() if none."""
+    """Restores the newest whole checkpoint; a damaged one is passed over for the one before. Progress() if none.
+
+    FatalError, RetryableError: one cannot be read, since the cache is full or access is refused, say. That ends the
+    run: its checkpoints are good, and to begin without them would throw the work away.
+    """
     for step in reversed(steps_kept(store, run)):
         ref = checkpoint_ref(run, step)
         try:
+            if store.receipt_if_there(ref) is None:
+                continue  # gone since the listing
             return load_step(store, run, model, optimizer, step)
-        except FatalError as error:
+        except DamagedError as error:
             store.withdraw(ref)
             store.fail(ref, error)
     return Progress()
@@ -126,9 +132,9 @@ def _drop_old(store: Store, run: RunSpec, progress: Progress) -> None:
 def discard(store: Store, ref: Ref) -> None:
     """Withdraws a checkpoint and deletes its data; `gc` does that where the receipt is damaged and names none."""
     try:
-        receipt = store.receipt(ref)
-    except FatalError:
-        store.withdraw(ref)
-        return
+        receipt = store.receipt_if_there(ref)
+    except DamagedError:
+        receipt = None
     store.withdraw(ref)
-    store.drop_data(receipt)
+    if receipt is not None:
+        store.drop_data(receipt)

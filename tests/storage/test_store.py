@@ -1,5 +1,6 @@
 """The store on a local folder and in memory: receipts, commit order, missing, verify, gc, leases."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -139,6 +140,43 @@ def test_verify_names_and_withdraws_exactly_what_is_wrong(store: Store) -> None:
     assert verify(store) == []
 
 
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), OSError(errno.EIO, "tired")])
+def test_verify_names_what_it_cannot_read_goes_on_and_withdraws_nothing_for_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    receipts = {label: put(store, label) for label in "abc"}
+    store.fs.pipe_file(store.path(_data(receipts["a"])), b"other")
+    monkeypatch.setattr("storage.remote.PAUSES", ())
+    opened = store.fs.open
+
+    def refusing(path: str, *more: object, **named: object) -> object:
+        if receipts["b"].key in path:
+            raise error
+        return opened(path, *more, **named)
+
+    monkeypatch.setattr(store.fs, "open", refusing)
+    faults = {fault.ref.key: fault.what for fault in verify(store)}
+    assert faults == {receipts["a"].key: "damaged", receipts["b"].key: "unread"}
+    assert store.missing(ref_of(label) for label in "abc") == [ref_of("a")]
+
+
+def test_what_goes_between_a_listing_and_a_read_was_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, "a")
+    gone = put(store, "b")
+    store.fail(ref_of("c"), FatalError("no"))
+    listed = store._names
+
+    def then_removed(folder: str) -> list[str]:
+        names = listed(folder)
+        store.withdraw(gone.ref)
+        store.remove(layout.failure_path("blocks", ref_of("c").key))
+        return names
+
+    monkeypatch.setattr(store, "_names", then_removed)
+    assert [receipt.ref for receipt in store.receipts("blocks")] == [ref_of("a")]
+    assert store.failures("blocks") == []
+
+
 def test_an_edited_receipt_is_noticed(store: Store) -> None:
     receipt = put(store, "a")
     path = store.path(layout.receipt_path("blocks", receipt.key))
@@ -220,3 +258,7 @@ def test_a_read_only_store_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir(mode=0o500)
     with pytest.raises(FatalError, match="may not be written"):
         put(Store(tmp_path / "store"), "a")
+
+
+def _data(receipt: Receipt) -> str:
+    return layout.data_path("blocks", receipt.key, receipt.content, "blocks.arrow")

@@ -1,5 +1,6 @@
 """The trainer as a process: it ends with the same bits however often it is killed, and never on bad numbers."""
 
+import errno
 import json
 import os
 import random
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from storage.artifact import Ref
+from storage.error import FatalError
 from storage.store import Store
 from tasks.batch import Masking, make_batch
 from tasks.build import build
-from tasks.checkpoint import steps_kept
+from tasks.checkpoint import Progress, load_checkpoint, save_checkpoint, steps_kept
 from tasks.config import Loss, Recipe, Train
 from tasks.corpus import Corpus
 from tasks.flops import training_work
@@ -367,3 +369,24 @@ def test_on_a_gpu_lines_tell_the_utilisation(place: Path, tmp_path: Path, monkey
     assert meter.work == training_work(built.student, run.blocks.length, run.loss, online, online=True)
     assert meter.rate == 2e12
     assert make_meter(run, built, cpu, World()).work is None
+
+
+def test_checkpoints_that_cannot_be_read_now_are_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = run_of(place, tmp_path), Store(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
+    student = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(student.parameters())
+    for step in (4, 8):
+        save_checkpoint(store, run, student, optimizer, Progress(step=step))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    elsewhere = Store(store.root, cache=tmp_path / "full")
+    monkeypatch.setattr("storage.store.download", full)
+    with pytest.raises(FatalError, match="full"):
+        load_checkpoint(elsewhere, run, student, optimizer)
+    assert steps_kept(store, run) == [4, 8]
+    monkeypatch.undo()
+    assert load_checkpoint(elsewhere, run, student, optimizer).step == 8
