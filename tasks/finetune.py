@@ -159,8 +159,11 @@ def _tune(
 
 
 def _arguments(tuning: Tuning, metric: str, seed: int, lr: float, use_cpu: bool, scratch: Path) -> TrainingArguments:
-    """Checkpoints are weights only, in a temporary folder, to go back to the best epoch; nothing reports anywhere."""
-    return TrainingArguments(
+    """Checkpoints are weights only, in a temporary folder, to go back to the best epoch; nothing reports anywhere.
+
+    One GPU, however many there are: transformers would feed each of them a batch, which is another protocol.
+    """
+    arguments = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=tuning.epochs,
         learning_rate=lr,
@@ -182,6 +185,8 @@ def _arguments(tuning: Tuning, metric: str, seed: int, lr: float, use_cpu: bool,
         report_to="none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _test(trainer: Trainer, folder: Path, data: Any, craft: Craft, tuning: Tuning) -> Scores:

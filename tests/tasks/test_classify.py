@@ -3,11 +3,11 @@
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, TrainingArguments
 
 from tasks import finetune as module
 from tasks.classify import SentenceCraft, give_pair_form
-from tasks.finetune import finetune
+from tasks.finetune import _arguments, finetune
 from tasks.labelled import Example
 from tasks.metric import unpack
 from tasks.pair_set import load_pairs
@@ -124,3 +124,11 @@ def test_bert_is_told_which_text_is_which(folder, pairs, tmp_path):
     features = SentenceCraft(("a", "b")).encode([Example("Le juge", "refuse", 1)], tokenizer, 20, True)[0].features
     assert len(features["token_type_ids"]) == len(features["input_ids"])
     assert 0 <= tune(tmp_path, pairs, SHORT)["accuracy"] <= 1
+
+
+def test_a_batch_is_the_protocols_however_many_gpus_there_are(monkeypatch, tmp_path):
+    tuning = Tuning(batch_rows=6)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    plain = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=6)
+    assert plain.train_batch_size == 48, "else there is nothing to guard against"
+    assert _arguments(tuning, "accuracy", 0, 1e-3, use_cpu=False, scratch=tmp_path).train_batch_size == 6
