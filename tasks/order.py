@@ -4,10 +4,10 @@ Shards are shuffled, then rows are shuffled inside a window of a few shards: it 
 fit anywhere, and the cursor of a run is one global row number.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class Window(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: what is remembered of it below is asked for with every micro-batch
 class Order:
     """`sizes` are the rows of each part of the manifest, `window` how many parts are shuffled together."""
 
@@ -34,7 +34,7 @@ class Order:
     window: int
     seed: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows in one epoch."""
         return sum(self.sizes)
@@ -54,21 +54,17 @@ class Order:
     def window_at(self, row: int) -> Window:
         """The window that a global row lies in."""
         epoch, offset = divmod(row, self.rows)
-        windows = _windows(self, epoch)
-        ends = list(accumulate(sum(self.sizes[part] for part in parts) for parts in windows))
-        number = bisect_right(ends, offset)
+        windows, starts = _windows(self, epoch)
+        number = bisect_right(starts, offset) - 1
         before = epoch * self.rows
-        return Window(epoch, windows[number], before + (ends[number - 1] if number else 0), before + ends[number])
+        return Window(epoch, windows[number], before + starts[number], before + starts[number + 1])
 
     def _within(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
+        _, starts = _windows(self, epoch)
         pieces = []
-        begin = 0
-        for number, parts in enumerate(_windows(self, epoch)):
-            end = begin + sum(self.sizes[part] for part in parts)
-            if begin < stop and start < end:
-                chosen = _shuffled(self, epoch, number)[:, max(start, begin) - begin : min(stop, end) - begin]
-                pieces.append(chosen)
-            begin = end
+        for number in range(bisect_right(starts, start) - 1, bisect_left(starts, stop)):
+            begin, end = starts[number], starts[number + 1]
+            pieces.append(_shuffled(self, epoch, number)[:, max(start, begin) - begin : min(stop, end) - begin])
         joined = np.concatenate(pieces, axis=1)
         return joined[0], joined[1]
 
@@ -78,15 +74,17 @@ def _generator(seed: int, *path: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=4)
-def _windows(order: Order, epoch: int) -> Sequence[tuple[int, ...]]:
+def _windows(order: Order, epoch: int) -> tuple[Sequence[tuple[int, ...]], Sequence[int]]:
+    """The windows of an epoch, and the row of the epoch that each begins with; one more is where the last ends."""
     shuffled = _generator(order.seed, epoch).permutation(len(order.sizes)).tolist()
-    return [tuple(shuffled[i : i + order.window]) for i in range(0, len(shuffled), order.window)]
+    windows = [tuple(shuffled[i : i + order.window]) for i in range(0, len(shuffled), order.window)]
+    return windows, list(accumulate((sum(order.sizes[part] for part in parts) for parts in windows), initial=0))
 
 
 @lru_cache(maxsize=4)
 def _shuffled(order: Order, epoch: int, number: int) -> Indices:
     """Part and row of every position of one window, shape [2, rows of the window]."""
-    parts = _windows(order, epoch)[number]
+    parts = _windows(order, epoch)[0][number]
     part = np.concatenate([np.full(order.sizes[p], p, np.int64) for p in parts])
     row = np.concatenate([np.arange(order.sizes[p], dtype=np.int64) for p in parts])
     return np.stack([part, row])[:, _generator(order.seed, epoch, number + 1).permutation(len(part))]

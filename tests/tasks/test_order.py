@@ -47,3 +47,11 @@ def test_only_a_window_of_shards_is_open_at_once() -> None:
     parts = order.stretch(0, order.rows)[0]
     for window in np.split(parts, 3):
         assert len(set(window.tolist())) == 2
+
+
+def test_the_order_of_a_run_is_for_good() -> None:
+    """A run that goes on with a newer version reads what it would have read."""
+    parts, rows, epochs = (column.tolist() for column in Order((3, 0, 2, 4), window=2, seed=7).stretch(0, 20))
+    assert parts == [0, 0, 0, 3, 3, 3, 2, 2, 3, 3, 3, 3, 3, 0, 0, 2, 0, 2, 3, 3]
+    assert rows == [1, 0, 2, 2, 0, 1, 1, 0, 3, 2, 0, 3, 1, 2, 1, 1, 0, 0, 0, 1]
+    assert epochs == [0] * 9 + [1] * 9 + [2] * 2
