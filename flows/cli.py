@@ -298,14 +298,13 @@ def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]
 
 
 def _run(recipe: "Recipe") -> None:
-    from flows.finished import all_done
+    from flows.finished import all_done, show_done
     from flows.home import open_store
 
-    done = all_done(open_store(recipe), recipe)
+    store = open_store(recipe)
+    done = all_done(store, recipe)
     if done:
-        from flows.report import show_sheet
-
-        show_sheet(recipe.name, done.sheet)
+        show_done(store, recipe, done)
         print(done.sentence)
         return
     _flow(recipe, "flows.distill", "distill", recipe)

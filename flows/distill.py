@@ -21,7 +21,7 @@ from flows.bind import bound_flow, run_one
 from flows.corpus import Prepared, failed_state, prepare_corpus, unexplained
 from flows.describe import Result, describe
 from flows.elsewhere import make_text_elsewhere
-from flows.finished import all_done, remember
+from flows.finished import all_done, remember, show_done
 from flows.home import link_model, open_store, settled
 from flows.launch import METRICS, Line, launch
 from flows.promote import Judgement, gate, gate_rows, record_standings
@@ -59,7 +59,7 @@ def run_chain(recipe: Recipe) -> State[Any]:
     store = open_store(recipe)
     done = all_done(store, recipe)
     if done:
-        show_sheet(recipe.name, done.sheet)
+        show_done(store, recipe, done)
         return Completed(message=done.sentence)
     protocol_of(recipe)  # a protocol or control that cannot be used is refused before hours of other work
     control_of(recipe)

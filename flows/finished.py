@@ -1,6 +1,7 @@
 """Whether a recipe has anything left to do, asked of the store alone: no server, no MLflow, within seconds.
 
-    done = all_done(store, recipe)          # None, or the sentence and the table to show
+    done = all_done(store, recipe)          # None, or the sentence and the table of then
+    show_done(store, recipe, done)          # prints the table as it is here and now
 
 Called by `distil run` before anything is started, and by the flow `distill`.
 """
@@ -8,12 +9,15 @@ Called by `distil run` before anything is started, and by the flow `distill`.
 from dataclasses import dataclass
 
 from flows import start
-from flows.home import registry_name
-from flows.report import Rows, number
+from flows.home import link_model, registry_name, tracking_uri
+from flows.places import LOOK, MADE, MODEL, places
+from flows.report import Rows, number, show_sheet
+from storage.artifact import Ref
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.config import Recipe
 from tasks.lineage import trace
+from tasks.model import open_model
 from tasks.protocol import load_protocol
 from tasks.run import RunSpec, model_ref
 
@@ -23,10 +27,11 @@ TOPIC = "finished-2"
 
 @dataclass(frozen=True)
 class Done:
-    """A run with nothing left to do: the sentence that says so, and the final table of when it was done."""
+    """A run with nothing left to do: the sentence that says so, the final table of when it was done, its model."""
 
     sentence: str
     sheet: dict[str, Rows]
+    model: Ref
 
 
 def all_done(store: Store, recipe: Recipe) -> Done | None:
@@ -43,7 +48,23 @@ def all_done(store: Store, recipe: Recipe) -> Done | None:
         f"nothing to do: {number(len(lineage.shards))} shards, {number(noted['rows'])} blocks, "
         f"{number(len(lineage.targets))} targets, model {model.label} ({model.key[:12]}) already there"
     )
-    return Done(sentence, {heading: [(name, text) for name, text in rows] for heading, rows in noted["sheet"]})
+    sheet = {heading: [(name, text) for name, text in rows] for heading, rows in noted["sheet"]}
+    return Done(sentence, sheet, model)
+
+
+def show_done(store: Store, recipe: Recipe, done: Done) -> None:
+    """Prints the table with the folders and servers of this home: on a shared store another user may have made it all,
+    or the run of another model since then. HOME/models/NAME leads to this model again.
+
+    FatalError: the model is not whole.
+    """
+    folder = link_model(recipe, open_model(store, done.model))
+    here = {(MADE, MODEL): str(folder)}
+    sheet: dict[str, Rows] = {
+        heading: [(name, here.get((heading, name), text)) for name, text in rows]
+        for heading, rows in done.sheet.items()
+    }
+    show_sheet(recipe.name, sheet | {LOOK: places(recipe, folder, tracking_uri(recipe))})
 
 
 def remember(store: Store, recipe: Recipe, run: RunSpec, sheet: dict[str, Rows]) -> None:

@@ -12,9 +12,8 @@ from flows.service import answers
 from storage.disk import writing
 from storage.store import Store
 from tasks.config import Recipe
+from tasks.recipe import placed
 
-HOME = ".distil"
-"""The default folder, below the current one."""
 TYPED = "DISTIL_RECIPE"
 """Environment variable: recipe file and overrides as the user typed them, for the commands that we tell him."""
 REGISTERED = "models:/"
@@ -23,8 +22,7 @@ REGISTERED = "models:/"
 
 def settled(recipe: Recipe) -> Recipe:
     """The recipe with its folders filled in, as when it comes from the Prefect form with both left empty."""
-    home = str(Path(recipe.home or HOME).absolute())
-    return recipe.model_copy(update={"home": home, "store": recipe.store or f"{home}/store"})
+    return placed(recipe)
 
 
 def open_store(recipe: Recipe) -> Store:

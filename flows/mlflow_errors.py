@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage.error import FatalError, RetryableError
 from storage.remote import client_errors, from_afar, translated
@@ -23,7 +24,7 @@ def answering() -> Iterator[None]:
     be back in a moment."""
     try:
         yield
-    except (MlflowException, RequestException) as error:
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
         said = _sentence(error)
         if _database_is_full(error):
             raise FatalError(f"MLflow's database cannot be written; make space there: {said}") from error

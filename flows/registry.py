@@ -23,7 +23,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
 
-from flows.home import REGISTERED, tracking_uri
+from flows.home import REGISTERED, public, tracking_uri
 from flows.mlflow_errors import answering
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
@@ -166,13 +166,23 @@ def open_registry(recipe: Recipe) -> Registry:
     return Registry(connect(recipe)[0])
 
 
+@answering()
 def connect(recipe: Recipe) -> tuple[MlflowClient, str]:
-    """A client of the recipe's MLflow, and where that is; the folder of a local database is made."""
+    """A client of the recipe's MLflow, and where that is; the folder of a local database is made.
+
+    FatalError: the driver of its database is not installed. RetryableError: a database does not answer.
+    """
     uri = tracking_uri(recipe)
     if uri.startswith("sqlite:"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
-    return MlflowClient(uri), uri
+    try:
+        return MlflowClient(uri), uri
+    except ModuleNotFoundError as error:
+        raise FatalError(
+            f"MLflow's database {public(uri)} needs the Python package {error.name}; for PostgreSQL: "
+            "pip install -e '.[postgres]'"
+        ) from error
 
 
 @answering()

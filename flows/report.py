@@ -6,6 +6,7 @@ Tables go to standard output, bars to standard error.
 import html
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,8 +76,20 @@ def how_to_retry(recipe: Recipe, stage: str, shard: str) -> str:
     """The command with the recipe and overrides of this run; of a run that came from a deployment, the deployment."""
     typed = os.environ.get(TYPED)
     if typed:
-        return f"distil retry {typed} --stage {stage} --shard {shard}"
+        return f"distil retry {typed} --stage {stage} --shard {shlex.quote(shard)}"
     return f"Retry on this run, or run retry-shard/{recipe.name} with stage = {stage} and shard = {shard}"
+
+
+def all_again(recipe: Recipe) -> str:
+    """What to do about a whole failure table; only a run that came from a deployment has Retry in the UI."""
+    if os.environ.get(TYPED):
+        return (
+            "Mend the cause, then run the command in the last column, or the same run again, which makes all of them."
+        )
+    return (
+        f"Mend the cause, then press Retry on this run, or run the deployment retry-shard/{recipe.name} with stage and "
+        "shard as in the table."
+    )
 
 
 def show_failures(rows: Sequence[Mapping[str, Any]]) -> None:

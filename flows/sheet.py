@@ -3,7 +3,6 @@
 sheet = sections(store, course, seconds)       # heading -> rows of (name, text); report.py prints it
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from flows.comparison import (
     ratio_text,
     spread_text,
 )
-from flows.home import public
 from flows.launch import METRICS
+from flows.places import LOOK, MADE, MODEL, places
 from flows.report import Rows, number, seconds, size
 from storage.store import Store
 from tasks.config import Recipe
@@ -51,11 +50,11 @@ class Course:
 def sections(store: Store, course: Course, total: float) -> dict[str, Rows]:
     """All rows by heading; `total` is the wall time of the run in seconds."""
     return {
-        "Made": _made(store, course),
+        MADE: _made(store, course),
         "Scores": score_rows(course.scores),
         "Fill-mask": fill_mask_rows(course.scores.get("fill-mask", {})),
         "Gate": course.gate,
-        "Where to look": _places(course),
+        LOOK: places(course.recipe, course.model_folder, course.mlflow_uri),
         "Time": [(name, seconds(value)) for name, value in course.stage_seconds.items()] + [("total", seconds(total))],
     }
 
@@ -75,7 +74,7 @@ def _made(store: Store, course: Course) -> Rows:
         ("blocks", f"{number(run.rows)} of {run.blocks.length} tokens"),
         ("tokens", number(sum(part.tokens for part in run.manifest))),
         ("training", f"{number(run.total_steps)} steps, {number(model.tokens)} tokens{speed}"),
-        ("model", str(course.model_folder)),
+        (MODEL, str(course.model_folder)),
         ("MLflow run", course.mlflow_url or course.mlflow_run),
         ("MLflow model", course.mlflow_model),
     ]
@@ -171,15 +170,3 @@ def fill_mask_rows(figures: Scores) -> Rows:
 
 def _answers(name: str, answers: Any) -> str:
     return f"{name}: " + ", ".join(f"{answer['token']} {100 * answer['probability']:.0f} %" for answer in answers)
-
-
-def _places(course: Course) -> Rows:
-    seen = [("curves, models and runs", f"distil up --home {course.recipe.home}")]
-    if not course.mlflow_uri.startswith("sqlite"):
-        seen = [("curves and models", public(course.mlflow_uri)), ("runs", os.environ.get("PREFECT_UI_URL", ""))]
-    return [
-        ("store", course.recipe.store),
-        *seen,
-        ("the model", f"pipeline('fill-mask', model='{course.model_folder}')"),
-        ("what is there", "distil status RECIPE.toml"),
-    ]

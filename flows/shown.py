@@ -23,7 +23,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.report import failure_rows, show_failures
+from flows.report import all_again, failure_rows, show_failures
 from storage.artifact import Failure
 from tasks.config import Recipe
 
@@ -49,12 +49,9 @@ def publish_failures(recipe: Recipe, failures: tuple[Failure, ...]) -> None:
     rows = failure_rows(recipe, failures[:FAILURE_ROWS])
     show_failures(rows)
     more = f" (the first {FAILURE_ROWS} are listed)" if failures[FAILURE_ROWS:] else ""
-    how = (
-        f"Mend the cause, then press Retry on this run, or run the deployment retry-shard/{recipe.name} with stage and "
-        "shard as in the table, or the command in its last column."
-    )
     with only_a_view():
-        create_table_artifact(rows, "failures", f"{len(failures)} failed{more}; all others are done. {how}")
+        about = f"{len(failures)} failed{more}; all others are done. {all_again(recipe)}"
+        create_table_artifact(rows, "failures", about)
 
 
 def publish_sheet(sheet: str, mlflow_url: str) -> None:

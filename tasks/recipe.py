@@ -17,9 +17,13 @@ from pydantic import ValidationError
 from storage.error import FatalError
 from tasks.config import Recipe, S
 
+HOME = ".distil"
+"""The default home, below the current folder."""
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and applies overrides such as `train.lr=1e-3`; relative paths are the file's own.
+    """Reads a recipe file and applies overrides such as `train.lr=1e-3`; relative paths are the file's own, but
+    `home` and `store` lie below the current folder.
 
     A file may say `extends = "other.toml"` and name only what differs from that recipe.
     FatalError that names the file and the field where something does not fit.
@@ -27,7 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values, folders = _extended(Path(path), ())
     for override in overrides:
         _override(values, override)
-    recipe = make_recipe(values, str(path))
+    recipe = placed(make_recipe(values, str(path)))
     for folder in folders:
         recipe = _anchored(recipe, folder)
     return recipe
@@ -95,15 +99,21 @@ def _override(values: dict[str, Any], text: str) -> None:
     values[field] = value
 
 
+def placed(recipe: Recipe) -> Recipe:
+    """The recipe with `home` and `store` filled in, as whole paths below the current folder.
+
+    Both are in no key. Servers, workers and trainers have working folders of their own, and so have the runs of a
+    deployment, whose recipe has the folders of whoever deployed it (with containers: inside the image).
+    """
+    home = str(Path(recipe.home or HOME).absolute())
+    store = recipe.store or f"{home}/store"
+    return recipe.model_copy(update={"home": home, "store": store if "://" in store else str(Path(store).absolute())})
+
+
 def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     """Makes paths that lie beside the recipe file absolute, so that the recipe works from any folder."""
-    # Servers, workers and trainers have working folders of their own.
-    home = str(Path(recipe.home or ".distil").absolute())
-    store = recipe.store if "://" in recipe.store or not recipe.store else str(Path(recipe.store).absolute())
     return recipe.model_copy(
         update={
-            "home": home,
-            "store": store or f"{home}/store",
             "corpus": recipe.corpus.model_copy(update={"url": beside(recipe.corpus.url, folder)}),
             "blocks": recipe.blocks.model_copy(update={"tokenizer": beside(recipe.blocks.tokenizer, folder)}),
             "teacher": recipe.teacher.model_copy(update={"model": beside(recipe.teacher.model, folder)}),

@@ -1,5 +1,6 @@
 """The command itself: quick help, exit statuses, one sentence for a mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,55 @@ def test_gc_takes_recipes_and_settings_and_nothing_else(distil) -> None:
 def test_what_verify_says_to_do_has_the_settings_too(distil) -> None:
     done = distil("verify", "tiny.toml", "blocks.length=16")
     assert "`distil retry tiny.toml blocks.length=16` makes them again" in done.stderr
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """What a command sets in it is gone afterwards."""
+    monkeypatch.setattr(os, "environ", dict(environment))
+
+
+def test_the_command_to_retry_has_the_file_and_settings_that_were_typed(
+    own_environment: None, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import cli
+    from flows.report import how_to_retry
+
+    monkeypatch.chdir(place)
+    Path("far").mkdir(exist_ok=True)
+    Path("far/more.toml").write_text('extends = "../tiny.toml"\n', encoding="utf-8")
+    loaded = cli._recipe(Path("far/more.toml"), ["corpus.url=corpus", "score.sentences=['a b']"])
+    assert loaded.name == "tiny"
+    assert how_to_retry(loaded, "blocks", "a-0") == (
+        "distil retry far/more.toml corpus.url=corpus "
+        """'score.sentences=['"'"'a b'"'"']' --stage blocks --shard a-0"""
+    )
+
+
+def test_every_command_asks_the_mlflow_of_a_distil_up_that_serves_its_home(
+    own_environment: None, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import cli, server
+    from flows.home import tracking_uri
+
+    monkeypatch.chdir(place)
+    addresses = {"prefect_api": "http://here/api", "prefect_ui": "http://here", "mlflow": "http://here:5000"}
+    monkeypatch.setattr(server, "live_up", lambda home: addresses)
+    assert tracking_uri(cli._recipe(Path("tiny.toml"), None)) == "http://here:5000"
+
+
+def test_gc_lays_the_settings_over_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from flows import cli
+
+    asked: list[object] = []
+
+    def load(path: Path, overrides: list[str]) -> None:
+        asked.append((path, overrides))
+        if len(asked) == 2:
+            raise KeyboardInterrupt  # the rest is not of interest
+
+    monkeypatch.setattr(cli, "_recipe", load)
+    CliRunner().invoke(cli.app, ["gc", "a.toml", "corpus.url=/data/x", "b.toml", "--delete"])
+    assert asked == [(Path("a.toml"), ["corpus.url=/data/x"]), (Path("b.toml"), ["corpus.url=/data/x"])]

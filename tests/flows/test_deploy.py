@@ -48,6 +48,18 @@ def test_every_bundled_recipe_gets_every_flow_and_no_brace_is_left() -> None:
         assert "image" not in entry["work_pool"]["job_variables"]
 
 
+def test_runs_of_a_deployment_get_whole_paths_of_where_it_was_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an image that is /state, its working folder; a run itself begins in the checkout, which is read-only there."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(BUNDLED[0], ["home=state"])
+    project = render(yaml.safe_load(PROJECT.read_text()), [recipe], Pool())
+    for entry in project["deployments"]:
+        given = entry["parameters"]["recipe"]
+        assert (given["home"], given["store"]) == (f"{tmp_path}/state", f"{tmp_path}/state/store")
+
+
 def test_a_container_pool_gets_the_image() -> None:
     for entry in rendered(Pool("far", "kubernetes", "registry/distil:1"))["deployments"]:
         assert entry["work_pool"]["job_variables"]["image"] == "registry/distil:1"

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
+from flows import registry
 from flows.home import set_environment
 from flows.track import Book, open_book
+from storage.error import DistilError, FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe import make_recipe
 from tests.tiny import make_teacher
@@ -72,6 +75,32 @@ def test_files_of_a_result_lie_beside_the_weights(book: Book, tmp_path_factory: 
     assert (inside / "model.safetensors").exists()
     assert [file.path for file in book.client.list_artifacts(run)] == ["README.md"]
     assert book.registry.named("models:/kept/1") == book.registry.version("kept")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "said"),
+    [
+        (
+            ModuleNotFoundError("No module named 'psycopg2'", name="psycopg2"),
+            FatalError,
+            "//db/mlflow needs .* psycopg2",
+        ),
+        (OperationalError("select", {}, Exception("refused")), RetryableError, "did not answer: .*refused"),
+    ],
+)
+def test_a_database_that_cannot_be_opened_is_one_sentence_without_its_password(
+    raised: Exception, expected: type[DistilError], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_uri: str) -> None:
+        raise raised
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql+psycopg2://me:secret@db/mlflow")
+    monkeypatch.setattr(registry, "MlflowClient", refuse)
+    recipe = make_recipe({"name": "tiny", "corpus": {"url": "x"}, "teacher": {"model": "y"}}, "test")
+    with pytest.raises(expected, match=said) as caught:
+        registry.connect(recipe)
+    assert "secret" not in str(caught.value)
 
 
 def make_folder(factory: pytest.TempPathFactory) -> Path:

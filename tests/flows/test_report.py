@@ -3,7 +3,7 @@
 import pytest
 
 from flows.home import TYPED
-from flows.report import CELL_CHARACTERS, failure_rows, markdown_sheet, markdown_tables
+from flows.report import CELL_CHARACTERS, all_again, failure_rows, how_to_retry, markdown_sheet, markdown_tables
 from storage.artifact import Failure
 from tasks.config import Recipe
 from tasks.recipe import make_recipe
@@ -26,6 +26,20 @@ def test_the_command_is_that_of_the_user_and_of_a_deployed_run_the_deployment(mo
     monkeypatch.delenv(TYPED)
     (row,) = failure_rows(recipe("mine"), [failure("bad")])
     assert "run retry-shard/mine with stage = blocks and shard = part-0001" in row["how to retry"]
+
+
+def test_a_name_that_the_shell_would_take_apart_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TYPED, "mine.toml")
+    assert how_to_retry(recipe("mine"), "source", "l'an 1") == (
+        """distil retry mine.toml --stage source --shard 'l'"'"'an 1'"""
+    )
+
+
+def test_what_can_be_done_about_a_table_depends_on_who_started_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TYPED, "mine.toml")
+    assert "the command in the last column" in all_again(recipe("mine"))
+    monkeypatch.delenv(TYPED)
+    assert "retry-shard/mine" in all_again(recipe("mine"))
 
 
 def test_a_cell_is_one_printable_line_of_bounded_length() -> None:

@@ -66,6 +66,15 @@ def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> Non
     assert trace(store, new).calibration == trace(store, old).calibration
 
 
+def test_home_and_store_are_in_no_key(place: Path, store: Store) -> None:
+    here = recipe_of(place, "old")
+    make_text(store, here)
+    there = here.model_copy(update={"home": "/elsewhere", "store": "/elsewhere/store"})
+    lineages = [trace(store, recipe) for recipe in (here, there)]
+    assert lineages[0].stages() == lineages[1].stages()
+    assert plan_key(here, lineages[0]) == plan_key(there, lineages[1])
+
+
 def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, store: Store) -> None:
     old = recipe_of(place, "old")
     blocks = make_text(store, old)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from storage.error import FatalError
-from tasks.recipe import load_recipe
+from tasks.recipe import load_recipe, make_recipe, placed
 
 BASE = """
 name = "small"
@@ -67,3 +67,16 @@ def test_home_and_store_are_the_same_folders_wherever_a_process_runs(
     ):
         recipe = load_recipe(path, overrides)
         assert (recipe.home, recipe.store) == (f"{tmp_path}/state", store)
+
+
+def test_a_form_may_name_folders_of_the_run_s_own_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"name": "x", "corpus": {"url": "c"}, "teacher": {"model": "t"}}
+    for home, store, expected in (
+        ("", "", (f"{tmp_path}/.distil", f"{tmp_path}/.distil/store")),
+        ("state", "there", (f"{tmp_path}/state", f"{tmp_path}/there")),
+        ("/a", "s3://b/c", ("/a", "s3://b/c")),
+    ):
+        recipe = placed(make_recipe(given | {"home": home, "store": store}, "form"))
+        assert (recipe.home, recipe.store) == expected
+        assert placed(recipe) == recipe

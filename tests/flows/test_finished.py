@@ -1,0 +1,55 @@
+"""What is done already is shown as it is here: with the folders of this home, whoever made it."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.finished import Done, show_done
+from flows.home import TYPED
+from flows.places import places
+from flows.report import Rows
+from storage.store import Store
+from tasks.config import Recipe
+from tasks.recipe import make_recipe
+from tests.artifacts import put
+
+
+def recipe_of(home: Path) -> Recipe:
+    values = {"name": "tiny", "home": str(home), "store": str(home.parent / "store"), "corpus": {"url": "x"}}
+    return make_recipe(values | {"teacher": {"model": "y"}}, "test")
+
+
+@pytest.fixture(autouse=True)
+def nobody_set_up_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "PREFECT_UI_URL", TYPED):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_second_user_of_a_shared_store_sees_his_own_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")  # of both
+    recipe, store = recipe_of(tmp_path / "b"), Store(tmp_path / "store")
+    receipt = put(store, "tiny", kind="model")
+    sheet: dict[str, Rows] = {
+        "Made": [("tokens", "12"), ("model", "/home/a/models/tiny")],
+        "Where to look": [("the model", "pipeline('fill-mask', model='/home/a/models/tiny')")],
+        "Time": [("total", "1 s")],
+    }
+    show_done(store, recipe, Done("nothing to do", sheet, receipt.ref))
+    said = "".join(capsys.readouterr().out.split())
+    link = tmp_path / "b" / "models" / "tiny"
+    assert (link / "blocks.arrow").read_bytes() == b"bytes"
+    assert "/home/a" not in said
+    assert said.count(str(link)) == 2
+
+
+def test_a_database_has_no_page_so_the_way_to_one_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path / "my home")
+    rows = dict(places(recipe, tmp_path, "postgresql+psycopg2://me:secret@db/mlflow"))
+    assert rows["curves, models and runs"] == f"distil up --home '{tmp_path}/my home'"
+    assert rows["what is there"] == "distil status RECIPE.toml"
+    monkeypatch.setenv(TYPED, "a.toml train.lr=1")
+    rows = dict(places(recipe, tmp_path, "http://me:secret@mlflow:5000"))
+    assert rows["curves and models"] == "http://mlflow:5000"
+    assert rows["what is there"] == "distil status a.toml train.lr=1"
