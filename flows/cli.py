@@ -272,18 +272,16 @@ def up(
     serve(loaded, homes[0], port, mlflow_port)
 
 
-@app.command(epilog='Example:  distil promote --model distil-demo --version 3 --force --reason "the set was mended"')
+@app.command(epilog='Example:  distil promote deployments/pilot.toml --version 3 --force --reason "the set was mended"')
 def promote(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="[RECIPE.toml]", help="Whose gate rules and MLflow; the demo's if left out")
-    ] = DEMO,
+    recipe: RecipeFile,
     overrides: Overrides = None,
     model: Annotated[str, typer.Option(help="Registered model, to make sure; it must be the recipe's own")] = "",
     version: Annotated[str, typer.Option(help="Number of the version; the challenger if left out")] = "",
     force: Annotated[bool, typer.Option("--force", help="Whatever the gate says; needs --reason")] = False,
     reason: Annotated[str, typer.Option(help="Why it is forced; kept with the version")] = "",
 ) -> None:
-    """Make a version the champion if the gate lets it through. Refused: status 1, and the reasons."""
+    """Make a version of the recipe's model champion if the gate lets it through. Refused: status 1, and the reasons."""
     loaded = _recipe(recipe, overrides)
     import getpass
 

@@ -1,6 +1,6 @@
 """Promotion: the gate's word on a version, kept as tags and as a Prefect artifact, and the alias `champion`.
 
-    distil promote --model M --version V [RECIPE.toml] [--force --reason "..."]
+    distil promote RECIPE.toml [--version V] [--force --reason "..."]
     flows/promote.py:promote                    entry point of the deployments `promote/NAME` (queue `promote`)
     judgement = gate(recipe, registry, version) the same inside `distill`, after its scores
 

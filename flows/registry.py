@@ -110,7 +110,9 @@ class Registry:
             if error.error_code not in ABSENT:
                 raise
             what = f"version {version} of model {name}" if version else f"model {name}"
-            raise FatalError(f"MLflow has no {what}; give --model and --version as it shows them") from error
+            raise FatalError(
+                f"MLflow has no {what}; give the recipe that registers it, and --version as MLflow shows it"
+            ) from error
 
     @answering()
     def named(self, uri: str) -> Version:

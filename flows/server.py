@@ -22,6 +22,8 @@ PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
 LATER = f"http://{LOOPBACK}:{PREFECT_PORT}"
 """Where the runs are seen afterwards, by `distil up`; links to runs say so."""
+OWN = "DISTIL_SERVER"
+"""Environment variable: the address of the server that `start_server` started, which lasts as long as the run."""
 RETENTION = {
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 24 * 3600),
@@ -41,15 +43,19 @@ def start_server(home: str) -> Callable[[], None]:
     # Registered before Prefect's own exit hooks, so it runs after they have sent what they still hold.
     atexit.register(stop, server)
     os.environ["PREFECT_API_URL"] = server.health.removesuffix("/health")
+    os.environ[OWN] = server.health.removesuffix("/api/health")
     os.environ.setdefault("PREFECT_UI_URL", LATER)
     return lambda: wait_until_up(server)
 
 
 def page_now(link: str) -> str:
-    """A link as it can be opened while the run lasts: the server of a plain `distil run` has any port, but links that
-    are kept name that of a later `distil up`."""
-    api = os.environ.get("PREFECT_API_URL", "")
-    return link.replace(LATER, api.removesuffix("/api")) if api else link
+    """A link to a page of Prefect as it can be opened while the run lasts.
+
+    The server of a plain `distil run` has any port, but links that are kept name that of a later `distil up`. Those of
+    any other server are right as they are: it may well have another address for browsers than for us.
+    """
+    own = os.environ.get(OWN)
+    return own + link.removeprefix(os.environ["PREFECT_UI_URL"].rstrip("/")) if own else link
 
 
 def join_up(home: str) -> bool:

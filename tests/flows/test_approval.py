@@ -2,18 +2,26 @@
 
 import contextvars
 import os
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import UUID
 
+import httpx
 import pytest
 
 from storage.fingerprint import sha256_bytes
 from tasks.config import Recipe
-from tasks.recipe import make_recipe
+from tasks.recipe import load_recipe, make_recipe
 from tasks.standing import Standing
+
+if TYPE_CHECKING:
+    from flows.track import Book
 
 pytestmark = pytest.mark.slow
 WAIT = 180.0
@@ -64,8 +72,9 @@ def answer(run: UUID, values: Mapping[str, object]) -> str:
         return str(client.read_flow_run(run).state.type.value)  # type: ignore[union-attr]
 
 
-def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
-    from flows.promote import promote, record_standings
+def scored_version(recipe: Recipe) -> "Book":
+    """The MLflow of a recipe, with one version that the gate lets through."""
+    from flows.promote import record_standings
     from flows.track import open_book
 
     book, name = open_book(recipe), recipe.register_as.name
@@ -75,6 +84,13 @@ def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
     record_standings(
         book.registry, book.registry.version(name, "1"), [Standing("heldout", "top1", (0.5,))], {"heldout": "a" * 64}
     )
+    return book
+
+
+def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
+    from flows.promote import promote
+
+    book, name = scored_version(recipe), recipe.register_as.name
     seen: set[UUID] = set()
     with ThreadPoolExecutor(1) as pool:
 
@@ -100,3 +116,57 @@ def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
         assert book.registry.champion(name) == book.registry.version(name, "1")
         tags = book.registry.version(name, "1").tags
         assert (tags["distil.gate.decision"], tags["distil.gate.approved_by"]) == ("promoted", "marie")
+
+
+ALONE = """
+name = "tiny"
+home = "home"
+[corpus]
+url = "x"
+[teacher]
+model = "y"
+[gate]
+approval = true
+"""
+
+
+def test_without_distil_up_the_link_leads_to_the_server_of_the_run(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny.toml").write_text(ALONE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "home" / "mlflow").mkdir(parents=True)
+    book = scored_version(load_recipe(tmp_path / "tiny.toml"))
+    command = [sys.executable, "-m", "flows.cli", "promote", "tiny.toml", "--version", "1"]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=said)
+    try:
+        server, page, run = link_in(tmp_path / "said", process)
+        wait_for(lambda: httpx.get(f"{server}/api/flow_runs/{run}", timeout=60).json()["state"]["type"] == "PAUSED")
+        browser = {"Accept": "text/html"}
+        assert "<html" in httpx.get(f"{server}{page}{run}", headers=browser, follow_redirects=True, timeout=60).text
+        form = {"run_input": {"approve": True, "by": "marie"}}
+        httpx.post(f"{server}/api/flow_runs/{run}/resume", json=form, timeout=60).raise_for_status()
+        assert process.wait(WAIT) == 0, (tmp_path / "said").read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert book.registry.version("distilled", "1").tags["distil.gate.approved_by"] == "marie"
+
+
+def link_in(said: Path, process: "subprocess.Popen[bytes]") -> tuple[str, str, str]:
+    """Waits until a process says where it can be answered: server, page and run."""
+    link = re.compile(r"answer in (http://127\.0\.0\.1:\d+)(/\S+/)(\S+)\n")
+    wait_for(lambda: link.search(said.read_text()) or process.poll() is not None)
+    found = link.search(said.read_text())
+    assert found, said.read_text()
+    server, page, run = found.groups()
+    return server, page, run
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT
+    while not what():
+        assert time.monotonic() < end, "it did not happen within three minutes"
+        time.sleep(0.2)

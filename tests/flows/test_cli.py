@@ -32,6 +32,7 @@ def test_every_command_has_help_with_an_example(repo: Path) -> None:
     [
         (["run"], 2, "RECIPE.toml"),
         (["fly"], 2, "fly"),
+        (["promote", "--model", "distilled", "--version", "1"], 2, "Missing argument 'RECIPE.toml'"),
         (["status", "absent.toml"], 1, "absent.toml: no such recipe file"),
         (["status", "tiny.toml", "loss.mlm=-1"], 1, "loss.mlm"),
         (["status", "tiny.toml", "corpus.url=/nowhere"], 1, "corpus.url /nowhere"),

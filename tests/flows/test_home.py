@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from flows.home import public, registry_name, tracking_uri, up_file
-from flows.server import LATER, page_now
 from tasks.config import Recipe
 from tasks.recipe import make_recipe
 
@@ -49,9 +48,3 @@ def test_what_is_registered_here_is_so_with_and_without_a_server_for_it(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5001")
     assert registry_name(recipe) == alone
     assert registry_name(recipe_of(tmp_path / "other")) != alone
-
-
-def test_a_link_can_be_opened_while_the_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:34567/api")
-    assert page_now(f"{LATER}/runs/flow-run/1") == "http://127.0.0.1:34567/runs/flow-run/1"
-    assert page_now("https://prefect.example/runs/flow-run/1") == "https://prefect.example/runs/flow-run/1"

@@ -1,4 +1,5 @@
-"""The flows as deployments: a real server, a process worker in another folder, path entry points."""
+"""The servers of a run: where its pages are. And the flows as deployments: a real server, a process worker in another
+folder, path entry points."""
 
 import os
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from flows import server
+from flows.service import Service
 
 DEPLOY = """
 import sys
@@ -84,6 +86,46 @@ def wait_until_up(url: str) -> None:
             time.sleep(0.2)
 
 
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No server is named in the environment; what a test sets is gone afterwards."""
+    for name in ("PREFECT_API_URL", "PREFECT_UI_URL", server.OWN):
+        monkeypatch.setenv(name, "")  # noted, so that it is put back
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("kept", [server.LATER, "https://prefect.example/here/"])
+def test_the_page_of_a_run_is_on_the_server_that_was_started_for_it(
+    bare: pytest.MonkeyPatch, tmp_path: Path, kept: str
+) -> None:
+    if kept != server.LATER:
+        bare.setenv("PREFECT_UI_URL", kept)
+    health = "http://127.0.0.1:34567/api/health"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    bare.setattr(server, "prefect_server", lambda *_: Service("prefect", ended, tmp_path / "log", health, 1.0))
+    server.start_server(str(tmp_path))
+    assert os.environ["PREFECT_UI_URL"] == kept
+    link = f"{kept.rstrip('/')}/runs/flow-run/1"
+    assert server.page_now(link) == "http://127.0.0.1:34567/runs/flow-run/1"
+
+
+@pytest.mark.parametrize(
+    ("api", "ui"),
+    [
+        ("http://127.0.0.1:42005/api", "http://127.0.0.1:42005"),  # its port begins as the usual one does
+        ("http://prefect:4200/api", server.LATER),  # docker/compose.yaml: browsers are outside
+    ],
+)
+def test_the_page_on_any_other_server_is_where_that_says(bare: pytest.MonkeyPatch, api: str, ui: str) -> None:
+    bare.setenv("PREFECT_API_URL", api)
+    bare.setenv("PREFECT_UI_URL", ui)
+    server.start_server("unused")
+    assert server.page_now(f"{ui}/runs/flow-run/1") == f"{ui}/runs/flow-run/1"
+
+
+@pytest.mark.slow
 def test_every_flow_runs_as_a_deployment(api: dict[str, str], place: Path, repo: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DEPLOY, str(repo), "tiny.toml"],
