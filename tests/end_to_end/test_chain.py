@@ -113,7 +113,7 @@ def test_a_source_cut_short_is_named_and_holds_back_only_itself(history: History
     heading, row = tables(history.broken.out)
     said = dict(zip(heading, row, strict=True))
     assert (said["stage"], said["file"]) == ("source", BROKEN)
-    assert said["howtoretry"] == "distilretrytiny.toml--stagesource--shardfr_meta_part_2"
+    assert said["howtoretry"] == f"distilretry{history.place.recipe}--stagesource--shardfr_meta_part_2"
     done = {(kind, label) for kind, label, _ in history.broken_stamps}
     kinds = {"source", "shard", "blocks", "targets"}
     whole = {(kind, label) for kind, label, _ in history.whole_stamps if kind in kinds}
