@@ -139,6 +139,15 @@ def test_settings_exist(folder: Path, stack: dict[str, Any]) -> None:
     assert {name for name in mlflow if name not in options and not hasattr(variables, name)} == set()
 
 
+def test_only_the_server_sees_mlflow_s_database(stack: dict[str, Any]) -> None:
+    """Who runs recipes has the server's address: our commands would take the database where they know of no server."""
+    known = {
+        name: {var for var in one.get("environment", {}) if var.startswith("MLFLOW_")} for name, one in _services(stack)
+    }
+    assert {name for name, names in known.items() if "MLFLOW_BACKEND_STORE_URI" in names} == {"mlflow"}
+    assert {name for name, names in known.items() if "MLFLOW_TRACKING_URI" in names} == {"deploy", "worker"}
+
+
 def test_ports_are_on_loopback_only(stack: dict[str, Any]) -> None:
     ports = [port for _, one in _services(stack) for port in one.get("ports", [])]
     assert len(ports) == 2

@@ -1,10 +1,13 @@
 """What is done already is shown as it is here: with the folders of this home, whoever made it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from flows.finished import Done, show_done
+from flows import finished
+from flows.finished import Done, all_done, remember, show_done
 from flows.home import TYPED
 from flows.places import places
 from flows.report import Rows
@@ -53,3 +56,21 @@ def test_a_database_has_no_page_so_the_way_to_one_is_shown(tmp_path: Path, monke
     rows = dict(places(recipe, tmp_path, "http://me:secret@mlflow:5000"))
     assert rows["curves and models"] == "http://mlflow:5000"
     assert rows["what is there"] == "distil status a.toml train.lr=1"
+
+
+def test_what_is_done_for_one_mlflow_is_not_done_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, store = recipe_of(tmp_path / "a"), Store(tmp_path / "store")
+    model = put(store, "tiny", kind="model").ref
+    lineage = SimpleNamespace(shards=(1,), targets=(1,), lacks=lambda store: False)
+    run: Any = SimpleNamespace(run_key="b" * 64, rows=7)
+    monkeypatch.setattr(finished, "trace", lambda store, recipe: lineage)
+    monkeypatch.setattr(finished.start, "key", lambda recipe, lineage: run.run_key)
+    monkeypatch.setattr(finished, "model_ref", lambda key, name: model)
+    remember(store, recipe, run, {})
+    assert all_done(store, recipe)
+    assert not all_done(store, recipe_of(tmp_path / "b")), "its own database has nothing of it"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
+    assert not all_done(store, recipe)
+    remember(store, recipe, run, {})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:another@mlflow:5000")
+    assert all_done(store, recipe_of(tmp_path / "b")), "one server for both, whatever the password"

@@ -80,3 +80,10 @@ def test_a_form_may_name_folders_of_the_run_s_own_or_none(tmp_path: Path, monkey
         recipe = placed(make_recipe(given | {"home": home, "store": store}, "form"))
         assert (recipe.home, recipe.store) == expected
         assert placed(recipe) == recipe
+
+
+@pytest.mark.parametrize("name", ["pilot", "oscar-2019", "oscar-2301", "cluster/oscar-2301"])
+def test_one_forward_of_a_recipe_for_camembert_base_is_64_blocks_at_most(repo: Path, name: str) -> None:
+    recipe = load_recipe(repo / "deployments" / f"{name}.toml")
+    assert 0 < recipe.train.micro_rows * recipe.blocks.length <= 64 * 512  # fits 24 GB by estimate; not measured
+    assert recipe.train.batch_rows % recipe.train.micro_rows == 0
