@@ -217,7 +217,7 @@ def run_score(
     judged = score_models(store, recipe, models, heldout, Pairs(only, force))
     title = ", ".join(candidate.name for candidate in models)
     _show(title, judged)
-    _record(recipe, models, judged)
+    record(recipe, models, judged)
     if judged.failures:
         return Failed(message=failure_sentence(judged))
     return Completed(message=f"{title} scored")
@@ -283,7 +283,7 @@ def _show(title: str, judged: Judged) -> None:
         create_markdown_artifact(markdown_tables(tables), "scores", f"Scores of {title}")
 
 
-def _record(recipe: Recipe, models: Sequence[Candidate], judged: Judged) -> None:
+def record(recipe: Recipe, models: Sequence[Candidate], judged: Judged) -> None:
     """One MLflow run for the comparison, with its picture and a child run for each model and set.
 
     A registered model of this recipe keeps its standings too, so that the gate can compare it with others.

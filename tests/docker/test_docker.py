@@ -155,6 +155,16 @@ def test_ports_are_on_loopback_only(stack: dict[str, Any]) -> None:
     assert not [name for name, one in _services(stack) if one.get("network_mode") == "host"]
 
 
+def test_links_lead_to_where_a_browser_outside_finds_prefect(stack: dict[str, Any]) -> None:
+    """The server's, in what its automations send, and those of the runs."""
+    services = dict(_services(stack))
+    (port,) = services["prefect"]["ports"]
+    page = f"http://{port.removesuffix(':4200')}"
+    for name in ("prefect", "deploy", "worker"):
+        assert services[name]["environment"].get("PREFECT_UI_URL") == page, name
+    assert services["prefect"]["environment"]["PREFECT_SERVER_UI_API_URL"] == f"{page}/api"
+
+
 def test_images_are_pinned(folder: Path, stack: dict[str, Any]) -> None:
     base = re.findall(r"^FROM (\S+)", (folder / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     foreign = [one["image"] for _, one in _services(stack) if not one["image"].startswith("distil:")]

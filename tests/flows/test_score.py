@@ -15,8 +15,6 @@ from storage.store import Store
 from tests.sets import write_ner, write_pairs
 from tests.tiny import make_teacher
 
-pytestmark = pytest.mark.slow
-
 PROTOCOL = """
 name = "tiny"
 [tuning]
@@ -57,6 +55,7 @@ def labels(home: Path) -> dict[str, str]:
     return {f"{one.label} {one.key}": one.created for one in found if one.label.split("-")[0] in ("xnli", "ner")}
 
 
+@pytest.mark.slow
 def test_one_table_with_intervals_for_all_models(done) -> None:  # type: ignore[no-untyped-def]
     assert done.returncode == 0, done.stderr
     for text in ("small / teacher", "xnli accuracy, %", "ner entity F1, %", "sub-word F1", "±", "not run"):
@@ -65,6 +64,7 @@ def test_one_table_with_intervals_for_all_models(done) -> None:  # type: ignore[
     assert "small, middle scored" in done.stdout
 
 
+@pytest.mark.slow
 def test_mlflow_nests_a_child_run_a_model_and_set(done, place: Path) -> None:  # type: ignore[no-untyped-def]
     from mlflow.tracking import MlflowClient
 
@@ -84,6 +84,7 @@ def test_mlflow_nests_a_child_run_a_model_and_set(done, place: Path) -> None:  #
     assert "kl" in by_name["middle heldout"]
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing_and_shows_the_same_table(done, command: list[str], distil, place: Path) -> None:  # type: ignore[no-untyped-def]
     before = labels(place / ".distil")
     assert len(before) == 2 * 3 * 3
@@ -92,6 +93,7 @@ def test_a_second_run_computes_nothing_and_shows_the_same_table(done, command: l
     assert labels(place / ".distil") == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_the_missing_pairs(  # type: ignore[no-untyped-def]
     done, command: list[str], distil, place: Path, environment: dict[str, str]
 ) -> None:
@@ -142,3 +144,35 @@ def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
     own = ("models:/mine@challenger", "models:/mine/3")
     assert all(is_own(recipe, uri) for uri in own)
     assert not any(is_own(recipe, uri) for uri in ("models:/mine-2@challenger", "models:/other/3", "mine/3", ""))
+
+
+def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path) -> None:
+    """A registered model of another recipe is scored and shown, but its own standings stay what the gate sees."""
+    from flows.home import set_environment
+    from flows.promote import protocols_by_set
+    from flows.score import record
+    from flows.track import open_book
+    from flows.tuned import Candidate, Judged
+    from tasks.recipe import make_recipe
+
+    set_environment(str(tmp_path))
+    make_teacher(tmp_path / "teacher")
+    values = {
+        "name": "a",
+        "home": str(tmp_path),
+        "corpus": {"url": "x"},
+        "register": {"name": "mine", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "teacher": {"model": str(tmp_path / "teacher")},
+    }
+    recipe = make_recipe(values, "test")
+    book = open_book(recipe)
+    run = book.run("chain", "0" * 64, "a")
+    for name in ("mine", "other"):
+        book.client.create_registered_model(name)
+        book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
+    models = [Candidate(name, name, tmp_path, f"models:/{name}/1") for name in ("mine", "other")]
+    record(
+        recipe, models, Judged({name: {"heldout": {"top1": 0.5, "protocol": "a" * 64}} for name in ("mine", "other")})
+    )
+    assert protocols_by_set(book.registry.version("mine", "1")) == {"heldout": "a" * 12}
+    assert protocols_by_set(book.registry.version("other", "1")) == {}

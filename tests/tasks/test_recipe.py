@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from storage.error import FatalError
+from tasks.gate import judge
 from tasks.recipe import load_recipe, make_recipe, placed
+from tasks.standing import Standing
 
 BASE = """
 name = "small"
@@ -52,6 +54,16 @@ def test_the_cluster_differs_from_the_laptop_only_in_where(repo: Path) -> None:
     assert differ == {"store", "corpus", "run", "ray", "train", "register_as"}
     assert {name for name in here["train"] if here["train"][name] != there["train"][name]} == {"ranks"}
     assert {name for name in here["corpus"] if here["corpus"][name] != there["corpus"][name]} == {"url"}
+
+
+@pytest.mark.parametrize("name", ["demo", "pilot", "oscar-2019", "oscar-2301", "cluster/oscar-2301"])
+def test_the_first_champion_of_a_bundled_recipe_needs_a_score(repo: Path, name: str) -> None:
+    rules = load_recipe(repo / "deployments" / f"{name}.toml").gate
+    broken = [Standing(set_name, "top1", (0.01,)) for set_name in rules.needed]
+    fair = [Standing(set_name, "top1", (0.45,)) for set_name in rules.needed]
+    rules = rules.model_copy(update={"optional": ("fine-tuning",)})
+    assert "heldout is 0.0100, below its floor" in " ".join(judge(broken, [], rules).reasons)
+    assert judge(fair, [], rules).promote
 
 
 def test_home_and_store_are_the_same_folders_wherever_a_process_runs(
