@@ -12,7 +12,8 @@ interval is the wider of a bootstrap over those and t over seeds (tasks.interval
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from storage.artifact import Receipt
 from storage.store import Store
 from tasks.compare import latency, load_contender, parameters, size_on_disk
 from tasks.config import Teacher
@@ -75,17 +77,31 @@ def gather(home: Path, kinds: Mapping[str, Sequence[str]]) -> Evidence:
             (teachers_own(one.heldout) for those in trainings.values() for one in those if "kl" in one.heldout), {}
         )
         trainings[TEACHER] = tuple(replace(one, heldout=own) for one in trainings[TEACHER])
+        # Where a scoring was stopped before the teacher's turn, there is nothing to compare with.
+        parts = {part for one in trainings[TEACHER] for part in one.tuned}
+        trainings = {kind: tuple(_with_sets(one, parts) for one in those) for kind, those in trainings.items()}
     return Evidence(trainings, _speed({kind: those[0].folder for kind, those in trainings.items()}))
 
 
 def _all_scores(store: Store) -> dict[str, list[tuple[str, int, Scores]]]:
-    """By model: set, seed and figures of all that was ever scored, oldest first."""
+    """By model: set, seed and figures of all that was ever scored, oldest first.
+
+    Of held-out text only by the protocol of most: a champion is scored anew on the text of a later snapshot.
+    """
+    receipts = sorted(store.receipts("scores"), key=lambda receipt: receipt.created)
+    protocols = Counter(_protocol(one) for one in receipts if one.settings["set"] == "heldout")
+    most = max(protocols, key=protocols.__getitem__, default="")
     found: dict[str, list[tuple[str, int, Scores]]] = {}
-    for receipt in sorted(store.receipts("scores"), key=lambda receipt: receipt.created):
-        settings = receipt.settings
-        figures = read_scores(store, receipt.ref)
-        found.setdefault(receipt.parents[0], []).append((settings["set"], settings["seed"], figures))
+    for receipt in receipts:
+        part = receipt.settings["set"]
+        if part != "heldout" or _protocol(receipt) == most:
+            figures = read_scores(store, receipt.ref)
+            found.setdefault(receipt.parents[0], []).append((part, receipt.settings["seed"], figures))
     return found
+
+
+def _protocol(receipt: Receipt) -> str:
+    return json.dumps(receipt.settings["protocol"], sort_keys=True)
 
 
 def _training(home: Path, name: str, run: Path, scores: Mapping[str, Sequence[tuple[str, int, Scores]]]) -> Training:
@@ -103,6 +119,10 @@ def _training(home: Path, name: str, run: Path, scores: Mapping[str, Sequence[tu
         heldout=by_seed["heldout"].get(0, {}),
         tuned={part: tuple(by_seed[part][seed] for seed in sorted(by_seed[part])) for part in TUNED if by_seed[part]},
     )
+
+
+def _with_sets(one: Training, parts: Collection[str]) -> Training:
+    return replace(one, tuned={part: runs for part, runs in one.tuned.items() if part in parts})
 
 
 def _speed(folders: Mapping[str, Path]) -> dict[str, Any]:
