@@ -5,6 +5,7 @@ The same models are the parameter form of the Prefect deployments, so every fiel
 What a single field cannot say (rules across fields) is checked in `Recipe`.
 """
 
+from collections.abc import Set
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,6 +46,11 @@ class Corpus(Section):
     )
     deduplicate: bool = Field(True, description="Drop exact duplicates inside a shard")
     heldout_per_mille: int = Field(5, ge=0, le=500, description="Of 1000 documents, so many are never trained on")
+    text: Literal["auto", "lines", "paragraphs"] = Field(
+        "auto",
+        description="How plain text without a metadata file parts into documents: one a line (2019), or by blank lines "
+        "(21.09); auto looks at the beginning of each file",
+    )
     shard_bytes: int = Field(128_000_000, ge=10_000, le=10**10, description="UTF-8 bytes of text in one shard")
     max_bad_lines: int = Field(
         10, ge=0, le=10**9, description="A source with more bad lines than this and than 0.1 % is refused"
@@ -53,6 +59,10 @@ class Corpus(Section):
     max_unpacked_ratio: int = Field(
         200, ge=1, le=10**9, description="A packed source of more than so many times its size (and 256 MB) is refused"
     )
+
+    def in_key(self, outside: Set[str]) -> dict[str, Any]:
+        """The settings that make a key, all but `outside`; `text` only where it is set: stores are older than it."""
+        return self.model_dump(mode="json", exclude={*outside, "text"} if self.text == "auto" else {*outside})
 
 
 class Blocks(Section):

@@ -241,7 +241,7 @@ def _sample(store: Store, recipe: Recipe, lineage: Lineage) -> list[Ref]:
 def _sample_name(recipe: Recipe) -> str:
     vocabulary = vocabulary_of(recipe)
     settings = {
-        "corpus": recipe.corpus.model_dump(mode="json", exclude={"url", "pattern"}),
+        "corpus": recipe.corpus.in_key({"url", "pattern"}),
         "blocks": recipe.blocks.model_dump(mode="json", exclude={"tokenizer"}),
         "tokenizer": vocabulary.fingerprint,
     }

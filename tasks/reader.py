@@ -10,12 +10,13 @@ The schema is recognised from the data (FACTS.md lists them):
     oscar-21.09     text, a blank line between documents            oscar-23.01  {content, metadata{harmful_pp, ...}}
     jsonl           {text} or {content}                             parquet      the same fields as columns
 
-Only text has no mark of its own, so it is taken as text where the name says `.txt`. What cannot be read is counted and
+Only text has no mark of its own, so it is taken as text where the name says `.txt`, and tasks/parting.py finds what
+parts its documents. What cannot be read is counted and
 quarantined line by line, up to the limit of the recipe.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tasks.columns import rows_of_parquet
 from tasks.config import Corpus
 from tasks.document import EXCERPT, FIELDS, Document, Tally, labels_of, unknown_schema
 from tasks.lines import LongLine, chunks_of, split_lines
+from tasks.parting import seen, without_paragraphs
 
 _FOREIGN = {
     b"\xff\xfe": "UTF-16 text",
@@ -44,7 +46,7 @@ def read_documents(
 
     `name` is what errors call the file and may say `.txt`; `companion` is the metadata file of a 21.09 pair; `folder`
     takes temporary files. FatalError: unknown schema, damaged or cut short archive, one that unpacks to far more than
-    text does, a pair that does not fit together.
+    text does, a pair that does not fit together, text that is parted in two ways.
     """
     chunks = chunks_of(path, name, corpus.max_unpacked_ratio)
     sample = next(chunks, b"")
@@ -63,12 +65,8 @@ def read_documents(
         yield from _records(lines, tally)
     elif not _looks_like_text(sample, name):
         raise unknown_schema(name, _found(sample))
-    elif _has_paragraphs(sample):
-        tally.schema = "oscar-21.09"
-        yield from _paragraphs(lines, corpus.max_line_bytes, tally)
     else:
-        tally.schema = "oscar-2019"
-        yield from _text_lines(lines, tally)
+        yield from _texts(chain([sample], chunks), name, corpus, tally)
 
 
 # ---- JSON lines --------------------------------------------------------------------------------------------
@@ -135,6 +133,20 @@ def _kind(value: object) -> str:
 
 
 # ---- text --------------------------------------------------------------------------------------------------
+
+
+def _texts(chunks: Iterator[bytes], name: str, corpus: Corpus, tally: Tally) -> Iterator[Document]:
+    """Documents of a text without metadata, parted as `corpus.text` says or as the text shows."""
+    parted = corpus.text
+    if auto := parted == "auto":
+        parted, chunks = seen(chunks)
+    lines = split_lines(chunks, corpus.max_line_bytes, name)
+    if parted == "paragraphs":
+        tally.schema = "oscar-21.09"
+        yield from _paragraphs(lines, corpus.max_line_bytes, tally)
+    else:
+        tally.schema = "oscar-2019"
+        yield from _text_lines(without_paragraphs(lines, name) if auto else lines, tally)
 
 
 def _text_lines(lines: Iterable[bytes | LongLine], tally: Tally) -> Iterator[Document]:
@@ -220,13 +232,6 @@ def _looks_like_json(sample: bytes, name: str) -> bool:
 def _looks_like_text(sample: bytes, name: str) -> bool:
     """True if the name says so and nothing speaks against it; single zero bytes do occur in text from the web."""
     return ".txt" in name.lower() and 10 * sample.count(0) < len(sample) and not sample.startswith(tuple(_FOREIGN))
-
-
-def _has_paragraphs(sample: bytes) -> bool:
-    """True if blank lines stand between texts, and often enough to be more than an accident in a file of lines."""
-    lines = [bool(line.strip()) for line in sample.split(b"\n")]
-    gaps = sum(not before and after for before, after in pairwise(lines))
-    return gaps > 0 and sum(lines) <= 100 * gaps
 
 
 def _found(sample: bytes) -> str:

@@ -115,6 +115,8 @@ def _sample_source(
         unpacked = time.perf_counter() - started
         # The label of the real one, so that errors name it; the bytes of the cut are its identity.
         copy = replace(source, url=str(path), size=path.stat().st_size, stamp="", sha256=None, companion=None)
+        if source.companion:  # the cut has none, but is parted as the whole will be
+            corpus = corpus.model_copy(update={"text": "paragraphs"})
         receipt = shard_source(store, copy, corpus)
     shards = [store.receipt(ref) for ref in (*shards_of(receipt), *heldout_of(receipt))]
     made = [make_blocks(store, shard.ref, blocks, vocabulary) for shard in shards]

@@ -116,7 +116,7 @@ def shard_source(store: Store, source: Source, corpus: Corpus, *, force: bool = 
 
 def _settings(source: Source, corpus: Corpus) -> dict[str, Any]:
     """What changes the bytes of the shards."""
-    return corpus.model_dump(mode="json", exclude=_NOT_IN_KEY) | {"pair": source.companion is not None}
+    return corpus.in_key(_NOT_IN_KEY) | {"pair": source.companion is not None}
 
 
 def _done(store: Store, ref: Ref) -> Receipt | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from storage.error import FatalError
 from storage.store import Store
 from tasks.block import make_blocks
 from tasks.config import Recipe
-from tasks.lineage import check_teacher, pin_sample, plan_key, plan_run, trace, vocabulary_of
+from tasks.lineage import _sample_name, check_teacher, pin_sample, plan_key, plan_run, trace, vocabulary_of
 from tasks.recipe import make_recipe
 from tasks.shard import shard_source
 from tasks.teach import calibrate, open_capture
@@ -73,6 +74,16 @@ def test_home_and_store_are_in_no_key(place: Path, store: Store) -> None:
     lineages = [trace(store, recipe) for recipe in (here, there)]
     assert lineages[0].stages() == lineages[1].stages()
     assert plan_key(here, lineages[0]) == plan_key(there, lineages[1])
+
+
+def test_the_name_of_a_pinned_sample_is_for_good(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another name would lose the sample, and with it every target that is in the store."""
+    monkeypatch.setattr("tasks.lineage.vocabulary_of", lambda recipe: SimpleNamespace(fingerprint="f" * 64))
+    recipe = make_recipe({"name": "a", "corpus": {"url": str(place / "old")}, "teacher": {"model": "t"}}, "test")
+    before = _sample_name(recipe)
+    assert before == "a0e4add7197e7ed0e10f1fc31d9146da91e280560395caa3197b0561c55e785b"
+    lines = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"text": "lines"})})
+    assert _sample_name(lines) != before
 
 
 def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, store: Store) -> None:

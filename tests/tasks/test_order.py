@@ -34,6 +34,36 @@ def test_a_stretch_does_not_depend_on_how_it_is_cut(order: Order, data: st.DataO
     assert pairs(order, 0, cut) + pairs(order, cut, stop) == pairs(order, 0, stop)
 
 
+@given(ORDERS, st.data())
+def test_a_window_begins_and_ends_where_counting_its_rows_says(order: Order, data: st.DataObject) -> None:
+    row = data.draw(st.integers(0, 3 * order.rows - 1))
+    epoch, stop = row // order.rows, row // order.rows * order.rows
+    shuffled = np.random.Generator(np.random.Philox(np.random.SeedSequence([order.seed, epoch])))
+    parts = shuffled.permutation(len(order.sizes)).tolist()
+    while stop <= row:
+        window, parts = tuple(parts[: order.window]), parts[order.window :]
+        start, stop = stop, stop + sum(order.sizes[part] for part in window)
+    assert order.window_at(row) == (epoch, window, start, stop)
+
+
+@given(ORDERS, st.data())
+def test_a_stretch_is_its_windows_shuffled_one_after_the_other(order: Order, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, 3 * order.rows - 1))
+    stop = data.draw(st.integers(start + 1, 3 * order.rows))
+    expected: list[tuple[int, int, int]] = []
+    for epoch in range(3):
+        path = [order.seed, epoch]
+        shuffled = np.random.Generator(np.random.Philox(np.random.SeedSequence(path)))
+        parts = shuffled.permutation(len(order.sizes)).tolist()
+        for number in range(0, len(parts), order.window):
+            window = parts[number : number + order.window]
+            rows = [(part, row, epoch) for part in window for row in range(order.sizes[part])]
+            path = [order.seed, epoch, number // order.window + 1]
+            within = np.random.Generator(np.random.Philox(np.random.SeedSequence(path)))
+            expected += [rows[i] for i in within.permutation(len(rows)).tolist()]
+    assert pairs(order, start, stop) == expected[start:stop]
+
+
 def test_epochs_and_seeds_differ_and_rows_are_shuffled() -> None:
     order = Order((50, 50, 50, 50), window=2, seed=1)
     first, second = pairs(order, 0, 200), pairs(order, 200, 400)

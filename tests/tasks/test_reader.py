@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from storage.error import FatalError
+from tasks import parting
 from tasks.document import EARLY, Document, Labels, Tally
 from tasks.reader import read_documents
 
@@ -91,6 +92,54 @@ def test_one_stray_blank_line_does_not_turn_lines_into_paragraphs(corpus: Any, r
     documents, tally = read(corpus.write("fr_part_1.txt.gz", "\n".join(lines).encode()))
     assert (tally.schema, len(documents)) == ("oscar-2019", 299)
     assert documents[40].line == 42
+
+
+def two_lines_each(count: int) -> str:
+    return "".join(f"Texte {i}.\nEt sa suite.\n\n" for i in range(count))
+
+
+def test_a_long_first_document_does_not_hide_the_blank_lines_behind_it(corpus: Any, read: Any) -> None:
+    first = "".join(f"Phrase {i} du premier texte.\n" for i in range(5000))
+    documents, tally = read(corpus.write("fr_part_1.txt", f"{first}\n{two_lines_each(3000)}".encode()))
+    assert (tally.schema, len(documents)) == ("oscar-21.09", 3001)
+    assert documents[-1].text.decode() == "Texte 2999.\nEt sa suite."
+
+
+def test_text_that_is_parted_otherwise_than_its_beginning_is_refused_unless_the_recipe_says_how(
+    corpus: Any, read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parting, "SEEN", 100_000)
+    first = "".join(f"Phrase {i} du premier texte.\n" for i in range(5000))
+    path = corpus.write("fr_part_1.txt.gz", f"{first}\n{two_lines_each(3000)}".encode())
+    with pytest.raises(
+        FatalError, match=r'^fr_part_1\.txt\.gz begins .* line 5,002 .* set corpus\.text to "lines"'
+    ) as caught:
+        read(path)
+    assert (caught.value.file, caught.value.line) == (path.name, 5002)
+    documents, tally = read(path, text="paragraphs")
+    assert (tally.schema, len(documents)) == ("oscar-21.09", 3001)
+    documents, tally = read(path, text="lines")
+    assert (tally.schema, len(documents)) == ("oscar-2019", 11_000)
+
+
+def test_blank_lines_here_and_there_are_no_contradiction(
+    corpus: Any, read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in 150 lines, and dozens at one place."""
+    monkeypatch.setattr(parting, "SEEN", 100_000)
+    lines = [f"Ligne {i}." if i % 150 else "" for i in range(60_000)]
+    lines[30_001:30_061:2] = [""] * 30
+    lines += [""] * 500
+    documents, tally = read(corpus.write("fr_part_1.txt", "\n".join(lines).encode()))
+    assert (tally.schema, len(documents)) == ("oscar-2019", sum(line != "" for line in lines))
+
+
+def test_the_setting_rules_only_text_that_nothing_else_tells(corpus: Any, read: Any) -> None:
+    text, metadata = corpus.oscar_2109(1)
+    assert texts(read(text, metadata, text="lines")[0]) == corpus.texts
+    assert len(read(text, text="lines")[0]) == 4
+    path = corpus.oscar_2301("a.jsonl")
+    assert texts(read(path, text="paragraphs")[0]) == corpus.texts
 
 
 def test_oscar_2109_pair(corpus: Any, read: Any) -> None:

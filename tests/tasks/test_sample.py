@@ -87,6 +87,12 @@ def test_text_whose_packing_gets_better_is_not_taken_for_less(
     assert size * found.text_bytes / found.source_bytes == pytest.approx(whole, rel=0.2)
 
 
+def test_a_pair_is_sampled_as_what_it_is(store: Store, corpus: CorpusFolder, tokenizer: str) -> None:
+    """Its text alone would look like one document a line."""
+    corpus.oscar_2109(1, ["\n".join(f"Phrase {i}." for i in range(2000)), "Deux."])
+    assert sampled(store, corpus.settings(), tokenizer, 10_000_000).documents == 2
+
+
 def test_a_bad_source_is_an_error_or_passed_over(store: Store, corpus: CorpusFolder, tokenizer: str) -> None:
     corpus.oscar_2301("good.jsonl", documents(20))
     corpus.write("bad.jsonl", b'{"title": 1}\n' * 30)

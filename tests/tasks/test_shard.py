@@ -224,9 +224,16 @@ def test_what_changes_the_bytes_changes_the_key(corpus: Any, store: Store) -> No
     corpus.oscar_2301("a.jsonl")
     source = only_source(corpus.settings())
     changes: list[dict[str, Any]] = [{}, {"min_chars": 5}, {"heldout_per_mille": 5}, {"deduplicate": False}]
+    changes += [{"text": "lines"}, {"text": "paragraphs"}]
     keys = {source_ref(source, "c" * 64, corpus.settings(**change)).key for change in changes}
     assert len(keys) == len(changes)
     assert source_ref(source, "c" * 64, corpus.settings(pattern="*.jsonl")).key in keys
+
+
+def test_settings_that_are_newer_than_a_store_do_not_change_its_keys() -> None:
+    source = Source("a.jsonl", url="/corpus/a.jsonl", size=1, stamp="", sha256=None, label="a")
+    key = source_ref(source, "c" * 64, Corpus(url="/corpus")).key
+    assert key == "d877424993306b2136e5ab41ae67ac5a5d65f0d10a0d18195bfded2bf72ed139"
 
 
 def test_a_shard_whose_receipt_was_withdrawn_is_made_again(corpus: Any, store: Store) -> None:
