@@ -149,6 +149,8 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
             f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {shlex.join(words)}` makes them "
             "again"
         )
+    if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
+        raise DistilError(f"{stuck} damaged, but could not be withdrawn; verify again with the right to write")
     if unread:
         raise DistilError(f"{unread} could not be read, so it is not known whether they are whole")
     if faults:

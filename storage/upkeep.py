@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,63 +22,89 @@ from storage.fingerprint import sha256_stream
 from storage.store import STRAY, Store
 
 DAY = 86_400.0
-UNREAD = "unread"
+BLOCK = 4 << 20
+"""Bytes of a remote file that `verify` asks for at a time; as many as one to three of them are in memory for each of
+the store's readers."""
 
 
 def verify(store: Store, kinds: Iterable[str] = KINDS) -> list[Fault]:
     """Re-hashes every file of every receipt; withdraws the receipt of each artifact that is not whole.
 
-    Returns what was wrong. The reason is noted as that artifact's failure, so that `status` names it. A file too many
-    is only named: the artifact is whole, and nobody but its owner knows what that file is. So is what cannot be read:
-    a refused key or a tired disk says nothing about the bytes.
+    Returns what was wrong, in the order of kinds and keys. The reason is noted as that artifact's failure, so that
+    `status` names it. A file too many is only named: the artifact is whole, and nobody but its owner knows what that
+    file is. What cannot be read is only named too: nobody knows whether it is whole. FatalError, RetryableError: the
+    store cannot be listed; then nothing was withdrawn.
     """
-    faults = []
-    for kind in kinds:
-        for fault in store.each(partial(_fault, store, kind), store.receipt_keys(kind)):
-            if fault is not None:
-                faults.append(fault)
-                if fault.withdrawn:
-                    store.withdraw(fault.ref)
-                    store.fail(fault.ref, DamagedError(fault.reason))
-    return faults
+    listed = [Ref(kind, key, key[:12]) for kind in kinds for key in store.receipt_keys(kind)]
+    return [fault for fault in store.each(partial(_look, store), listed) if fault is not None]
 
 
-def _fault(store: Store, kind: str, key: str) -> Fault | None:
-    ref = Ref(kind, key, key[:12])
+def _look(store: Store, ref: Ref) -> Fault | None:
+    """Checks one artifact, and withdraws it if it is damaged. None if it is whole, or gone since the listing."""
+    receipt = None
     try:
         receipt = store.receipt_if_there(ref)
         if receipt is None:
-            return None  # gone since the listing
+            return None
         ref = receipt.ref
         _rehash(store, receipt)
         strays = store.strays(receipt)
     except DamagedError as error:
-        return Fault(ref, str(error))
+        return _withdraw(store, Fault(ref, str(error)), receipt)
     except DistilError as error:
-        return Fault(ref, f"{kind} {ref.label}: {error}", withdrawn=False, what=UNREAD)
-    return Fault(ref, f"{kind} {ref.label}: {strays[0]} {STRAY}", withdrawn=False, what="stray") if strays else None
+        said = str(error).removeprefix(f"{ref.kind} {ref.label}: ")
+        return Fault(ref, f"{ref.kind} {ref.label} cannot be read: {said}", withdrawn=False, what="unread")
+    if not strays:
+        return None
+    return Fault(ref, f"{ref.kind} {ref.label}: {strays[0]} {STRAY}", withdrawn=False, what="stray")
+
+
+def _withdraw(store: Store, fault: Fault, receipt: Receipt | None) -> Fault | None:
+    """Withdraws what was found damaged under this receipt (None: the receipt itself is), and notes why.
+
+    None if it was dropped or made again meanwhile. What the store refuses is said in the reason.
+    """
+    withdrawn = False
+    try:
+        if not _is_as_it_was(store, fault.ref, receipt):
+            return None
+        store.withdraw(fault.ref)
+        withdrawn = True
+        store.fail(fault.ref, DamagedError(fault.reason))
+    except DistilError as error:
+        what = "why could not be noted" if withdrawn else "it could not be withdrawn"
+        return replace(fault, reason=f"{fault.reason}; {what}: {error}", withdrawn=withdrawn)
+    return fault
+
+
+def _is_as_it_was(store: Store, ref: Ref, receipt: Receipt | None) -> bool:
+    try:
+        now = store.receipt_if_there(ref)
+    except DamagedError:
+        return True
+    return now is not None and now == receipt
 
 
 def _rehash(store: Store, receipt: Receipt) -> None:
     """Hashes what the store itself holds, whatever was hashed before, and no copy in the cache.
 
-    DamagedError names the first file that differs. FatalError, RetryableError: one cannot be read.
+    DamagedError names the first file that differs.
     """
     folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
     for file in receipt.files:
         path = store.path(f"{folder}/{file.name}")
         try:
-            found = store.patiently(partial(_hash_of, store, path, file.sha256))
-        except FileNotFoundError as error:
+            found = store.patiently(partial(_hash, store, path, file.sha256))
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DamagedError(f"{receipt.kind} {receipt.label}: {path} is gone", path) from error
         if found != file.sha256:
             message = f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt"
             raise DamagedError(message, path)
 
 
-def _hash_of(store: Store, path: str, wanted: str) -> str:
-    """Hex sha256 of a file. RetryableError: another hash than `wanted`, and the file came short."""
-    with store.fs.open(path, "rb") as stream:
+def _hash(store: Store, path: str, wanted: str) -> str:
+    """Hex sha256 of a file. RetryableError if it is not `wanted` and fewer bytes came than there are."""
+    with store.fs.open(path, "rb", block_size=BLOCK) as stream:
         found = sha256_stream(stream)
         came, size = stream.tell(), int(store.fs.info(path)["size"])
     if found != wanted and came < size:
@@ -101,33 +128,32 @@ def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_ag
     and data that a newer receipt of the same key no longer names are dropped too.
     """
     before = time.time() - min_age
-    doomed = []
+    receipts, data = [], []
     for kind in KINDS:
         named = _named_content(store, kind, keep)
         for path, detail in store.find(layout.receipts_folder(kind)).items():
             key = path.rsplit("/", 1)[-1].split(".", 1)[0]
             if (kind, key) not in keep and _age_known_and_older(detail, before):
-                doomed.append(path)
+                receipts.append(path)
         for path, detail in store.find(layout.data_folder(kind)).items():
             key, content = path.split("/")[2:4]
             if (key, content) not in named and _age_known_and_older(detail, before):
-                doomed.append(path)
+                data.append(path)
     # On this machine, also of a remote store.
     files = (Path(place, name) for place, _, names in os.walk(store.scratch_folder) for name in names)
     work = [path for path in files if _is_older(path, before)]
     if delete:
-        receipts = [path for path in doomed if path.startswith("receipts/")]
-        for part in (receipts, sorted(set(doomed) - set(receipts))):
-            store.remove_all(part)
+        store.remove_all(receipts)
+        store.remove_all(data)
         for file in work:
             file.unlink(missing_ok=True)
-    return doomed + [os.fspath(file) for file in work]
+    return [*receipts, *data, *(os.fspath(file) for file in work)]
 
 
 def _named_content(store: Store, kind: str, keep: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """(key, content) pairs that a kept receipt names."""
-    kept = [key for key in store.receipt_keys(kind) if (kind, key) in keep]
-    return {(one.key, one.content) for one in store.receipts_of(Ref(kind, key, key[:12]) for key in kept)}
+    """(key, content) pairs that a kept receipt names; reads no other receipt."""
+    kept = store.receipts_of(Ref(kind, key, key[:12]) for one, key in keep if one == kind)
+    return {(receipt.key, receipt.content) for receipt in kept}
 
 
 def _is_older(path: Path, before: float) -> bool:

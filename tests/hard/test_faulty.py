@@ -113,6 +113,18 @@ def test_a_read_that_never_succeeds_ends_with_one_sentence(
     assert verify(store) == []
 
 
+def test_verify_names_what_it_cannot_withdraw(store: Store, script: Script) -> None:
+    """As with credentials that only read."""
+    for label in "ab":
+        put(store, label)
+    script.add("read", OBJECTS["data"], wrong, times=ALWAYS)
+    script.add("remove", "*", forbidden, times=ALWAYS)
+    faults = verify(store)
+    assert [(fault.what, fault.withdrawn) for fault in faults] == [("damaged", False)] * 2
+    assert all("could not be withdrawn: the store" in fault.reason for fault in faults)
+    assert store.missing([ref_of("a"), ref_of("b")]) == []
+
+
 @pytest.mark.parametrize("what", OBJECTS)
 @pytest.mark.parametrize("fault", WRITES)
 def test_a_write_that_fails_is_tried_again(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from storage import layout
+from storage import layout, upkeep
 from storage.artifact import Receipt, Ref
 from storage.error import FatalError, RetryableError
 from storage.lease import Lease, read_on_lease
@@ -158,6 +158,26 @@ def test_verify_names_what_it_cannot_read_goes_on_and_withdraws_nothing_for_it(
     faults = {fault.ref.key: fault.what for fault in verify(store)}
     assert faults == {receipts["a"].key: "damaged", receipts["b"].key: "unread"}
     assert store.missing(ref_of(label) for label in "abc") == [ref_of("a")]
+
+
+def test_what_is_made_again_while_it_is_looked_at_is_not_withdrawn(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fs.pipe_file(store.path(_data(put(store, "a"))), b"other")
+    rehash = upkeep._rehash
+
+    def meanwhile(store: Store, receipt: Receipt) -> None:
+        try:
+            rehash(store, receipt)
+        finally:
+            put(store, "a", b"made again")
+
+    monkeypatch.setattr(upkeep, "_rehash", meanwhile)
+    assert verify(store) == []
+    monkeypatch.undo()
+    assert store.missing([ref_of("a")]) == []
+    assert store.failures("blocks") == []
+    assert verify(store) == []
 
 
 def test_what_goes_between_a_listing_and_a_read_was_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
