@@ -13,20 +13,18 @@ Whoever makes something of an artifact hashes it first: `check`, or `hold(receip
 in a process, so asking again costs nothing.
 """
 
-import json
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from storage import layout
 from storage.artifact import (
@@ -40,28 +38,14 @@ from storage.artifact import (
     receipt_from_json,
 )
 from storage.cache import LIMIT, Cache, Held
-from storage.disk import move_files, write_file, writing
+from storage.disk import move_files, writing
 from storage.error import DamagedError, DistilError, FatalError, RetryableError
+from storage.files import Files
 from storage.fingerprint import Hashes, canonical_json, sha256_bytes, sha256_file
-from storage.remote import (
-    answering,
-    download,
-    files_below,
-    on_this_machine,
-    open_url,
-    patiently,
-    upload,
-    write_object,
-)
-
-S = TypeVar("S")
-T = TypeVar("T")
+from storage.remote import answering, download, patiently, upload
 
 NODE = "DISTIL_NODE"
 """Environment variable: what receipts name as host instead of the host name, where one host has several nodes."""
-READERS = 16
-"""Files of a remote store that are read or deleted at a time: each is a round trip of milliseconds, and there may be
-20,000."""
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
 POINTED_AT = ("model",)
 """Kinds of which people are told the folder: of a remote store their copies are never evicted."""
@@ -75,7 +59,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-class Store:
+class Store(Files):
     """Artifacts under one root. Copies of a remote root's files are kept in `cache`, up to `cache_bytes` of them.
 
     FatalError: a root that cannot be opened, because its package is not installed or it holds a password.
@@ -88,15 +72,9 @@ class Store:
         cache: Path | None = None,
         cache_bytes: int = LIMIT,
     ) -> None:
-        self.root = os.fspath(root)
-        self.fs, self._base = open_url(self.root, options)
-        self.is_local = on_this_machine(self.fs)
+        super().__init__(root, options)
         self.cache = Cache(cache or Path(tempfile.gettempdir()) / f"distil-{os.getuid()}" / "cache", cache_bytes)
         self._hashes = Hashes()
-
-    def path(self, relative: str) -> str:
-        """The path that the file system knows for a path inside the store."""
-        return f"{self._base.rstrip('/')}/{relative}"
 
     # ---- what is there -------------------------------------------------------------------------------------
 
@@ -370,65 +348,7 @@ class Store:
         """What was remembered under this name, or None."""
         return self.read_json(layout.note_path(topic, sha256_bytes(name.encode())))
 
-    def read_json(self, relative: str) -> dict[str, Any] | None:
-        """A JSON object at a path inside the store, or None where there is no file."""
-        path = self.path(relative)
-        try:
-            value = json.loads(self._read(path))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise FatalError(f"{path}: not JSON ({error}); delete the file", path) from error
-        if not isinstance(value, dict):
-            raise FatalError(f"{path}: not a JSON object; delete the file", path)
-        return value
-
-    def write_json(self, relative: str, value: Mapping[str, Any]) -> None:
-        """Writes a JSON object whole or not at all."""
-        self._write(relative, canonical_json(dict(value)))
-
-    # ---- the file system -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def access(self) -> Iterator[None]:
-        """Turns what a file system raises into the two error types; FileNotFoundError of one file passes."""
-        with answering(f"the store {self.root}"):
-            yield
-
-    def find(self, relative: str) -> dict[str, dict[str, Any]]:
-        """Every file below a folder of the store: path inside the store -> size, mtime… as the file system says."""
-        self.fs.invalidate_cache()
-        found = self.patiently(partial(files_below, self.fs, self.path(relative)))
-        base = len(self.path(""))
-        return {path[base:]: detail for path, detail in found.items()}
-
-    def remove(self, relative: str) -> None:
-        """Deletes one file, if it is there."""
-        self._remove(relative)
-
-    def remove_all(self, relatives: Iterable[str]) -> None:
-        """Deletes files, as far as they are there.
-
-        One a request: servers do not agree on requests for a thousand, and s3fs says nothing of what is refused in one.
-        """
-        for _ in self.each(self._remove, relatives):
-            pass
-
-    def each(self, call: Callable[[S], T], things: Iterable[S]) -> Iterator[T]:
-        """`call` of each thing, in their order; of a remote store READERS of them at a time."""
-        if self.is_local:
-            yield from map(call, things)
-        else:
-            with ThreadPoolExecutor(READERS, thread_name_prefix="store") as pool:
-                yield from pool.map(call, things)
-
-    def _names(self, folder: str) -> list[str]:
-        self.fs.invalidate_cache()
-        try:
-            paths = self.patiently(partial(self.fs.ls, self.path(folder), detail=False))
-        except FileNotFoundError:
-            return []
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+    # ---- files of artifacts -----------------------------------------------------------------------------------
 
     def _read_receipt(self, path: str) -> Receipt:
         data = self.fs.cat_file(path)
@@ -438,32 +358,6 @@ class Store:
             if self.fs.info(path)["size"] == len(data):
                 raise
             raise RetryableError(f"{path} came with {len(data):,} bytes only", path) from error
-
-    def _read(self, path: str) -> bytes:
-        data: bytes = self.patiently(partial(self.fs.cat_file, path))
-        return data
-
-    def _write(self, relative: str, data: bytes) -> None:
-        path = self.path(relative)
-        if self.is_local:
-            self.patiently(partial(write_file, Path(path), data))
-        else:
-            self.patiently(partial(write_object, self.fs, path, data))
-
-    def _remove(self, relative: str) -> None:
-        try:
-            self.patiently(partial(self.fs.rm_file, self.path(relative)))
-        except FileNotFoundError:
-            return
-
-    def patiently(self, call: Callable[[], T]) -> T:
-        """`call` with the errors of `access`; of a remote store again after a pause if the error may pass."""
-
-        def once() -> T:
-            with self.access():
-                return call()
-
-        return once() if self.is_local else patiently(once)
 
     def _upload(self, path: Path, target: str) -> None:
         with self.access():
