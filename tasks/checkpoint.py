@@ -75,9 +75,9 @@ def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: tor
     for step in reversed(steps_kept(store, run)):
         ref = checkpoint_ref(run, step)
         try:
-            if store.receipt_if_there(ref) is None:
-                continue  # gone since the listing
-            return load_step(store, run, model, optimizer, step)
+            receipt = store.receipt_if_there(ref)
+            if receipt is not None:  # not gone since the listing
+                return _restored(store, receipt, model, optimizer)
         except DamagedError as error:
             store.withdraw(ref)
             store.fail(ref, error)
@@ -88,7 +88,12 @@ def load_step(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.opt
     """Restores the checkpoint of this step; of step 0 there is none, and nothing to do. FatalError: it is not whole."""
     if step == 0:
         return Progress()
-    folder = store.check(store.receipt(checkpoint_ref(run, step)))
+    return _restored(store, store.receipt(checkpoint_ref(run, step)), model, optimizer)
+
+
+def _restored(store: Store, receipt: Receipt, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Puts a checkpoint, hashed, into model and optimizer."""
+    folder = store.check(receipt)
     _restore(folder, model, optimizer)
     values: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     return Progress(**values)
