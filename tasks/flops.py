@@ -79,15 +79,16 @@ def matrix_rate(device: torch.device, size: int = 8192, dtype: torch.dtype = tor
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        _wait(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(10):
             one @ other
-        _wait(device)
+        synchronize(device)
         best = min(best, (time.perf_counter() - start) / 10)
     return 2 * size**3 / best
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that it was asked for; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

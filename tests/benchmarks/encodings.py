@@ -31,6 +31,7 @@ from tasks.capture import Capture, batches, encode, hidden_states, logits_of, ma
 from tasks.codec import Codec, spread
 from tasks.config import Blocks as BlockSettings
 from tasks.config import Corpus, Mask, Targets, Teacher
+from tasks.flops import synchronize
 from tasks.shard import shard_source, shards_of
 from tasks.snapshot import take_snapshot
 from tasks.targets import FILE, open_targets
@@ -141,10 +142,10 @@ def _live(capture: Capture, parts: Sequence[Blocks]) -> tuple[Tensor, float]:
         for rows in batches(capture.teacher, np.arange(len(blocks)), blocks.input_ids.shape[1])
     ]
     hidden_states(capture.teacher, inputs[0])  # warm
-    _wait(capture.teacher.device)
+    synchronize(capture.teacher.device)
     start = time.perf_counter()
     found = [hidden_states(capture.teacher, some) for some in inputs]
-    _wait(capture.teacher.device)
+    synchronize(capture.teacher.device)
     return torch.cat(found), time.perf_counter() - start
 
 
@@ -158,11 +159,6 @@ def _seconds(work: Callable[[], object]) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---- the report ----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 from tasks.build import Built
 from tasks.checkpoint import Progress
 from tasks.config import Blocks, Loss, Mask, Recipe, Targets, Teacher
-from tasks.flops import matrix_rate
+from tasks.flops import matrix_rate, synchronize
 from tasks.metrics import read_metrics
 from tasks.recipe import make_recipe
 from tasks.run import make_run
@@ -124,10 +124,10 @@ def reference_case(plan: Plan, bench: Bench, batch_rows: int) -> tuple[float, fl
     warm = plan.steps // LINES
     for number in range(plan.steps):
         if number == warm:
-            _wait(device)
+            synchronize(device)
             start = time.perf_counter()
         reference_step(bench.teacher.model, student, optimizer, batch, Loss(), torch.bfloat16)
-    _wait(device)
+    synchronize(device)
     return (plan.steps - warm) * batch.input_ids.numel() / (time.perf_counter() - start), None
 
 
@@ -205,11 +205,6 @@ def _recipe(plan: Plan, bench: Bench, source: str, positions: str, batch_rows: i
         },
     }
     return make_recipe(values, "benchmark")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A Prefect server for tests that run tasks in this process, and the `distil` command as users call it."""
+"""A Prefect server for tests that run tasks in this process, an MLflow, and the `distil` command as users call it."""
 
 import os
 import subprocess
@@ -6,15 +6,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 import pytest
 import torch
 
+from flows.home import set_environment
+from tasks.recipe import make_recipe
 from tests.end_to_end.place import Place, Result, make_place
 from tests.server import serving
 from tests.tiny import make_teacher, write_oscar
+
+if TYPE_CHECKING:
+    from flows.track import Book
 
 Distil = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -49,6 +54,17 @@ def prefect_api() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=180):
         yield
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> "Book":
+    """An MLflow of its own, on SQLite."""
+    from flows.track import open_book
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    set_environment(str(folder))
+    values = {"name": "tiny", "home": str(folder), "corpus": {"url": "x"}, "teacher": {"model": "y"}}
+    return open_book(make_recipe(values, "test"))
 
 
 @pytest.fixture(scope="module")

@@ -6,22 +6,13 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from flows import registry
-from flows.home import set_environment
-from flows.track import Book, open_book
+from flows.track import Book
 from storage.error import DistilError, FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe import make_recipe
 from tests.tiny import make_teacher
 
 KEY = sha256_bytes(b"run")
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
-    folder = tmp_path_factory.mktemp("mlflow")
-    set_environment(str(folder))
-    values = {"name": "tiny", "home": str(folder), "corpus": {"url": "x"}, "teacher": {"model": "y"}}
-    return open_book(make_recipe(values, "test"))
 
 
 def test_a_model_is_one_version_and_loads_as_a_pipeline(book: Book, tmp_path_factory: pytest.TempPathFactory) -> None:

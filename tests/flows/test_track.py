@@ -4,21 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.home import set_environment
 from flows.track import Book, flat, open_book
 from storage.error import FatalError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe import make_recipe
 
 KEY = sha256_bytes(b"run")
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
-    folder = tmp_path_factory.mktemp("mlflow")
-    set_environment(str(folder))
-    values = {"name": "tiny", "home": str(folder), "corpus": {"url": "x"}, "teacher": {"model": "y"}}
-    return open_book(make_recipe(values, "test"))
 
 
 def lines(first: int, last: int) -> list[dict[str, float]]:
