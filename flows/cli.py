@@ -3,6 +3,8 @@
 Exit status: 0 done, 1 failed (one sentence on standard error), 2 bad usage.
 """
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -120,12 +122,9 @@ def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command(epilog="Example:  distil verify deployments/pilot.toml")
 def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Hash every file of the store again, withdraw what is not whole, and name what the recipe lacks."""
-    import shlex
-
-    words = [str(recipe), *(overrides or ())]
     loaded = _recipe(recipe, overrides)
     from flows import status as view
-    from flows.home import open_store
+    from flows.home import TYPED, open_store
     from storage.upkeep import verify as check
 
     store = open_store(loaded)
@@ -146,7 +145,7 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
         print(f"{unread} could not be read and are left as they are; give access, or mend the disk, and verify again")
     if withdrawn or lacking:
         raise DistilError(
-            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {shlex.join(words)}` makes them "
+            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {os.environ[TYPED]}` makes them "
             "again"
         )
     if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
@@ -312,9 +311,6 @@ def _run(recipe: "Recipe") -> None:
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
     """The recipe, and the environment that Prefect, MLflow and transformers look at when they are imported."""
-    import os
-    import shlex
-
     from flows.home import TYPED, set_environment
     from flows.server import join_up
     from tasks.recipe import load_recipe

@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 
 from flows.bind import bound_flow
 from flows.engine import teacher_pool, text_pool
-from flows.home import open_store, settled
+from flows.home import open_store
 from flows.pool import Pool
 from flows.room import check_room
 from flows.shown import publish_failures
@@ -29,6 +29,7 @@ from tasks.block import count_tokens, make_blocks
 from tasks.capture import Capture
 from tasks.config import Recipe
 from tasks.lineage import SAMPLE_SHARDS, Lineage, check_teacher, pin_sample, trace, vocabulary_of
+from tasks.recipe import placed
 from tasks.shard import heldout_of, shard_source, shards_of, source_ref
 from tasks.snapshot import Source, content_of
 from tasks.teach import calibrate, make_targets, open_capture, with_capture
@@ -287,7 +288,7 @@ def run_prepare(recipe: Recipe, until: Literal["blocks", "targets"] = "targets")
         recipe: Everything that the run needs to know, section by section as in a recipe file.
         until: blocks stops before the teacher is needed, for a machine without a GPU.
     """
-    recipe = settled(recipe)
+    recipe = placed(recipe)
     store = open_store(recipe)
     prepared = prepare_corpus(store, recipe) if until == "targets" else prepare_text(store, recipe)
     return close(recipe, prepared)

@@ -22,7 +22,7 @@ from flows.corpus import Prepared, failed_state, prepare_corpus, unexplained
 from flows.describe import Result, describe
 from flows.elsewhere import make_text_elsewhere
 from flows.finished import all_done, remember, show_done
-from flows.home import link_model, open_store, settled
+from flows.home import link_model, open_store
 from flows.launch import METRICS, Line, launch
 from flows.promote import Judgement, gate, gate_rows, record_standings
 from flows.recorded import record_scores
@@ -41,6 +41,7 @@ from storage.store import Store
 from tasks.config import Recipe, Teacher
 from tasks.metrics import read_metrics
 from tasks.model import open_model
+from tasks.recipe import placed
 from tasks.run import RunSpec
 from tasks.standing import protocols, standings
 from tasks.teacher import fingerprint_of
@@ -55,7 +56,7 @@ def run_chain(recipe: Recipe) -> State[Any]:
     Args:
         recipe: Everything that the run needs to know, section by section as in a recipe file.
     """
-    recipe = settled(recipe)
+    recipe = placed(recipe)
     store = open_store(recipe)
     done = all_done(store, recipe)
     if done:

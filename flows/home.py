@@ -12,17 +12,11 @@ from flows.service import answers
 from storage.disk import writing
 from storage.store import Store
 from tasks.config import Recipe
-from tasks.recipe import placed
 
 TYPED = "DISTIL_RECIPE"
 """Environment variable: recipe file and overrides as the user typed them, for the commands that we tell him."""
 REGISTERED = "models:/"
 """How the name of a registered model begins: models:/NAME@ALIAS or models:/NAME/VERSION."""
-
-
-def settled(recipe: Recipe) -> Recipe:
-    """The recipe with its folders filled in, as when it comes from the Prefect form with both left empty."""
-    return placed(recipe)
 
 
 def open_store(recipe: Recipe) -> Store:

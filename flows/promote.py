@@ -26,12 +26,12 @@ from prefect.states import Completed, Failed
 
 from flows.approval import ask
 from flows.bind import bound_flow, run_one
-from flows.home import settled
 from flows.registry import Registry, Version, open_registry
 from flows.report import Rows, TextTable, markdown_sheet, markdown_table, show_sheet
 from storage.error import FatalError
 from tasks.config import Gate, Recipe
 from tasks.gate import Row, Verdict, judge
+from tasks.recipe import placed
 from tasks.standing import NOT_RUN, Standing
 
 STANDING = "distil.standing."
@@ -274,7 +274,7 @@ def run_promote(
     """
     if force and not reason.strip():
         raise FatalError("force needs a reason, which is kept with the version; give --reason")
-    recipe = settled(recipe)
+    recipe = placed(recipe)
     own = recipe.register_as.name
     if model and model != own:
         raise FatalError(

@@ -11,9 +11,10 @@ from prefect import State
 
 from flows.bind import bound_flow
 from flows.corpus import Only, close, plain_label, prepare_corpus, unexplained
-from flows.home import open_store, settled
+from flows.home import open_store
 from storage.error import FatalError
 from tasks.config import Recipe
+from tasks.recipe import placed
 
 Stage = Literal["all", "source", "shard", "blocks", "counts", "calibration", "targets"]
 
@@ -31,7 +32,7 @@ def run_retry(recipe: Recipe, stage: Stage = "all", shard: str = "", force: bool
         raise FatalError(f"there is no stage {stage!r}; take one of {', '.join(get_args(Stage))}")
     if force and stage == "all" and not shard:
         raise FatalError("force needs a stage or a shard, so that not everything is made again")
-    recipe = settled(recipe)
+    recipe = placed(recipe)
     # Who asks for a retry wants the targets made, whatever a run does about missing ones.
     recipe = recipe.model_copy(update={"targets": recipe.targets.model_copy(update={"on_missing": "compute"})})
     store = open_store(recipe)

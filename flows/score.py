@@ -21,7 +21,7 @@ from prefect.states import Completed, Failed
 from flows.bind import bound_flow, run_one
 from flows.comparison import comparison_table, fill_mask_table, notes
 from flows.corpus import failed_state, prepare_heldout
-from flows.home import REGISTERED, open_store, settled
+from flows.home import REGISTERED, open_store
 from flows.promote import record_standings
 from flows.recorded import record_scores
 from flows.registry import fetch_model, open_registry
@@ -41,6 +41,7 @@ from tasks.lineage import teacher_key, vocabulary_of
 from tasks.measured import measured_models
 from tasks.picture import picture
 from tasks.protocol import Protocol, load_protocol
+from tasks.recipe import placed
 from tasks.score import Scores, Trial, block_counts, heldout_protocol, make_scores, not_run, score_heldout
 from tasks.standing import protocols, standings, teachers_own
 from tasks.teacher import fingerprint_of, resolve_model
@@ -202,7 +203,7 @@ def run_score(
         raise FatalError(
             "force needs only, a set or a pair such as `xnli seed 1`, so that not everything is made again"
         )
-    recipe = settled(recipe)
+    recipe = placed(recipe)
     protocol_of(recipe)  # refused before anything is computed
     store = open_store(recipe)
     models = _candidates(recipe, (model, *others))

@@ -21,12 +21,13 @@ from prefect.states import Completed
 
 from flows.bind import bound_flow, run_one
 from flows.finished import all_done
-from flows.home import open_store, settled
+from flows.home import open_store
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.config import Recipe
 from tasks.folder import Folder, list_folder, subfolders
+from tasks.recipe import placed
 from tasks.snapshot import snapshot_of
 
 LOOKS = "looks"
@@ -60,7 +61,7 @@ def run_watch(recipe: Recipe) -> State[Any]:
     Args:
         recipe: Its section `watch` says where to look; the run that is started gets the whole recipe.
     """
-    recipe = settled(recipe)
+    recipe = placed(recipe)
     store = open_store(recipe)
     said: list[str] = []
     for url in _snapshots(recipe):

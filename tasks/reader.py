@@ -11,8 +11,7 @@ The schema is recognised from the data (FACTS.md lists them):
     jsonl           {text} or {content}                             parquet      the same fields as columns
 
 Only text has no mark of its own, so it is taken as text where the name says `.txt`, and tasks/parting.py finds what
-parts its documents. What cannot be read is counted and
-quarantined line by line, up to the limit of the recipe.
+parts its documents. What cannot be read is counted and quarantined line by line, up to the limit of the recipe.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

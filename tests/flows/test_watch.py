@@ -20,11 +20,11 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.states import Failed
 
 from flows import watch
-from flows.home import open_store, set_environment, settled, tracking_uri
+from flows.home import open_store, set_environment, tracking_uri
 from flows.watch import LOOKS, watch_snapshots
 from tasks.config import Recipe
 from tasks.folder import list_folder
-from tasks.recipe import make_recipe
+from tasks.recipe import make_recipe, placed
 from tests.tiny import save_tokenizer, write_oscar, write_sums
 
 Place = Callable[..., Recipe]
@@ -58,7 +58,7 @@ def place(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> P
             "run": {"retries": 0},
             "watch": {"settle_seconds": 0.3} | settings,
         }
-        return settled(make_recipe(values, "test"))
+        return placed(make_recipe(values, "test"))
 
     return recipe
 
