@@ -91,7 +91,7 @@ def bound_flow(
         flow_run_name=named,
         persist_result=False,
         validate_parameters=False,
-        # One thread for each task in flight that waits for a worker process; more are not needed and cost nothing.
-        task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=512)),
+        # A thread for each task in flight (run.window's bound); they start as they are needed.
+        task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=5000)),
     )(body)
     return cast(Flow[Concatenate[Recipe, P], Any], bound)

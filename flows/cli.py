@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed (one sentence on standard error), 2 bad usage.
 """
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -116,6 +117,9 @@ def retry(
 def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Look once for a new snapshot of the corpus, and start a run of the deployment `distill/NAME` for it."""
     loaded = _recipe(recipe, overrides)
+    from flows.server import find_server
+
+    find_server(loaded.home)  # a server that ends with this command would never start the run
     _flow(loaded, "flows.watch", "watch_snapshots", loaded)
 
 
@@ -284,15 +288,15 @@ def promote(
 ) -> None:
     """Make a version of the recipe's model champion if the gate lets it through. Refused: status 1, and the reasons."""
     loaded = _recipe(recipe, overrides)
-    import getpass
+    from flows.home import user
 
-    _flow(loaded, "flows.promote", "promote", loaded, model, version, force, reason, getpass.getuser())
+    _flow(loaded, "flows.promote", "promote", loaded, model, version, force, reason, user())
 
 
 def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Recipe files, settings and all others, each in their order."""
-    recipes = [word for word in words if word.endswith(".toml") and "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in words if re.match(r"[\w.-]+=", word)]  # runs/lr=1e-3/model is a folder
+    recipes = [word for word in words if word.endswith(".toml") and word not in overrides]
     return recipes, overrides, [word for word in words if word not in (*recipes, *overrides)]
 
 

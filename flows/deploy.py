@@ -35,6 +35,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 PROJECT = CHECKOUT / "deployments" / "prefect.yaml"
 ONE_AT_A_TIME = ("distill", "promote")
 """The work queues of concurrency 1. A limit of the deployment would end a training when the server restarts."""
+PAGE = 200
 SAID = 1000
 """Characters of Prefect's last words that are repeated; with a refusal it repeats the whole form."""
 KINDS = ("process", "docker", "kubernetes")
@@ -158,7 +159,10 @@ def _register(project: dict[str, Any]) -> None:
 def _ours(client: SyncPrefectClient, recipes: set[str]) -> list[DeploymentResponse]:
     """The deployments that the server has for these recipes."""
     tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=["distil"]), name=DeploymentFilterName(any_=list(recipes)))
-    return client.read_deployments(deployment_filter=tagged)
+    found: list[DeploymentResponse] = []
+    while page := client.read_deployments(deployment_filter=tagged, limit=PAGE, offset=len(found)):
+        found += page
+    return found
 
 
 def _finish_forms(client: SyncPrefectClient, deployments: Sequence[DeploymentResponse]) -> None:

@@ -115,7 +115,7 @@ def _student(store: Store, recipe: Recipe, prepared: Prepared) -> Course:
         lineage=prepared.lineage,
         run=run,
         model_folder=link_model(recipe, model.folder),
-        mlflow_model=f"{version}, alias challenger" + (", champion" if judgement.is_champion else ""),
+        mlflow_model=", alias ".join(filter(None, [str(version), ", ".join(book.registry.aliases_of(version))])),
         mlflow_uri=book.uri,
         mlflow_run=parent,
         mlflow_url=book.url(parent),
@@ -211,7 +211,8 @@ class _Follower:
 
 def _register(book: Book, parent: str, recipe: Recipe, model: Candidate) -> Version:
     sentence = recipe.score.sentences[0] if recipe.score.sentences else "<mask>"
-    return book.registry.register(parent, recipe.register_as.name, model.key, model.folder, sentence, _prefect_tags())
+    name, trusted = recipe.register_as.name, recipe.teacher.trust_remote_code
+    return book.registry.register(parent, name, model.key, model.folder, sentence, _prefect_tags(), trusted)
 
 
 def _show(store: Store, course: Course, seconds: float) -> None:

@@ -7,6 +7,7 @@ Both share only the store, which is asked before and after.
 
 from typing import cast
 
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -28,8 +29,9 @@ def make_text_elsewhere(store: Store, recipe: Recipe) -> None:
     name = recipe.run.text_on
     if not name or not trace(store, recipe).lacks(store, "source", "shard", "blocks"):
         return
-    parameters = {"recipe": recipe.model_dump(mode="json", by_alias=True), "until": "blocks"}
+    values = recipe.model_dump(mode="json", by_alias=True)
     try:
+        parameters = {"recipe": values | {"home": _home_of(name)}, "until": "blocks"}
         run = cast(FlowRun, run_deployment(name, parameters=parameters, poll_interval=POLL_SECONDS))
     except ObjectNotFound as error:
         raise FatalError(
@@ -39,3 +41,10 @@ def make_text_elsewhere(store: Store, recipe: Recipe) -> None:
     if state is None or not state.is_completed():
         said = f"run {run.name} of {name} ended {state.name if state else 'nowhere'}: {state.message if state else ''}"
         raise FatalError(said) if state and state.is_failed() else RetryableError(said)
+
+
+def _home_of(deployment: str) -> str:
+    """The home that a deployment has of its own: ours is a folder of this machine. ObjectNotFound: there is none."""
+    with get_client(sync_client=True) as client:
+        own: dict[str, str] = client.read_deployment_by_name(deployment).parameters.get("recipe", {})
+    return own.get("home", "")

@@ -2,13 +2,15 @@
 told through the environment before they are imported. Imports neither of them, so the command line starts fast.
 """
 
+import getpass
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
-from flows.service import answers
+from flows.service import LOOPBACK, answers
 from storage.disk import writing
 from storage.store import Store
 from tasks.config import Recipe
@@ -52,6 +54,10 @@ def set_environment(home: str) -> None:
         quiet["PREFECT_HOME"] = str(folder / "prefect")
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    around = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if getproxies_environment() and not proxy_bypass_environment(LOOPBACK):
+        # A proxy of the user's network cannot reach the servers of this machine.
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [around, LOOPBACK, "localhost"]))
 
 
 def tracking_uri(recipe: Recipe) -> str:
@@ -62,17 +68,20 @@ def tracking_uri(recipe: Recipe) -> str:
 def registry_name(recipe: Recipe) -> str:
     """What names a recipe's MLflow for good, without passwords: the server of a `distil up` is the home's database."""
     uri, up = tracking_uri(recipe), _last_up(recipe.home)
-    return public(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
+    return _bare(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
 
 
 def public(uri: str) -> str:
     """A URI without the name and password that it may hold, for tables, tags and links.
 
-    A server that browsers reach by another address than we do, as between containers, is given as DISTIL_MLFLOW_URL.
+    Where browsers reach the server of MLFLOW_TRACKING_URI by another address than we do, as between containers, that
+    is given as DISTIL_MLFLOW_URL.
     """
     shown = os.environ.get("DISTIL_MLFLOW_URL")
-    if shown and uri.startswith(("http://", "https://")):
-        return shown
+    return shown if shown and uri == os.environ.get("MLFLOW_TRACKING_URI") else _bare(uri)
+
+
+def _bare(uri: str) -> str:
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
@@ -81,6 +90,14 @@ def mlflow_database(home: str) -> str:
     """The database that `distil run` writes to and the server of `distil up` serves: that of MLFLOW_BACKEND_STORE_URI,
     else SQLite below home."""
     return os.environ.get("MLFLOW_BACKEND_STORE_URI") or f"sqlite:///{Path(home).absolute()}/mlflow/mlflow.db"
+
+
+def user() -> str:
+    """Who calls: the name, or the number where the system has no name for it, as in containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"user {os.getuid()}"
 
 
 def up_file(home: str) -> Path:

@@ -5,12 +5,11 @@
     judgement = gate(recipe, registry, version) the same inside `distill`, after its scores
 
 All that a judgement needs is in MLflow: `record_standings` keeps the deciding figures as tags of the version. MLflow's
-aliases have no compare-and-set, so promotions take turns: a file lock below the recipe's home here, a work queue of
-concurrency 1 among machines. Each candidate is judged against the champion that stands when its turn has come.
+aliases have no compare-and-set: below one home promotions take turns by a file lock; among machines the champion is
+looked at again right before the alias is moved, and if it is another one the candidate is judged anew.
 """
 
 import fcntl
-import getpass
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from prefect.states import Completed, Failed
 
 from flows.approval import ask
 from flows.bind import bound_flow, run_one
+from flows.home import user
 from flows.registry import Registry, Version, open_registry
 from flows.report import Rows, TextTable, markdown_sheet, markdown_table, show_sheet
 from storage.error import FatalError
@@ -170,7 +170,7 @@ def decide(recipe: Recipe, registry: Registry, version: Version, order: Order) -
         record(registry, judgement, order, now)
         # The tags come first: killed in between, the version is not champion and the next call decides again.
         if judgement.is_champion:
-            registry.crown(version, now)
+            registry.crown(version, now, champion)
         return judgement
 
 
@@ -253,7 +253,7 @@ def table(rows: Sequence[Row]) -> TextTable:
 
 def _who() -> str:
     run = runtime.flow_run.id
-    return f"Prefect flow run {run}" if run else getpass.getuser()
+    return f"Prefect flow run {run}" if run else user()
 
 
 # ---- the flow ----------------------------------------------------------------------------------------------

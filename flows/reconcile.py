@@ -6,6 +6,7 @@ A run counts as dead when Prefect takes it for alive, this machine's worker had 
 runs of other machines are left alone: their processes cannot be seen from here.
 """
 
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,8 +41,11 @@ class Marked:
 
 
 def worker_name() -> str:
-    """The name of this machine's worker; Prefect notes it with each run that the worker takes."""
-    return socket.gethostname()
+    """The name of this user's worker on this machine; Prefect notes it with each run that the worker takes.
+
+    Another user's processes cannot be looked into, so his runs are not ours to judge.
+    """
+    return f"{socket.gethostname()}-{os.getuid()}"
 
 
 def reconcile(client: SyncPrefectClient) -> list[Marked]:

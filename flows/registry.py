@@ -66,12 +66,19 @@ class Registry:
 
     @answering()
     def register(
-        self, run_id: str, name: str, model_key: str, folder: Path, example: str, tags: Mapping[str, str]
+        self,
+        run_id: str,
+        name: str,
+        model_key: str,
+        folder: Path,
+        example: str,
+        tags: Mapping[str, str],
+        trust_remote_code: bool = False,
     ) -> Version:
         """Registers a model folder as a new version with alias `challenger`, once for each model key."""
         known = self.version_of(name, model_key)
         if known is None:
-            logged = _log_model(self.client, run_id, folder, example)
+            logged = _log_model(self.client, run_id, folder, example, trust_remote_code)
             if not any(model.name == name for model in self.client.search_registered_models(f"name = '{name}'")):
                 self.client.create_registered_model(name)
             kept = {key: value for key, value in tags.items() if value}
@@ -140,6 +147,11 @@ class Registry:
         return sorted(past, key=lambda one: one.tags[CHAMPION_SINCE]) + ([now] if now else [])
 
     @answering()
+    def aliases_of(self, version: Version) -> list[str]:
+        """The aliases that the version has now; a newer one may have taken `challenger`."""
+        return sorted(alias for alias, number in self._aliases(version.name).items() if number == version.version)
+
+    @answering()
     def tag_version(self, version: Version, tags: Mapping[str, str]) -> None:
         """Sets tags of a version; an empty value takes the tag away."""
         for name, value in tags.items():
@@ -149,9 +161,11 @@ class Registry:
                 self.client.delete_model_version_tag(version.name, version.version, name)
 
     @answering()
-    def crown(self, version: Version, when: str) -> None:
-        """Moves the alias `champion` to this version. RetryableError if somebody else moved it at the same time."""
+    def crown(self, version: Version, when: str, judged_against: Version | None) -> None:
+        """Moves the alias `champion` to this version. RetryableError if somebody else moved it meanwhile."""
         before = self.champion(version.name)
+        if before != judged_against:
+            raise RetryableError(f"the champion of {version.name} was changed by somebody else while it was judged")
         if before and before != version and CHAMPION_SINCE not in before.tags:
             self.tag_version(before, {CHAMPION_SINCE: when})  # a person gave it the alias in MLflow
         self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
@@ -244,7 +258,7 @@ def _version(found: ModelVersion) -> Version:
     return Version(found.name, str(found.version), found.run_id or "", logged, dict(found.tags))
 
 
-def _log_model(client: MlflowClient, run_id: str, folder: Path, example: str) -> ModelInfo:
+def _log_model(client: MlflowClient, run_id: str, folder: Path, example: str, trust_remote_code: bool) -> ModelInfo:
     """Logs the folder in the transformers flavour.
 
     MLflow keeps the tokenizer apart from the model; its files are put beside the weights as well, so that `model/` of
@@ -253,7 +267,7 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, example: str) ->
     import transformers
 
     text = Schema([ColSpec(DataType.string)])
-    model = transformers.pipeline("fill-mask", model=str(folder), device="cpu")
+    model = transformers.pipeline("fill-mask", model=str(folder), device="cpu", trust_remote_code=trust_remote_code)
     mask = str(model.tokenizer.mask_token) if model.tokenizer else "<mask>"
     with mlflow.start_run(run_id=run_id):
         info = mlflow.transformers.log_model(

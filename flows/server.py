@@ -8,6 +8,7 @@ serves the UI while the run lasts, and ends with this process, however that ends
 """
 
 import atexit
+import fcntl
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -39,13 +40,21 @@ def start_server(home: str) -> Callable[[], None]:
     """
     if os.environ.get("PREFECT_API_URL") or join_up(home):
         return lambda: None
+    # One after the other: two servers that fill an empty database at the same time spoil it.
+    turn = (Path(home) / "run" / "prefect.lock").open("w")
+    fcntl.flock(turn, fcntl.LOCK_EX)
     server = prefect_server(home, a_port("Prefect", None))
     # Registered before Prefect's own exit hooks, so it runs after they have sent what they still hold.
     atexit.register(stop, server)
     os.environ["PREFECT_API_URL"] = server.health.removesuffix("/health")
     os.environ[OWN] = server.health.removesuffix("/api/health")
     os.environ.setdefault("PREFECT_UI_URL", LATER)
-    return lambda: wait_until_up(server)
+
+    def wait() -> None:
+        with turn:
+            wait_until_up(server)
+
+    return wait
 
 
 def page_now(link: str) -> str:

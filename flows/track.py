@@ -101,18 +101,21 @@ class Book:
 
     @answering()
     def send(self, run_id: str, lines: Sequence[Mapping[str, Any]], last: dict[str, int]) -> None:
-        """Sends those lines of metrics.jsonl that lie after `last` (see `last_steps`) and moves it on."""
+        """Sends those lines of metrics.jsonl that lie after `last` (see `last_steps`) and, once they are there, moves it
+        on. RetryableError: MLflow is away; the same lines may be sent again."""
         batch: list[Metric] = []
+        reached = dict(last)
         for line in lines:
             kind = CURVES[0] if CURVES[0] in line else CURVES[1]
-            if line["step"] <= last[kind]:
+            if line["step"] <= reached[kind]:
                 continue
-            last[kind] = line["step"]
+            reached[kind] = line["step"]
             stamp = int(line["time"] * 1000)
             figures = {name: value for name, value in line.items() if name not in UNITS}
             batch += [Metric(name, float(value), stamp, line["step"]) for name, value in figures.items()]
         for start in range(0, len(batch), BATCH_METRICS):
             self.client.log_batch(run_id, metrics=batch[start : start + BATCH_METRICS])
+        last.update(reached)
 
     @answering()
     def figures(self, run_id: str, values: Mapping[str, Any]) -> None:

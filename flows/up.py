@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from flows.access import check_mlflow
-from flows.home import set_environment, up_file
+from flows.home import public, set_environment, up_file
 from flows.server import MLFLOW_PORT, PREFECT_PORT, mlflow_server, prefect_server, talkative
 from flows.service import LOOPBACK, STOP_SECONDS, Service, a_port, finish, start, stop, wait_until_up
 from storage.error import FatalError
@@ -81,6 +81,12 @@ def _addresses(port: int | None, mlflow_port: int | None) -> dict[str, str]:
 
 def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresses: dict[str, str]) -> None:
     """Starts everything, adds it to `services`, and watches it."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", addresses["mlflow"])
+    if given.rstrip("/") != addresses["mlflow"]:
+        raise FatalError(
+            f"MLFLOW_TRACKING_URI is {public(given)}, but `distil up` serves an MLflow of its own; unset it, or, to "
+            "record there, start `prefect server`, `distil deploy` and a Prefect worker instead"
+        )
     _set_environment(home, addresses)
     print(f"starting Prefect and MLflow for {home}", flush=True)
     services.append(mlflow_server(home, _port(addresses["mlflow"])))

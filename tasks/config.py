@@ -364,6 +364,8 @@ class Recipe(Section):
         for field, url in urls.items():
             if has_password(url):
                 raise ValueError(f"{field} holds a password; take it out: {CREDENTIALS}")
+        if has_password(self.register_as.tracking_uri):  # a recipe is shown in forms, parameters and runs
+            raise ValueError("register.tracking_uri holds a password; leave it empty and set MLFLOW_TRACKING_URI to it")
         return self
 
     @model_validator(mode="after")

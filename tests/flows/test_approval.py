@@ -170,3 +170,34 @@ def wait_for(what: Callable[[], object]) -> None:
     while not what():
         assert time.monotonic() < end, "it did not happen within three minutes"
         time.sleep(0.2)
+
+
+def test_nobody_in_time_is_a_no_and_a_run_that_is_tried_again_asks_again(recipe: Recipe) -> None:
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.flow_engine import run_flow
+    from prefect.states import Crashed, Pending
+
+    from flows.approval import ask
+
+    @flow
+    def asking(hours: float) -> str:
+        answer = ask("May it?", ["It may."], hours)
+        return f"{answer.approve} by {answer.by}"
+
+    state = asking(2 / 3600, return_state=True)
+    assert (state.is_completed(), state.result()) == (True, "False by the clock")
+
+    def again(run: FlowRun) -> str:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(contextvars.copy_context().run, run_flow, asking, run, {"hours": 1.0})  # type: ignore[arg-type]
+            assert answer(paused_run(asked, set()), {"approve": True, "by": "marie"}) == "RUNNING"  # type: ignore[arg-type]
+            return str(asked.result(WAIT))
+
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(asking, parameters={"hours": 1.0})
+        assert again(run) == "True by marie"
+        client.set_flow_run_state(run.id, Crashed(), force=True)
+        client.set_flow_run_state(run.id, Pending(), force=True)
+        assert again(client.read_flow_run(run.id)) == "True by marie"

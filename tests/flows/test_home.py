@@ -1,11 +1,15 @@
 """Addresses as people see them."""
 
 import json
+import os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from flows.home import public, registry_name, tracking_uri, up_file
+from flows.home import public, registry_name, set_environment, tracking_uri, up_file, user
+from flows.service import answers
 from tasks.config import Recipe
 from tasks.recipe import make_recipe
 
@@ -16,6 +20,8 @@ def test_an_address_is_shown_without_its_password() -> None:
 
 def test_a_server_is_shown_where_browsers_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTIL_MLFLOW_URL", "http://127.0.0.1:5000")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
+    assert public("http://me:secret@other:5000") == "http://other:5000"
     assert public("http://me:secret@mlflow:5000") == "http://127.0.0.1:5000"
     assert public("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
 
@@ -48,3 +54,37 @@ def test_what_is_registered_here_is_so_with_and_without_a_server_for_it(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5001")
     assert registry_name(recipe) == alone
     assert registry_name(recipe_of(tmp_path / "other")) != alone
+
+
+def test_the_servers_of_this_machine_are_reached_past_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ".example"}.items():
+        monkeypatch.setenv(name, value)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/health"
+        assert not answers(url)
+        for name in dict(os.environ):  # what it sets is taken back
+            monkeypatch.setenv(name, os.environ[name])
+        set_environment(str(tmp_path))
+        assert answers(url)
+        server.shutdown()
+        thread.join()
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == ".example,127.0.0.1,localhost"
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+def test_who_calls_has_a_name_where_the_system_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert user() == f"user {os.getuid()}"

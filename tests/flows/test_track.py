@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.track import Book, flat, open_book
-from storage.error import FatalError
+from storage.error import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe import make_recipe
 
@@ -31,6 +31,21 @@ def test_a_resumed_run_shows_one_curve(book: Book) -> None:
     assert again == run
     for name in ("loss", "heldout_loss"):
         assert [metric.step for metric in book.client.get_metric_history(run, name)] == list(range(1, 401))
+
+
+def test_lines_that_mlflow_did_not_get_are_sent_again(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = book.run("train", sha256_bytes(b"away"), "tiny train")
+    last = book.last_steps(run)
+    with monkeypatch.context() as away:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise ConnectionError("MLflow is away")
+
+        away.setattr(book.client, "log_batch", refuse)
+        with pytest.raises((ConnectionError, RetryableError)):
+            book.send(run, lines(1, 5), last)
+    book.send(run, lines(1, 8), last)
+    assert [metric.step for metric in book.client.get_metric_history(run, "loss")] == list(range(1, 9))
 
 
 def test_settings_become_parameters_in_batches(book: Book) -> None:
