@@ -38,13 +38,13 @@ from flows.tuned import Candidate, Judged
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.config import Recipe, Teacher
+from tasks.config import Recipe
 from tasks.metrics import read_metrics
 from tasks.model import open_model
 from tasks.recipe import placed
 from tasks.run import RunSpec
 from tasks.standing import protocols, standings
-from tasks.teacher import fingerprint_of
+from tasks.teacher import scored_as
 
 SEND_SECONDS = 5.0
 """Curves are sent to MLflow this often."""
@@ -128,7 +128,7 @@ def _student(store: Store, recipe: Recipe, prepared: Prepared) -> Course:
 def _judge(store: Store, recipe: Recipe, student: Candidate, prepared: Prepared) -> Judged:
     """Scores of the student and of the recipe's control, beside the teacher."""
     # By its content, as `distil score` names any folder: what is scored here is not scored again there.
-    student = replace(student, key=fingerprint_of(Teacher(model=str(student.folder))))
+    student = replace(student, key=scored_as(student.folder, trust_remote_code=recipe.teacher.trust_remote_code))
     control = control_of(recipe)
     models = [student, *([control] if control else [])]
     heldout = {model.name: (recipe, prepared.lineage.heldout_blocks) for model in models}

@@ -76,6 +76,7 @@ def command(run: RunSpec, path: Path) -> list[str]:
 def _start(run: RunSpec, path: Path, output: Any) -> subprocess.Popen[bytes]:
     # The trainer calls no server, so it is told no password.
     told = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    told.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{GRACE_SECONDS:.0f}")  # torchrun kills after 30 s by itself
     return subprocess.Popen(
         command(run, path),
         stdin=subprocess.DEVNULL,

@@ -35,7 +35,7 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.block import open_blocks
 from tasks.compare import Contender, fill_mask_sheet, latency, load_contender, parameters, size_on_disk
-from tasks.config import Recipe, Teacher
+from tasks.config import Recipe
 from tasks.interval import against
 from tasks.lineage import teacher_key, vocabulary_of
 from tasks.measured import measured_models
@@ -44,7 +44,7 @@ from tasks.protocol import Protocol, load_protocol
 from tasks.recipe import placed
 from tasks.score import Scores, Trial, block_counts, heldout_protocol, make_scores, not_run, score_heldout
 from tasks.standing import protocols, standings, teachers_own
-from tasks.teacher import fingerprint_of, resolve_model
+from tasks.teacher import resolve_model, scored_as
 from tasks.vocabulary import load_vocabulary
 
 TEACHER, CONTROL = "teacher", "control"
@@ -62,7 +62,7 @@ def teacher_of(recipe: Recipe) -> Candidate | None:
     if not recipe.teacher.model:
         return None
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
-    return Candidate(TEACHER, teacher_key(recipe), folder)
+    return Candidate(TEACHER, scored_as(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder)
 
 
 def control_of(recipe: Recipe) -> Candidate | None:
@@ -239,7 +239,8 @@ def _candidates(recipe: Recipe, models: Sequence[str]) -> list[Candidate]:
     for model in models:
         one = find_model(recipe, model)
         found.setdefault(one.key, replace(one, name=_short_name(model, {other.name for other in found.values()})))
-    students = [one for key, one in found.items() if key != teacher_key(recipe)]
+    teacher = teacher_of(recipe)
+    students = [one for key, one in found.items() if not teacher or key != teacher.key]
     return students or [replace(one, name=TEACHER) for one in found.values()]
 
 
@@ -247,7 +248,7 @@ def find_model(recipe: Recipe, model: str) -> Candidate:
     """A folder, hub id or registered model, under its own name and keyed by its content. FatalError: there is none."""
     uri = open_registry(recipe).named(model).uri if model.startswith(REGISTERED) else ""
     folder = fetch_model(recipe, uri) if uri else resolve_model(model)
-    return Candidate(model, fingerprint_of(Teacher(model=str(folder))), folder, uri)
+    return Candidate(model, scored_as(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder, uri)
 
 
 def _short_name(model: str, taken: set[str]) -> str:

@@ -18,6 +18,7 @@ from storage.artifact import Ref
 from storage.error import FatalError
 from storage.lease import read_on_lease
 from storage.store import Store
+from tasks.checkpoint import owed
 from tasks.config import Recipe
 from tasks.lineage import Lineage, trace
 
@@ -104,9 +105,10 @@ def named(kind: str, label: str, reason: str) -> str:
 
 
 def kept(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
-    """What `gc` must keep: all that the recipes want, their samples, every model, checkpoint and score, and what
-    trainings that go on read, whose snapshot may no longer be that of the recipe."""
-    keep = {(kind, key) for kind in ("model", "scores", "checkpoint") for key in store.keys(kind)}
+    """What `gc` must keep: all that the recipes want, their samples, every model and score, the checkpoints of
+    trainings that have not ended, and what those read that go on, of whatever snapshot."""
+    keep = {(kind, key) for kind in ("model", "scores") for key in store.keys(kind)}
+    keep |= {("checkpoint", key) for key in owed(store)}
     keep |= read_on_lease(store)
     for recipe in recipes:
         lineage = trace(store, recipe)

@@ -101,8 +101,10 @@ class Book:
 
     @answering()
     def send(self, run_id: str, lines: Sequence[Mapping[str, Any]], last: dict[str, int]) -> None:
-        """Sends those lines of metrics.jsonl that lie after `last` (see `last_steps`) and, once they are there, moves it
-        on. RetryableError: MLflow is away; the same lines may be sent again."""
+        """Sends those lines of metrics.jsonl that lie after `last` (see `last_steps`) and then moves it on.
+
+        RetryableError: MLflow is away; the same lines may be sent again.
+        """
         batch: list[Metric] = []
         reached = dict(last)
         for line in lines:

@@ -328,7 +328,7 @@ class Store(Files):
         if self.is_local:
             return False
         # The copy in the cache may be what is wrong, not the store.
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have found it as well
         with again():
             return self._hashes.of(path) == file.sha256
 

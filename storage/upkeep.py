@@ -8,7 +8,7 @@ rebuilds.
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -121,6 +121,12 @@ def free_bytes(store: Store) -> int | None:
     return shutil.disk_usage(there).free
 
 
+def _still_older(store: Store, paths: Sequence[str], before: float) -> list[str]:
+    folders = {"/".join(path.split("/")[:2]) for path in paths}
+    details = {path: detail for folder in sorted(folders) for path, detail in store.find(folder).items()}
+    return [path for path in paths if path in details and _age_known_and_older(details[path], before)]
+
+
 def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_age: float = DAY) -> list[str]:
     """Files that neither belong to a kept (kind, key) nor are younger than `min_age` seconds, as paths in the store.
 
@@ -143,8 +149,9 @@ def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_ag
     files = (Path(place, name) for place, _, names in os.walk(store.scratch_folder) for name in names)
     work = [path for path in files if _is_older(path, before)]
     if delete:
-        store.remove_all(receipts)
-        store.remove_all(data)
+        # Reading all receipts took its time: what was made again meanwhile, under the same name, is young now.
+        store.remove_all(_still_older(store, receipts, before))
+        store.remove_all(_still_older(store, data, before))
         for file in work:
             file.unlink(missing_ok=True)
     return [*receipts, *data, *(os.fspath(file) for file in work)]

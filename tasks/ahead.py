@@ -4,8 +4,9 @@
     ahead.move(first, stop)      # batches of the global rows first..stop-1 are being made now
 
 Called by tasks.batch.Loader before each step. Opening copies a part of a remote store into the local cache and hashes
-it; letting go of what was passed is what allows the cache to evict it. A bound on the cache has to leave room for two
-windows (train.window_shards parts each); where it is smaller it is exceeded, since nothing in use is ever evicted.
+it; letting go of what was passed is what allows the cache to evict it. A bound on the cache has to leave room for three
+windows (train.window_shards parts each): on the way from one into the next, the one after that is opened already.
+Where it is smaller it is exceeded, since nothing in use is ever evicted.
 """
 
 from concurrent.futures import ThreadPoolExecutor

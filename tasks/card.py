@@ -235,9 +235,14 @@ def _models(facts: CardFacts) -> Pairs:
     }[recipe.student.init]
     rows = [("teacher", plain_name(recipe.teacher.model) or "none")]
     rows += [("teacher's revision", recipe.teacher.revision)] if recipe.teacher.revision else []
-    rows += [("student", f"{facts.layers} layers"), ("started from", start), ("dropout", f"{recipe.student.dropout:g}")]
-    rows += [("warm start", plain_name(recipe.train.warm_start))] if recipe.train.warm_start else []
-    return rows
+    if recipe.train.warm_start:
+        start = f"warm start, all weights of {plain_name(recipe.train.warm_start)}"
+    return [
+        *rows,
+        ("student", f"{facts.layers} layers"),
+        ("started from", start),
+        ("dropout", f"{recipe.student.dropout:g}"),
+    ]
 
 
 def _objective(recipe: Recipe) -> Pairs:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from storage.artifact import Receipt, Ref
 from storage.error import DamagedError
 from storage.store import Store
-from tasks.run import SCHEMA, RunSpec
+from tasks.run import SCHEMA, RunSpec, model_ref
 
 _KEY = re.compile(r"(?P<run>[0-9a-f]{64})-(?P<step>[0-9]{9})")
 
@@ -42,6 +42,13 @@ def steps_kept(store: Store, run: RunSpec) -> list[int]:
     """Steps of this run that have a checkpoint, ascending."""
     found = (_KEY.fullmatch(key) for key in store.keys("checkpoint"))
     return sorted(int(match["step"]) for match in found if match and match["run"] == run.run_key)
+
+
+def owed(store: Store) -> set[str]:
+    """Keys of all checkpoints whose training has not ended in a model: with those it goes on."""
+    models = store.keys("model")
+    found = (_KEY.fullmatch(key) for key in store.keys("checkpoint"))
+    return {match[0] for match in found if match and model_ref(match["run"], "").key not in models}
 
 
 def save_checkpoint(

@@ -70,7 +70,7 @@ class SentenceCraft:
     def test_scores(
         self, data: LabelledSet, encoded: Sequence[Encoded], predicted: npt.NDArray[Any], limit: int
     ) -> Scores:
-        """Figures on the test split; `cut_rows` of it were too long and were cut."""
+        """Figures on the test split; `cut_rows` of it fill the limit: they were cut, or just fit."""
         predictions = {
             "gold": pack([[row.label] for row in data.test]),
             "predicted": pack([[int(label)] for label in predicted]),

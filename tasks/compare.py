@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from storage.error import FatalError
 from tasks.encoder import longest_input
 from tasks.score import Scores, evaluating, not_run
+from tasks.tokenizer import exact_tokenizer
 
 MASK = "<mask>"
 """Stands in sentences for the mask token of whatever tokenizer reads them."""
@@ -52,7 +53,7 @@ def load_contender(
     try:
         with quiet():
             model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = exact_tokenizer(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise FatalError(f"{folder}: not a masked language model with its tokenizer ({first})", str(folder)) from error

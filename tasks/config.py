@@ -91,7 +91,9 @@ class Teacher(Section):
 
     model: str = Field("", description="Folder or hub id of a masked language model; empty only for plain MLM training")
     revision: str = Field("", description="Commit or tag on the hub; empty means the newest")
-    dtype: Dtype = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    dtype: Dtype = Field(
+        "auto", description="auto: bfloat16 on GPU, float32 on CPU; in training its products are of train.dtype"
+    )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation; part of the key")
     batch_rows: int = Field(0, ge=0, le=100_000, description="Blocks in one teacher forward; 0 chooses by memory")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model; only if you trust it")

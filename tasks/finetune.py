@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
@@ -33,6 +32,7 @@ from tasks.compare import quiet
 from tasks.encoder import longest_input
 from tasks.protocol import Tuning
 from tasks.score import Scores, spread_rows
+from tasks.tokenizer import exact_tokenizer
 
 PREDICT_ROWS = 64
 _DROPOUTS = (
@@ -42,6 +42,8 @@ _DROPOUTS = (
     "embedding_dropout",
     "mlp_dropout",
     "classifier_dropout",
+    "dropout",
+    "seq_classif_dropout",
 )
 
 
@@ -226,7 +228,7 @@ def _tokenizer_of(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             # RoBERTa's tokenizer takes words only with a space before each.
-            tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True, local_files_only=True)
+            tokenizer = exact_tokenizer(folder, add_prefix_space=True)
     except (OSError, ValueError, KeyError) as error:
         raise FatalError(_no_encoder(folder, error), str(folder)) from error
     if not tokenizer.is_fast:

@@ -15,7 +15,7 @@ from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.block import blocks_ref, counts_ref
-from tasks.config import Recipe, Teacher
+from tasks.config import Corpus, Recipe, Teacher
 from tasks.run import Part, RunSpec, key_of_run, make_run
 from tasks.shard import heldout_of, shards_of, source_ref
 from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
@@ -240,8 +240,10 @@ def _sample(store: Store, recipe: Recipe, lineage: Lineage) -> list[Ref]:
 
 def _sample_name(recipe: Recipe) -> str:
     vocabulary = vocabulary_of(recipe)
+    # As by default, so that a source that was refused may be let in without another calibration of all the others.
+    limits = {name: Corpus.model_fields[name].default for name in ("max_bad_lines", "max_unpacked_ratio")}
     settings = {
-        "corpus": recipe.corpus.in_key({"url", "pattern"}),
+        "corpus": recipe.corpus.in_key({"url", "pattern"}) | limits,
         "blocks": recipe.blocks.model_dump(mode="json", exclude={"tokenizer"}),
         "tokenizer": vocabulary.fingerprint,
     }

@@ -12,6 +12,7 @@ from storage.artifact import Receipt, Ref
 from storage.store import Store
 from tasks.checkpoint import Progress
 from tasks.run import SCHEMA, RunSpec
+from tasks.tokenizer import name_exact_class
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,10 +26,12 @@ TOKENIZER_FILES = (
 )
 
 
-def save_model(store: Store, run: RunSpec, student: PreTrainedModel, progress: Progress, tokenizer: Path) -> Receipt:
+def save_model(
+    store: Store, run: RunSpec, student: PreTrainedModel, progress: Progress, tokenizer: Path, *, ranks: int
+) -> Receipt:
     """Commits the model; AutoModel, AutoTokenizer and pipeline("fill-mask") load the artifact's folder.
 
-    `tokenizer` is the folder of the tokenizer that made the blocks.
+    `tokenizer` is the folder of the tokenizer that made the blocks, `ranks` how many processes trained it.
     """
     with store.scratch() as folder:
         student.save_pretrained(folder)
@@ -51,7 +54,7 @@ def save_model(store: Store, run: RunSpec, student: PreTrainedModel, progress: P
                 "source": run.targets.source,
                 "encoding": run.targets.encoding,
                 "best_heldout_loss": progress.best,  # of some step; these are the weights of the last one
-                "hardware": hardware(student.device, run.train.ranks),
+                "hardware": hardware(student.device, ranks),
             },
         )
 
@@ -69,10 +72,12 @@ def hardware(device: torch.device, ranks: int) -> str:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the tokenizer's own files unchanged: a saved-again tokenizer may differ from what made the blocks."""
+    """Copies the tokenizer's own files: a saved-again tokenizer may differ from what made the blocks. Only the class is
+    named anew where transformers' own for it would."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+    name_exact_class(folder)
 
 
 def tokenizer_bytes(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """What a recipe will cost, before anything runs: bytes, time, money, and whether caching the teacher pays.
 
-    forecast = make_forecast(recipe, stock, sample, pace, shape, machine, free, Prices())
+    forecast = make_forecast(recipe, stock, sample, shape, pace, machine, free, Prices())
     forecast.seconds["train"].left, forecast.bytes["targets"].total, forecast.advice
 
 Arithmetic alone, on what tasks.volume, tasks.sample and tasks.pace found. Called by `distil plan`.

@@ -157,6 +157,12 @@ def fingerprint_of(teacher: Teacher) -> str:
     return teacher_fingerprint(resolve_model(teacher.model, teacher.revision), teacher)
 
 
+def scored_as(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """Names a model folder for its scores: weights, config, tokenizer, and its code if that may run."""
+    model = fingerprint_of(Teacher(model=str(folder), trust_remote_code=trust_remote_code))
+    return sha256_bytes(canonical_json([model, load_vocabulary(str(folder)).fingerprint]))
+
+
 def teacher_fingerprint(folder: Path, teacher: Teacher) -> str:
     """sha256 over weights and config, the same for a copy in another folder; with the model's code if that may run."""
     config = {

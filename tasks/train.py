@@ -5,8 +5,9 @@
 
 Reads RUN.json (tasks.run) and the store that it names; writes checkpoints and the model into the store, and
 metrics.jsonl and result.json into the run's folder. A run that was killed goes on from its newest checkpoint and ends
-with the same bits (CPU). SIGTERM writes a checkpoint and ends with status 143. An error ends it with one sentence and
-status 1, or 75 if the same command may succeed later.
+with the same bits (on a CPU in one or two processes; from three on DDP adds in another order in its first step).
+SIGTERM writes a checkpoint and ends with status 143. An error ends it with one sentence and status 1, or 75 if the same
+command may succeed later.
 """
 
 import json
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         with joined_world(run) as world:
             finished = train(run, world, stop)
     except torch.OutOfMemoryError as error:
-        rows = run.train.micro_rows or run.train.batch_rows
+        rows = run.train.micro_rows or -(-run.train.batch_rows // int(os.environ.get("WORLD_SIZE", "1")))
         print(
             f"run {run.name}: the memory of the GPU is full with {rows} blocks of {run.blocks.length} tokens in one "
             f"forward; lower train.micro_rows, which changes nothing but speed ({str(error).splitlines()[0]})",
@@ -151,7 +152,8 @@ def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
     progress = trainer.loop(progress, stop)
     finished = progress.step >= run.total_steps
     if world.rank == 0 and finished:
-        receipt = save_model(store, run, built.student, progress, Path(built.vocabulary.folder))
+        vocabulary = Path(built.vocabulary.folder)
+        receipt = save_model(store, run, built.student, progress, vocabulary, ranks=world.ranks)
         write_result(run, receipt)
         if lease:
             lease.end()

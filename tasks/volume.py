@@ -110,7 +110,7 @@ def variants_taught(recipe: Recipe) -> int:
 
 def _texts(store: Store, sources: Iterable[Ref]) -> dict[str, int]:
     """Bytes of text by key of every shard that these sources became."""
-    infos = [store.receipt(ref).info for ref in sources]
+    infos = [receipt.info for receipt in store.receipts_of(sources)]
     return {item["key"]: item["bytes"] for info in infos for item in (*info["shards"], *info["heldout"])}
 
 

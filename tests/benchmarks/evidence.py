@@ -24,7 +24,6 @@ import numpy as np
 from storage.artifact import Receipt
 from storage.store import Store
 from tasks.compare import latency, load_contender, parameters, size_on_disk
-from tasks.config import Teacher
 from tasks.interval import NORMAL, Array, against, over_seeds
 from tasks.measured import Measured
 from tasks.metric import row_counts
@@ -32,7 +31,7 @@ from tasks.metrics import read_metrics
 from tasks.picture import COLOURS, picture
 from tasks.score import Scores, block_counts, read_scores
 from tasks.standing import METRICS, Standing, teachers_own
-from tasks.teacher import fingerprint_of
+from tasks.teacher import scored_as
 
 TUNED = ("ner", "paws-x", "xnli")
 TEACHER = "teacher"
@@ -106,7 +105,7 @@ def _protocol(receipt: Receipt) -> str:
 
 def _training(home: Path, name: str, run: Path, scores: Mapping[str, Sequence[tuple[str, int, Scores]]]) -> Training:
     folder = home / "models" / name
-    own = scores.get(fingerprint_of(Teacher(model=str(folder))), ())
+    own = scores.get(scored_as(folder), ())
     metrics = read_metrics(run / "metrics.jsonl")
     steps = [line for line in metrics if "loss" in line]
     by_seed = {part: {seed: figures for name, seed, figures in own if name == part} for part in ("heldout", *TUNED)}

@@ -76,6 +76,21 @@ def test_score_takes_models_recipe_settings_and_protocol_in_any_order(monkeypatc
         assert call(cli.app, ["score", *wrong]).exit_code == 2
 
 
+def test_a_folder_may_be_named_by_a_setting() -> None:
+    from flows.cli import _sorted_words
+
+    words = ["runs/lr=5e-4/model", "a.toml", "runs/lr=1/b.toml", "train.lr=1e-3", "teacher.model=/data/m.toml"]
+    recipes, overrides, others = _sorted_words(words)
+    assert recipes == ["a.toml", "runs/lr=1/b.toml"]
+    assert overrides == ["train.lr=1e-3", "teacher.model=/data/m.toml"]
+    assert others == ["runs/lr=5e-4/model"]
+
+
+def test_watch_asks_for_a_server_that_stays(distil) -> None:
+    done = distil("watch", "tiny.toml")
+    assert (done.returncode, "there is no Prefect server" in done.stderr) == (1, True)
+
+
 def test_gc_takes_recipes_and_settings_and_nothing_else(distil) -> None:
     done = distil("gc", "tiny.toml", "corpus.url=/nowhere")
     assert (done.returncode, "corpus.url /nowhere" in done.stderr) == (1, True)

@@ -8,12 +8,14 @@ from flows.corpus import Prepared, StageDone, unexplained
 from flows.status import kept
 from storage.artifact import Ref
 from storage.error import FatalError
+from storage.fingerprint import sha256_bytes
 from storage.lease import Lease
 from storage.store import Store
 from tasks.block import make_blocks
 from tasks.config import Recipe
 from tasks.lineage import trace, vocabulary_of
 from tasks.recipe import make_recipe
+from tasks.run import model_ref
 from tasks.shard import shard_source
 from tests.artifacts import put
 from tests.tiny import save_tokenizer, write_oscar
@@ -69,3 +71,13 @@ def test_gc_spares_what_a_training_of_an_older_snapshot_reads(store: Store, reci
     assert (old.kind, old.key) in kept(store, [recipe])
     lease.end()
     assert (old.kind, old.key) not in kept(store, [recipe])
+
+
+def test_gc_drops_the_checkpoints_of_a_training_that_has_its_model(store: Store, recipe: Recipe) -> None:
+    ended, going = (sha256_bytes(name) for name in (b"ended", b"going"))
+    for ref in (*(Ref("checkpoint", f"{run}-{7:09d}", "step 7") for run in (ended, going)), model_ref(ended, "tiny")):
+        with store.scratch() as folder:
+            (folder / "weights").write_bytes(b"bytes")
+            store.commit(ref, folder, schema=1, rows=1, tokens=1, settings={}, parents=[])
+    checkpoints = {key for kind, key in kept(store, [recipe]) if kind == "checkpoint"}
+    assert checkpoints == {f"{going}-{7:09d}"}

@@ -24,7 +24,7 @@ from flows.promote import (
 )
 from flows.registry import CHAMPION_SINCE, Registry, Version, open_registry
 from flows.track import open_book
-from storage.error import FatalError
+from storage.error import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.config import Recipe
 from tasks.recipe import make_recipe
@@ -211,10 +211,22 @@ def test_who_waits_is_judged_against_the_champion_of_its_turn(registry: Registry
     with ThreadPoolExecutor(1) as pool:
         with turn(recipe, high.name):
             waiting = pool.submit(decide, recipe, registry, low, PERSON)
-            registry.crown(high, "2026-11-25T12:00:00")
+            registry.crown(high, "2026-11-25T12:00:00", registry.champion(high.name))
         judgement = waiting.result(120)
     assert (judgement.decision, judgement.against) == (REFUSED, high.version)
     assert champion(registry, recipe) == high.version
+
+
+def test_who_was_judged_against_another_champion_is_not_crowned(registry: Registry, recipe: Recipe) -> None:
+    """As when another machine, which has no lock with this one, promotes in the meantime."""
+    decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
+    old = registry.champion(recipe.register_as.name)
+    high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
+    registry.crown(high, "2026-11-25T12:00:00", old)
+    with pytest.raises(RetryableError, match="was changed by somebody else"):
+        registry.crown(low, "2026-11-25T12:00:01", old)
+    assert champion(registry, recipe) == high.version
+    assert (registry.aliases_of(high), registry.aliases_of(low)) == (["champion"], [])
 
 
 @pytest.mark.slow

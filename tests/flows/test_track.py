@@ -103,3 +103,11 @@ def test_a_url_with_a_password_is_refused_by_its_field_and_not_repeated(field: s
     with pytest.raises(FatalError, match=f"{field} holds a password.*environment") as caught:
         make_recipe(values, "test")
     assert "SECRET@" not in str(caught.value)
+
+
+def test_an_mlflow_with_a_password_is_told_by_the_environment_only() -> None:
+    values = {"name": "tiny", "corpus": {"url": "x"}, "teacher": {"model": "y"}}
+    values |= {"register": {"tracking_uri": "postgresql+psycopg2://me:SECRET@db/mlflow"}}
+    with pytest.raises(FatalError, match=r"tracking_uri holds a password.*MLFLOW_TRACKING_URI") as caught:
+        make_recipe(values, "test")
+    assert "SECRET@" not in str(caught.value)

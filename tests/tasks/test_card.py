@@ -117,6 +117,12 @@ def test_it_tells_how_the_model_was_made(said: str) -> None:
     assert said in model_card(facts())
 
 
+def test_a_warm_start_is_not_said_to_be_made_of_the_teachers_layers() -> None:
+    text = model_card(facts(recipe=recipe(train={"warm_start": "models:/distilled@champion"})))
+    assert "warm start, all weights of distilled@champion" in text
+    assert "layers of the teacher" not in text
+
+
 def test_places_of_a_machine_are_not_told() -> None:
     bare = recipe(
         teacher={"model": "/home/marie/models/teacher"},

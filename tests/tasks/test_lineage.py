@@ -67,6 +67,15 @@ def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> Non
     assert trace(store, new).calibration == trace(store, old).calibration
 
 
+def test_a_refused_source_is_let_in_without_another_sample(place: Path, store: Store) -> None:
+    strict = recipe_of(place, "old")
+    pin_sample(store, strict, make_text(store, strict)[2:])
+    corpus = strict.corpus.model_copy(update={"max_bad_lines": 50, "max_unpacked_ratio": 900})
+    lenient = trace(store, strict.model_copy(update={"corpus": corpus}))
+    assert len(lenient.sample) == 2
+    assert (lenient.sample, lenient.targets) == (trace(store, strict).sample, trace(store, strict).targets)
+
+
 def test_home_and_store_are_in_no_key(place: Path, store: Store) -> None:
     here = recipe_of(place, "old")
     make_text(store, here)

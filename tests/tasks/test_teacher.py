@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 
 from storage.error import FatalError
 from tasks.config import Teacher
-from tasks.teacher import fingerprint_of, load_teacher, resolve_model
+from tasks.teacher import fingerprint_of, load_teacher, resolve_model, scored_as
 from tests.tiny import make_teacher
 
 
@@ -201,3 +201,16 @@ def test_a_gpu_that_is_not_there_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FatalError, match="there is no GPU here"):
         load_teacher(named(folder), "cuda")
+
+
+def test_scores_of_a_model_are_named_by_its_tokenizer_too(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    assert scored_as(other) == scored_as(folder)
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    definition = json.loads((changed / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "Lowercase"}
+    (changed / "tokenizer.json").write_text(json.dumps(definition))
+    assert fingerprint_of(named(changed)) == fingerprint_of(named(folder))
+    assert scored_as(changed) != scored_as(folder)
