@@ -17,6 +17,7 @@ from pathlib import Path
 from flows.access import mlflow_access, prefect_access
 from flows.home import live_up, mlflow_database
 from flows.service import LOOPBACK, Service, a_port, start, stop, wait_until_up
+from storage.disk import writing
 from storage.error import FatalError
 
 PREFECT_PORT = 4200
@@ -41,7 +42,10 @@ def start_server(home: str) -> Callable[[], None]:
     if os.environ.get("PREFECT_API_URL") or join_up(home):
         return lambda: None
     # One after the other: two servers that fill an empty database at the same time spoil it.
-    turn = (Path(home) / "run" / "prefect.lock").open("w")
+    lock = Path(home) / "run" / "prefect.lock"
+    with writing(f"the home {home}"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        turn = lock.open("w")
     fcntl.flock(turn, fcntl.LOCK_EX)
     server = prefect_server(home, a_port("Prefect", None))
     # Registered before Prefect's own exit hooks, so it runs after they have sent what they still hold.

@@ -59,6 +59,7 @@ def test_what_is_registered_here_is_so_with_and_without_a_server_for_it(
 def test_the_servers_of_this_machine_are_reached_past_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ".example"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("urllib.request._opener", None)  # it remembers the proxies of its first call
     with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
