@@ -5,17 +5,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flows.launch import Tail, command, end_with_parent, launch
+from flows.launch import GRACE_SECONDS, Tail, command, end_with_parent, launch
 from storage.error import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.config import Blocks, Loss, Mask, Student, Targets, Teacher, Train
 from tasks.run import Part, RunSpec
 
 
-def a_run(folder: Path, **train: int) -> RunSpec:
+def a_run(folder: Path, **train: Any) -> RunSpec:
     key = sha256_bytes(b"run")
     return RunSpec(
         run_key=key,
@@ -59,6 +60,14 @@ def test_a_store_that_does_not_answer_is_worth_another_try(tmp_path: Path, monke
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     run = a_run(tmp_path).model_copy(update={"store": "s3://bucket/store"})
     with pytest.raises(RetryableError, match="the store s3://bucket/store did not answer"):
+        launch(run, lambda lines, final: None)
+
+
+def test_torchrun_gives_ranks_as_long_as_we_give_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    code = "import os; print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']); exit(1)"
+    run = a_run(tmp_path, launcher=(sys.executable, "-c", code, "{run}"))
+    with pytest.raises(FatalError, match=f"{GRACE_SECONDS:.0f}"):
         launch(run, lambda lines, final: None)
 
 

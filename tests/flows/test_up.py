@@ -165,3 +165,14 @@ def distil(environment: dict[str, str], folder: Path, *arguments: str) -> "subpr
         timeout=600,
         check=False,
     )
+
+
+def test_an_mlflow_that_the_user_named_is_not_passed_over(
+    place: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "flows.cli", "up", "tiny.toml", "--home", str(tmp_path / "home")]
+    team = environment | {"MLFLOW_TRACKING_URI": "http://me:secret@team:5000"}
+    done = subprocess.run(command, cwd=place, env=team, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "MLFLOW_TRACKING_URI is http://team:5000, but `distil up` serves an MLflow of its own" in done.stderr
+    assert "secret" not in done.stderr
