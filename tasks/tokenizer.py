@@ -9,6 +9,7 @@ CamembertTokenizer parts words at every white space, where the file may know the
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ PLAIN = "PreTrainedTokenizerFast"
 """The class that has no rules of its own, by the name that transformers 4 and 5 know."""
 
 
-def exact_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+def exact_tokenizer(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
     """What AutoTokenizer loads, or a plain tokenizer where that would read a text otherwise than tokenizer.json.
 
-    OSError, ValueError, KeyError: as AutoTokenizer.
+    `options` are how it is to be used (add_prefix_space), so the comparison is without them. OSError, ValueError,
+    KeyError: as AutoTokenizer.
     """
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    load = partial(AutoTokenizer.from_pretrained, folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    found: PreTrainedTokenizerBase = load()
     if reads_as_its_file(found, folder):
-        return found
+        wanted: PreTrainedTokenizerBase = load(**options) if options else found
+        return wanted
     names = found.model_input_names
     plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
         folder, local_files_only=True, model_input_names=names

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, RobertaTokenizer
 
 from tasks.finetune import _tokenizer_of
 from tasks.model import copy_tokenizer
@@ -39,6 +39,18 @@ def test_the_class_alone_reads_other_ids(own_rules: Path) -> None:
 def test_scores_and_fine_tuning_read_as_the_file_does(own_rules: Path) -> None:
     assert exact_tokenizer(own_rules)(TEXT).input_ids == by_file(own_rules)
     assert _tokenizer_of(own_rules)[1](TEXT).input_ids == by_file(own_rules)
+
+
+def test_how_it_is_to_be_used_is_no_other_reading(tmp_path: Path) -> None:
+    """RoBERTa's own tokenizer parts bytes; words of a sentence get a space before each when that is asked for."""
+    letters = {letter: 5 + number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    specials = {piece: number for number, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
+    RobertaTokenizer(vocab=specials | letters, merges=[]).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+    wanted = AutoTokenizer.from_pretrained(tmp_path, add_prefix_space=True)
+    words = exact_tokenizer(tmp_path, add_prefix_space=True)(["un", "dossier"], is_split_into_words=True)
+    assert words.input_ids == wanted(["un", "dossier"], is_split_into_words=True).input_ids
+    assert words.input_ids != exact_tokenizer(tmp_path)("un dossier").input_ids
 
 
 def test_who_loads_the_student_reads_as_the_file_does(own_rules: Path, tmp_path: Path) -> None:
