@@ -107,14 +107,22 @@ class Soak:
         return len(scratch) + len(list((home / "run").glob("*"))) - self.trainings
 
     def retention(self) -> list[str]:
-        """Makes all of Prefect's rows old and waits for its retention; what it left there and should not have."""
-        with closing(sqlite3.connect(self.database, timeout=60)) as connection, connection:
-            for table, column in STAMPS:
-                connection.execute(f"UPDATE {table} SET {column} = strftime('%Y-%m-%d %H:%M:%f', {column}, '{OLD}')")
+        """Makes all of Prefect's rows old until its retention is through; what it left there and should not have."""
         end = time.monotonic() + RETENTION_SECONDS
+        # Again each time: Prefect writes the last events of a run up to five seconds after it.
         while (left := self._left()) and time.monotonic() < end:
+            self._age()
             time.sleep(1)
         return left
+
+    def _age(self) -> None:
+        """Makes the rows old that are not yet."""
+        with closing(sqlite3.connect(self.database, timeout=60)) as connection, connection:
+            for table, column in STAMPS:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = strftime('%Y-%m-%d %H:%M:%f', {column}, '{OLD}')"
+                    f" WHERE {column} > datetime('now', '-1 day')"
+                )
 
     def _left(self) -> list[str]:
         """Tables with more rows than at the beginning and a few names, and pages in use."""
