@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = run.train.micro_rows or -(-run.train.batch_rows // int(os.environ.get("WORLD_SIZE", "1")))
         print(
             f"run {run.name}: the memory of the GPU is full with {rows} blocks of {run.blocks.length} tokens in one "
-            f"forward; lower train.micro_rows, which changes nothing but speed ({str(error).splitlines()[0]})",
+            "forward; lower train.micro_rows: a step stays as large, but is made in more, slower parts "
+            f"({str(error).splitlines()[0]})",
             file=sys.stderr,
         )
         return 1

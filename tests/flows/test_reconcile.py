@@ -1,6 +1,7 @@
 """Runs that lost their process: this machine's are marked, those of others and living ones are left alone."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from flows.reconcile import RUN_ID, reconcile, worker_name
 pytestmark = pytest.mark.usefixtures("prefect_api")
 HERE = {"prefect.worker.name": worker_name()}
 THERE = {"prefect.worker.name": "another-machine"}
+OTHER_USER = {"prefect.worker.name": f"{socket.gethostname()}-{os.getuid() + 1}"}
 
 
 @flow(name="left-behind")
@@ -56,10 +58,13 @@ def test_runs_of_this_machine_without_a_process_are_marked(client: SyncPrefectCl
     assert reconcile(client) == []
 
 
-def test_other_machines_runs_and_those_that_wait_or_ended_are_left_alone(client: SyncPrefectClient) -> None:
-    runs = [made(client, Running(), THERE), made(client, Scheduled(), HERE), made(client, Completed(), HERE)]
+def test_runs_of_other_machines_and_users_and_those_that_wait_or_ended_are_left_alone(
+    client: SyncPrefectClient,
+) -> None:
+    states = [(Running(), THERE), (Running(), OTHER_USER), (Scheduled(), HERE), (Completed(), HERE)]
+    runs = [made(client, state, labels) for state, labels in states]
     assert reconcile(client) == []
-    assert [state_of(client, run) for run in runs] == ["Running", "Scheduled", "Completed"]
+    assert [state_of(client, run) for run in runs] == ["Running", "Running", "Scheduled", "Completed"]
 
 
 def test_a_run_with_a_process_is_left_alone(client: SyncPrefectClient) -> None:
