@@ -40,11 +40,10 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.config import Recipe
 from tasks.metrics import read_metrics
-from tasks.model import open_model
+from tasks.model_files import scored_as
 from tasks.recipe import placed
 from tasks.run import RunSpec
 from tasks.standing import protocols, standings
-from tasks.teacher import scored_as
 
 SEND_SECONDS = 5.0
 """Curves are sent to MLflow this often."""
@@ -100,7 +99,7 @@ def _student(store: Store, recipe: Recipe, prepared: Prepared) -> Course:
     with book.ending(parent):
         with _timed(seconds, "train"):
             run_one("train", recipe.name, partial(_train, store, book, parent, run), recipe.run)
-        model = Candidate("student", run.model_ref.key, open_model(store, run.model_ref))
+        model = Candidate("student", run.model_ref.key, store.check(store.receipt(run.model_ref)))
         with _timed(seconds, "register"):
             version = run_one("register", recipe.name, partial(_register, book, parent, recipe, model), recipe.run)
         with _timed(seconds, "score"):

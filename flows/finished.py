@@ -17,7 +17,6 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.config import Recipe
 from tasks.lineage import trace
-from tasks.model import open_model
 from tasks.protocol import load_protocol
 from tasks.run import RunSpec, model_ref
 
@@ -58,7 +57,7 @@ def show_done(store: Store, recipe: Recipe, done: Done) -> None:
 
     FatalError: the model is not whole.
     """
-    folder = link_model(recipe, open_model(store, done.model))
+    folder = link_model(recipe, store.check(store.receipt(done.model)))
     here = {(MADE, MODEL): str(folder)}
     sheet: dict[str, Rows] = {
         heading: [(name, here.get((heading, name), text)) for name, text in rows]

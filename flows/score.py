@@ -39,12 +39,12 @@ from tasks.config import Recipe
 from tasks.interval import against
 from tasks.lineage import teacher_key, vocabulary_of
 from tasks.measured import measured_models
+from tasks.model_files import resolve_model, scored_as
 from tasks.picture import picture
 from tasks.protocol import Protocol, load_protocol
 from tasks.recipe import placed
 from tasks.score import Scores, Trial, block_counts, heldout_protocol, make_scores, not_run, score_heldout
 from tasks.standing import protocols, standings, teachers_own
-from tasks.teacher import resolve_model, scored_as
 from tasks.vocabulary import load_vocabulary
 
 TEACHER, CONTROL = "teacher", "control"

@@ -18,7 +18,6 @@ from storage.artifact import Ref
 from storage.error import FatalError
 from storage.lease import read_on_lease
 from storage.store import Store
-from tasks.checkpoint import owed
 from tasks.config import Recipe
 from tasks.lineage import Lineage, trace
 
@@ -107,6 +106,8 @@ def named(kind: str, label: str, reason: str) -> str:
 def kept(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
     """What `gc` must keep: all that the recipes want, their samples, every model and score, the checkpoints of
     trainings that have not ended, and what those read that go on, of whatever snapshot."""
+    from tasks.checkpoint import owed  # deferred: torch takes seconds to import
+
     keep = {(kind, key) for kind in ("model", "scores") for key in store.keys(kind)}
     keep |= {("checkpoint", key) for key in owed(store)}
     keep |= read_on_lease(store)

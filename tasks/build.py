@@ -14,12 +14,13 @@ from storage.store import Store
 from tasks.block import read_counts
 from tasks.config import Teacher
 from tasks.encoder import longest_input
+from tasks.model_files import resolve_model, teacher_fingerprint
 from tasks.probe import probe_cache
 from tasks.run import RunSpec
 from tasks.student import check_pad, make_fresh, make_student
 from tasks.supervision import Cached, Nothing, Online, Supervision
 from tasks.targets import open_targets
-from tasks.teacher import TeacherModel, load_teacher, load_weights, resolve_model, teacher_fingerprint
+from tasks.teacher import TeacherModel, load_teacher, load_weights
 from tasks.vocabulary import Vocabulary, fits, vocabulary_for
 
 

@@ -30,9 +30,8 @@ from storage.arrow import WIDE_VOCABULARY
 from storage.error import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 from tasks.config import Targets
+from tasks.target_refs import needs_calibration
 
-CALIBRATED = ("int8", "int4")
-"""Encodings that need channel means and deviations."""
 GROUP = 32
 """Channels that share a scale in int4."""
 OCTAVE, MIDDLE = 8, 128
@@ -151,7 +150,7 @@ def make_codec(targets: Targets, width: int, calibration: Calibration | None, vo
     FatalError if the encoding is calibrated and there is no calibration, or one of another width.
     """
     name = targets.encoding
-    if name not in CALIBRATED:
+    if not needs_calibration(targets):
         return Codec(name, width, vocab_size, min(targets.top_k, vocab_size) if name == "topk" else 0)
     if calibration is None or len(calibration.mean) != width:
         found = "none was given" if calibration is None else f"that one has {len(calibration.mean)}"

@@ -1,6 +1,6 @@
 """Downloads from the Hugging Face hub, with errors that say what to do.
 
-For tasks.vocabulary, tasks.teacher and tasks.set_files.
+For tasks.vocabulary, tasks.model_files and tasks.set_files.
 """
 
 import re

@@ -16,11 +16,11 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.block import blocks_ref, counts_ref
 from tasks.config import Corpus, Recipe, Teacher
+from tasks.model_files import fingerprint_of, vocabulary_rows
 from tasks.run import Part, RunSpec, key_of_run, make_run
 from tasks.shard import heldout_of, shards_of, source_ref
 from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
-from tasks.teach import calibration_ref, needs_calibration, targets_ref
-from tasks.teacher import fingerprint_of, vocabulary_rows
+from tasks.target_refs import calibration_ref, needs_calibration, targets_ref
 from tasks.vocabulary import Vocabulary, fits, vocabulary_for
 
 SAMPLE_SHARDS = 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from storage.artifact import Receipt, Ref
+from storage.artifact import Receipt
 from storage.store import Store
 from tasks.checkpoint import Progress
 from tasks.run import SCHEMA, RunSpec
@@ -57,11 +57,6 @@ def save_model(
                 "hardware": hardware(student.device, ranks),
             },
         )
-
-
-def open_model(store: Store, ref: Ref) -> Path:
-    """The folder of a finished model, hashed, for who registers and scores it. FatalError if it is not whole."""
-    return store.check(store.receipt(ref))
 
 
 def hardware(device: torch.device, ranks: int) -> str:

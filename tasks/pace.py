@@ -35,7 +35,8 @@ from tasks.model import hardware
 from tasks.run import Part, make_run
 from tasks.schedule import make_optimizer
 from tasks.step import World
-from tasks.teach import calibrate, make_targets, needs_calibration, open_capture
+from tasks.target_refs import needs_calibration
+from tasks.teach import calibrate, make_targets, open_capture
 from tasks.train import StopSignal, Trainer, pick_device
 
 WARM, TIMED = 3, 5

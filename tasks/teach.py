@@ -21,7 +21,6 @@ from storage.ahead import reading_ahead
 from storage.arrow import TARGETS, ArrowWriter, open_arrow
 from storage.artifact import Receipt, Ref
 from storage.error import FatalError
-from storage.fingerprint import key_of
 from storage.store import Store
 from tasks.block import Blocks, open_blocks, read_counts
 from tasks.capture import (
@@ -35,16 +34,16 @@ from tasks.capture import (
     one_ahead,
     refuse_nonfinite,
 )
-from tasks.codec import CALIBRATED, Calibration, Codec, fit_calibration, make_codec
+from tasks.codec import Calibration, Codec, fit_calibration, make_codec
 from tasks.config import Mask, Targets, Teacher
 from tasks.probe import Parity, probe
+from tasks.target_refs import SCHEMA, calibration_ref, calibration_settings, parents_of, targets_ref, targets_settings
 from tasks.targets import FILE, TargetRows, describe, read_targets, write_rows
 from tasks.teacher import shared_teacher
 from tasks.vocabulary import Vocabulary, fits
 
 R = TypeVar("R")
 
-SCHEMA = 1
 CALIBRATION_FILE = "calibration.arrow"
 _CALIBRATION = pa.schema([("mean", pa.float32()), ("sd", pa.float32())])
 
@@ -89,20 +88,6 @@ def with_capture(fn: Callable[..., R], opened: Callable[[], Capture], *args: Any
 # ---- calibration ---------------------------------------------------------------------------------------------
 
 
-def needs_calibration(targets: Targets) -> bool:
-    """True for the encodings that store channels relative to their mean and deviation."""
-    return targets.encoding in CALIBRATED
-
-
-def calibration_ref(
-    sample: Sequence[Ref], fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets, counts_key: str = ""
-) -> Ref:
-    """Names the calibration from a sample of blocks; the same for all encodings that need one."""
-    settings = _calibration_settings(fingerprint, teacher, mask, targets)
-    parents = [ref.key for ref in sample] + ([counts_key] if counts_key else [])
-    return Ref("calibration", key_of("calibration", SCHEMA, settings, parents), f"{sample[0].label}x{len(sample)}")
-
-
 def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: bool = False) -> Receipt:
     """Mean and deviation of each channel over targets.calibration_rows blocks, spread evenly over the sample.
 
@@ -125,7 +110,7 @@ def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: b
             schema=SCHEMA,
             rows=rows,
             tokens=positions,
-            settings=_calibration_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets),
+            settings=calibration_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets),
             parents=[part.key for part in sample] + ([capture.counts_key] if capture.counts_key else []),
             info={"positions": positions, "width": teacher.width, **_machine(capture)},
             timings={"seconds": time.perf_counter() - started},
@@ -137,14 +122,6 @@ def read_calibration(store: Store, ref: Ref) -> Calibration:
     table = open_arrow(store.check(store.receipt(ref)) / CALIBRATION_FILE).read_all()
     mean_D, sd_D = (torch.from_numpy(table.column(name).to_numpy().copy()) for name in ("mean", "sd"))
     return Calibration(mean_D, sd_D)
-
-
-def _calibration_settings(fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets) -> dict[str, Any]:
-    return {
-        **_teaching_settings(fingerprint, teacher, mask),
-        "positions": targets.positions,
-        "rows": targets.calibration_rows,
-    }
 
 
 def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Calibration, int, int]:
@@ -169,27 +146,6 @@ def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Ca
 
 
 # ---- targets -------------------------------------------------------------------------------------------------
-
-
-def targets_ref(
-    blocks: Ref,
-    fingerprint: str,
-    teacher: Teacher,
-    mask: Mask,
-    targets: Targets,
-    calibration_key: str,
-    counts_key: str,
-    variant: int,
-) -> Ref:
-    """Names one shard's targets under one mask variant.
-
-    teacher.dtype is in the key as the recipe says it: with "auto" any machine names, and may make, the same targets.
-    The other variants are not in it, so a recipe with more of them keeps those that it has.
-    """
-    settings = _targets_settings(fingerprint, teacher, mask, targets, variant)
-    parents = _parents(blocks, calibration_key, counts_key)
-    label = f"{blocks.label}.v{variant}" if mask.variants > 1 else blocks.label
-    return Ref("targets", key_of("targets", SCHEMA, settings, parents), label)
 
 
 def make_targets(
@@ -227,8 +183,8 @@ def make_targets(
             schema=SCHEMA,
             rows=len(source),
             tokens=int(source.lengths.sum(dtype=np.int64)),
-            settings=_targets_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets, variant),
-            parents=_parents(blocks, *keys),
+            settings=targets_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets, variant),
+            parents=parents_of(blocks, *keys),
             info=info,
             timings={"seconds": time.perf_counter() - started},
         )
@@ -287,26 +243,3 @@ def _machine(capture: Capture) -> dict[str, str]:
     device = capture.teacher.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "dtype": str(capture.teacher.dtype).removeprefix("torch.")}
-
-
-def _teaching_settings(fingerprint: str, teacher: Teacher, mask: Mask) -> dict[str, Any]:
-    return {
-        "teacher": fingerprint,
-        "dtype": teacher.dtype,
-        "attention": teacher.attention,
-        "mask": mask.model_dump(mode="json", exclude={"variants"}),
-    }
-
-
-def _targets_settings(fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets, variant: int) -> dict[str, Any]:
-    encoding = {"encoding": targets.encoding} | ({"top_k": targets.top_k} if targets.encoding == "topk" else {})
-    return {
-        **_teaching_settings(fingerprint, teacher, mask),
-        **encoding,
-        "positions": targets.positions,
-        "variant": variant,
-    }
-
-
-def _parents(blocks: Ref, calibration_key: str, counts_key: str) -> list[str]:
-    return [key for key in (blocks.key, calibration_key, counts_key) if key]

@@ -21,10 +21,10 @@ from tasks.codec import Codec
 from tasks.config import Recipe, Teacher
 from tasks.lineage import Lineage, caches_targets, vocabulary_of
 from tasks.model import tokenizer_bytes
+from tasks.model_files import resolve_model
 from tasks.run import steps_of
 from tasks.sample import Sample
 from tasks.student import make_fresh, make_student
-from tasks.teacher import resolve_model
 
 ROW_BYTES = 20
 """Of a targets file, for each block: digest, number of positions, offset."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -94,6 +95,12 @@ def make_teacher(folder: Path, family: str = "camembert", layers: int = 4, width
     model: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def rewrite_config(folder: Path, **changes: Any) -> None:
+    """Changes entries of a model's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes, indent=1))
 
 
 def save_text_shard(store: Store, texts: list[str], label: str) -> Ref:

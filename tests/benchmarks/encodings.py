@@ -34,8 +34,9 @@ from tasks.config import Corpus, Mask, Targets, Teacher
 from tasks.flops import synchronize
 from tasks.shard import shard_source, shards_of
 from tasks.snapshot import take_snapshot
+from tasks.target_refs import needs_calibration
 from tasks.targets import FILE, open_targets
-from tasks.teach import calibrate, make_targets, needs_calibration, open_capture
+from tasks.teach import calibrate, make_targets, open_capture
 from tasks.vocabulary import load_vocabulary
 from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, facts_of, notes_of, save, shown
 

@@ -28,10 +28,10 @@ from tasks.interval import NORMAL, Array, against, over_seeds
 from tasks.measured import Measured
 from tasks.metric import row_counts
 from tasks.metrics import read_metrics
+from tasks.model_files import scored_as
 from tasks.picture import COLOURS, picture
 from tasks.score import Scores, block_counts, read_scores
 from tasks.standing import METRICS, Standing, teachers_own
-from tasks.teacher import scored_as
 
 TUNED = ("ner", "paws-x", "xnli")
 TEACHER = "teacher"

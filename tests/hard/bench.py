@@ -16,6 +16,7 @@ from storage.fingerprint import sha256_bytes
 from storage.store import Store
 from tasks.block import count_tokens, make_blocks
 from tasks.config import Blocks, Corpus, Mask, Targets, Teacher
+from tasks.model_files import fingerprint_of
 from tasks.recipe import make_recipe
 from tasks.run import Part, RunSpec, make_run
 from tasks.score import Trial, keep_scores
@@ -23,7 +24,6 @@ from tasks.shard import shard_source
 from tasks.snapshot import take_snapshot
 from tasks.step import World
 from tasks.teach import calibrate, make_targets, open_capture
-from tasks.teacher import fingerprint_of
 from tasks.train import StopSignal, train
 from tasks.vocabulary import load_vocabulary
 from tests.tiny import documents, make_parts, make_teacher, save_text_shard, write_oscar

@@ -25,7 +25,6 @@ from tasks.capture import Capture
 from tasks.checkpoint import checkpoint_ref, load_checkpoint, steps_kept
 from tasks.config import Recipe
 from tasks.lineage import plan_run, trace, vocabulary_of
-from tasks.model import open_model
 from tasks.recipe import make_recipe
 from tasks.run import RunSpec
 from tasks.schedule import make_optimizer
@@ -184,7 +183,7 @@ READERS: Mapping[str, tuple[Callable[[Chain, Store], object], ...]] = {
     "calibration": (lambda chain, store: read_calibration(store, chain.chosen["calibration"].ref),),
     "targets": (all_batches,),
     "checkpoint": (resume,),
-    "model": (lambda chain, store: open_model(store, chain.chosen["model"].ref),),
+    "model": (lambda chain, store: store.check(store.receipt(chain.chosen["model"].ref)),),
     "scores": (lambda chain, store: read_scores(store, chain.chosen["scores"].ref),),
 }
 

@@ -19,12 +19,13 @@ from tasks.block import make_blocks, open_blocks
 from tasks.capture import Capture
 from tasks.config import Blocks
 from tasks.metrics import read_metrics
+from tasks.model_files import fingerprint_of
 from tasks.recipe import make_recipe
 from tasks.run import Part, RunSpec, make_run
 from tasks.step import World
 from tasks.targets import open_targets
 from tasks.teach import calibrate, make_targets, read_calibration
-from tasks.teacher import fingerprint_of, load_teacher
+from tasks.teacher import load_teacher
 from tasks.train import StopSignal, train
 from tests.tiny import documents, make_teacher, save_text_shard
 

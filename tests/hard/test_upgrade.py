@@ -23,8 +23,8 @@ NUMBERS = {
     "source": ["tasks.shard"],
     "blocks": ["tasks.block"],
     "counts": ["tasks.block"],
-    "calibration": ["tasks.teach"],
-    "targets": ["tasks.teach"],
+    "calibration": ["tasks.target_refs", "tasks.teach"],
+    "targets": ["tasks.target_refs", "tasks.teach"],
     "checkpoint": ["tasks.run", "tasks.checkpoint", "tasks.model"],
     "scores": ["tasks.score"],
 }

@@ -1,8 +1,9 @@
-"""Fixtures for the rooms' tests: little corpora of every schema, and a store."""
+"""Fixtures for the rooms' tests: little corpora of every schema, a store, a teacher's folder to damage."""
 
 import gzip
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,3 +114,19 @@ def corpus(tmp_path: Path) -> CorpusFolder:
 def store(tmp_path: Path) -> Store:
     """An empty local store."""
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher's folder. Not to be changed."""
+    from tests.tiny import make_teacher  # deferred: it imports torch, which most of these tests do without
+
+    folder = tmp_path_factory.mktemp("original") / "teacher"
+    make_teacher(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "copy"))

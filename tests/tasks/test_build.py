@@ -10,9 +10,9 @@ from transformers import AutoModelForMaskedLM
 from storage.error import FatalError
 from storage.store import Store
 from tasks.build import build
+from tasks.model_files import fingerprint_of
 from tasks.recipe import make_recipe
 from tasks.run import RunSpec, make_run
-from tasks.teacher import fingerprint_of
 from tests.tiny import make_parts, make_teacher, save_tokenizer
 
 CPU = torch.device("cpu")

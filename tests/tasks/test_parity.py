@@ -19,12 +19,13 @@ from storage.artifact import Ref
 from storage.store import Store
 from tasks.config import Targets, Teacher
 from tasks.metrics import read_metrics
+from tasks.model_files import fingerprint_of
 from tasks.recipe import make_recipe
 from tasks.run import Part, make_run
 from tasks.step import World
 from tasks.student import make_student
 from tasks.teach import make_targets
-from tasks.teacher import fingerprint_of, load_teacher
+from tasks.teacher import load_teacher
 from tasks.train import StopSignal, train
 from tasks.vocabulary import load_vocabulary
 from tests.benchmarks.encodings import CORPUS, TEACHER, blocks_of, capture_of, measure

@@ -1,41 +1,23 @@
-"""The teacher's folder: its fingerprint, what is refused, and that what is loaded is whole and frozen."""
+"""The teacher: what is refused, and that what is loaded is whole and frozen."""
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from storage.error import FatalError
 from tasks.config import Teacher
-from tasks.teacher import fingerprint_of, load_teacher, resolve_model, scored_as
-from tests.tiny import make_teacher
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original") / "teacher"
-    make_teacher(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(original, tmp_path / "copy"))
+from tasks.model_files import fingerprint_of, resolve_model
+from tasks.teacher import load_teacher
+from tests.tiny import rewrite_config
 
 
 def named(folder: Path, **changes) -> Teacher:
     return Teacher(model=str(folder), **changes)
-
-
-def rewrite_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes, indent=1))
 
 
 def to_bin(folder: Path, **more) -> None:
@@ -54,39 +36,6 @@ def test_loads_in_evaluation_mode_without_gradients(folder):
     assert load_teacher(named(folder, dtype="bfloat16"), "cpu").model.dtype == torch.bfloat16
     eager = load_teacher(named(folder, attention="eager"), "cpu")
     assert eager.model.config._attn_implementation == "eager"
-
-
-# ---- fingerprint ---------------------------------------------------------------------------------------------
-
-
-def test_a_copy_has_the_same_fingerprint_whoever_saved_it(original, folder):
-    rewrite_config(folder, transformers_version="4.1.0", _name_or_path="elsewhere", dtype="float16")
-    (folder / "README.md").write_text("a copy")
-    assert fingerprint_of(named(folder)) == fingerprint_of(named(original))
-
-
-def test_other_weights_and_another_config_have_another_fingerprint(original, folder):
-    before = fingerprint_of(named(folder))
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.bias"][0] += 1
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    changed = fingerprint_of(named(folder))
-    rewrite_config(folder, layer_norm_eps=1e-3)
-    assert len({before, changed, fingerprint_of(named(folder))}) == 3
-    assert before == fingerprint_of(named(original))
-
-
-def test_code_of_the_model_counts_only_where_it_may_run(folder):
-    before = [fingerprint_of(named(folder, trust_remote_code=trust)) for trust in (False, True)]
-    (folder / "modeling_own.py").write_text("x = 1\n")
-    after = [fingerprint_of(named(folder, trust_remote_code=trust)) for trust in (False, True)]
-    assert before[0] == after[0]
-    assert before[1] != after[1]
-
-
-def test_settings_of_a_run_are_not_part_of_the_fingerprint(folder):
-    changed = named(folder, dtype="bfloat16", attention="eager", batch_rows=3)
-    assert fingerprint_of(changed) == fingerprint_of(named(folder))
 
 
 # ---- weights -------------------------------------------------------------------------------------------------
@@ -201,16 +150,3 @@ def test_a_gpu_that_is_not_there_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FatalError, match="there is no GPU here"):
         load_teacher(named(folder), "cuda")
-
-
-def test_scores_of_a_model_are_named_by_its_tokenizer_too(folder, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    assert scored_as(other) == scored_as(folder)
-    changed = tmp_path / "changed"
-    shutil.copytree(folder, changed)
-    definition = json.loads((changed / "tokenizer.json").read_text())
-    definition["normalizer"] = {"type": "Lowercase"}
-    (changed / "tokenizer.json").write_text(json.dumps(definition))
-    assert fingerprint_of(named(changed)) == fingerprint_of(named(folder))
-    assert scored_as(changed) != scored_as(folder)

@@ -27,10 +27,10 @@ from tasks.config import Loss, Recipe, Train
 from tasks.corpus import Corpus
 from tasks.flops import training_work
 from tasks.metrics import read_metrics
+from tasks.model_files import fingerprint_of
 from tasks.recipe import make_recipe
 from tasks.run import RunSpec, make_run, write_run
 from tasks.step import World
-from tasks.teacher import fingerprint_of
 from tasks.train import StopSignal, main, make_meter
 from tasks.train import train as run_training
 from tasks.vocabulary import load_vocabulary
