@@ -6,11 +6,12 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage import layout, upkeep
-from storage.artifact import Receipt, Ref
+from storage.artifact import KINDS, Receipt, Ref
 from storage.error import FatalError, RetryableError
 from storage.lease import Lease, read_on_lease
 from storage.store import Store
@@ -233,6 +234,26 @@ def test_gc_drops_bytes_that_a_newer_receipt_replaced(store: Store) -> None:
     doomed = gc(store, {("blocks", new.key)}, min_age=-60, delete=True)
     assert all(old.content in path for path in doomed)
     assert len(doomed) == 2
+    assert verify(store) == []
+
+
+def test_gc_spares_what_is_made_again_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    refs = [ref_of("again"), ref_of("dropped")]
+    for name in ("again", "dropped"):
+        put(store, name)
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (1, 1))
+    first = upkeep._named_content
+
+    def read(*arguments: Any) -> set[tuple[str, str]]:
+        if arguments[1] == KINDS[-1]:
+            put(store, "again")
+        return first(*arguments)
+
+    monkeypatch.setattr(upkeep, "_named_content", read)
+    gc(store, set(), delete=True)
+    assert store.missing(refs) == refs[1:]
     assert verify(store) == []
 
 
