@@ -72,7 +72,7 @@ def api(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
                 try:
                     worker.wait(60)
                 except subprocess.TimeoutExpired:
-                    # Prefect's own worker, seen once in some forty ends; how it ends is not what is tested here.
+                    # Seen once, on a busy machine. How Prefect's own worker ends is not what is tested here.
                     worker.kill()
                     worker.wait()
         finally:
