@@ -117,7 +117,7 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny teacher's folder. Not to be changed."""
     from tests.tiny import make_teacher  # deferred: it imports torch, which most of these tests do without
 
@@ -127,6 +127,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
+def folder(teacher_folder: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may damage."""
-    return Path(shutil.copytree(original, tmp_path / "copy"))
+    return Path(shutil.copytree(teacher_folder, tmp_path / "copy"))

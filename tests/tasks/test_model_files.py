@@ -15,13 +15,13 @@ def named(folder: Path, **changes) -> Teacher:
     return Teacher(model=str(folder), **changes)
 
 
-def test_a_copy_has_the_same_fingerprint_whoever_saved_it(original, folder):
+def test_a_copy_has_the_same_fingerprint_whoever_saved_it(teacher_folder, folder):
     rewrite_config(folder, transformers_version="4.1.0", _name_or_path="elsewhere", dtype="float16")
     (folder / "README.md").write_text("a copy")
-    assert fingerprint_of(named(folder)) == fingerprint_of(named(original))
+    assert fingerprint_of(named(folder)) == fingerprint_of(named(teacher_folder))
 
 
-def test_other_weights_and_another_config_have_another_fingerprint(original, folder):
+def test_other_weights_and_another_config_have_another_fingerprint(teacher_folder, folder):
     before = fingerprint_of(named(folder))
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.bias"][0] += 1
@@ -29,7 +29,7 @@ def test_other_weights_and_another_config_have_another_fingerprint(original, fol
     changed = fingerprint_of(named(folder))
     rewrite_config(folder, layer_norm_eps=1e-3)
     assert len({before, changed, fingerprint_of(named(folder))}) == 3
-    assert before == fingerprint_of(named(original))
+    assert before == fingerprint_of(named(teacher_folder))
 
 
 def test_code_of_the_model_counts_only_where_it_may_run(folder):

@@ -23,25 +23,13 @@ from tasks.target_refs import targets_ref
 from tasks.targets import FILE, check_digests, describe, open_targets, read_targets, write_rows
 from tasks.teach import calibrate, make_targets, open_capture, read_calibration
 from tasks.teacher import load_teacher
-from tests.tiny import documents, make_parts, make_teacher, save_text_shard
+from tests.tiny import documents, make_parts, save_text_shard
 
 ENCODINGS = ["int8", "int4", "bf16", "topk"]
 NO_CHANGE = Mask()
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teach") / "teacher"
-    make_teacher(folder)
-    return folder
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 @pytest.fixture

@@ -41,11 +41,11 @@ def test_loads_in_evaluation_mode_without_gradients(folder):
 # ---- weights -------------------------------------------------------------------------------------------------
 
 
-def test_weights_in_several_files(original, folder):
+def test_weights_in_several_files(teacher_folder, folder):
     AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink()
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    whole, parts = load_teacher(named(original), "cpu").model, load_teacher(named(folder), "cpu").model
+    whole, parts = load_teacher(named(teacher_folder), "cpu").model, load_teacher(named(folder), "cpu").model
     for one, other in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     next(folder.glob("model-*2-of-*.safetensors")).unlink()
@@ -60,9 +60,9 @@ def test_an_index_names_files_of_its_own_folder_only(folder, content):
     assert "does not name files of its own folder" in refusal(folder)
 
 
-def test_bin_weights_are_read(original, folder):
+def test_bin_weights_are_read(teacher_folder, folder):
     to_bin(folder)
-    whole, other = load_teacher(named(original), "cpu").model, load_teacher(named(folder), "cpu").model
+    whole, other = load_teacher(named(teacher_folder), "cpu").model, load_teacher(named(folder), "cpu").model
     assert torch.equal(whole.lm_head.dense.weight, other.lm_head.dense.weight)
 
 
