@@ -227,10 +227,13 @@ def refusal(result: Result) -> str:
 
 
 @contextmanager
-def running(module: list[str], folder: Path, variables: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python module as a process that says all into folder/log; it and its children are ended afterwards."""
+def running(
+    module: list[str], folder: Path, variables: dict[str, str], said: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python module as a process that says all into a file, folder/log if not told otherwise; it and its children are
+    ended afterwards."""
     folder.mkdir(exist_ok=True)
-    with (folder / "log").open("wb") as log:
+    with (said or folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
             cwd=folder,

@@ -2,7 +2,6 @@
 folder, path entry points."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from flows import server
 from flows.service import Service
+from tests.end_to_end.place import running
 
 DEPLOY = """
 import sys
@@ -57,27 +57,11 @@ def api(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_UI_STATIC_DIRECTORY": str(place / "ui"),
     }
-    prefect = [sys.executable, "-m", "prefect"]
-    (place / "elsewhere").mkdir()
-    with (place / "server.log").open("wb") as log:
-        server = subprocess.Popen([*prefect, "server", "start", "--port", str(port)], env=known, stdout=log, cwd=place)
-        try:
-            wait_until_up(f"{url}/health")
-            start = [*prefect, "worker", "start", "--pool", "local", "--type", "process"]
-            worker = subprocess.Popen(start, env=known, stdout=log, stderr=log, cwd=place / "elsewhere")
-            try:
-                yield known
-            finally:
-                worker.send_signal(signal.SIGTERM)
-                try:
-                    worker.wait(60)
-                except subprocess.TimeoutExpired:
-                    # Seen once, on a busy machine. How Prefect's own worker ends is not what is tested here.
-                    worker.kill()
-                    worker.wait()
-        finally:
-            server.terminate()
-            server.wait(60)
+    worker = ["prefect", "worker", "start", "--pool", "local", "--type", "process"]
+    with running(["prefect", "server", "start", "--port", str(port)], place / "server", known):
+        wait_until_up(f"{url}/health")
+        with running(worker, place / "elsewhere", known, place / "worker.log"):
+            yield known
 
 
 def wait_until_up(url: str) -> None:
