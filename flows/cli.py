@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from storage.error import DistilError
+from storage.errors import DistilError
 
 if TYPE_CHECKING:
-    from tasks.config import Recipe
+    from tasks.recipe.config import Recipe
+
 
 DEMO = Path(__file__).resolve().parent.parent / "deployments" / "demo.toml"
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Recipe file")]
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings over those of the recipe: train.lr=1e-3")
 ]
@@ -52,7 +54,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Make shards, blocks and targets; train nothing."""
     loaded = _recipe(recipe, overrides)
-    _flow(loaded, "flows.corpus", "prepare", loaded)
+    _flow(loaded, "flows.prepare", "prepare", loaded)
 
 
 @app.command(epilog="Example:  distil plan deployments/pilot.toml corpus.url=/data/oscar --price-hour 3.5")
@@ -68,7 +70,8 @@ def plan(
     """Say what a run will take in bytes, hours and money, from a measured sample; nothing is kept."""
     loaded = _recipe(recipe, overrides)
     from flows import plan as view
-    from tasks.plan import Prices
+    from flows.views import forecast as forecast_view
+    from tasks.plan.forecast import Prices
 
     prices = Prices(price_hour, price_tb_month)
     forecast = view.forecast_of(loaded, sample_bytes=int(sample_mb * 1e6), prices=prices, training=not prepare)
@@ -77,7 +80,7 @@ def plan(
 
         print(json.dumps(forecast.to_json(), indent=1, ensure_ascii=False))
     else:
-        view.show(loaded, forecast)
+        forecast_view.show(loaded, forecast)
 
 
 @app.command(epilog="Example:  distil status deployments/pilot.toml --json")
@@ -88,10 +91,11 @@ def status(
 ) -> None:
     """Show what is done, missing and failed, stage by stage."""
     loaded = _recipe(recipe, overrides)
-    from flows import status as view
+    from flows import inventory
     from flows.home import open_store
+    from flows.views import status as view
 
-    rows = view.stage_rows(open_store(loaded), loaded)
+    rows = inventory.stage_rows(open_store(loaded), loaded)
     if as_json:
         import json
 
@@ -117,7 +121,7 @@ def retry(
 def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Look once for a new snapshot of the corpus, and start a run of the deployment `distill/NAME` for it."""
     loaded = _recipe(recipe, overrides)
-    from flows.server import find_server
+    from flows.services.servers import find_server
 
     find_server(loaded.home)  # a server that ends with this command would never start the run
     _flow(loaded, "flows.watch", "watch_snapshots", loaded)
@@ -127,9 +131,10 @@ def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Hash every file of the store again, withdraw what is not whole, and name what the recipe lacks."""
     loaded = _recipe(recipe, overrides)
-    from flows import status as view
+    from flows import inventory
     from flows.home import TYPED, open_store
-    from storage.upkeep import verify as check
+    from flows.views import status as view
+    from storage.maintenance import verify as check
 
     store = open_store(loaded)
     faults = check(store)
@@ -138,7 +143,7 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     damaged = {(fault.ref.kind, fault.ref.label) for fault in faults}
     lacking = [
         (row.stage, label)
-        for row in view.stage_rows(store, loaded)
+        for row in inventory.stage_rows(store, loaded)
         for label in (*row.missing, *row.failed)
         if (row.stage, label) not in damaged
     ]
@@ -177,14 +182,14 @@ def gc(
     if others or not recipes:
         raise typer.BadParameter("name recipe files and settings only", param_hint="RECIPE.toml...")
     loaded = [_recipe(Path(path), overrides) for path in recipes]
-    from flows import status as view
+    from flows import inventory
     from flows.home import open_store
-    from storage.upkeep import gc as sweep
+    from storage.maintenance import gc as sweep
 
     if len({recipe.store for recipe in loaded}) > 1:
         raise DistilError("these recipes keep their artifacts in different stores; call gc once for each store")
     store = open_store(loaded[0])
-    doomed = sweep(store, view.kept(store, loaded), delete=delete)
+    doomed = sweep(store, inventory.kept(store, loaded), delete=delete)
     for path in doomed:
         print(path)
     print(f"{len(doomed)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)
@@ -203,10 +208,10 @@ def deploy(
 ) -> None:
     """Register the flows of recipes with a Prefect server, to be started, scheduled and retried in its UI."""
     loaded = [_recipe(path, None) for path in recipes or sorted(DEMO.parent.glob("*.toml"))]
-    from flows.server import find_server
+    from flows.services.servers import find_server
 
     find_server(loaded[0].home)
-    from flows import deploy as deployment
+    from flows.services import deploy as deployment
 
     deployment.show(deployment.deploy(loaded, deployment.Pool(pool, pool_type, image), notify))
 
@@ -266,8 +271,8 @@ def up(
 
     Loopback only, so there is no --host; for more than one machine see docker/.
     """
-    from flows.up import serve
-    from tasks.recipe import load_recipe
+    from flows.services.up import serve
+    from tasks.recipe.load import load_recipe
 
     overrides = [f"home={home.absolute()}"] if home else []
     loaded = [load_recipe(path, overrides) for path in recipes or sorted(DEMO.parent.glob("*.toml"))]
@@ -301,8 +306,8 @@ def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]
 
 
 def _run(recipe: "Recipe") -> None:
-    from flows.finished import all_done, show_done
     from flows.home import open_store
+    from flows.pipeline.finished import all_done, show_done
 
     store = open_store(recipe)
     done = all_done(store, recipe)
@@ -316,8 +321,8 @@ def _run(recipe: "Recipe") -> None:
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
     """The recipe, and the environment that Prefect, MLflow and transformers look at when they are imported."""
     from flows.home import TYPED, set_environment
-    from flows.server import join_up
-    from tasks.recipe import load_recipe
+    from flows.services.servers import join_up
+    from tasks.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())
     set_environment(recipe.home)
@@ -329,7 +334,7 @@ def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
 
 def _flow(recipe: "Recipe", module: str, name: str, *arguments: Any) -> None:
     """Runs a flow here, against the server of PREFECT_API_URL or one of our own; its sentence is ours."""
-    from flows.server import start_server
+    from flows.services.servers import start_server
 
     wait = start_server(recipe.home)
     flow = getattr(import_module(module), name)  # takes seconds, while the server starts

@@ -17,33 +17,34 @@ from typing import Any
 from prefect import State, get_run_logger, runtime
 from prefect.states import Completed
 
-from flows.bind import bound_flow, run_one
-from flows.corpus import Prepared, failed_state, prepare_corpus, unexplained
-from flows.describe import Result, describe
-from flows.elsewhere import make_text_elsewhere
-from flows.finished import all_done, remember, show_done
 from flows.home import link_model, open_store
-from flows.launch import METRICS, Line, launch
-from flows.promote import Judgement, gate, gate_rows, record_standings
-from flows.recorded import record_scores
-from flows.registry import Version
-from flows.report import bar, markdown_sheet, show_sheet
-from flows.rival import score_champion
-from flows.score import control_of, failure_sentence, protocol_of, score_models
-from flows.sheet import Course, sections
-from flows.shown import publish_failures, publish_sheet
-from flows.start import plan
-from flows.track import Book, open_book
-from flows.tuned import Candidate, Judged
-from storage.error import FatalError, RetryableError
+from flows.inventory import plan
+from flows.pipeline.bind import bound_flow, run_one
+from flows.pipeline.finished import all_done, remember, show_done
+from flows.pipeline.preparation import Prepared, failed_state, prepare_corpus, unexplained
+from flows.pipeline.remote_text import make_text_elsewhere
+from flows.pipeline.trainer_process import Line, launch
+from flows.release.card import Result, describe
+from flows.release.champion import score_champion
+from flows.release.gate import Judgement, gate, gate_rows
+from flows.release.standings import record_standings
+from flows.scoring.candidates import Candidate, Judged, control_of, protocol_of
+from flows.scoring.compute import failure_sentence, score_models
+from flows.scoring.record import record_scores
+from flows.tracking.registry import Version
+from flows.tracking.runs import Book, open_book
+from flows.views.artifacts import publish_failures, publish_sheet
+from flows.views.summary import Course, sections
+from flows.views.tables import bar, markdown_sheet, show_sheet
+from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.config import Recipe
-from tasks.metrics import read_metrics
-from tasks.model_files import scored_as
-from tasks.recipe import placed
-from tasks.run import RunSpec
-from tasks.standing import protocols, standings
+from tasks.models.files import scored_as
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import placed
+from tasks.recipe.run_spec import METRICS, RunSpec
+from tasks.release.results import protocols, standings
+from tasks.train.metrics import read_metrics
 
 SEND_SECONDS = 5.0
 """Curves are sent to MLflow this often."""

@@ -5,18 +5,17 @@ told through the environment before they are imported. Imports neither of them, 
 import getpass
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
-from flows.service import LOOPBACK, answers
 from storage.disk import writing
 from storage.store import Store
-from tasks.config import Recipe
+from tasks.recipe.config import Recipe
 
 TYPED = "DISTIL_RECIPE"
 """Environment variable: recipe file and overrides as the user typed them, for the commands that we tell him."""
+
 REGISTERED = "models:/"
 """How the name of a registered model begins: models:/NAME@ALIAS or models:/NAME/VERSION."""
 
@@ -105,19 +104,6 @@ def up_file(home: str) -> Path:
     return Path(home) / "run" / "up.json"
 
 
-def live_up(home: str) -> dict[str, str] | None:
-    """The addresses (`prefect_api`, `prefect_ui`, `mlflow`) of the `distil up` that serves this home, or None."""
-    up = _last_up(home)
-    if up is None:
-        return None
-    with suppress(PermissionError):  # another user's process is alive as well
-        try:
-            os.kill(int(up["pid"]), 0)
-        except ProcessLookupError:
-            return None
-    return up if answers(f"{up['prefect_api']}/health") else None
-
-
 def _last_up(home: str) -> dict[str, str] | None:
     """What the last `distil up` of this home said, alive or not."""
     try:
@@ -135,3 +121,6 @@ def link_model(recipe: Recipe, folder: Path) -> Path:
     fresh.symlink_to(folder, target_is_directory=True)
     fresh.replace(link)
     return link
+
+
+LOOPBACK = "127.0.0.1"

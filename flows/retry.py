@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 
 from prefect import State
 
-from flows.bind import bound_flow
-from flows.corpus import Only, close, plain_label, prepare_corpus, unexplained
 from flows.home import open_store
-from storage.error import FatalError
-from tasks.config import Recipe
-from tasks.recipe import placed
+from flows.pipeline.bind import bound_flow
+from flows.pipeline.preparation import Only, close, plain_label, prepare_corpus, unexplained
+from storage.errors import FatalError
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import placed
 
 Stage = Literal["all", "source", "shard", "blocks", "counts", "calibration", "targets"]
 

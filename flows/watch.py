@@ -19,19 +19,20 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
-from flows.bind import bound_flow, run_one
-from flows.finished import all_done
 from flows.home import open_store
-from storage.error import FatalError, RetryableError
+from flows.pipeline.bind import bound_flow, run_one
+from flows.pipeline.finished import all_done
+from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.config import Recipe
-from tasks.folder import Folder, list_folder, subfolders
-from tasks.recipe import placed
-from tasks.snapshot import snapshot_of
+from tasks.corpus.listing import Folder, list_folder, subfolders
+from tasks.corpus.snapshot import snapshot_of
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import placed
 
 LOOKS = "looks"
 """Topic in the store: since when the files of a folder have been what they are."""
+
 TAKEN = "taken"
 """Topic in the store: which listing of a snapshot which run was started for."""
 
@@ -183,7 +184,7 @@ def _warm(recipe: Recipe) -> Recipe:
     """The recipe, with today's champion to start from if it wants one; by number, so that a Retry gets the same."""
     if not recipe.watch.warm_start:
         return recipe
-    from flows.registry import champion_of  # deferred: MLflow takes seconds to import
+    from flows.tracking.registry import champion_of  # deferred: MLflow takes seconds to import
 
     champion = champion_of(recipe)
     if champion is None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from storage.error import FatalError
+from storage.errors import FatalError
 
 TEXT = pa.schema([("text", pa.large_string()), ("line", pa.int64())])
 """One document a row; `line` is the first line of it in its source (1-based)."""

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from storage.error import DamagedError, FatalError
+from storage.errors import DamagedError, FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 
 KINDS = (
@@ -19,7 +19,9 @@ KINDS = (
     "model",
     "scores",
 )
+
 _KEY = re.compile(r"[0-9a-f]{64}(-[0-9]{9})?")
+
 _TYPES = {
     int: ("schema", "rows", "tokens"),
     str: ("label", "host", "created"),

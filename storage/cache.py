@@ -22,14 +22,17 @@ from typing import Any, NamedTuple
 
 from storage.artifact import DataFile
 from storage.disk import writing
-from storage.error import DamagedError, RetryableError
+from storage.errors import DamagedError, RetryableError
 
 LIMIT = 50_000_000_000
 """Bytes, where nobody says otherwise."""
+
 _USE = ".use"
 """Locked by who holds a folder (shared) or deletes it; its time of change is when the folder was last used."""
+
 _FETCH = ".fetch"
 """Locked by who copies files into a folder."""
+
 _TRIES = 20
 
 

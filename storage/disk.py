@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage.error import FatalError
+from storage.errors import FatalError
 
 FULL = {
     errno.ENOSPC: "is full; make space there or name another one",

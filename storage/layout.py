@@ -10,7 +10,9 @@ scratch/                         work in progress on a local store
 """
 
 RECEIPT = ".receipt.json"
+
 FAILURE = ".failure.json"
+
 READS = ".reads.json"
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from storage import layout
 from storage.artifact import Ref
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.store import Store
 
 WEEK = 7 * 86_400.0

@@ -18,6 +18,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,31 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from storage import layout
-from storage.artifact import (
-    DataFile,
-    Failure,
-    Receipt,
-    Ref,
-    content_of,
-    failure_from_json,
-    is_key,
-    receipt_from_json,
-)
+from storage.artifact import DataFile, Failure, Receipt, Ref, content_of, failure_from_json, is_key, receipt_from_json
 from storage.cache import LIMIT, Cache, Held
 from storage.disk import move_files, writing
-from storage.error import DamagedError, DistilError, FatalError, RetryableError
-from storage.files import Files
+from storage.errors import DamagedError, DistilError, FatalError, RetryableError
+from storage.filesystem import answering, download, patiently, upload
 from storage.fingerprint import Hashes, canonical_json, sha256_bytes, sha256_file
-from storage.remote import answering, download, patiently, upload
-
-NODE = "DISTIL_NODE"
-"""Environment variable: what receipts name as host instead of the host name, where one host has several nodes."""
-LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
-POINTED_AT = ("model",)
-"""Kinds of which people are told the folder: of a remote store their copies are never evicted."""
-
-STRAY = "is none of the files that its receipt names; delete it"
-"""What is said of a file too many."""
+from storage.root import Files
 
 
 def now() -> str:
@@ -396,3 +379,29 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@contextmanager
+def reading_ahead(store: Store, ref: Ref | None) -> Iterator[None]:
+    """Copies an artifact of a remote store into its cache while the body runs, and waits for it at the end.
+
+    What goes wrong with it is left to whoever needs it: that one tries again, and says so.
+    """
+    if ref is None or store.is_local:
+        yield
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        pool.submit(lambda: store.local(store.receipt(ref)))
+        yield
+
+
+NODE = "DISTIL_NODE"
+"""Environment variable: what receipts name as host instead of the host name, where one host has several nodes."""
+
+LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
+
+POINTED_AT = ("model",)
+"""Kinds of which people are told the folder: of a remote store their copies are never evicted."""
+
+STRAY = "is none of the files that its receipt names; delete it"
+"""What is said of a file too many."""

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.artifact import Receipt, Ref
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.block import blocks_ref, counts_ref
-from tasks.config import Corpus, Recipe, Teacher
-from tasks.model_files import fingerprint_of, vocabulary_rows
-from tasks.run import Part, RunSpec, key_of_run, make_run
-from tasks.shard import heldout_of, shards_of, source_ref
-from tasks.snapshot import Snapshot, Source, content_of, take_snapshot
-from tasks.target_refs import calibration_ref, needs_calibration, targets_ref
-from tasks.vocabulary import Vocabulary, fits, vocabulary_for
+from tasks.corpus.shard import heldout_of, shards_of, source_ref
+from tasks.corpus.snapshot import Snapshot, Source, content_of, take_snapshot
+from tasks.models.files import fingerprint_of, vocabulary_rows
+from tasks.recipe.config import Corpus, Recipe, Teacher
+from tasks.recipe.run_spec import Part, RunSpec, key_of_run, make_run
+from tasks.targets.keys import calibration_ref, needs_calibration, targets_ref
+from tasks.tokens.blocks import blocks_ref, counts_ref
+from tasks.tokens.vocabulary import Vocabulary, fits, vocabulary_for
 
 SAMPLE_SHARDS = 4
 """Token counts and int8 calibration are estimated from the first so many shards, once, and then frozen."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres import postgres
-from tests.s3 import s3
+from tests.harness.postgres import postgres
+from tests.harness.s3 import s3
 
 __all__ = ["postgres", "s3"]
 

@@ -274,7 +274,7 @@ def choose_demo(documents: list[Document]) -> list[Document]:
 
 
 def is_heldout(text: str) -> bool:
-    """The pipeline's own rule (tasks/shard.py) at the demo recipe's rate."""
+    """The pipeline's own rule (tasks/corpus/shard.py) at the demo recipe's rate."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 1000 < HELDOUT_PER_MILLE
 
 

@@ -32,11 +32,11 @@ from tokenizers import Tokenizer
 from storage.arrow import read_table
 from storage.artifact import Receipt
 from storage.store import Store
-from tasks.block import make_blocks
-from tasks.config import Blocks, Corpus
-from tasks.shard import FILE, shard_source, shards_of
-from tasks.snapshot import Source, take_snapshot
-from tasks.vocabulary import Vocabulary, load_tokenizer, load_vocabulary
+from tasks.corpus.shard import FILE, shard_source, shards_of
+from tasks.corpus.snapshot import Source, take_snapshot
+from tasks.recipe.config import Blocks, Corpus
+from tasks.tokens.blocks import make_blocks
+from tasks.tokens.vocabulary import Vocabulary, load_tokenizer, load_vocabulary
 from tests.benchmarks.results import (
     CORPUS,
     RESULTS,

@@ -3,14 +3,14 @@
     python -m tests.benchmarks.encodings                                          the bundled demo teacher and corpus
     python -m tests.benchmarks.encodings --teacher FOLDER --corpus FOLDER --shards 9 --device cuda
 
-Needs the project installed (`pip install -e .`). Every encoding is written by tasks.teach into a store, read back,
-decoded and compared with a live forward of the teacher in float32. Prints a table and writes it, as Markdown and JSON,
-into tests/benchmarks/results/ under date and hardware.
+Needs the project installed (`pip install -e .`). Every encoding is written by tasks.targets.compute into a store, read
+back, decoded and compared with a live forward of the teacher in float32. Prints a table and writes it, as Markdown
+and JSON, into tests/benchmarks/results/ under date and hardware.
 
 KL is mean KL(teacher || decoded) in nats at temperature 1, through the teacher's LM head, over the whole vocabulary
 (topk: its tail spread evenly, as the trainer does). centred 1-cos is taken after the channel means of the live hidden
 states are off. Encode and decode are shares of the time of the teacher's forward over the same blocks, in one run.
-The arithmetic here is its own, in float64, and not that of tasks.probe: it checks it.
+The arithmetic here is its own, in float64, and not that of tasks.targets.parity: it checks it.
 """
 
 import argparse
@@ -26,18 +26,19 @@ from torch import Tensor
 
 from storage.artifact import Receipt, Ref
 from storage.store import Store
-from tasks.block import Blocks, make_blocks, open_blocks
-from tasks.capture import Capture, batches, encode, hidden_states, logits_of, masked_inputs
-from tasks.codec import Codec, spread
-from tasks.config import Blocks as BlockSettings
-from tasks.config import Corpus, Mask, Targets, Teacher
-from tasks.flops import synchronize
-from tasks.shard import shard_source, shards_of
-from tasks.snapshot import take_snapshot
-from tasks.target_refs import needs_calibration
-from tasks.targets import FILE, open_targets
-from tasks.teach import calibrate, make_targets, open_capture
-from tasks.vocabulary import load_vocabulary
+from tasks.corpus.shard import shard_source, shards_of
+from tasks.corpus.snapshot import take_snapshot
+from tasks.recipe.config import Blocks as BlockSettings
+from tasks.recipe.config import Corpus, Mask, Targets, Teacher
+from tasks.targets.calibration import calibrate
+from tasks.targets.capture import Capture, batches, encode, hidden_states, logits_of, masked_inputs
+from tasks.targets.codec import Codec, spread
+from tasks.targets.compute import make_targets, open_capture
+from tasks.targets.file import FILE, open_targets
+from tasks.targets.keys import needs_calibration
+from tasks.tokens.blocks import Blocks, make_blocks, open_blocks
+from tasks.tokens.vocabulary import load_vocabulary
+from tasks.train.flops import synchronize
 from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, facts_of, notes_of, save, shown
 
 ENCODINGS = ("int8", "int4", "bf16", "topk")

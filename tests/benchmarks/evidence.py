@@ -7,7 +7,7 @@ Read from the store, the runs' metrics and the saved models; nothing is computed
 forward. A figure with ± is the mean over training seeds (of each, the mean over the seeds of fine-tuning) and half of
 its 95 % interval by Student's t; of a single training on held-out text by the standard error over blocks, on a
 fine-tuned set over the seeds of fine-tuning. Differences and ratios are paired by held-out block or test row; their
-interval is the wider of a bootstrap over those and t over seeds (tasks.interval.against).
+interval is the wider of a bootstrap over those and t over seeds (tasks.eval.intervals.against).
 """
 
 import io
@@ -23,15 +23,15 @@ import numpy as np
 
 from storage.artifact import Receipt
 from storage.store import Store
-from tasks.compare import latency, load_contender, parameters, size_on_disk
-from tasks.interval import NORMAL, Array, against, over_seeds
-from tasks.measured import Measured
-from tasks.metric import row_counts
-from tasks.metrics import read_metrics
-from tasks.model_files import scored_as
-from tasks.picture import COLOURS, picture
-from tasks.score import Scores, block_counts, read_scores
-from tasks.standing import METRICS, Standing, teachers_own
+from tasks.eval.heldout import block_counts
+from tasks.eval.intervals import NORMAL, Array, against, over_seeds
+from tasks.eval.metrics import row_counts
+from tasks.eval.scores import Scores, read_scores, teachers_own
+from tasks.eval.side_by_side import latency, load_contender, parameters, size_on_disk
+from tasks.models.files import scored_as
+from tasks.release.figure import COLOURS, picture
+from tasks.release.results import METRICS, Measured, Standing
+from tasks.train.metrics import read_metrics
 
 TUNED = ("ner", "paws-x", "xnli")
 TEACHER = "teacher"

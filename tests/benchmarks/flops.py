@@ -1,4 +1,4 @@
-"""FLOP a token of the cases of tests/benchmarks/gpu.py, by tasks.flops, of models without memory for their weights.
+"""FLOP a token of the cases of tests/benchmarks/gpu.py, of models without memory for their weights.
 
     case_flops(CAMEMBERT, "cached masked")        # 2.8e8
 
@@ -7,8 +7,8 @@ The share of masked positions is that of the default recipe.
 
 import torch
 
-from tasks.config import Loss, Mask
-from tasks.flops import encoder_work, training_work
+from tasks.recipe.config import Loss, Mask
+from tasks.train.flops import encoder_work, training_work
 from tests.benchmarks.synthetic import Size, random_model, random_vocabulary
 
 

@@ -6,12 +6,12 @@
 
 Needs the project installed and 10 GB of disk in TMPDIR. Prints a table and writes it into tests/benchmarks/results/.
 
-Weights and ids are random: speed does not depend on them. Capture is tasks.teach.make_targets, from blocks on disk to
-targets on disk; training is the loop of tasks.train with its loader, without checkpoints, its first lines (compiling)
-left out; the reference is tests/benchmarks/reference.py under bf16 autocast, its batch on the device beforehand. MFU
-is the arithmetic that the case needs (with the last layer only where it is asked for; for the reference all of it)
-against the bf16 matrix rate measured in the same run. Memory is the most that torch allocated. data wait is the share
-of the time that the loop stood still for data.
+Weights and ids are random: speed does not depend on them. Capture is make_targets of tasks.targets.compute, from
+blocks on disk to targets on disk; training is the loop of tasks.train with its loader, without checkpoints, its first
+lines (compiling) left out; the reference is tests/benchmarks/reference.py under bf16 autocast, its batch on the device
+beforehand. MFU is the arithmetic that the case needs (with the last layer only where it is asked for; for the reference
+all of it) against the bf16 matrix rate measured in the same run. Memory is the most that torch allocated. data wait is
+the share of the time that the loop stood still for data.
 """
 
 import argparse
@@ -25,19 +25,20 @@ from typing import Any
 
 import torch
 
-from tasks.build import Built
-from tasks.checkpoint import Progress
-from tasks.config import Blocks, Loss, Mask, Recipe, Targets, Teacher
-from tasks.flops import matrix_rate, synchronize
-from tasks.metrics import read_metrics
-from tasks.recipe import make_recipe
-from tasks.run import make_run
-from tasks.schedule import make_optimizer
-from tasks.step import World
-from tasks.student import make_student
-from tasks.supervision import Cached, Online
-from tasks.teach import make_targets
-from tasks.train import StopSignal, Trainer
+from tasks.models.student import make_student
+from tasks.recipe.config import Blocks, Loss, Mask, Recipe, Targets, Teacher
+from tasks.recipe.load import make_recipe
+from tasks.recipe.run_spec import make_run
+from tasks.targets.compute import make_targets
+from tasks.train.checkpoint import Progress
+from tasks.train.flops import matrix_rate, synchronize
+from tasks.train.metrics import read_metrics
+from tasks.train.optimizer import make_optimizer
+from tasks.train.process import StopSignal
+from tasks.train.setup import Built
+from tasks.train.step import World
+from tasks.train.teacher_signal import Cached, Online
+from tasks.train.trainer import Trainer
 from tests.benchmarks.flops import case_flops
 from tests.benchmarks.reference import reference_batch, reference_step
 from tests.benchmarks.results import RESULTS, Report, facts_of, notes_of, publish

@@ -20,8 +20,8 @@ TRIES = 5
 COMMANDS = {
     "distil --help": ["-m", "flows.cli", "--help"],
     "distil demo --help": ["-m", "flows.cli", "demo", "--help"],
-    "import tasks.config": ["-c", "import tasks.config"],
-    "import tasks.shard, a worker process": ["-c", "import tasks.shard, tasks.block"],
+    "import tasks.recipe.config": ["-c", "import tasks.recipe.config"],
+    "import tasks.corpus.shard, a worker process": ["-c", "import tasks.corpus.shard, tasks.tokens.blocks"],
     "import tasks.train, torch and transformers": ["-c", "import tasks.train"],
     "import flows.distill, with Prefect": ["-c", "import flows.distill"],
 }

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tasks.batch import make_batch
-from tasks.codec import Codec
-from tasks.config import Targets
-from tasks.corpus import Corpus as Reader
-from tasks.run import Part
+from tasks.loader.batch import make_batch
+from tasks.loader.dataset import Corpus as Reader
+from tasks.recipe.config import Targets
+from tasks.recipe.run_spec import Part
+from tasks.targets.codec import Codec
 from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, Report, Row, facts_of, least_cpu, notes_of, publish
 from tests.benchmarks.step import our_step
 from tests.benchmarks.synthetic import Bench, Size, cached, masking_of, random_bench, real_bench

@@ -9,17 +9,17 @@ For the benchmarks that measure the keeping of books alone.
 from pathlib import Path
 from typing import Any
 
-from flows.corpus import prepare_corpus
+from flows.pipeline.preparation import prepare_corpus
 from storage import layout
 from storage.artifact import DataFile, Receipt, Ref, content_of
 from storage.fingerprint import sha256_bytes
 from storage.store import Store
-from tasks.config import Recipe
+from tasks.corpus.snapshot import remember_content
 from tasks.lineage import trace
-from tasks.recipe import make_recipe
-from tasks.snapshot import remember_content
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe
 from tests.benchmarks.results import TEACHER
-from tests.tiny import write_oscar
+from tests.harness.tiny import write_oscar
 
 SOURCES = 20
 BYTE = b"x"

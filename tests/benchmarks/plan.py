@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from storage.store import Store
-from tasks.plan import END as AFTER
-from tasks.plan import START as BEFORE
+from tasks.plan.forecast import END as AFTER
+from tasks.plan.forecast import START as BEFORE
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"

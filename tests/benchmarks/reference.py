@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from tasks.batch import Batch
-from tasks.config import Loss
-from tasks.loss import NOT_MASKED, Losses
+from tasks.loader.batch import Batch
+from tasks.recipe.config import Loss
+from tasks.train.loss import NOT_MASKED, Losses
 
 CLIP = 5.0
 

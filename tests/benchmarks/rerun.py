@@ -6,8 +6,9 @@
 Needs the project installed. Prints a table and writes it into tests/benchmarks/results/.
 
 The store holds receipts and data of 20 sources, their shards, blocks and targets, named as a recipe names them; each
-is a file of a few bytes. `flows.corpus.prepare_corpus` then runs as in every flow, without a server, which it does not
-ask. CPU time is that of the best of several runs; bytes written are those of all files in the store that a run made or
+is a file of a few bytes. `prepare_corpus` of flows.pipeline then runs as in every flow, without a
+server, which it does not ask.
+CPU time is that of the best of several runs; bytes written are those of all files in the store that a run made or
 changed.
 """
 
@@ -17,9 +18,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from flows.corpus import Prepared, prepare_corpus
+from flows.pipeline.preparation import Prepared, prepare_corpus
 from storage.store import Store
-from tasks.config import Recipe
+from tasks.recipe.config import Recipe
 from tests.benchmarks.paper import SOURCES, make_paper, recipe_of
 from tests.benchmarks.results import RESULTS, Report, Row, facts_of, least_cpu, notes_of, publish
 

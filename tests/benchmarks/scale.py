@@ -31,15 +31,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.corpus import prepare_corpus
-from flows.stage import Job, run_stage
-from flows.status import stage_rows
+from flows.inventory import stage_rows
+from flows.pipeline.preparation import prepare_corpus
+from flows.pipeline.stage import Job, run_stage
 from storage.store import Store
-from tasks.config import Recipe
 from tasks.lineage import trace
+from tasks.recipe.config import Recipe
 from tests.benchmarks.paper import make_paper, recipe_of
 from tests.benchmarks.results import REPO, RESULTS, Report, facts_of, notes_of, publish
-from tests.peak import peak_megabytes
+from tests.harness.peak import peak_megabytes
 
 SIZES = (2_000, 20_000)
 WITHDRAWN = 200
@@ -154,7 +154,7 @@ def withdraw_some(folder: Path, root: str) -> None:
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The folder `s3/distil` below `folder` as a bucket."""
-    from tests.s3 import make_endpoint
+    from tests.harness.s3 import make_endpoint
 
     endpoint = make_endpoint(folder)
     os.environ |= endpoint.environment

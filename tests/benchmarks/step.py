@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.config import Loss, Targets, Train
-from tasks.schedule import make_optimizer
-from tasks.step import Distiller, World, gradient_step, sum_counts
-from tasks.student import make_student
-from tasks.supervision import Cached, Supervision
+from tasks.models.student import make_student
+from tasks.recipe.config import Loss, Targets, Train
+from tasks.train.optimizer import make_optimizer
+from tasks.train.step import Distiller, World, gradient_step, sum_counts
+from tasks.train.teacher_signal import Cached, Supervision
 from tests.benchmarks.reference import reference_batch, reference_step
 from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, Report, Row, facts_of, least_cpu, notes_of, publish
 from tests.benchmarks.synthetic import SMALL, Bench, cached, first_batch, random_bench, real_bench
-from tests.memory import peak_of
+from tests.harness.live_tensors import peak_of
 
 TRIES = 5
 REACH = {"all": 2.0, "masked": 6.0}

@@ -21,17 +21,18 @@ from storage.arrow import ArrowWriter, blocks_schema
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.batch import Batch, Masking, make_batch
-from tasks.capture import Capture
-from tasks.codec import Codec
-from tasks.config import Mask, Targets, Teacher
-from tasks.corpus import Corpus as Reader
-from tasks.run import Part
-from tasks.student import make_fresh
-from tasks.targets import open_targets
-from tasks.teach import calibrate, make_targets, read_calibration
-from tasks.teacher import TeacherModel, load_teacher, resolve_dtype
-from tasks.vocabulary import Vocabulary
+from tasks.loader.batch import Batch, Masking, make_batch
+from tasks.loader.dataset import Corpus as Reader
+from tasks.models.student import make_fresh
+from tasks.models.teacher import TeacherModel, load_teacher, resolve_dtype
+from tasks.recipe.config import Mask, Targets, Teacher
+from tasks.recipe.run_spec import Part
+from tasks.targets.calibration import calibrate, read_calibration
+from tasks.targets.capture import Capture
+from tasks.targets.codec import Codec
+from tasks.targets.compute import make_targets
+from tasks.targets.file import open_targets
+from tasks.tokens.vocabulary import Vocabulary
 from tests.benchmarks.encodings import blocks_of
 
 
@@ -124,7 +125,7 @@ def random_model(size: Size, layers: int, vocabulary: Vocabulary) -> PreTrainedM
 
 
 def _random_blocks(store: Store, vocabulary: Vocabulary, rows: int, length: int, number: int) -> Receipt:
-    """Full blocks of one shard, in the file that tasks.block writes."""
+    """Full blocks of one shard, in the file that tasks.tokens.blocks writes."""
     schema = blocks_schema(length, vocabulary.size)
     kind = schema.field("input_ids").type
     ids = np.random.default_rng(number).integers(7, vocabulary.mask, (rows, length))

@@ -9,10 +9,10 @@ import torch
 
 from storage.artifact import Ref
 from storage.store import Store
-from tasks.config import Corpus, Loss, Targets
-from tasks.snapshot import take_snapshot
-from tasks.student import make_student
-from tasks.vocabulary import load_vocabulary
+from tasks.corpus.snapshot import take_snapshot
+from tasks.models.student import make_student
+from tasks.recipe.config import Corpus, Loss, Targets
+from tasks.tokens.vocabulary import load_vocabulary
 from tests.benchmarks import corpus, gpu, imports, loader, rerun, step
 from tests.benchmarks.flops import case_flops
 from tests.benchmarks.reference import reference_batch, reference_losses

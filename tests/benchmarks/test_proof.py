@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import proof
-from tests.sets import write_ner
-from tests.tiny import save_tokenizer, write_oscar
+from tests.harness.eval_sets import write_ner
+from tests.harness.tiny import save_tokenizer, write_oscar
 
 TEACHER = """
 extends = "{real}/teacher.toml"

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from flows.service import a_port
-from tests.end_to_end.place import BROKEN, LIMIT, Place, environment, make_place
-from tests.tiny import make_teacher, write_oscar
+from flows.services.process import a_port
+from tests.harness.place import BROKEN, LIMIT, Place, environment, make_place
+from tests.harness.tiny import make_teacher, write_oscar
 
 CHROMIUM = os.environ.get("DISTIL_CHROMIUM") or shutil.which("chromium") or ""
 PATIENCE = 180.0

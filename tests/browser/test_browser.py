@@ -8,7 +8,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.browser.conftest import ARGUMENTS, BROKEN_RECIPE, CHROMIUM, PATIENCE, Stack
-from tests.end_to_end.place import BROKEN, made
+from tests.harness.place import BROKEN, made
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.end_to_end.place import BROKEN, History, Result, Shell, environment, make_place, mount
-from tests.server import serving
-from tests.tiny import make_teacher, write_oscar
+from tests.harness.place import BROKEN, History, Result, Shell, environment, make_place, mount
+from tests.harness.server import serving
+from tests.harness.tiny import make_teacher, write_oscar
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[She
     """`shell("status", place.recipe, …)` runs `distil` in a process that stays, against the shared server."""
     folder = tmp_path_factory.mktemp("shell")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.end_to_end.shell"],
+        [sys.executable, "-m", "tests.harness.shell"],
         cwd=folder,
         env=environment(folder, server),
         stdin=subprocess.PIPE,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.end_to_end.place import LIMIT, History, environment, run_folder_of
+from tests.harness.place import LIMIT, History, environment, run_folder_of
 
 ABSENT = (
     "prefect", "mlflow", "datasets", "zstandard", "pandas", "sklearn", "rich", "typer", "pebble", "orjson",

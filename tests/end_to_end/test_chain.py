@@ -12,7 +12,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from tests.end_to_end.place import BROKEN, LENGTH, STEPS, History, made, refusal, tables
+from tests.harness.place import BROKEN, LENGTH, STEPS, History, made, refusal, tables
 
 SENTENCE = "Le maire signe <mask> avant la fin du mois."
 

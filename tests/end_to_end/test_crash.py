@@ -11,11 +11,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 from prefect.client.schemas.objects import StateType
 
-from storage.upkeep import verify
-from tasks.metrics import read_metrics
-from tests.end_to_end.place import Place, make_place
-from tests.end_to_end.stack import Stack, kill, make_stack, wait_for
-from tests.tiny import write_oscar
+from storage.maintenance import verify
+from tasks.train.metrics import read_metrics
+from tests.harness.place import Place, make_place
+from tests.harness.stack import Stack, kill, make_stack, wait_for
+from tests.harness.tiny import write_oscar
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.place import Place, make_place, run_folder_of
-from tests.tiny import write_oscar
+from tests.harness.place import Place, make_place, run_folder_of
+from tests.harness.tiny import write_oscar
 
 pytestmark = pytest.mark.slow
 

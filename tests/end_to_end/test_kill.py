@@ -13,9 +13,9 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tasks.metrics import read_metrics
-from tests.end_to_end.place import LIMIT, MARK, History, Place, environment, run_folder_of
-from tests.started import started_for
+from tasks.train.metrics import read_metrics
+from tests.harness.place import LIMIT, MARK, History, Place, environment, run_folder_of
+from tests.harness.processes import started_for
 
 STEPS = 300
 SETTINGS = (f"train.max_steps={STEPS}", "train.checkpoint_steps=25")

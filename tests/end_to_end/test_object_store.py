@@ -10,13 +10,13 @@ import mlflow
 import pytest
 
 from storage.artifact import DataFile
+from storage.maintenance import verify
 from storage.store import Store
-from storage.upkeep import verify
-from tests.end_to_end.place import History, Place, ended, made, make_place, refusal
 from tests.end_to_end.test_chain import SENTENCE, check_answers, check_fill_mask
 from tests.end_to_end.test_kill import has_trained, kill_group, processes_of, wait_for, weights
 from tests.end_to_end.test_real_text import settings_of
-from tests.s3 import Endpoint
+from tests.harness.place import History, Place, ended, made, make_place, refusal
+from tests.harness.s3 import Endpoint
 
 pytestmark = pytest.mark.slow
 

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 from flows import plan as view
-from flows import room as entrance
-from storage.error import FatalError
-from tasks import room
-from tasks.config import Recipe
+from flows.pipeline import preparation as entrance
+from flows.views import forecast as forecast_view
+from storage.errors import FatalError
 from tasks.lineage import trace
-from tasks.pace import Machine
-from tasks.plan import Forecast, Prices
-from tasks.recipe import load_recipe
-from tests.end_to_end.place import History, Place, Shell, make_place, refusal
+from tasks.plan import free_space as room
+from tasks.plan.forecast import Forecast, Prices
+from tasks.plan.timing import Machine
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import load_recipe
+from tests.harness.place import History, Place, Shell, make_place, refusal
 
 SAMPLE = 4_000_000
 
@@ -60,18 +61,18 @@ def test_tables_show_the_numbers_of_the_json(forecast: tuple[Recipe, Forecast]) 
     recipe, found = forecast
     out = io.StringIO()
     with redirect_stdout(out):
-        view.show(recipe, found)
+        forecast_view.show(recipe, found)
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
     shown = {cells[0]: cells[1:] for cells in lines if cells[0]}
     value: dict[str, Any] = json.loads(json.dumps(found.to_json()))
     parts = ("total", "done", "left")
     for name, amount in value["outlook"]["bytes"].items():
-        assert shown[f"{name} (bytes)"] == [view.amount_of_bytes(amount[part]) for part in parts]
+        assert shown[f"{name} (bytes)"] == [forecast_view.amount_of_bytes(amount[part]) for part in parts]
     for name, amount in {key: one for key, one in value["seconds"].items() if key != "blocks"}.items():
-        assert shown[name] == [view.duration(amount[part]) for part in parts]
+        assert shown[name] == [forecast_view.duration(amount[part]) for part in parts]
     for one in value["choices"]:
         column = {"masked": 1, "all": 2}[one["positions"]]
-        assert shown[one["encoding"]][column].startswith(view.amount_of_bytes(one["bytes"]))
+        assert shown[one["encoding"]][column].startswith(forecast_view.amount_of_bytes(one["bytes"]))
     assert value["advice"].startswith(shown["recommendation"][0])
 
 

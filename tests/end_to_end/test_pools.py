@@ -8,11 +8,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 
 from storage.store import NODE
-from tasks.recipe import load_recipe
-from tests.end_to_end.place import make_place
-from tests.end_to_end.stack import HUNG_SECONDS, wait_for
-from tests.server import working
-from tests.tiny import write_oscar
+from tasks.recipe.load import load_recipe
+from tests.harness.place import make_place
+from tests.harness.server import working
+from tests.harness.stack import HUNG_SECONDS, wait_for
+from tests.harness.tiny import write_oscar
 
 pytestmark = pytest.mark.slow
 

@@ -21,9 +21,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import FlowRunSort
 
 from storage.artifact import Receipt
-from tests.end_to_end.place import Place, ended, environment, make_place, running
-from tests.server import serving
-from tests.tiny import write_oscar
+from tests.harness.place import Place, ended, environment, make_place, running
+from tests.harness.server import serving
+from tests.harness.tiny import write_oscar
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
-from tests.end_to_end.place import Place, Shell, made, make_place
+from tests.harness.place import Place, Shell, made, make_place
 
 HELDOUT_PER_MILLE = 5
 BATCH = 1000

@@ -10,9 +10,9 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from storage.upkeep import verify
-from tests.end_to_end.place import History, Place, Result, Shell, make_place, refusal, remount, tables
-from tests.tiny import documents
+from storage.maintenance import verify
+from tests.harness.place import History, Place, Result, Shell, make_place, refusal, remount, tables
+from tests.harness.tiny import documents
 
 HASH = "0" * 64
 

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from storage import layout
-from storage.upkeep import verify
-from tests.end_to_end.place import History, Shell, made, refusal
+from storage.maintenance import verify
+from tests.harness.place import History, Shell, made, refusal
 
 
 def flip_a_byte(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.end_to_end.place import History, Shell, make_place
+from tests.harness.place import History, Shell, make_place
 
 KINDS = ("source", "shard", "blocks")
 

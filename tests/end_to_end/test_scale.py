@@ -14,11 +14,11 @@ import pytest
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, StateType
 
-from storage.upkeep import verify
-from tests.end_to_end.place import make_place
-from tests.end_to_end.stack import Stack, make_stack, wait_for
-from tests.postgres import Postgres
-from tests.tiny import write_oscar
+from storage.maintenance import verify
+from tests.harness.place import make_place
+from tests.harness.postgres import Postgres
+from tests.harness.stack import Stack, make_stack, wait_for
+from tests.harness.tiny import write_oscar
 
 pytestmark = pytest.mark.slow
 

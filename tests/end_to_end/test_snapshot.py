@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.end_to_end.place import History, Shell, made
-from tests.tiny import write_oscar
+from tests.harness.place import History, Shell, made
+from tests.harness.tiny import write_oscar
 
 
 def test_only_changed_and_added_sources_are_computed(

@@ -11,15 +11,15 @@ import pytest
 from mlflow.tracking import MlflowClient
 from prefect.client.schemas.objects import FlowRun
 
-from flows.finished import remember
 from flows.home import set_environment
-from flows.registry import CHAMPION
-from flows.track import open_book
-from tasks.recipe import load_recipe
-from tasks.run import read_run
-from tests.end_to_end.place import LIMIT, History, Place, ended, environment, made
-from tests.end_to_end.stack import Stack, make_stack, wait_for
-from tests.tiny import write_oscar, write_sums
+from flows.pipeline.finished import remember
+from flows.tracking.registry import CHAMPION
+from flows.tracking.runs import open_book
+from tasks.recipe.load import load_recipe
+from tasks.recipe.run_spec import read_run
+from tests.harness.place import LIMIT, History, Place, ended, environment, made
+from tests.harness.stack import Stack, make_stack, wait_for
+from tests.harness.tiny import write_oscar, write_sums
 
 pytestmark = pytest.mark.slow
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from flows.home import set_environment
-from tasks.recipe import make_recipe
-from tests.end_to_end.place import Place, Result, make_place
-from tests.server import serving
-from tests.tiny import make_teacher, write_oscar
+from tasks.recipe.load import make_recipe
+from tests.harness.place import Place, Result, make_place
+from tests.harness.server import serving
+from tests.harness.tiny import make_teacher, write_oscar
 
 if TYPE_CHECKING:
-    from flows.track import Book
+    from flows.tracking.runs import Book
 
 Distil = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -59,7 +59,7 @@ def prefect_api() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> "Book":
     """An MLflow of its own, on SQLite."""
-    from flows.track import open_book
+    from flows.tracking.runs import open_book
 
     folder = tmp_path_factory.mktemp("mlflow")
     set_environment(str(folder))

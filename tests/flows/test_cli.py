@@ -113,7 +113,7 @@ def test_the_command_to_retry_has_the_file_and_settings_that_were_typed(
     own_environment: None, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import cli
-    from flows.report import how_to_retry
+    from flows.views.tables import how_to_retry
 
     monkeypatch.chdir(place)
     Path("far").mkdir(exist_ok=True)
@@ -129,8 +129,9 @@ def test_the_command_to_retry_has_the_file_and_settings_that_were_typed(
 def test_every_command_asks_the_mlflow_of_a_distil_up_that_serves_its_home(
     own_environment: None, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import cli, server
+    from flows import cli
     from flows.home import tracking_uri
+    from flows.services import servers as server
 
     monkeypatch.chdir(place)
     addresses = {"prefect_api": "http://here/api", "prefect_ui": "http://here", "mlflow": "http://here:5000"}

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from flows.corpus import Prepared, StageDone, unexplained
-from flows.status import kept
+from flows.inventory import kept
+from flows.pipeline.preparation import Prepared, StageDone, unexplained
 from storage.artifact import Ref
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.fingerprint import sha256_bytes
 from storage.lease import Lease
 from storage.store import Store
-from tasks.block import make_blocks
-from tasks.config import Recipe
+from tasks.corpus.shard import shard_source
 from tasks.lineage import trace, vocabulary_of
-from tasks.recipe import make_recipe
-from tasks.run import model_ref
-from tasks.shard import shard_source
-from tests.artifacts import put
-from tests.tiny import save_tokenizer, write_oscar
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe
+from tasks.recipe.run_spec import model_ref
+from tasks.tokens.blocks import make_blocks
+from tests.harness.artifacts import put
+from tests.harness.tiny import save_tokenizer, write_oscar
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from threading import Thread
 import pytest
 
 from flows.home import public, registry_name, set_environment, tracking_uri, up_file, user
-from flows.service import answers
-from tasks.config import Recipe
-from tasks.recipe import make_recipe
+from flows.services.process import answers
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe
 
 
 def test_an_address_is_shown_without_its_password() -> None:

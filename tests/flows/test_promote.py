@@ -9,26 +9,16 @@ from pathlib import Path
 import pytest
 
 from flows.home import set_environment
-from flows.promote import (
-    FORCED,
-    PROMOTED,
-    REFUSED,
-    STANDS,
-    Order,
-    decide,
-    examine,
-    record_standings,
-    run_promote,
-    standings_of,
-    turn,
-)
-from flows.registry import CHAMPION_SINCE, Registry, Version, open_registry
-from flows.track import open_book
-from storage.error import FatalError, RetryableError
+from flows.promote import run_promote
+from flows.release.gate import FORCED, PROMOTED, REFUSED, STANDS, Order, decide, examine, turn
+from flows.release.standings import record_standings, standings_of
+from flows.tracking.registry import CHAMPION_SINCE, Registry, Version, open_registry
+from flows.tracking.runs import open_book
+from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
-from tasks.config import Recipe
-from tasks.recipe import make_recipe
-from tasks.standing import NOT_RUN, Standing
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe
+from tasks.release.results import NOT_RUN, Standing
 
 PROTOCOLS = {"heldout": sha256_bytes(b"heldout"), "ner": sha256_bytes(b"ner")}
 PERSON = Order(by="marie")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from storage.store import Store
-from tests.sets import write_ner, write_pairs
-from tests.tiny import make_teacher
+from tests.harness.eval_sets import write_ner, write_pairs
+from tests.harness.tiny import make_teacher
 
 PROTOCOL = """
 name = "tiny"
@@ -139,7 +139,7 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
 
 def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
     from flows.score import is_own
-    from tasks.recipe import make_recipe
+    from tasks.recipe.load import make_recipe
 
     values = {"name": "a", "corpus": {"url": "x"}, "teacher": {"model": "y"}, "register": {"name": "mine"}}
     recipe = make_recipe(values, "test")
@@ -151,11 +151,11 @@ def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
 def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path) -> None:
     """A registered model of another recipe is scored and shown, but its own standings stay what the gate sees."""
     from flows.home import set_environment
-    from flows.promote import protocols_by_set
+    from flows.release.standings import protocols_by_set
     from flows.score import record
-    from flows.track import open_book
-    from flows.tuned import Candidate, Judged
-    from tasks.recipe import make_recipe
+    from flows.scoring.candidates import Candidate, Judged
+    from flows.tracking.runs import open_book
+    from tasks.recipe.load import make_recipe
 
     set_environment(str(tmp_path))
     make_teacher(tmp_path / "teacher")

@@ -22,10 +22,10 @@ from prefect.states import Failed
 from flows import watch
 from flows.home import open_store, set_environment, tracking_uri
 from flows.watch import LOOKS, watch_snapshots
-from tasks.config import Recipe
-from tasks.folder import list_folder
-from tasks.recipe import make_recipe, placed
-from tests.tiny import save_tokenizer, write_oscar, write_sums
+from tasks.corpus.listing import list_folder
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe, placed
+from tests.harness.tiny import save_tokenizer, write_oscar, write_sums
 
 Place = Callable[..., Recipe]
 

@@ -14,19 +14,21 @@ from pathlib import Path
 from storage.artifact import Ref
 from storage.fingerprint import sha256_bytes
 from storage.store import Store
-from tasks.block import count_tokens, make_blocks
-from tasks.config import Blocks, Corpus, Mask, Targets, Teacher
-from tasks.model_files import fingerprint_of
-from tasks.recipe import make_recipe
-from tasks.run import Part, RunSpec, make_run
-from tasks.score import Trial, keep_scores
-from tasks.shard import shard_source
-from tasks.snapshot import take_snapshot
-from tasks.step import World
-from tasks.teach import calibrate, make_targets, open_capture
-from tasks.train import StopSignal, train
-from tasks.vocabulary import load_vocabulary
-from tests.tiny import documents, make_parts, make_teacher, save_text_shard, write_oscar
+from tasks.corpus.shard import shard_source
+from tasks.corpus.snapshot import take_snapshot
+from tasks.eval.scores import Trial, keep_scores
+from tasks.models.files import fingerprint_of
+from tasks.recipe.config import Blocks, Corpus, Mask, Targets, Teacher
+from tasks.recipe.load import make_recipe
+from tasks.recipe.run_spec import Part, RunSpec, make_run
+from tasks.targets.calibration import calibrate
+from tasks.targets.compute import make_targets, open_capture
+from tasks.tokens.blocks import count_tokens, make_blocks
+from tasks.tokens.vocabulary import load_vocabulary
+from tasks.train.process import StopSignal
+from tasks.train.step import World
+from tasks.train.trainer import train
+from tests.harness.tiny import documents, make_parts, make_teacher, save_text_shard, write_oscar
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,15 @@ from typing import Any
 import psutil
 from mlflow.tracking import MlflowClient
 
-from flows.finished import all_done
+from flows.pipeline.finished import all_done
 from storage.artifact import DataFile
-from storage.upkeep import verify
-from tasks.recipe import load_recipe
-from tests.end_to_end.place import MARK, REPO, Place, environment, make_place
+from storage.maintenance import verify
+from tasks.recipe.load import load_recipe
 from tests.hard import points
-from tests.server import serving
-from tests.started import started_for
-from tests.tiny import make_teacher, write_oscar
+from tests.harness.place import MARK, REPO, Place, environment, make_place
+from tests.harness.processes import started_for
+from tests.harness.server import serving
+from tests.harness.tiny import make_teacher, write_oscar
 
 STEPS = 8
 END_SECONDS = 120.0

@@ -15,8 +15,7 @@ from pathlib import Path
 import mlflow.transformers  # noqa: F401
 import transformers.pipelines  # noqa: F401
 
-import flows.distill
-import flows.start  # noqa: F401
+import flows.inventory  # noqa: F401
 from flows.cli import main
 from tests.hard.points import FLOW, FOLDER, arm
 

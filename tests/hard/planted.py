@@ -25,7 +25,7 @@ from storage.arrow import TARGETS, ArrowWriter
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.targets import FILE, TargetRows, describe, write_rows
+from tasks.targets.file import FILE, TargetRows, describe, write_rows
 
 Change = Callable[[bytes], bytes | None]
 """The bytes of a file -> what is there instead; None: nothing."""

@@ -52,9 +52,9 @@ MLFLOW = (
 CALLS: dict[str, Sequence[str]] = {
     "storage.store": ("Store.commit", "Store._write", "Store._remove", "Store.withdraw", "Store.drop_data"),
     "storage.arrow": ("ArrowWriter.write",),
-    "tasks.checkpoint": ("save_file", "save_checkpoint"),
-    "tasks.metrics": ("Meter._append", "Meter.cut_back"),
-    "flows.launch": ("write_run",),
+    "tasks.train.checkpoint": ("save_file", "save_checkpoint"),
+    "tasks.train.metrics": ("Meter._append", "Meter.cut_back"),
+    "flows.pipeline.trainer_process": ("write_run",),
     "mlflow.tracking.client": [f"MlflowClient.{name}" for name in MLFLOW],
 }
 """Functions by their module, wrapped when it has been imported."""

@@ -25,12 +25,12 @@ from typing import Any
 import psutil
 from mlflow.tracking import MlflowClient
 
-from flows.server import RETENTION
-from tests.end_to_end.place import MARK, Place, environment, make_place
+from flows.services.servers import RETENTION
 from tests.hard.growth import Sample, grown, heading, told, verdict
-from tests.server import serving
-from tests.started import started_for
-from tests.tiny import documents, make_teacher
+from tests.harness.place import MARK, Place, environment, make_place
+from tests.harness.processes import started_for
+from tests.harness.server import serving
+from tests.harness.tiny import documents, make_teacher
 
 SOURCES = 3
 """In the corpus at any time."""

@@ -16,8 +16,8 @@ import time
 from typing import TextIO
 
 from flows.home import set_environment
-from tasks.config import Recipe
-from tasks.recipe import load_recipe
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import load_recipe
 
 
 def serve(recipe: Recipe, answers: TextIO) -> None:
@@ -26,8 +26,8 @@ def serve(recipe: Recipe, answers: TextIO) -> None:
     import mlflow.transformers  # noqa: F401
     import transformers.pipelines  # noqa: F401
 
-    from flows.corpus import prepare
     from flows.distill import distill
+    from flows.prepare import prepare
 
     known = {"prepare": prepare, "distill": distill}
     print(json.dumps({"state": "READY"}), file=answers, flush=True)

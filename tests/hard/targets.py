@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import torch
 
 from storage.artifact import failure_from_json, receipt_from_json
-from storage.error import DistilError
-from tasks.codec import Calibration, Codec
-from tasks.config import Corpus, Mask
-from tasks.document import Tally
-from tasks.mask import mask_rows
-from tasks.reader import read_documents
-from tasks.recipe import load_recipe
-from tasks.snapshot import parse_checksums
-from tasks.vocabulary import Vocabulary
+from storage.errors import DistilError
+from tasks.corpus.document import Tally
+from tasks.corpus.reader import read_documents
+from tasks.corpus.snapshot import parse_checksums
+from tasks.recipe.config import Corpus, Mask
+from tasks.recipe.load import load_recipe
+from tasks.targets.codec import Calibration, Codec
+from tasks.tokens.mask import mask_rows
+from tasks.tokens.vocabulary import Vocabulary
 
 Target = Callable[[bytes, Path], None]
 WIDTH, VOCABULARY = 48, 300

@@ -1,7 +1,7 @@
 """Small files that unpack to gigabytes end with one sentence that names them, in bounded memory and on a bounded disk.
 
 The files are bombs of full size (10 GB from 10 MB and less); what is scaled down is how much of one is unpacked before
-it is refused, by `corpus.max_unpacked_ratio` and tasks.lines.HARMLESS. The same at its real size is marked `slow`.
+it is refused, by `corpus.max_unpacked_ratio` and HARMLESS of lines.py. The same at its real size is marked `slow`.
 """
 
 import gzip
@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from storage.error import FatalError, RetryableError
+from storage.errors import FatalError, RetryableError
 from storage.store import Store
-from tasks import fetch
-from tasks.config import Blocks, Corpus, Mask
-from tasks.fetch import fetched
-from tasks.sample import take_sample
-from tasks.shard import shard_source
-from tasks.snapshot import Source, take_snapshot
-from tasks.vocabulary import load_vocabulary
+from tasks.corpus import fetch
+from tasks.corpus.fetch import fetched
+from tasks.corpus.shard import shard_source
+from tasks.corpus.snapshot import Source, take_snapshot
+from tasks.plan.sample import take_sample
+from tasks.recipe.config import Blocks, Corpus, Mask
+from tasks.tokens.vocabulary import load_vocabulary
 from tests.conftest import REPO
-from tests.tiny import save_tokenizer
+from tests.harness.tiny import save_tokenizer
 
 MB = 1 << 20
 PIECE = 20 * MB
@@ -38,12 +38,12 @@ ROOM = 150
 MEASURE = """
 import sys
 from pathlib import Path
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.store import Store
-from tasks import lines, pages, shard
-from tasks.config import Corpus
-from tasks.snapshot import take_snapshot
-from tests.peak import peak_megabytes
+from tasks.corpus import lines, parquet_pages as pages, shard
+from tasks.recipe.config import Corpus
+from tasks.corpus.snapshot import take_snapshot
+from tests.harness.peak import peak_megabytes
 
 corpus, place, ratio, scale = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 lines.HARMLESS //= scale
@@ -139,11 +139,11 @@ def test_a_parquet_page_is_known_before_it_is_read(tmp_path: Path, monkeypatch: 
     pq.write_table(pa.table({"text": [f"{number} mieux" for number in range(2000)]}), path, use_dictionary=False)
     store, settings = Store(tmp_path / "store"), Corpus(url=str(folder), heldout_per_mille=0)
     (source,) = take_snapshot(settings).sources
-    monkeypatch.setattr("tasks.pages.PAGE", 1000)
+    monkeypatch.setattr("tasks.corpus.parquet_pages.PAGE", 1000)
     with pytest.raises(FatalError, match=r"^a\.parquet: a page of its column text unpacks to .* smaller pages"):
         shard_source(store, source, settings)
     monkeypatch.undo()
-    monkeypatch.setattr("tasks.pages.HELD", 1)  # row by row
+    monkeypatch.setattr("tasks.corpus.parquet_pages.HELD", 1)  # row by row
     assert shard_source(store, source, settings).rows == 2000
     data = bytearray(path.read_bytes())
     data[4:12] = b"\xff" * 8  # the header of the first page
@@ -155,7 +155,7 @@ def test_a_parquet_page_is_known_before_it_is_read(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.parquet"])
 def test_a_plan_does_not_unpack_a_bomb_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("tasks.lines.HARMLESS", MB)
+    monkeypatch.setattr("tasks.corpus.lines.HARMLESS", MB)
     folder = tmp_path / "corpus"
     folder.mkdir()
     if name.endswith("parquet"):

@@ -16,27 +16,29 @@ import pytest
 import torch
 
 from storage.artifact import KINDS, Receipt, Ref
-from storage.error import FatalError
+from storage.errors import FatalError
+from storage.maintenance import verify
 from storage.store import Store
-from storage.upkeep import verify
-from tasks.block import count_tokens, make_blocks, read_counts
-from tasks.build import build
-from tasks.capture import Capture
-from tasks.checkpoint import checkpoint_ref, load_checkpoint, steps_kept
-from tasks.config import Recipe
+from tasks.corpus.shard import shard_source
+from tasks.corpus.snapshot import take_snapshot
+from tasks.eval.scores import Trial, keep_scores, read_scores
 from tasks.lineage import plan_run, trace, vocabulary_of
-from tasks.recipe import make_recipe
-from tasks.run import RunSpec
-from tasks.schedule import make_optimizer
-from tasks.score import Trial, keep_scores, read_scores
-from tasks.shard import shard_source
-from tasks.snapshot import take_snapshot
-from tasks.step import World
-from tasks.targets import open_targets
-from tasks.teach import calibrate, make_targets, open_capture, read_calibration
-from tasks.train import StopSignal, Trainer, train
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe
+from tasks.recipe.run_spec import RunSpec
+from tasks.targets.calibration import calibrate, read_calibration
+from tasks.targets.capture import Capture
+from tasks.targets.compute import make_targets, open_capture
+from tasks.targets.file import open_targets
+from tasks.tokens.blocks import count_tokens, make_blocks, read_counts
+from tasks.train.checkpoint import checkpoint_ref, load_checkpoint, steps_kept
+from tasks.train.optimizer import make_optimizer
+from tasks.train.process import StopSignal
+from tasks.train.setup import build
+from tasks.train.step import World
+from tasks.train.trainer import Trainer, train
 from tests.hard.planted import Damage, again, bytes_of, damages, forge_targets, linked_copy, mended_copy, version
-from tests.tiny import make_teacher, write_oscar
+from tests.harness.tiny import make_teacher, write_oscar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -290,7 +292,7 @@ def test_what_is_forged_is_found_before_a_gradient(
     def touched(*_: object) -> None:
         raise AssertionError(f"{name}: a gradient was touched")
 
-    monkeypatch.setattr("tasks.train.gradient_step", touched)
+    monkeypatch.setattr("tasks.train.trainer.gradient_step", touched)
     run = chain.run.model_copy(update={"store": store.root, "folder": str(tmp_path / "run" / "x")})
     Path(run.folder).mkdir(parents=True)
     with pytest.raises(FatalError, match=r"fr_meta_part_\d-0000"):

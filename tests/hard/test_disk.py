@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from flows.track import open_book
+from flows.tracking.runs import open_book
 from storage.artifact import KINDS
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.fingerprint import sha256_bytes
+from storage.maintenance import verify
 from storage.store import Store
-from storage.upkeep import verify
-from tasks.config import Recipe
-from tasks.recipe import make_recipe
-from tests.end_to_end.place import mount, remount
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe
 from tests.hard.bench import STAGES, Bench, make_bench
+from tests.harness.place import mount, remount
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEGABYTE = 1 << 20

@@ -1,7 +1,7 @@
 """Extreme sizes and numbers through blocks, targets and two steps of training: the right answer or a clear refusal.
 
-What one room alone can show stands there: a teacher that gives NaN in one row (tests/tasks/test_teach.py), temperatures
-and weights against the plain loss (test_loss.py), ids above 65,535 (test_block.py, test_codec.py).
+What one room alone can show stands there: a teacher that gives NaN in one row (targets/test_compute.py), temperatures
+and weights against the plain loss (test_loss.py), ids above 65,535 (test_blocks.py, test_codec.py).
 """
 
 import math
@@ -13,21 +13,23 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.store import Store
-from tasks.block import make_blocks, open_blocks
-from tasks.capture import Capture
-from tasks.config import Blocks
-from tasks.metrics import read_metrics
-from tasks.model_files import fingerprint_of
-from tasks.recipe import make_recipe
-from tasks.run import Part, RunSpec, make_run
-from tasks.step import World
-from tasks.targets import open_targets
-from tasks.teach import calibrate, make_targets, read_calibration
-from tasks.teacher import load_teacher
-from tasks.train import StopSignal, train
-from tests.tiny import documents, make_teacher, save_text_shard
+from tasks.models.files import fingerprint_of
+from tasks.models.teacher import load_teacher
+from tasks.recipe.config import Blocks
+from tasks.recipe.load import make_recipe
+from tasks.recipe.run_spec import Part, RunSpec, make_run
+from tasks.targets.calibration import calibrate, read_calibration
+from tasks.targets.capture import Capture
+from tasks.targets.compute import make_targets
+from tasks.targets.file import open_targets
+from tasks.tokens.blocks import make_blocks, open_blocks
+from tasks.train.metrics import read_metrics
+from tasks.train.process import StopSignal
+from tasks.train.step import World
+from tasks.train.trainer import train
+from tests.harness.tiny import documents, make_teacher, save_text_shard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 2

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from storage.error import FatalError, RetryableError
-from storage.remote import PAUSES
+from storage.errors import FatalError, RetryableError
+from storage.filesystem import PAUSES
+from storage.maintenance import verify
 from storage.store import Store
-from storage.upkeep import verify
-from tests.artifacts import put, ref_of
 from tests.hard.faulty import (
     ALWAYS,
     Clock,
@@ -29,6 +28,7 @@ from tests.hard.faulty import (
     stale,
     wrong,
 )
+from tests.harness.artifacts import put, ref_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +45,7 @@ def script() -> "Script":
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What the store would have slept."""
     clock = Clock()
-    monkeypatch.setattr("storage.remote.time", SimpleNamespace(sleep=clock.sleep))
+    monkeypatch.setattr("storage.filesystem.time", SimpleNamespace(sleep=clock.sleep))
     return clock
 
 

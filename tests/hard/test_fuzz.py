@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.error import FatalError
+from storage.errors import FatalError
 from tests.hard.targets import TARGETS, attempt, seeds
 
 FOUND = sorted((Path(__file__).parent / "found").iterdir())

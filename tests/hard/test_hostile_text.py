@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from flows import report
-from storage.error import FatalError
+from flows.views import tables as report
+from storage.errors import FatalError
 from storage.store import Store
-from tasks.card import _code, _line
-from tasks.config import Corpus
-from tasks.shard import shard_source
-from tasks.snapshot import take_snapshot
+from tasks.corpus.shard import shard_source
+from tasks.corpus.snapshot import take_snapshot
+from tasks.recipe.config import Corpus
+from tasks.release.model_card import _code, _line
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
 HOSTILE = f"[bold]b[/bold]{ESCAPE} [/] | <script>x</script> ![i](http://h) `c` \u202e\udcff"

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from storage.artifact import receipt_from_json
-from storage.error import FatalError, printable
+from storage.errors import FatalError, printable
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.config import Corpus
-from tasks.recipe import load_recipe, make_recipe
-from tasks.shard import shard_source
-from tasks.snapshot import parse_checksums, take_snapshot
+from tasks.corpus.shard import shard_source
+from tasks.corpus.snapshot import parse_checksums, take_snapshot
+from tasks.recipe.config import Corpus
+from tasks.recipe.load import load_recipe, make_recipe
 
 HASH = "a" * 64
 OUT = ("../../etc/passwd", "/etc/passwd", "a/../../b", "./../x", "a//b", "a\\b", "..", "a\0b", "a\x1b[2Jb", "a\u202eb")

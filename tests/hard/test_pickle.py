@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.place import LIMIT, REPO, environment, make_place
-from tests.tiny import make_teacher, write_oscar
+from tests.harness.place import LIMIT, REPO, environment, make_place
+from tests.harness.tiny import make_teacher, write_oscar
 
 GUARD = REPO / "tests" / "hard" / "guard"
 PIPES = {

@@ -9,10 +9,10 @@ import pytest
 
 from storage import layout
 from storage.artifact import KINDS, Ref
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
+from storage.maintenance import verify
 from storage.store import Store
-from storage.upkeep import verify
 from tests.hard.bench import STAGES, Bench, make_bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STAGE_OF = {kind: kind for kind in KINDS} | {"shard": "source", "model": "checkpoint"}
 """The call that makes a kind. Training makes checkpoints and the model."""
 NUMBERS = {
-    "source": ["tasks.shard"],
-    "blocks": ["tasks.block"],
-    "counts": ["tasks.block"],
-    "calibration": ["tasks.target_refs", "tasks.teach"],
-    "targets": ["tasks.target_refs", "tasks.teach"],
-    "checkpoint": ["tasks.run", "tasks.checkpoint", "tasks.model"],
-    "scores": ["tasks.score"],
+    "source": ["tasks.corpus.shard"],
+    "blocks": ["tasks.tokens.blocks"],
+    "counts": ["tasks.tokens.blocks"],
+    "calibration": ["tasks.targets.keys", "tasks.targets.calibration"],
+    "targets": ["tasks.targets.keys", "tasks.targets.compute"],
+    "checkpoint": ["tasks.recipe.run_spec", "tasks.train.checkpoint", "tasks.train.export"],
+    "scores": ["tasks.eval.scores"],
 }
 """Where the schema number of a stage stands."""
 

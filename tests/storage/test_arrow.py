@@ -8,7 +8,7 @@ import pytest
 from datasets import load_dataset
 
 from storage.arrow import TARGETS, TEXT, ArrowWriter, blocks_schema, metadata_of, open_arrow, read_table
-from storage.error import FatalError
+from storage.errors import FatalError
 
 
 def test_batches_read_back_with_metadata(tmp_path: Path) -> None:

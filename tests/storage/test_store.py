@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from storage import layout, upkeep
+from storage import layout
+from storage import maintenance as upkeep
 from storage.artifact import KINDS, Receipt, Ref
-from storage.error import FatalError, RetryableError
+from storage.errors import FatalError, RetryableError
 from storage.lease import Lease, read_on_lease
+from storage.maintenance import gc, verify
 from storage.store import Store
-from storage.upkeep import gc, verify
-from tests.artifacts import put, ref_of
+from tests.harness.artifacts import put, ref_of
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -147,7 +148,7 @@ def test_verify_names_what_it_cannot_read_goes_on_and_withdraws_nothing_for_it(
 ) -> None:
     receipts = {label: put(store, label) for label in "abc"}
     store.fs.pipe_file(store.path(_data(receipts["a"])), b"other")
-    monkeypatch.setattr("storage.remote.PAUSES", ())
+    monkeypatch.setattr("storage.filesystem.PAUSES", ())
     opened = store.fs.open
 
     def refusing(path: str, *more: object, **named: object) -> object:

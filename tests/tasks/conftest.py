@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from storage.store import Store
-from tasks.config import Corpus
+from tasks.recipe.config import Corpus
 
 TEXTS = (
     "Le camembert est un fromage de Normandie.\nIl se mange à point.",
@@ -119,7 +119,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny teacher's folder. Not to be changed."""
-    from tests.tiny import make_teacher  # deferred: it imports torch, which most of these tests do without
+    from tests.harness.tiny import make_teacher  # deferred: it imports torch, which most of these tests do without
 
     folder = tmp_path_factory.mktemp("original") / "teacher"
     make_teacher(folder)

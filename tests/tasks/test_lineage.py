@@ -8,15 +8,16 @@ import pytest
 
 from storage import layout
 from storage.artifact import Ref
-from storage.error import FatalError
+from storage.errors import FatalError
 from storage.store import Store
-from tasks.block import make_blocks
-from tasks.config import Recipe
+from tasks.corpus.shard import shard_source
 from tasks.lineage import _sample_name, check_teacher, pin_sample, plan_key, plan_run, trace, vocabulary_of
-from tasks.recipe import make_recipe
-from tasks.shard import shard_source
-from tasks.teach import calibrate, open_capture
-from tests.tiny import make_teacher, write_oscar
+from tasks.recipe.config import Recipe
+from tasks.recipe.load import make_recipe
+from tasks.targets.calibration import calibrate
+from tasks.targets.compute import open_capture
+from tasks.tokens.blocks import make_blocks
+from tests.harness.tiny import make_teacher, write_oscar
 
 
 @pytest.fixture(scope="module")

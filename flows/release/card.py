@@ -1,0 +1,90 @@
+"""Card and picture of a result: gathers the figures, has tasks make them, and puts them where people look.
+
+    describe(store, book, mlflow_run, result)
+
+They go into three places: the MLflow run (the browser shows the picture), `model/` of the registered version (so that
+whoever downloads it has its README.md), and HOME/models/NAME-card beside the link to the newest model. The model in the
+store is sealed by its receipt and is left as it is.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.tracking.registry import Version
+from flows.tracking.runs import Book
+from storage.store import Store
+from tasks.eval.scores import Scores
+from tasks.lineage import Lineage
+from tasks.recipe.config import Recipe
+from tasks.recipe.run_spec import METRICS, RunSpec
+from tasks.release.figure import picture
+from tasks.release.model_card import CardFacts, model_card
+from tasks.release.results import measured_models
+from tasks.train.metrics import read_metrics
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A student that was trained, registered and scored; `scores` are its own, first, and those of all beside it."""
+
+    recipe: Recipe
+    lineage: Lineage
+    run: RunSpec
+    version: Version
+    scores: Mapping[str, Mapping[str, Scores]]
+
+
+def describe(store: Store, book: Book, run_id: str, result: Result) -> Path:
+    """Makes both, keeps them with the run and the version, and returns the folder below the recipe's home."""
+    facts = card_facts(store, result)
+    files = {
+        CARD: model_card(facts).encode("utf-8"),
+        PICTURE: picture(str(result.version), facts.models),
+    }
+    book.keep(run_id, files, result.version)
+    folder = Path(result.recipe.home) / "models" / f"{result.recipe.name}-card"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        fresh = folder / f".{name}-{os.getpid()}"
+        fresh.write_bytes(data)
+        fresh.replace(folder / name)
+    return folder
+
+
+def card_facts(store: Store, result: Result) -> CardFacts:
+    """What the card tells, from recipe, receipts, metrics and scores."""
+    recipe, lineage, run = result.recipe, result.lineage, result.run
+    model = store.receipt(run.model_ref)
+    shards = store.receipts_of(lineage.shards)
+    heldout = store.receipts_of(lineage.heldout_shards)
+    lines = read_metrics(Path(run.folder) / METRICS)
+    return CardFacts(
+        name=result.version.name,
+        recipe=recipe,
+        models=measured_models(result.scores),
+        snapshot=lineage.snapshot.fingerprint,
+        sizes={
+            "sources": len(lineage.sources),
+            "shards": len(shards),
+            "documents": sum(receipt.rows for receipt in shards),
+            "documents held out": sum(receipt.rows for receipt in heldout),
+            "blocks": run.rows,
+            "tokens": sum(part.tokens for part in run.manifest),
+        },
+        layers=int(model.info["layers"]),
+        steps=int(model.settings["steps"]),
+        tokens=model.tokens,
+        seconds=sum(float(line.get("seconds", 0.0)) for line in lines),
+        hardware=str(model.info.get("hardware", "")),
+        run_key=run.run_key,
+        model_key=run.model_ref.key,
+        versions=model.versions,
+        picture=PICTURE,
+    )
+
+
+PICTURE = "scores.png"

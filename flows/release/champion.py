@@ -1,0 +1,43 @@
+"""Has the champion scored by the candidate's protocol, so that the gate compares figures of one kind.
+
+    score_champion(store, registry, result)
+
+A new snapshot brings other held-out text, and a recipe may change what is scored: then the champion's older figures say
+nothing. What was scored before is read from the store, not computed again.
+"""
+
+from dataclasses import replace
+
+from flows.release.card import Result
+from flows.release.standings import record_standings, standing_of
+from flows.scoring.candidates import find_model
+from flows.scoring.compute import deciding_scores, failure_sentence
+from flows.tracking.registry import Registry
+from storage.errors import FatalError
+from storage.store import Store
+from tasks.lineage import vocabulary_of
+from tasks.release.results import protocols, standings
+from tasks.tokens.vocabulary import load_vocabulary
+
+
+def score_champion(store: Store, registry: Registry, result: Result) -> None:
+    """Scores the present champion and keeps its standings, unless it has them, is the candidate or reads other tokens.
+
+    Without them the gate refuses the candidate and says that the two cannot be compared. FatalError if a score failed.
+    """
+    champion = registry.champion(result.version.name)
+    if champion is None or champion == result.version:
+        return
+    candidate = next(iter(result.scores.values()))
+    by = protocols(candidate)
+    wanted = [one.set_name for one in standings(candidate) if one.was_run]
+    if all(standing_of(champion, name, by[name]) for name in wanted):
+        return
+    model = replace(find_model(result.recipe, champion.uri), name="champion")
+    if load_vocabulary(str(model.folder)).fingerprint != vocabulary_of(result.recipe).fingerprint:
+        return
+    judged = deciding_scores(store, result.recipe, model, result.lineage.heldout_blocks)
+    if judged.failures:
+        raise FatalError(failure_sentence(judged))
+    own = judged.scores[model.name]
+    record_standings(registry, champion, [one for one in standings(own) if one.was_run], protocols(own))

@@ -1,0 +1,78 @@
+"""The models to score: found by name, folder or hub id, and keyed by their content."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flows.home import REGISTERED
+from flows.tracking.registry import fetch_model, open_registry
+from storage.errors import FatalError
+from tasks.eval.protocol import Protocol, load_protocol
+from tasks.eval.scores import Scores
+from tasks.lineage import vocabulary_of
+from tasks.models.files import resolve_model, scored_as
+from tasks.recipe.config import Recipe
+from tasks.tokens.vocabulary import load_vocabulary
+
+TEACHER, CONTROL = "teacher", "control"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to judge: its name for people, the key that its scores are kept under, its folder.
+
+    `uri` is models:/NAME/VERSION where it is registered, else "".
+    """
+
+    name: str
+    key: str
+    folder: Path
+    uri: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scores by model and set, each the figures or `not run` with its reason; and one sentence for each that failed."""
+
+    scores: dict[str, dict[str, Scores]]
+    failures: tuple[str, ...] = ()
+
+
+def protocol_of(recipe: Recipe) -> Protocol | None:
+    """The protocol of the fine-tuned sets, or None where the recipe names none. FatalError if it cannot be used."""
+    return load_protocol(recipe.score.protocol) if recipe.score.protocol else None
+
+
+def teacher_of(recipe: Recipe) -> Candidate | None:
+    """The recipe's teacher as a model to compare with, or None when there is none."""
+    if not recipe.teacher.model:
+        return None
+    folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
+    return Candidate(TEACHER, scored_as(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder)
+
+
+def control_of(recipe: Recipe) -> Candidate | None:
+    """The recipe's control as a model to compare with, or None. FatalError: it reads other tokens."""
+    if not recipe.score.control:
+        return None
+    control = find_model(recipe, recipe.score.control)
+    if _same_tokenizer(recipe, control.folder) is not recipe:
+        raise FatalError(
+            f"score.control: {recipe.score.control} has another tokenizer than the student, so their scores on "
+            "held-out text cannot be compared; give a model with the same one"
+        )
+    return replace(control, name=CONTROL)
+
+
+def find_model(recipe: Recipe, model: str) -> Candidate:
+    """A folder, hub id or registered model, under its own name and keyed by its content. FatalError: there is none."""
+    uri = open_registry(recipe).named(model).uri if model.startswith(REGISTERED) else ""
+    folder = fetch_model(recipe, uri) if uri else resolve_model(model)
+    return Candidate(model, scored_as(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder, uri)
+
+
+def _same_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe itself, or, for a model with another tokenizer, one with that tokenizer and no teacher to compare."""
+    if load_vocabulary(str(folder)).fingerprint == vocabulary_of(recipe).fingerprint:
+        return recipe
+    blocks = recipe.blocks.model_copy(update={"tokenizer": str(folder)})
+    return recipe.model_copy(update={"blocks": blocks, "teacher": recipe.teacher.model_copy(update={"model": ""})})

@@ -1,0 +1,118 @@
+"""The fine-tuned sets of a protocol as task runs: one a set, seed and model, `score xnli seed 1 student`.
+
+    tuned = tuned_scores(store, recipe, protocol, models, teacher)
+
+What is in the store is not computed again, so a run that was killed goes on with the pairs that are missing. A set that
+cannot be loaded is `not run` with its reason; a seed that fails leaves its set `not run`, holds back nothing else, and
+is named in `failures`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from prefect import get_run_logger
+
+from flows.pipeline.bind import run_one
+from flows.scoring.candidates import Candidate, Judged
+from storage.errors import DistilError
+from storage.store import Store
+from tasks.eval.datasets.load import AnySet, load_set
+from tasks.eval.protocol import Protocol
+from tasks.eval.scores import Scores, not_run, was_run
+from tasks.eval.seeds import compare, missing_seeds, score_seed, set_scores
+from tasks.recipe.config import Recipe
+
+NO_PROTOCOL = "score.protocol names no protocol file"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which (set, seed) pairs are computed: all that are missing, those of a set, or one; `force`: even if it is there.
+
+    `only` is "", "xnli" or "xnli seed 1".
+    """
+
+    only: str = ""
+    force: bool = False
+
+    def takes(self, name: str, seed: int) -> bool:
+        """True if the pair is meant."""
+        return self.only in ("", name, f"{name} seed {seed}")
+
+
+EVERY_PAIR = Pairs()
+
+
+def tuned_scores(
+    store: Store,
+    recipe: Recipe,
+    protocol: Protocol,
+    models: Sequence[Candidate],
+    teacher: Candidate | None = None,
+    pairs: Pairs = EVERY_PAIR,
+) -> Judged:
+    """All sets of the protocol for all models and the teacher; every model's figures also against the teacher's
+    (`against_teacher`) and, from the second model on, against the first's (`against_first`)."""
+    contenders = [*models, *([teacher] if teacher else [])]
+    scores: dict[str, dict[str, Scores]] = {model.name: {} for model in contenders}
+    failures: list[str] = []
+    for name in protocol.sets:
+        try:
+            data = run_one("load", name, partial(load_set, name, protocol.sets[name], recipe.score.sets), recipe.run)
+        except DistilError as error:
+            for model in contenders:
+                scores[model.name][name] = not_run(error.message)
+            continue
+        for model in contenders:
+            failures += _tune(store, recipe, protocol, data, model, pairs)
+            scores[model.name][name] = _figures(store, protocol, data, model)
+        if teacher:
+            _compare(store, protocol, data, models, teacher, scores, "against_teacher")
+        _compare(store, protocol, data, models[1:], models[0], scores, "against_first")
+    return Judged(scores, tuple(failures))
+
+
+def _tune(store: Store, recipe: Recipe, protocol: Protocol, data: AnySet, model: Candidate, pairs: Pairs) -> list[str]:
+    """Computes the missing (or forced) seeds of one set and model; sentences about those that failed."""
+    failures: list[str] = []
+    missing = missing_seeds(store, model.key, data, protocol)
+    for seed in protocol.seeds:
+        if not pairs.takes(data.name, seed) or not (pairs.force or seed in missing):
+            continue
+        device = recipe.train.device
+        work = partial(
+            score_seed, store, model.key, model.folder, data, protocol, seed, device=device, force=pairs.force
+        )
+        try:
+            run_one("score", f"{data.name} seed {seed} {model.name}", work, recipe.run)
+        except DistilError as error:
+            get_run_logger().error(error.message)
+            failures.append(f"{data.name} seed {seed} of {model.name}: {error.message}")
+            if seed == protocol.seeds[0]:
+                break  # the others need the learning rate that it chooses
+    return failures
+
+
+def _figures(store: Store, protocol: Protocol, data: AnySet, model: Candidate) -> Scores:
+    missing = missing_seeds(store, model.key, data, protocol)
+    if missing:
+        listed = ", ".join(map(str, missing))
+        return not_run(f"no scores of seed {listed}; the same command computes them")
+    return set_scores(store, model.key, data, protocol)
+
+
+def _compare(
+    store: Store,
+    protocol: Protocol,
+    data: AnySet,
+    models: Sequence[Candidate],
+    other: Candidate,
+    scores: dict[str, dict[str, Scores]],
+    part: str,
+) -> None:
+    """Ratio and difference of every model to another, where both were run, among the model's scores as `part`."""
+    if was_run(scores[other.name][data.name]):
+        for model in models:
+            if was_run(scores[model.name][data.name]):
+                scores[model.name][data.name][part] = compare(store, model.key, other.key, data, protocol)

@@ -1,0 +1,59 @@
+"""Scores in MLflow: a child run for each set of each model, which its page compares side by side.
+
+    record_scores(book, parent, key, judged)
+
+Called by the flows `distill` and `score` under the run that they opened.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flows.scoring.candidates import Judged
+from flows.tracking.runs import Book
+from tasks.eval.scores import Scores, was_run
+
+AGAINST = ("against_teacher", "against_first")
+
+
+def record_scores(book: Book, parent: str, key: str, judged: Judged) -> None:
+    """Each set of each model as a child run, figures under the same names; what was run, and why not, as tags."""
+    first = next(iter(judged.scores))
+    for model, scores in judged.scores.items():
+        suffix = "" if model == first else f"-{model}"
+        said = {
+            part: "run" if was_run(figures) else f"not run: {figures['reason']}" for part, figures in scores.items()
+        }
+        book.tag(parent, {f"distil.score.{part}{suffix}": text for part, text in said.items()})
+        for part, figures in scores.items():
+            if not was_run(figures):
+                continue
+            settings = {"model": model, "set": part}
+            child = book.run(f"score-{part}{suffix}", key, f"{model} {part}", parent=parent, settings=settings)
+            book.figures(child, plain_figures(figures))
+            book.file(child, f"{part}.json", figures)
+            book.end(child)
+
+
+def plain_figures(figures: Scores) -> Scores:
+    """What MLflow shows of a set: as it is, or of a fine-tuned set each figure's mean, spread and interval over seeds.
+
+    `accuracy`, `accuracy.sd`, `accuracy.low`, `accuracy.high`; `against_teacher.ratio` with `.low`, `.high` and so on.
+    """
+    own = {name: value for name, value in figures.items() if name not in (*AGAINST, "by_block")}
+    found = {"lr": figures["lr"]} | _with_means(figures["summary"]) if "summary" in figures else own
+    for other in AGAINST:
+        for name, values in figures.get(other, {}).items():
+            bounds = {f"{other}.{name}.{bound}": values[bound] for bound in ("low", "high")}
+            found |= {f"{other}.{name}": values["value"]} | bounds
+    return found
+
+
+def _with_means(summary: Mapping[str, Any], prefix: str = "") -> Scores:
+    found: Scores = {}
+    for name, values in summary.items():
+        if "mean" in values:
+            found[f"{prefix}{name}"] = values["mean"]
+            found |= {f"{prefix}{name}.{part}": values[part] for part in ("sd", "low", "high") if part in values}
+        else:
+            found |= _with_means(values, f"{prefix}{name}.")
+    return found

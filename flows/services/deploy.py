@@ -1,0 +1,195 @@
+"""Registers the deployments FLOW/RECIPE with a Prefect server: `distil deploy [RECIPE.toml ...]`.
+
+    deploy([load_recipe("deployments/demo.toml")], Pool("distil"))
+
+deployments/prefect.yaml says once what the deployment of each flow is; here its braces are filled in for each recipe,
+and Prefect's own `prefect deploy` registers the result. Deploying again changes what differs and adds nothing.
+"""
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.templating import apply_values
+from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
+
+from flows.services.automations import mark_dead_runs, tell_of_failures
+from storage.errors import FatalError
+from tasks.recipe.config import Recipe
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+PROJECT = CHECKOUT / "deployments" / "prefect.yaml"
+
+ONE_AT_A_TIME = ("distill", "promote")
+"""The work queues of concurrency 1. A limit of the deployment would end a training when the server restarts."""
+
+PAGE = 200
+
+SAID = 1000
+"""Characters of Prefect's last words that are repeated; with a refusal it repeats the whole form."""
+
+KINDS = ("process", "docker", "kubernetes")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The work pool that starts the runs, and the image that a docker or kubernetes pool starts them in."""
+
+    name: str = "distil"
+    kind: str = "process"
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """One deployment, FLOW/RECIPE, as the server has it."""
+
+    name: str
+    queue: str
+    schedule: str
+
+
+def deploy(recipes: Sequence[Recipe], pool: Pool, notify: str = "") -> list[Deployed]:
+    """Makes pool, queue, automations and one deployment for each flow and recipe, as far as they differ.
+
+    `notify` names a notification block, TYPE/NAME, that is told of failed runs. FatalError if the server does not
+    answer or something does not fit.
+    """
+    _check(recipes, pool)
+    with get_client(sync_client=True) as client:
+        if error := client.api_healthcheck():
+            raise FatalError(f"the Prefect server {client.api_url} does not answer ({error}); start `distil up`")
+        mark_dead_runs(client)
+        if notify:
+            tell_of_failures(client, notify)
+        _make_pool(client, pool)
+        _register(render(yaml.safe_load(PROJECT.read_text(encoding="utf-8")), recipes, pool))
+        ours = _ours(client, {recipe.name for recipe in recipes})
+        _finish_forms(client, ours)
+        return sorted((_deployed(client, one) for one in ours), key=lambda one: one.name)
+
+
+def show(deployments: Sequence[Deployed]) -> None:
+    """Prints a line for each deployment: name, queue, schedule."""
+    width = max(len(one.name) for one in deployments)
+    for one in deployments:
+        print(f"{one.name:<{width}}  {one.queue:<16}  {one.schedule}".rstrip())
+
+
+def render(project: dict[str, Any], recipes: Sequence[Recipe], pool: Pool) -> dict[str, Any]:
+    """The project file with its braces filled in, its deployments once for each recipe."""
+    place = {"checkout": str(CHECKOUT), "pool": {name: value for name, value in asdict(pool).items() if value}}
+    rendered = [
+        apply_values(entry, place | {"recipe": _values(recipe)})
+        for recipe in recipes
+        for entry in project["deployments"]
+    ]
+    return apply_values({"pull": project["pull"]}, place) | {"deployments": rendered}
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """What prefect.yaml may name of a recipe."""
+    return {
+        "name": recipe.name,
+        "values": recipe.model_dump(mode="json", by_alias=True),
+        "model": recipe.register_as.name,
+        "cron": recipe.watch.cron,
+        "active": recipe.watch.active,
+    }
+
+
+def _check(recipes: Sequence[Recipe], pool: Pool) -> None:
+    """FatalError for what cannot be deployed."""
+    (name, times), *_ = Counter(recipe.name for recipe in recipes).most_common(1)
+    if times > 1:
+        raise FatalError(
+            f"{times} recipes are named {name!r}, and so would be their deployments; give each its own name"
+        )
+    if pool.kind not in KINDS:
+        raise FatalError(f"there is no pool type {pool.kind!r} here; take one of {', '.join(KINDS)}")
+    if bool(pool.image) != (pool.kind != "process"):
+        raise FatalError("--image goes with --pool-type docker or kubernetes, which need one")
+
+
+def _make_pool(client: SyncPrefectClient, pool: Pool) -> None:
+    """Makes the work pool and its queues unless they are there; what a user set on them stays."""
+    try:
+        kind = client.read_work_pool(pool.name).type
+    except ObjectNotFound:
+        kind = pool.kind
+        template = asyncio.run(get_default_base_job_template_for_infrastructure_type(kind))
+        client.create_work_pool(WorkPoolCreate(name=pool.name, type=kind, base_job_template=template or {}))
+    if kind != pool.kind:
+        raise FatalError(f"the work pool {pool.name!r} is of type {kind}, not {pool.kind}; name another with --pool")
+    for queue in ONE_AT_A_TIME:
+        try:
+            client.read_work_queue_by_name(queue, pool.name)
+        except ObjectNotFound:
+            client.create_work_queue(queue, concurrency_limit=1, work_pool_name=pool.name)
+
+
+def _register(project: dict[str, Any]) -> None:
+    """Has Prefect's own command deploy everything in a project file. FatalError with its last words."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "prefect.yaml"
+        path.write_text(yaml.safe_dump(project, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        result = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)],
+            cwd=CHECKOUT,  # what the entry points are relative to
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode != 0:
+        said = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+        raise FatalError(f"Prefect did not take the deployments: {said[-1][:SAID] if said else 'it said nothing'}")
+
+
+def _ours(client: SyncPrefectClient, recipes: set[str]) -> list[DeploymentResponse]:
+    """The deployments that the server has for these recipes."""
+    tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=["distil"]), name=DeploymentFilterName(any_=list(recipes)))
+    found: list[DeploymentResponse] = []
+    while page := client.read_deployments(deployment_filter=tagged, limit=PAGE, offset=len(found)):
+        found += page
+    return found
+
+
+def _finish_forms(client: SyncPrefectClient, deployments: Sequence[DeploymentResponse]) -> None:
+    """Two things that Prefect's schemas of our flows lack.
+
+    Unknown parameters are refused; they would be let through and crash the run. And the recipe, a page of fields, comes
+    after the two or three that are a flow's own.
+    """
+    for one in deployments:
+        schema = deepcopy(one.parameter_openapi_schema or {}) | {"additionalProperties": False}
+        schema["properties"]["recipe"]["position"] = len(schema["properties"])
+        client.update_deployment(one.id, DeploymentUpdate(parameter_openapi_schema=schema))
+
+
+def _deployed(client: SyncPrefectClient, deployment: DeploymentResponse) -> Deployed:
+    crons = [
+        f"{plan.schedule.cron}{'' if plan.active else ' (off)'}"
+        for plan in deployment.schedules
+        if isinstance(plan.schedule, CronSchedule)
+    ]
+    return Deployed(
+        f"{client.read_flow(deployment.flow_id).name}/{deployment.name}",
+        f"{deployment.work_pool_name}/{deployment.work_queue_name}",
+        ", ".join(crons),
+    )

@@ -1,0 +1,170 @@
+"""`distil up`: Prefect server, MLflow server and a worker with all deployments, until Ctrl-C.
+
+    serve(recipes, home, port=None, mlflow_port=None)
+
+Each part is a process under a keeper (service.py): whatever happens to this one, none of them is left. All state is
+below `home` and is there again at the next start.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from flows.home import LOOPBACK, public, set_environment, up_file
+from flows.services.auth import check_mlflow
+from flows.services.process import STOP_SECONDS, Service, a_port, finish, start, stop, wait_until_up
+from flows.services.servers import MLFLOW_PORT, PREFECT_PORT, mlflow_server, prefect_server, talkative
+from storage.errors import FatalError
+from tasks.recipe.config import Recipe
+
+POOL = "distil"
+
+WORKER_SECONDS = 90.0
+"""Time that flow processes get: launch.GRACE_SECONDS for the trainer's checkpoint, and 30 to report their end. (Not
+imported: launch.py needs torch, which takes seconds and 300 MB for as long as this process stays.)"""
+
+REGISTER_SECONDS = 600.0
+
+LOOK_SECONDS = 0.5
+
+
+class Told(BaseException):
+    """Ctrl-C or SIGTERM. Not an Exception: nothing on its way may take it for a failure."""
+
+
+def serve(recipes: Sequence[Recipe], home: str, port: int | None = None, mlflow_port: int | None = None) -> None:
+    """Serves until it is told to stop. FatalError if another one serves this home, if a port is taken, if a part does
+    not start or ends by itself."""
+    services: list[Service] = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _raise_told)
+    with _alone(home):
+        try:
+            _run(services, recipes, home, _addresses(port, mlflow_port))
+        except Told:
+            print("stopping; a training writes its checkpoint first", flush=True)
+        finally:
+            _stop(services, home)
+    print("all stopped")
+
+
+def _raise_told(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise Told
+
+
+@contextmanager
+def _alone(home: str) -> Iterator[None]:
+    """Holds the lock of this home; the kernel gives it back however we end."""
+    path = up_file(home).with_name("up.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FatalError(f"another `distil up` serves {home}; stop it, or give another --home") from error
+        yield
+
+
+def _addresses(port: int | None, mlflow_port: int | None) -> dict[str, str]:
+    """What clients need to know, as in up.json."""
+    if port is not None and port == mlflow_port:
+        raise FatalError(f"port {port} cannot be both Prefect's and MLflow's; choose two")
+    prefect = f"http://{LOOPBACK}:{a_port('Prefect', port, PREFECT_PORT)}"
+    mlflow = f"http://{LOOPBACK}:{a_port('MLflow', mlflow_port, MLFLOW_PORT)}"
+    return {"prefect_api": f"{prefect}/api", "prefect_ui": prefect, "mlflow": mlflow}
+
+
+def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresses: dict[str, str]) -> None:
+    """Starts everything, adds it to `services`, and watches it."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", addresses["mlflow"])
+    if given.rstrip("/") != addresses["mlflow"]:
+        raise FatalError(
+            f"MLFLOW_TRACKING_URI is {public(given)}, but `distil up` serves an MLflow of its own; unset it, or, to "
+            "record there, start `prefect server`, `distil deploy` and a Prefect worker instead"
+        )
+    _set_environment(home, addresses)
+    print(f"starting Prefect and MLflow for {home}", flush=True)
+    services.append(mlflow_server(home, _port(addresses["mlflow"])))
+    services.append(prefect_server(home, _port(addresses["prefect_ui"])))
+    services.append(_part("register", home, _recipes_file(recipes, home), POOL))
+    mlflow, prefect, register = services
+    wait_until_up(prefect)
+    for line in finish(register, REGISTER_SECONDS):
+        print(line)
+    wait_until_up(mlflow)
+    check_mlflow(addresses["mlflow"], home)
+    services[-1] = _part("worker", home, POOL, grace=WORKER_SECONDS)
+    _write(home, addresses)
+    print(f"Prefect  {addresses['prefect_ui']}\nMLflow   {addresses['mlflow']}")
+    print("logs     " + "  ".join(str(service.log) for service in services))
+    print("Ctrl-C stops all of it", flush=True)
+    _watch(services)
+
+
+def _part(name: str, home: str, *arguments: str, grace: float = STOP_SECONDS) -> Service:
+    """Starts the module of this name in flows/."""
+    command = [sys.executable, "-m", f"flows.services.{name}", *arguments]
+    return start(name, command, Path(home) / "run", talkative(os.environ), grace=grace)
+
+
+def _recipes_file(recipes: Sequence[Recipe], home: str) -> str:
+    """Where register.py reads the recipes."""
+    path = Path(home) / "run" / "recipes.json"
+    values = [recipe.model_dump(mode="json", by_alias=True) for recipe in recipes]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+def _set_environment(home: str, addresses: dict[str, str]) -> None:
+    """For this process and all its children; PREFECT_HOME is this home's even if PREFECT_API_URL named a server."""
+    os.environ.pop("PREFECT_API_URL", None)
+    set_environment(home)
+    os.environ["PREFECT_API_URL"] = addresses["prefect_api"]
+    os.environ["PREFECT_UI_URL"] = addresses["prefect_ui"]
+    os.environ["MLFLOW_TRACKING_URI"] = addresses["mlflow"]
+    # The shortest that there is; an automation marks a run whose heartbeats stop.
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+    # How soon a run that was asked for in the browser begins.
+    os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "3")
+
+
+def _port(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+def _write(home: str, addresses: dict[str, str]) -> None:
+    """Tells other commands where we are; whole or not at all."""
+    path = up_file(home)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps({"pid": os.getpid(), **addresses}), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _watch(services: Sequence[Service]) -> None:
+    """Returns never. FatalError when one of them ends."""
+    while True:
+        for service in services:
+            status = service.process.poll()
+            if status is not None:
+                raise FatalError(
+                    f"{service.name} ended by itself with status {status}, so all was stopped; see {service.log}",
+                    str(service.log),
+                )
+        time.sleep(LOOK_SECONDS)
+
+
+def _stop(services: Sequence[Service], home: str) -> None:
+    """Stops the worker first: its flows still have an end to report."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    up_file(home).unlink(missing_ok=True)
+    for service in reversed(services):
+        stop(service)

@@ -1,0 +1,239 @@
+"""Several models side by side as tables of text, from their scores: one column a model. Pure functions.
+
+    header, rows = comparison_table(judged.scores)
+
+A cell with ± is a mean and half of its 95 % interval: over seeds by Student's t, on held-out text by the standard
+error over blocks. Ratios and differences are paired by test row (by held-out block); their interval is the wider of a
+bootstrap over those and t over seeds.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flows.views.tables import Rows, number, size
+from tasks.eval.intervals import NORMAL
+from tasks.eval.scores import teachers_own
+
+Scores = Mapping[str, Any]
+
+Models = Mapping[str, Mapping[str, Scores]]
+
+SUBWORD = "sub-word F1, weighted, O included"
+
+FIGURES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "accuracy": (("accuracy",), ("macro_f1",)),
+    "entity_f1": (
+        ("entity_f1",),
+        ("entity", "precision"),
+        ("entity", "recall"),
+        ("subword", "weighted_f1"),
+        ("as_published", "entity_f1"),
+    ),
+}
+"""Figures of a fine-tuned set that have a row, by the figure that it is judged by; the rest is in MLflow."""
+
+WORDS = {
+    ("macro_f1",): "macro F1",
+    ("entity_f1",): "entity F1",
+    ("entity", "precision"): "entity precision",
+    ("entity", "recall"): "entity recall",
+    ("subword", "weighted_f1"): SUBWORD,
+    ("as_published", "entity_f1"): "entity F1, duplicates kept",
+}
+
+
+class Table(NamedTuple):
+    """Heading cells and rows of cells, all as long."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def comparison_table(models: Models) -> Table:
+    """Held-out text, fine-tuned sets, size and speed. The last column is the first model's ratio to the teacher."""
+    first = next(iter(models))
+    ratio = "teacher" in models or "teacher_top1" in models[first].get("heldout", {})
+    shown = dict(models)
+    if ratio and "teacher" not in models:
+        shown["teacher"] = {}
+    rows = [*_heldout_rows(shown, first), *_set_rows(shown, first), *_size_rows(shown, models[first])]
+    header = ["", *shown, *([f"{first} / teacher"] if ratio else [])]
+    return Table(header, [row[: len(header)] for row in rows])
+
+
+def fill_mask_table(models: Models) -> Table | None:
+    """What every model puts in the place of the mask, five tokens each, and how often it agrees with the last one."""
+    sheet = next(iter(models.values())).get("fill-mask", {})
+    if not sheet.get("rows"):
+        return None
+    names = _in_order(models, sheet["rows"][0]["answers"])
+    rows = [
+        [row["sentence"], *("\n".join(map(_answer, row["answers"][name])) for name in names)] for row in sheet["rows"]
+    ]
+    if len(names) > 1:
+        rows.append([f"same first token as {names[-1]}", *(agreement(sheet, name, names[-1]) for name in names)])
+    return Table(["sentence", *names], rows)
+
+
+def _in_order(models: Models, values: Mapping[str, Any]) -> list[str]:
+    """Names in the order of the models, the teacher last: what was in the store comes back in alphabetical order."""
+    return [name for name in dict.fromkeys([*models, "teacher"]) if name in values]
+
+
+def agreement(sheet: Scores, one: str, other: str) -> str:
+    """In how many sentences two models' first tokens are the same, and how many of their five they share on average."""
+    if one == other:
+        return ""
+    tokens = [[[answer["token"] for answer in row["answers"][name]] for name in (one, other)] for row in sheet["rows"]]
+    same = sum(ours[0] == theirs[0] for ours, theirs in tokens)
+    shared = sum(len(set(ours) & set(theirs)) for ours, theirs in tokens) / len(tokens)
+    return f"{same} of {len(tokens)}, {shared:.1f} of {sheet['top']} tokens shared"
+
+
+def notes(models: Models) -> Rows:
+    """What was not run and why, and how the sets were made."""
+    lines: list[tuple[str, str]] = []
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for model, scores in models.items():
+        for reason, parts in not_run_parts(scores):
+            lacking.setdefault((", ".join(parts), reason), []).append(model)
+        lines += [(f"{part} ({model})", str(one["note"])) for part, one in scores.items() if "note" in one]
+    lines += [(f"{parts} ({', '.join(names)})", f"not run: {reason}") for (parts, reason), names in lacking.items()]
+    lines += [(f"{model} minus {next(iter(models))}", text) for model, text in _differences(models)]
+    for part, figures in next(iter(models.values())).items():
+        if "counts" in figures:
+            lines.append((part, f"{counted(figures['counts'])}; {figures['rule']}"))
+            rates = {model: scores[part]["lr"] for model, scores in models.items() if "lr" in scores.get(part, {})}
+            lines.append(("", "learning rate " + ", ".join(f"{model} {lr:g}" for model, lr in rates.items())))
+    return lines
+
+
+def _differences(models: Models) -> Iterator[tuple[str, str]]:
+    """Each further model against the first, set by set."""
+    for model, scores in models.items():
+        parts = []
+        for part, figures in scores.items():
+            found = figures.get("against_first", {})
+            if "difference" in found:
+                metric = figures.get("metric", "top1").replace("_", " ")
+                parts.append(f"{part} {metric} {_signed(found['difference'], 100, 1)} points")
+            if "kl_difference" in found:
+                parts.append(f"KL to the teacher {_signed(found['kl_difference'], 1, 3)} nats")
+        if parts:
+            yield model, ", ".join(parts)
+
+
+def _signed(value: Mapping[str, float], factor: float, digits: int) -> str:
+    number, low, high = (f"{factor * value[name]:+.{digits}f}" for name in ("value", "low", "high"))
+    return f"{number} [{low}, {high}]"
+
+
+def not_run_parts(scores: Mapping[str, Scores]) -> Iterator[tuple[str, list[str]]]:
+    """Reasons, and the parts of a model's scores that each holds back."""
+    reasons: dict[str, list[str]] = {}
+    for part, figures in scores.items():
+        if figures.get("status") == "not run":
+            reasons.setdefault(figures["reason"], []).append(part)
+    yield from reasons.items()
+
+
+def counted(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Rows used by split, and what was left out or noticed on the way."""
+    words = {
+        "dropped": "dropped",
+        "duplicates": "duplicates left out",
+        "in_other_split": "in another split, left out",
+        "also_in_train": "of them also in train",
+    }
+    parts = []
+    for split in ("train", "validation", "test"):
+        about = [f"{number(counts[split][name])} {word}" for name, word in words.items() if counts[split].get(name)]
+        parts.append(f"{split} {number(counts[split]['kept'])}" + (f" ({', '.join(about)})" if about else ""))
+    return ", ".join(parts)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+def _heldout_rows(models: Models, first: str) -> Iterator[list[str]]:
+    figures = {name: dict(scores.get("heldout", {})) for name, scores in models.items()}
+    if figures.get("teacher") == {}:
+        figures["teacher"] = teachers_own(figures[first])
+
+    def row(title: str, text: Callable[[Scores], str]) -> list[str]:
+        return [title, *(text(one) for one in figures.values())]
+
+    yield [*row("held-out top-1, %", _top1), ratio_text(figures[first])]
+    yield [*row("held-out perplexity", lambda one: f"{one['perplexity']:.1f}" if "perplexity" in one else ""), ""]
+    if any("kl" in one for one in figures.values()):
+        yield [*row("KL to the teacher, nats", lambda one: f"{one['kl']:.3f}" if "kl" in one else ""), ""]
+        same = [f"{100 * one['agreement']:.1f}" if "agreement" in one else "" for one in figures.values()]
+        yield ["same first token, %", *same, ""]
+
+
+def _top1(figures: Scores) -> str:
+    if "top1" not in figures:
+        return "not run" if figures else ""
+    return f"{100 * figures['top1']:.1f} ± {100 * NORMAL * figures['top1_se']:.1f}"
+
+
+def _set_rows(models: Models, first: str) -> Iterator[list[str]]:
+    names = [part for part, figures in models[first].items() if "metric" in figures or _not_run_anywhere(models, part)]
+    for part in names:
+        metric = next((scores[part]["metric"] for scores in models.values() if "metric" in scores.get(part, {})), "")
+        if not metric:
+            yield [part, *("not run" if part in scores else "" for scores in models.values()), ""]
+        for path in FIGURES.get(metric, ()):
+            cells = [_over_seeds(scores.get(part, {}), path) for scores in models.values()]
+            main = path == FIGURES[metric][0]
+            ratio = ratio_text(models[first][part]) if main else ""
+            yield [f"{part} {WORDS.get(path, path[-1])}, %", *cells, ratio]
+
+
+def _not_run_anywhere(models: Models, part: str) -> bool:
+    own = ("heldout", "fill-mask", "size-and-speed", "fine-tuning")
+    return part not in own and any(scores.get(part, {}).get("status") == "not run" for scores in models.values())
+
+
+def _over_seeds(figures: Scores, path: Sequence[str]) -> str:
+    if "summary" not in figures:
+        return "not run" if figures else ""
+    value = figures["summary"]
+    for name in path:
+        value = value[name]
+    return spread_text(value)
+
+
+def spread_text(value: Mapping[str, float]) -> str:
+    """A share in percent with half of its 95 % interval."""
+    half = f" ± {100 * (value['high'] - value['mean']):.1f}" if "high" in value else ""
+    return f"{100 * value['mean']:.1f}{half}"
+
+
+def ratio_text(figures: Scores) -> str:
+    """The ratio to the teacher with its 95 % interval, or nothing."""
+    ratio = figures.get("against_teacher", {}).get("ratio")
+    return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+
+
+def _size_rows(models: Models, scores: Mapping[str, Scores]) -> Iterator[list[str]]:
+    figures = scores.get("size-and-speed", {})
+    if "parameters" not in figures:
+        return
+
+    def row(title: str, values: Mapping[str, float], text: Callable[[float], str], ratio: str = ".2f") -> list[str]:
+        first = next(iter(models))
+        against = format(values[first] / values["teacher"], ratio) if "teacher" in values and len(values) > 1 else ""
+        return [title, *(text(values[name]) if name in values else "" for name in models), against]
+
+    whole = {name: both["with_head"] for name, both in figures["parameters"].items()}
+    yield row("parameters", whole, number)
+    yield row("weights", figures["bytes"], size)
+    times = figures["latency"]
+    for batch in times.get("runs", {}):
+        by_model = {name: by[batch] for name, by in times["ms"].items()}
+        yield row(f"CPU ms, batch {batch}, {times['tokens']} tokens", by_model, lambda ms: f"{ms:.1f}")
+
+
+def _answer(answer: Mapping[str, Any]) -> str:
+    return f"{answer['token']} {100 * answer['probability']:.0f} %"

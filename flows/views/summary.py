@@ -1,0 +1,163 @@
+"""The final table of a run: what was made, how good it is, where to look, how long it took.
+
+sheet = sections(store, course, seconds)       # heading -> rows of (name, text); report.py prints it
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from flows.views.comparison import FIGURES, WORDS, agreement, counted, not_run_parts, ratio_text, spread_text
+from flows.views.places import LOOK, MADE, MODEL, places
+from flows.views.tables import Rows, number, seconds, size
+from storage.store import Store
+from tasks.lineage import Lineage
+from tasks.recipe.config import Recipe
+from tasks.recipe.run_spec import METRICS, RunSpec
+from tasks.train.metrics import read_metrics
+
+Scores = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Course:
+    """Everything that the table tells of."""
+
+    recipe: Recipe
+    lineage: Lineage
+    run: RunSpec
+    model_folder: Path
+    mlflow_model: str
+    mlflow_uri: str
+    mlflow_run: str
+    mlflow_url: str
+    scores: Mapping[str, Scores]
+    stage_seconds: Mapping[str, float]
+    gate: Rows
+
+
+def sections(store: Store, course: Course, total: float) -> dict[str, Rows]:
+    """All rows by heading; `total` is the wall time of the run in seconds."""
+    return {
+        MADE: _made(store, course),
+        "Scores": score_rows(course.scores),
+        "Fill-mask": fill_mask_rows(course.scores.get("fill-mask", {})),
+        "Gate": course.gate,
+        LOOK: places(course.recipe, course.model_folder, course.mlflow_uri),
+        "Time": [(name, seconds(value)) for name, value in course.stage_seconds.items()] + [("total", seconds(total))],
+    }
+
+
+def _made(store: Store, course: Course) -> Rows:
+    lineage, run = course.lineage, course.run
+    model = store.receipt(run.model_ref)
+    lines = [line for line in read_metrics(Path(run.folder) / METRICS) if "tokens_per_second" in line]
+    shards = store.receipts_of(lineage.shards)
+    targets = store.receipts_of(target.ref for target in lineage.targets)
+    speed = f", {number(median(line['tokens_per_second'] for line in lines))} tokens/s" if lines else ""
+    rows = [
+        ("snapshot", f"{lineage.snapshot.url} ({lineage.snapshot.fingerprint[:12]})"),
+        ("sources", number(len(lineage.sources))),
+        ("shards", f"{number(len(shards))} and {number(len(lineage.heldout_shards))} held out, {size_of(shards)}"),
+        ("documents", number(sum(receipt.rows for receipt in shards))),
+        ("blocks", f"{number(run.rows)} of {run.blocks.length} tokens"),
+        ("tokens", number(sum(part.tokens for part in run.manifest))),
+        ("training", f"{number(run.total_steps)} steps, {number(model.tokens)} tokens{speed}"),
+        (MODEL, str(course.model_folder)),
+        ("MLflow run", course.mlflow_url or course.mlflow_run),
+        ("MLflow model", course.mlflow_model),
+    ]
+    if targets:
+        rows.insert(6, ("targets", f"{size_of(targets)}, {course.recipe.targets.encoding}, {run.targets.positions}"))
+    return rows
+
+
+def size_of(receipts: Any) -> str:
+    """Bytes of several artifacts for people."""
+    return size(sum(receipt.size for receipt in receipts))
+
+
+def score_rows(scores: Mapping[str, Scores]) -> Rows:
+    """One row a figure worth a look; a set that was not run says so."""
+    rows: list[tuple[str, str]] = []
+    for part, figures in scores.items():
+        if part in _WRITERS and figures.get("status") != "not run":
+            rows += _WRITERS[part](figures)
+        elif "metric" in figures:
+            rows += _set_rows(part, figures)
+    rows += [(", ".join(parts), f"not run: {reason}") for reason, parts in not_run_parts(scores)]
+    return rows
+
+
+def _heldout_rows(figures: Scores) -> Rows:
+    rows = [
+        (
+            "masked top-1",
+            _against(figures, "top1", 100, " %") + f", most frequent {100 * figures['frequent_top1']:.1f} %",
+        ),
+        ("perplexity", _against(figures, "perplexity", 1, "")),
+    ]
+    if "kept" in figures:
+        rows.append(("kept", f"{figures['kept']:.3f} = (student - f) / (teacher - f), f the most frequent token"))
+    if "kl" in figures:
+        rows.append(("teacher", f"KL {figures['kl']:.3f} nats, same first token {100 * figures['agreement']:.1f} %"))
+    return rows
+
+
+def _against(figures: Scores, name: str, factor: float, unit: str) -> str:
+    own = f"{factor * figures[name]:.1f}{unit}"
+    teacher = f"teacher_{name}"
+    return f"{own} (teacher {factor * figures[teacher]:.1f}{unit})" if teacher in figures else own
+
+
+def _size_and_speed_rows(figures: Scores) -> Rows:
+    def listed(values: Mapping[str, str]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+
+    rows = [
+        ("parameters", listed({name: number(both["with_head"]) for name, both in figures["parameters"].items()})),
+        ("weights", listed({name: size(value) for name, value in figures["bytes"].items()})),
+    ]
+    latency = figures["latency"]
+    if latency.get("status") == "not run":
+        return [*rows, ("latency", f"not run: {latency['reason']}")]
+    times = {
+        name: ", ".join(f"{ms:.1f} ms (batch {size})" for size, ms in by.items()) for name, by in latency["ms"].items()
+    }
+    return [*rows, (f"CPU, {latency['tokens']} tokens", listed(times))]
+
+
+def _set_rows(part: str, figures: Scores) -> Rows:
+    """A fine-tuned set: its first figures over seeds, the ratio to the teacher, the rows it has."""
+    paths = FIGURES[figures["metric"]]
+    seeds = len(figures["runs"])
+    rows = []
+    for path in paths:
+        value = figures["summary"]
+        for name in path:
+            value = value[name]
+        rows.append((f"{part} {WORDS.get(path, path[-1])}", f"{spread_text(value)} % (seeds: {seeds})"))
+    if ratio := ratio_text(figures):
+        rows.append((f"{part} / teacher", ratio))
+    return [*rows, (f"{part} rows", counted(figures["counts"]))]
+
+
+_WRITERS = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows}
+
+
+def fill_mask_rows(figures: Scores) -> Rows:
+    """Each sentence with the five first tokens of student and teacher, and how often they agree."""
+    rows = [
+        (row["sentence"], "\n".join(_answers(name, answers) for name, answers in row["answers"].items()))
+        for row in figures.get("rows", ())
+    ]
+    names = list(figures["rows"][0]["answers"]) if rows else []
+    if len(names) == 2:
+        rows.append(("same first token", agreement(figures, *names)))
+    return rows
+
+
+def _answers(name: str, answers: Any) -> str:
+    return f"{name}: " + ", ".join(f"{answer['token']} {100 * answer['probability']:.0f} %" for answer in answers)

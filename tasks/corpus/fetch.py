@@ -1,0 +1,95 @@
+"""The bytes of a source on local disk, hashed, or its first bytes. Called by shard.py and tasks/plan/sample.py.
+
+with fetched(source, folder) as (path, content): ...
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+from storage.errors import FatalError, RetryableError
+from storage.filesystem import answering, open_url
+from storage.fingerprint import CHUNK, sha256_file
+from tasks.corpus.lines import reading_error
+from tasks.corpus.snapshot import Source
+
+
+@contextmanager
+def fetched(source: Source, folder: Path) -> Iterator[tuple[Path, str]]:
+    """(local path, hex sha256) of a source: local ones stay where they are, others are copied while they are hashed.
+
+    FatalError: empty, or not of the checksum that its folder gives. RetryableError: changed while it was read.
+    """
+    before = _look(source)
+    if not source.size:
+        raise FatalError(f"{source.name} is empty; fetch it again or leave it out", source.name)
+    path, content = (Path(source.url), _hash(source)) if source.is_local else _copy(source, folder)
+    if source.sha256 and content != source.sha256:
+        raise FatalError(
+            f"{source.name}: its sha256 is {content[:12]}…, but the checksum file says {source.sha256[:12]}…; "
+            "fetch the file again, or correct the checksum file",
+            source.name,
+        )
+    yield path, content
+    if _look(source) != before:
+        raise RetryableError(f"{source.name} was changed while it was read", source.name)
+    if not source.is_local:
+        path.unlink()
+
+
+def beginning(source: Source, size: int) -> bytes:
+    """The first `size` bytes of a source, or all where it has fewer. Errors as `fetched`; no checksum is looked at."""
+    parts: list[bytes] = []
+    have = 0
+    for chunk in _download(source):
+        parts.append(chunk)
+        have += len(chunk)
+        if have >= size:
+            break
+    return b"".join(parts)[:size]
+
+
+def _look(source: Source) -> tuple[int, int]:
+    """(size, time of change) of a local file now; of others nothing, since they were copied whole."""
+    if not source.is_local:
+        return 0, 0
+    try:
+        found = os.stat(source.url)
+    except OSError as error:
+        raise reading_error(error, source.name) from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _hash(source: Source) -> str:
+    try:
+        return sha256_file(source.url)
+    except OSError as error:
+        raise reading_error(error, source.name) from error
+
+
+def _copy(source: Source, folder: Path) -> tuple[Path, str]:
+    """Copies a remote file into `folder` and hashes it on the way."""
+    digest = sha256()
+    path = folder / f"{source.label}-{len(list(folder.iterdir()))}"
+    with path.open("wb") as out:
+        for chunk in _download(source):
+            digest.update(chunk)
+            out.write(chunk)
+            if out.tell() > source.size:  # else a server that never ends would fill the disk
+                raise RetryableError(f"{source.name} has more than the {source.size:,} bytes listed", source.name)
+    if path.stat().st_size != source.size:
+        raise RetryableError(f"{source.name} has {path.stat().st_size:,} bytes, not {source.size:,}", source.name)
+    return path, digest.hexdigest()
+
+
+def _download(source: Source) -> Iterator[bytes]:
+    try:
+        with answering(source.url):
+            fs, path = open_url(source.url)
+            with fs.open(path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+    except FileNotFoundError as error:
+        raise reading_error(error, source.name) from error

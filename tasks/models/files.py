@@ -1,0 +1,130 @@
+"""The files of a model folder: where they are, and the fingerprint that names them. Loads no tensor and imports none of
+torch or transformers, so what only asks for names (`distil status`, a run with nothing to do) starts in a second.
+
+    folder = resolve_model("camembert-base")          # the folder itself, or its download from the hub
+    key = fingerprint_of(recipe.teacher)              # the same in any folder and on any machine
+
+Called by tasks.lineage, tasks.teacher, tasks.build, tasks.volume and the scores.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from storage.errors import FatalError
+from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
+from storage.hub import download, is_hub_id
+from tasks.recipe.config import Teacher
+from tasks.tokens.vocabulary import load_vocabulary
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""In this order, as transformers looks for them; either may be an index (`….index.json`) of several files."""
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.py", "pytorch_model*.bin")
+
+_VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
+"""Config entries that say who saved the model, not what it computes; so do all that begin with an underscore."""
+
+
+def resolve_model(name: str, revision: str = "") -> Path:
+    """The local folder of a model: `name` itself, or its download from the hub (once a process).
+
+    FatalError: neither a folder nor a hub id, no config.json, no weights. RetryableError: the hub does not answer.
+    """
+    folder = Path(name).expanduser()
+    if not (name and folder.is_dir()):
+        if not is_hub_id(name) or folder.exists():
+            raise FatalError(f"model {name!r}: no such folder; name a folder with a saved model or a hub id", name)
+        folder = download("model", name, revision, _HUB_FILES)
+    if not (folder / "config.json").is_file():
+        raise FatalError(f"model {name}: there is no config.json in {folder}; save it with save_pretrained", name)
+    weight_files(folder, name)
+    return folder.resolve()
+
+
+def weight_files(folder: Path, name: str = "") -> tuple[Path, ...]:
+    """The files that hold the weights. FatalError if there are none, or if an index names one that is not there."""
+    name = name or str(folder)
+    for single in WEIGHTS:
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return (folder / single,)
+        if index.is_file():
+            return _indexed_files(index, name)
+    raise FatalError(
+        f"model {name}: the folder {folder} has no weights (model.safetensors); copy them there or save the model with "
+        "save_pretrained",
+        name,
+    )
+
+
+def _indexed_files(index: Path, name: str) -> tuple[Path, ...]:
+    """The files of an index, all of them beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or any(not isinstance(file, str) or Path(file).name != file for file in names):
+        raise FatalError(f"model {name}: {index} does not name files of its own folder; copy it again", str(index))
+    files = tuple(index.parent / file for file in sorted(names))
+    for file in files:
+        if not file.is_file():
+            raise FatalError(
+                f"model {name}: {file.name} is in {index.name} but not in {index.parent}; copy it", str(file)
+            )
+    return files
+
+
+def vocabulary_rows(teacher: Teacher) -> int | None:
+    """Embedding rows of the teacher by its config.json, or None where that does not say. Errors as `resolve_model`."""
+    rows = _read_json(resolve_model(teacher.model, teacher.revision) / "config.json").get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+# ---- fingerprint ---------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(teacher: Teacher) -> str:
+    """Fingerprint of the teacher that a recipe names, without loading it."""
+    return teacher_fingerprint(resolve_model(teacher.model, teacher.revision), teacher)
+
+
+def scored_as(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """Names a model folder for its scores: weights, config, tokenizer, and its code if that may run."""
+    model = fingerprint_of(Teacher(model=str(folder), trust_remote_code=trust_remote_code))
+    return sha256_bytes(canonical_json([model, load_vocabulary(str(folder)).fingerprint]))
+
+
+def teacher_fingerprint(folder: Path, teacher: Teacher) -> str:
+    """sha256 over weights and config, the same for a copy in another folder; with the model's code if that may run."""
+    config = {
+        name: value
+        for name, value in _read_json(folder / "config.json").items()
+        if name not in _VOLATILE and not name.startswith("_")
+    }
+    files = list(weight_files(folder))
+    if teacher.trust_remote_code:
+        files += sorted(folder.glob("*.py"))
+    content = {path.name: _remembered_hash(path) for path in files}
+    return sha256_bytes(canonical_json({"config": config, "files": content}))
+
+
+def _remembered_hash(path: Path) -> str:
+    stat = path.stat()
+    return _hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash(path: Path, size: int, changed: int) -> str:
+    """sha256 of a file; size and time of change are here so that a changed file is read again."""
+    del size, changed
+    return sha256_file(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FatalError(f"{path}: cannot be read as JSON ({error}); copy the model again", str(path)) from error
+    if not isinstance(value, dict):
+        raise FatalError(f"{path}: not a JSON object; copy the model again", str(path))
+    return value

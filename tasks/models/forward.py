@@ -1,0 +1,229 @@
+"""The model side that teacher capture, student training and scores share: from token ids to the rows that carry loss.
+
+    hidden_BMD = hidden_rows(model, input_ids_BL, attention_mask_BL, positions_BM)   last hidden state, only there
+    features_BMH = head_features(model, hidden_BMD)                                  LM head up to its decoder
+    weight_VH, bias_V = decoder_of(model)                                            logits = features @ weight.T + bias
+
+A masked block needs the last layer at one position in seven. In the families with a fast path (RoBERTa, CamemBERT,
+XLM-R, BERT, ModernBERT) the last layer therefore computes keys and values everywhere, but queries, attention output
+and feed-forward only where they are asked for. Nothing there waits for the device, and shapes depend on shapes alone.
+
+Shapes: B blocks, L tokens, M positions of each block, D hidden size, H head features, V vocabulary, h attention heads.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import gelu
+
+from storage.errors import FatalError
+
+
+def hidden_rows(
+    model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, positions_BM: Tensor | None
+) -> Tensor:
+    """Last hidden state [B, M, D] (after the last norm, the input of the LM head) at `positions_BM` (int64).
+
+    `attention_mask_BL`: 1 or True where a token is real; None: all are, and no mask is made.
+    `positions_BM`: any valid index may fill up unused slots; None: all positions, in order.
+    Dropout and gradients are those of the model's own forward.
+    """
+    family = _FAMILIES.get(type(model).__name__)
+    if positions_BM is not None and family is not None and supports(model):
+        return family.rows(model, input_ids_BL, attention_mask_BL, positions_BM)
+    hidden_BLD: Tensor = model.base_model(input_ids=input_ids_BL, attention_mask=attention_mask_BL)[0]
+    return hidden_BLD if positions_BM is None else _take(hidden_BLD, positions_BM)
+
+
+def supports(model: PreTrainedModel) -> bool:
+    """Whether `hidden_rows` has a fast path for this model; without one it computes everything and picks."""
+    config: Any = model.config
+    return (
+        type(model).__name__ in _FAMILIES
+        and type(model).__module__.startswith("transformers.")  # not remote code that took over the name
+        and not getattr(config, "is_decoder", False)
+        and config._attn_implementation in ("sdpa", "eager")
+    )
+
+
+def head_features(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What the LM head gives to its decoder: [..., D] to [..., H].
+
+    FatalError for an architecture whose head is not known here.
+    """
+    return _family(model).features(model, hidden)
+
+
+def decoder_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Weight [V, H] and bias [V] of the last layer of the LM head: the parameters themselves; zeros for no bias.
+
+    FatalError for an architecture whose head is not known here.
+    """
+    _family(model)
+    decoder: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    weight_VH: Tensor = decoder.weight
+    return weight_VH, weight_VH.new_zeros(weight_VH.shape[0]) if decoder.bias is None else decoder.bias
+
+
+def logits_rows(
+    model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, positions_BM: Tensor | None
+) -> Tensor:
+    """Logits [B, M, V] at the given positions: for scores and tests, where B x M x V is small."""
+    hidden_BMD = hidden_rows(model, input_ids_BL, attention_mask_BL, positions_BM)
+    return F.linear(head_features(model, hidden_BMD), *decoder_of(model))
+
+
+def longest_input(model: PreTrainedModel) -> int:
+    """Most tokens in one block. The RoBERTa family counts positions from its pad id + 1."""
+    config: Any = model.config
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
+    offset = getattr(embeddings, "padding_idx", None)
+    return int(config.max_position_embeddings) - (0 if offset is None else int(offset) + 1)
+
+
+class _Family(NamedTuple):
+    """How one architecture computes the last hidden state at some positions, and its LM head up to the decoder."""
+
+    rows: Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]
+    features: Callable[[Any, Tensor], Tensor]
+
+
+def _family(model: PreTrainedModel) -> _Family:
+    name = type(model).__name__
+    if name not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        raise FatalError(f"The LM head of a {name} is not known here; take a model of one of these: {known}.")
+    return _FAMILIES[name]
+
+
+def _bert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positions_BM: Tensor) -> Tensor:
+    """BERT and the RoBERTa family: norms after each block, learned positions."""
+    base = model.base_model
+    hidden_BLD = base.embeddings(input_ids=input_ids_BL)
+    keep_B11L = None if mask_BL is None else mask_BL.bool()[:, None, None, :]
+    mask = _mask_for(model, keep_B11L, hidden_BLD.dtype)
+    *layers, last = base.encoder.layer
+    for layer in layers:
+        hidden_BLD = layer(hidden_BLD, mask)
+    attention = last.attention.self
+    rows_BMD = _take(hidden_BLD, positions_BM)
+    query_BhMd = _heads(attention.query(rows_BMD), attention.attention_head_size)
+    key_BhLd = _heads(attention.key(hidden_BLD), attention.attention_head_size)
+    value_BhLd = _heads(attention.value(hidden_BLD), attention.attention_head_size)
+    dropout = attention.dropout.p if model.training else 0.0
+    context_BhMd = F.scaled_dot_product_attention(
+        query_BhMd, key_BhLd, value_BhLd, attn_mask=keep_B11L, dropout_p=dropout, scale=attention.scaling
+    )
+    attended_BMD = last.attention.output(context_BhMd.transpose(1, 2).flatten(-2), rows_BMD)
+    result_BMD: Tensor = last.feed_forward_chunk(attended_BMD)
+    return result_BMD
+
+
+def _modernbert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positions_BM: Tensor) -> Tensor:
+    """ModernBERT: norms before each block, rotary positions, full and sliding attention."""
+    base, config = model.base_model, model.config
+    hidden_BLD = base.embeddings(input_ids=input_ids_BL)
+    steps_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
+    full = near = None if mask_BL is None else mask_BL.bool()[:, None, None, :]
+    if len(steps_L) - 1 > config.sliding_window:
+        near_11LL = ((steps_L[:, None] - steps_L).abs() <= config.sliding_window)[None, None]
+        near = near_11LL if full is None else near_11LL & full
+    keeps = {"full_attention": full, "sliding_attention": near}
+    rotary = {kind: base.rotary_emb(hidden_BLD, steps_L[None], kind) for kind in dict.fromkeys(config.layer_types)}
+    masks = {kind: _mask_for(model, keep, hidden_BLD.dtype) for kind, keep in keeps.items()}
+    *layers, last = base.layers
+    for layer in layers:
+        kind = layer.attention_type
+        hidden_BLD = layer(hidden_BLD, attention_mask=masks[kind], position_embeddings=rotary[kind])
+    kind = last.attention_type
+    keep = keeps[kind]
+    if keep is not None and keep.shape[-2] > 1:  # the queries' own lines of a mask that differs by query
+        keep = _take(keep.squeeze(1).expand(len(positions_BM), -1, -1), positions_BM)[:, None]
+    rows_BMD = _take(hidden_BLD, positions_BM)
+    attended_BMD = rows_BMD + _modernbert_attention(last, hidden_BLD, rows_BMD, positions_BM, rotary[kind], keep)
+    attended_BMD = attended_BMD + last.mlp(last.mlp_norm(attended_BMD))
+    result_BMD: Tensor = base.final_norm(attended_BMD)
+    return result_BMD
+
+
+def _modernbert_attention(
+    layer: Any,
+    hidden_BLD: Tensor,
+    rows_BMD: Tensor,
+    positions_BM: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    keep: Tensor | None,
+) -> Tensor:
+    """What the attention of `layer` adds at the given rows; `keep` broadcasts to [B, h, M, L]."""
+    attention = layer.attn
+    projection, size = attention.Wqkv, hidden_BLD.shape[-1]
+    bias_q, bias_kv = (None, None) if projection.bias is None else projection.bias.split((size, 2 * size))
+    weight_q, weight_kv = projection.weight.split((size, 2 * size))
+    query_BhMd = _heads(F.linear(layer.attn_norm(rows_BMD), weight_q, bias_q), attention.head_dim)
+    both_BLE = F.linear(layer.attn_norm(hidden_BLD), weight_kv, bias_kv)
+    key_BhLd, value_BhLd = (_heads(part, attention.head_dim) for part in both_BLE.chunk(2, dim=-1))
+    cos_1Ld, sin_1Ld = rotary
+    query_BhMd = _rotate(query_BhMd, cos_1Ld[0, positions_BM], sin_1Ld[0, positions_BM])
+    key_BhLd = _rotate(key_BhLd, cos_1Ld, sin_1Ld)
+    dropout = attention.attention_dropout if layer.training else 0.0
+    context_BhMd = F.scaled_dot_product_attention(
+        query_BhMd, key_BhLd, value_BhLd, attn_mask=keep, dropout_p=dropout, scale=attention.head_dim**-0.5
+    )
+    result_BMD: Tensor = attention.out_drop(attention.Wo(context_BhMd.transpose(1, 2).flatten(-2)))
+    return result_BMD
+
+
+def _heads(x_BLD: Tensor, size: int) -> Tensor:
+    """[B, L, D] to [B, heads, L, size]."""
+    return x_BLD.view(*x_BLD.shape[:-1], -1, size).transpose(1, 2)
+
+
+def _rotate(x_BhLd: Tensor, cos_BLd: Tensor, sin_BLd: Tensor) -> Tensor:
+    """Rotary position embedding, in float32 as ModernBERT does it."""
+    wide = x_BhLd.float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (wide * cos_BLd[:, None] + turned * sin_BLd[:, None]).to(x_BhLd.dtype)
+
+
+def _mask_for(model: Any, keep: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What the layers of the model want: sdpa a boolean mask, eager one to add to the scores."""
+    if keep is None or model.config._attn_implementation == "sdpa":
+        return keep
+    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
+
+
+def _take(x_BLD: Tensor, positions_BM: Tensor) -> Tensor:
+    """Rows of each block at its positions: [B, L, D] to [B, M, D]."""
+    return x_BLD.gather(1, positions_BM[:, :, None].expand(-1, -1, x_BLD.shape[-1]))
+
+
+def _roberta_features(model: Any, hidden: Tensor) -> Tensor:
+    head = model.lm_head
+    result: Tensor = head.layer_norm(gelu(head.dense(hidden)))
+    return result
+
+
+def _bert_features(model: Any, hidden: Tensor) -> Tensor:
+    result: Tensor = model.cls.predictions.transform(hidden)
+    return result
+
+
+def _modernbert_features(model: Any, hidden: Tensor) -> Tensor:
+    result: Tensor = model.head(hidden)
+    return result
+
+
+_ROBERTA = _Family(_bert_rows, _roberta_features)
+
+_FAMILIES: Mapping[str, _Family] = {
+    "RobertaForMaskedLM": _ROBERTA,
+    "CamembertForMaskedLM": _ROBERTA,
+    "XLMRobertaForMaskedLM": _ROBERTA,
+    "BertForMaskedLM": _Family(_bert_rows, _bert_features),
+    "ModernBertForMaskedLM": _Family(_modernbert_rows, _modernbert_features),
+}

@@ -1,0 +1,158 @@
+"""The teacher's word on every shard: channel calibration once, then one targets file a shard.
+
+    capture = open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, calibration)
+    calibrate(store, sample, capture)                 # Receipt; `sample` are the blocks that lineage pinned
+    make_targets(store, blocks, capture, variant=0)   # Receipt; probed against the live teacher before it counts
+
+Called by the flows, one call a shard, with one teacher loaded for all of them. What is there already is not made again.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from storage.arrow import TARGETS, ArrowWriter
+from storage.artifact import Receipt, Ref
+from storage.store import Store, reading_ahead
+from tasks.models.teacher import shared_teacher
+from tasks.recipe.config import Mask, Targets, Teacher
+from tasks.targets.calibration import read_calibration
+from tasks.targets.capture import (
+    Capture,
+    Inputs,
+    _forward,
+    _machine,
+    encode,
+    one_ahead,
+    refuse_nonfinite,
+)
+from tasks.targets.codec import Codec, make_codec
+from tasks.targets.file import FILE, TargetRows, describe, read_targets, write_rows
+from tasks.targets.keys import SCHEMA, parents_of, targets_ref, targets_settings
+from tasks.targets.parity import Parity, probe
+from tasks.tokens.blocks import Blocks, open_blocks, read_counts
+from tasks.tokens.vocabulary import Vocabulary, fits
+
+R = TypeVar("R")
+
+
+def open_capture(
+    store: Store,
+    teacher: Teacher,
+    vocabulary: Vocabulary,
+    mask: Mask,
+    targets: Targets,
+    counts: Ref | None = None,
+    calibration: Ref | None = None,
+    device: str = "auto",
+    pulse: Callable[[], None] = lambda: None,
+) -> Capture:
+    """Loads the teacher (once a process) and what was estimated; leave `calibration` out to calibrate.
+
+    `pulse` is called before each forward of the teacher, and may raise to end the work there.
+
+    FatalError as tasks.teacher.load_teacher, and for a tokenizer of the blocks that does not fit the teacher.
+    """
+    model = shared_teacher(teacher, device)
+    fits(vocabulary, model.vocab_size, teacher.model)
+    return Capture(
+        teacher=model,
+        vocabulary=vocabulary,
+        mask=mask,
+        targets=targets,
+        counts=read_counts(store, counts) if counts else None,
+        counts_key=counts.key if counts else "",
+        calibration=read_calibration(store, calibration) if calibration else None,
+        calibration_key=calibration.key if calibration else "",
+        pulse=pulse,
+    )
+
+
+def with_capture(fn: Callable[..., R], opened: Callable[[], Capture], *args: Any, **kwargs: Any) -> R:
+    """`fn(*args, capture=opened())`, for another process: the teacher is loaded there, once, and does not travel."""
+    return fn(*args, capture=opened(), **kwargs)
+
+
+# ---- targets -------------------------------------------------------------------------------------------------
+
+
+def make_targets(
+    store: Store,
+    blocks: Ref,
+    capture: Capture,
+    variant: int = 0,
+    *,
+    following: Ref | None = None,
+    force: bool = False,
+) -> Receipt:
+    """Runs the teacher over one shard's blocks and keeps its encoded word. Does nothing where it is there.
+
+    `following` are blocks that are likely to be next: of a remote store they are copied meanwhile.
+    Receipt: rows = blocks, tokens = those read; info: positions, digest over all row digests, probe.
+    FatalError: NaN or infinity (names block row and shard), a block too long, the parity probe fails.
+    """
+    teacher = capture.teacher
+    keys = (capture.calibration_key, capture.counts_key)
+    ref = targets_ref(blocks, teacher.fingerprint, teacher.settings, capture.mask, capture.targets, *keys, variant)
+    if not force and store.has(ref):
+        return store.receipt(ref)
+    started = time.perf_counter()
+    source = open_blocks(store, blocks)
+    codec = make_codec(capture.targets, teacher.width, capture.calibration, teacher.vocab_size)
+    with reading_ahead(store, following), store.scratch() as folder:
+        digest = _write(folder / FILE, ref, source, capture, codec, variant)
+        written = read_targets(folder / FILE, ref)
+        advice = "take a finer targets.encoding (int8, bf16)" if codec.name != "bf16" else "this is a fault: report it"
+        parity = probe(capture, source, written, variant, advice)
+        info = _info(capture, written, digest, parity)
+        return store.commit(
+            ref,
+            folder,
+            schema=SCHEMA,
+            rows=len(source),
+            tokens=int(source.lengths.sum(dtype=np.int64)),
+            settings=targets_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets, variant),
+            parents=parents_of(blocks, *keys),
+            info=info,
+            timings={"seconds": time.perf_counter() - started},
+        )
+
+
+def _write(path: Any, ref: Ref, blocks: Blocks, capture: Capture, codec: Codec, variant: int) -> str:
+    """Streams the shard through the teacher into the file; returns the digest over all row digests."""
+    digest = hashlib.sha256()
+    facts = {
+        "blocks": blocks.key,
+        "positions": capture.targets.positions,
+        "mask_seed": str(capture.mask.seed),
+        "variant": str(variant),
+        "teacher": capture.teacher.fingerprint,
+        "dtype": str(capture.teacher.dtype).removeprefix("torch."),
+    }
+    with ArrowWriter(path, TARGETS, describe(codec, ref, facts)) as writer:
+
+        def keep(read: tuple[Inputs, torch.Tensor, torch.Tensor]) -> list[bytes]:
+            inputs, payload_NP, finite_N = read
+            refuse_nonfinite(inputs, finite_N.cpu().numpy(), blocks, capture.teacher)
+            write_rows(writer, inputs.digests, inputs.valid.sum(1), payload_NP.cpu().numpy())
+            return inputs.digests
+
+        forward = _forward(capture, blocks, np.arange(len(blocks)), variant)
+        encoded = ((inputs, *encode(capture.teacher, codec, hidden_ND)) for inputs, hidden_ND in forward)
+        for digests in one_ahead(encoded, keep):  # one batch is written while the teacher reads the next
+            digest.update(b"".join(digests))
+    return digest.hexdigest()
+
+
+def _info(capture: Capture, written: TargetRows, digest: str, parity: Parity) -> dict[str, Any]:
+    return {
+        "positions": int(written.counts.sum(dtype=np.int64)),
+        "bytes": written.codec.bytes_per_position,
+        "digest": digest,
+        "probe": {"kl": parity.kl, "cosine": parity.cosine, "rows": parity.rows},
+        **_machine(capture),
+    }

@@ -1,0 +1,194 @@
+"""The parity probe: do the targets in a file say what the live teacher says?
+
+    found = probe(capture, blocks, targets, variant)       # Parity(kl=…, cosine=…, rows=…), FatalError above 1e-2
+    probe_cache(store, run, teacher)                       # when training opens its cache
+
+A file of the wrong shard, with rows shifted, of another mask or another teacher does not pass. `fidelity` measures all
+encodings on the same positions, for the benchmarks.
+
+KL is mean KL(teacher || decoded) in nats through the teacher's own LM head at temperature 1; cosine is the mean of
+1 - cos after the channel means are taken off (without that, a large mean hides everything).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from storage.artifact import Ref
+from storage.errors import FatalError
+from storage.store import Store
+from tasks.models.teacher import TeacherModel
+from tasks.recipe.config import Targets
+from tasks.recipe.run_spec import RunSpec
+from tasks.targets.capture import Capture, encode, hidden_states, logits_of, masked_inputs
+from tasks.targets.codec import Codec, TopK, fit_calibration, make_codec, spread
+from tasks.targets.file import TargetRows, check_digests, open_targets
+from tasks.tokens.blocks import Blocks, open_blocks, read_counts
+from tasks.tokens.vocabulary import vocabulary_for
+
+LIMIT = 1e-2
+"""Neither figure may be above this; dtype noise and all encodings but a bad fit stay below."""
+
+NEAR = 1e-4
+"""Of a hidden state's own length: what is nearer to the mean than this is the mean."""
+
+PROBE_ROWS = 6
+
+PROBE_PARTS = 3
+"""So many shards are probed when training opens its cache; the digest of every row is checked as it is read."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Figures of a probe over `rows` blocks; `cosine` is 0 for topk, which keeps no hidden states."""
+
+    kl: float
+    cosine: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How faithful an encoding is; `bytes` of payload a position (a targets file adds 20 bytes a block)."""
+
+    encoding: str
+    bytes: int
+    kl: float
+    cosine: float | None
+    positions: int
+
+
+def probe(capture: Capture, blocks: Blocks, targets: TargetRows, variant: int, advice: str = "") -> Parity:
+    """Compares up to PROBE_ROWS rows, spread over the shard, with a live forward.
+
+    FatalError that names the shard: a digest that differs, or a figure above LIMIT. `advice` ends that sentence.
+    """
+    if len(blocks) != len(targets):
+        raise FatalError(
+            f"targets {targets.label}: {len(targets)} rows for {len(blocks)} blocks; run `distil verify`, then "
+            "`distil retry`",
+            targets.label,
+        )
+    rows = np.unique(np.linspace(0, max(0, len(blocks) - 1), PROBE_ROWS).astype(np.int64))[: len(blocks)]
+    if not len(rows) or not targets.counts[rows].any():
+        return Parity(0.0, 0.0, 0)
+    inputs = masked_inputs(capture, blocks, rows, variant)
+    check_digests(targets, rows, inputs.digests)
+    live_ND = hidden_states(capture.teacher, inputs)
+    payload_NP = torch.from_numpy(targets.payload(rows)).to(capture.teacher.device)
+    if len(payload_NP) != len(live_ND):
+        raise FatalError(f"targets {targets.label}: another number of positions than the masks give", targets.label)
+    parity = Parity(*_compare(capture.teacher, targets.codec, live_ND, payload_NP), len(rows))
+    if not (parity.kl <= LIMIT and parity.cosine <= LIMIT):
+        advice = advice or "they are of another teacher or damaged: run `distil verify`, then `distil retry`"
+        raise FatalError(
+            f"targets {targets.label} differ from the live teacher {capture.teacher.settings.model} "
+            f"(KL {parity.kl:.2g}, centred 1-cos {parity.cosine:.2g}, limit {LIMIT:g}); {advice}",
+            targets.label,
+        )
+    return parity
+
+
+def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parity]:
+    """Probes the first mask variant of a few parts, spread over the manifest, before anything is trained from it.
+
+    Their files are hashed here, and not once more when their rows are read. FatalError as `probe`, or for a file that
+    is damaged.
+    """
+    counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
+    capture = Capture(teacher, vocabulary_for(run.blocks, run.teacher), run.mask, run.targets, counts)
+    chosen = np.unique(np.linspace(0, len(run.manifest) - 1, PROBE_PARTS).astype(np.int64))
+    parts = [run.manifest[number] for number in chosen.tolist()]
+    return [
+        probe(
+            capture,
+            open_blocks(store, part.blocks_ref()),
+            open_targets(store, part.targets_ref(0)),
+            variant=0,
+        )
+        for part in parts
+    ]
+
+
+@torch.no_grad()
+def fidelity(
+    capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], encodings: Sequence[Targets]
+) -> list[Fidelity]:
+    """Encodes and decodes the same positions in every encoding; the channels are calibrated on the other rows.
+
+    topk is judged by the whole distribution, its tail spread evenly, as the trainer uses it.
+    """
+    others = np.setdiff1d(np.arange(len(blocks)), rows)[: 4 * len(rows)]
+    sample_ND = hidden_states(capture.teacher, masked_inputs(capture, blocks, others, 0)).double()
+    calibration = fit_calibration(len(sample_ND), sample_ND.sum(0).cpu(), (sample_ND**2).sum(0).cpu())
+    live_ND = hidden_states(capture.teacher, masked_inputs(capture, blocks, rows, 0))
+    table = []
+    for targets in encodings:
+        codec = make_codec(targets, capture.teacher.width, calibration, capture.teacher.vocab_size)
+        payload_NP, _ = encode(capture.teacher, codec, live_ND)
+        if codec.name == "topk":
+            kl, cosine = _topk_kl(capture.teacher, codec, live_ND, payload_NP, whole=True), None
+        else:
+            kl, cosine = _compare(capture.teacher, codec, live_ND, payload_NP)
+        table.append(Fidelity(codec.name, codec.bytes_per_position, kl, cosine, len(live_ND)))
+    return table
+
+
+@torch.no_grad()
+def _compare(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor) -> tuple[float, float]:
+    """Mean KL and mean centred 1 - cos."""
+    if codec.name == "topk":
+        return _topk_kl(teacher, codec, live_ND, payload_NP, whole=False), 0.0
+    decoded_ND = codec.decode(payload_NP, teacher.dtype)
+    kl = sum(
+        float(_kl(live_nV.log_softmax(-1), decoded_nV.log_softmax(-1)))
+        for live_nV, decoded_nV in zip(logits_of(teacher, live_ND), logits_of(teacher, decoded_ND), strict=True)
+    )
+    if codec.calibration is not None:
+        centre_D = codec.statistics(live_ND.device)[0]
+    else:
+        centre_D = live_ND.float().mean(0) if len(live_ND) > 1 else torch.zeros_like(live_ND[0], dtype=torch.float32)
+    # A state that equals the mean has no direction from there: one more coordinate, far below the state itself, is
+    # what both have in common then.
+    floor_N1 = NEAR * live_ND.float().norm(dim=-1, keepdim=True)
+    left_N, right_N = (torch.cat([states_ND.float() - centre_D, floor_N1], -1) for states_ND in (live_ND, decoded_ND))
+    return _not_below_0(kl / len(live_ND)), float((1 - F.cosine_similarity(left_N, right_N)).mean())
+
+
+def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor, whole: bool) -> float:
+    """Mean KL of topk: over what is kept, the tail as one event; or over the `whole` vocabulary.
+
+    What topk leaves out on purpose is no damage, so the probe asks for the first.
+    """
+    kept = codec.decode_topk(payload_NP)
+    total, start = 0.0, 0
+    for live_nV in logits_of(teacher, live_ND):
+        stop = start + len(live_nV)
+        log_p_nV = live_nV.log_softmax(-1)
+        if whole:
+            total += float(_kl(log_p_nV, spread(kept, start, stop, codec.vocab_size).log_softmax(-1)))
+        else:
+            part = TopK(*(values[start:stop] for values in kept))
+            log_tail_n1 = log_p_nV.scatter(1, part.ids, -math.inf).logsumexp(-1, keepdim=True)
+            log_p_nK = torch.cat([log_p_nV.gather(1, part.ids), log_tail_n1], dim=-1)
+            log_q_nK = torch.cat([part.log_probs, part.log_tail[:, None]], dim=-1).log_softmax(-1)
+            total += float(_kl(log_p_nK, log_q_nK))
+        start = stop
+    return _not_below_0(total / len(live_ND))
+
+
+def _not_below_0(kl: float) -> float:
+    """Rounding may give a KL just below 0. NaN stays NaN, which max(0, …) would take for a perfect match."""
+    return 0.0 if kl < 0 else kl
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Sum over rows of KL(p || q); outcomes that p does not have count nothing."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).double().sum()

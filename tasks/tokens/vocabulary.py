@@ -1,0 +1,199 @@
+"""What a tokenizer's ids mean: its size, its special tokens, and a fingerprint that goes into the keys of blocks.
+
+    vocabulary = load_vocabulary("../camembert-base")      # a folder with tokenizer.json, or a hub id
+    tokenizer = load_tokenizer(vocabulary)                 # the `tokenizers` object, truncation and padding off
+
+Reads tokenizer.json, tokenizer_config.json and special_tokens_map.json themselves: transformers is not imported, so
+that worker processes start fast. Called by tasks.block, tasks.mask, tasks.teach and the flows.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from storage.errors import FatalError
+from storage.fingerprint import canonical_json, sha256_bytes
+from storage.hub import download, is_hub_id
+from tasks.recipe.config import Blocks, Teacher
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+SLACK = 256
+"""A model may have so many more embedding rows than the tokenizer has pieces: rows are rounded up for speed."""
+
+CACHED_WORDS = 100_000
+"""Words whose pieces a tokenizer remembers, about 25 MB. Its own default of 10,000 is less than a text of French has
+and costs a third of the speed; the ids are the same."""
+
+_ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # role -> (names in the configuration, usual spellings where the configuration is silent).
+    # cls and sep come first: they are what the model itself has around every text.
+    "pad": (("pad_token",), ("<pad>", "[PAD]")),
+    "bos": (("cls_token", "bos_token"), ("<s>", "[CLS]")),
+    "eos": (("sep_token", "eos_token"), ("</s>", "[SEP]")),
+    "mask": (("mask_token",), ("<mask>", "[MASK]")),
+    "unk": (("unk_token",), ("<unk>", "[UNK]")),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a tokenizer.
+
+    `size`: pieces that a model can get (camembert-base 32005, where `len(tokenizer)` says 32006).
+    `specials`: ids never masked and never drawn as random tokens, ascending. `unknowns`: those of them that mean
+    "unknown" (camembert-base has two, 3 and 4; `unk` is the tokenizer's official one).
+    `fingerprint`: sha256 over tokenizer.json and the special ids; `name` and `folder` are not part of it.
+    """
+
+    name: str = field(compare=False)
+    folder: str = field(compare=False)
+    fingerprint: str
+    size: int
+    pad: int
+    bos: int
+    eos: int
+    mask: int
+    unk: int
+    specials: tuple[int, ...]
+    unknowns: tuple[int, ...]
+
+
+@lru_cache(maxsize=16)
+def load_vocabulary(name: str, revision: str = "", trust_remote_code: bool = False) -> Vocabulary:
+    """Reads the tokenizer of a folder or hub id.
+
+    FatalError: no such folder or hub id, no tokenizer.json in it, a special token that is missing.
+    RetryableError: the hub does not answer. `trust_remote_code` changes nothing here: tokenizer.json holds no code.
+    """
+    del trust_remote_code
+    folder = tokenizer_folder(name, revision)
+    definition = _read_json(folder / "tokenizer.json", name)
+    config = _configuration(folder, name)
+    tokenizer = _tokenizer(folder)
+    roles = {role: _role_id(role, config, tokenizer, name) for role in _ROLES}
+    unknowns = sorted({roles["unk"]} | _model_unknown(definition["model"], tokenizer))
+    size = _size(definition, tokenizer, roles)
+    added = {token["id"] for token in definition.get("added_tokens", []) if token.get("special")}
+    specials = sorted({token for token in added | set(roles.values()) | set(unknowns) if token < size})
+    # Truncation and padding are switched off when the tokenizer is used, so they say nothing about the ids.
+    content = {key: value for key, value in definition.items() if key not in ("truncation", "padding")}
+    fingerprint = sha256_bytes(canonical_json({"tokenizer": content, "roles": roles, "specials": specials}))
+    return Vocabulary(name, str(folder), fingerprint, size, **roles, specials=tuple(specials), unknowns=tuple(unknowns))
+
+
+def vocabulary_for(blocks: Blocks, teacher: Teacher) -> Vocabulary:
+    """The tokenizer that makes the blocks of a recipe: its own, else the teacher's at the teacher's revision."""
+    if blocks.tokenizer:
+        return load_vocabulary(blocks.tokenizer)
+    return load_vocabulary(teacher.model, teacher.revision)
+
+
+def load_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizer itself, once a process, with truncation and padding off."""
+    return _tokenizer(Path(vocabulary.folder))
+
+
+def fits(vocabulary: Vocabulary, model_vocab_size: int, model_name: str) -> None:
+    """FatalError unless the model has a row for every piece, and at most a few rows more than that."""
+    if not 0 <= model_vocab_size - vocabulary.size < SLACK:
+        raise FatalError(
+            f"the tokenizer {vocabulary.name} has {vocabulary.size} pieces but the model {model_name} has "
+            f"{model_vocab_size} rows; set blocks.tokenizer to the tokenizer that this model was trained with",
+            vocabulary.name,
+        )
+
+
+def tokenizer_folder(name: str, revision: str = "") -> Path:
+    """The local folder of tokenizer files: `name` itself, or its download from the hub."""
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        if not (folder / "tokenizer.json").is_file():
+            raise FatalError(_no_tokenizer(name), str(folder))
+        return folder.resolve()
+    if not is_hub_id(name) or folder.exists():
+        raise FatalError(f"tokenizer {name}: no such folder; name a folder with tokenizer.json or a hub id", name)
+    folder = download("tokenizer", name, revision, FILES)
+    if not (folder / "tokenizer.json").is_file():
+        raise FatalError(_no_tokenizer(name), name)
+    return folder
+
+
+def _no_tokenizer(name: str) -> str:
+    return (
+        f"tokenizer {name}: there is no tokenizer.json; make one with "
+        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained(FOLDER) and name that folder"
+    )
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises plain Exception for every fault in the file
+        message = f"{path} is not a tokenizer ({error}); write it again with save_pretrained"
+        raise FatalError(message, str(path)) from error
+    if hasattr(tokenizer.model, "_resize_cache"):  # Unigram and BPE
+        tokenizer.model._resize_cache(CACHED_WORDS)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FatalError(f"tokenizer {name}: {path} cannot be read ({error}); copy it again", str(path)) from error
+    if not isinstance(value, dict):
+        raise FatalError(f"tokenizer {name}: {path} is not a JSON object; copy it again", str(path))
+    return value
+
+
+def _configuration(folder: Path, name: str) -> dict[str, Any]:
+    """The two optional files in one; tokenizer_config.json wins."""
+    found: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            found |= {key: value for key, value in _read_json(folder / file, name).items() if value is not None}
+    return found
+
+
+def _role_id(role: str, config: Mapping[str, Any], tokenizer: Tokenizer, name: str) -> int:
+    fields, spellings = _ROLES[role]
+    named = [config[entry] for entry in fields if entry in config]
+    texts = [token["content"] if isinstance(token, dict) else str(token) for token in named]
+    for text in (*texts, *spellings):
+        token_id = tokenizer.token_to_id(text)
+        if token_id is not None:
+            return int(token_id)
+    raise FatalError(
+        f"tokenizer {name}: it has no {fields[0]}, so it is not one of a masked language model; "
+        f"add {fields[0]} to its tokenizer_config.json or take another tokenizer",
+        name,
+    )
+
+
+def _model_unknown(model: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
+    """What the model inside the tokenizer gives for unknown text: Unigram by id, the others by token."""
+    if model.get("unk_id") is not None:
+        return {int(model["unk_id"])}
+    token_id = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+    return set() if token_id is None else {int(token_id)}
+
+
+def _size(definition: Mapping[str, Any], tokenizer: Tokenizer, roles: Mapping[str, int]) -> int:
+    """One more than the highest id of a piece or a special token with a role.
+
+    Special tokens that were added behind the vocabulary without a role (camembert-base: 32005 `<unk>NOTUSED`) have
+    no row in the model.
+    """
+    pieces = tokenizer.get_vocab(with_added_tokens=False).values()
+    added = [token["id"] for token in definition.get("added_tokens", []) if not token.get("special")]
+    return int(max([*pieces, *roles.values(), *added])) + 1

@@ -1,0 +1,72 @@
+"""Python -m tasks.train run.json."""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from storage.errors import DistilError, RetryableError
+from tasks.recipe.run_spec import PASSING, read_run
+from tasks.train.process import StopSignal, joined_world, keep_freed_memory
+from tasks.train.trainer import train
+
+STOPPED = 143
+"""Exit status after SIGTERM: 128 + 15, as a shell would say it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one training; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1:
+        print("usage: python -m tasks.train RUN.json", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    stop = StopSignal()
+    signal.signal(signal.SIGTERM, stop.ask)
+    keep_freed_memory()
+    try:
+        run = read_run(arguments[0])
+        with joined_world(run) as world:
+            finished = train(run, world, stop)
+    except torch.OutOfMemoryError as error:
+        rows = run.train.micro_rows or -(-run.train.batch_rows // int(os.environ.get("WORLD_SIZE", "1")))
+        print(
+            f"run {run.name}: the memory of the GPU is full with {rows} blocks of {run.blocks.length} tokens in one "
+            "forward; lower train.micro_rows: a step stays as large, but is made in more, slower parts "
+            f"({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        return 1
+    except DistilError as error:
+        print(error, file=sys.stderr)
+        return PASSING if isinstance(error, RetryableError) else 1
+    return 0 if finished else STOPPED
+
+
+def leave(run: Callable[[], int]) -> NoReturn:
+    """Ends this process with the status that `run` returns, or with a traceback and 1.
+
+    Of several ranks none takes its process group down: gloo's destructor waits, with the interpreter lock held, for a
+    thread that may want that lock (seen with torch 2.13), and the training would never end.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(run())
+    status = 1
+    try:
+        status = run()
+    except Exception:  # noqa: BLE001  what the interpreter does with it, but for the tidying up
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main)

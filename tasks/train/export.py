@@ -1,0 +1,80 @@
+"""The finished model as a Hugging Face folder in the store: weights, config and tokenizer. Called by tasks.train."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from storage.artifact import Receipt
+from storage.store import Store
+from tasks.models.tokenizer import name_exact_class
+from tasks.recipe.run_spec import SCHEMA, RunSpec
+from tasks.train.checkpoint import Progress
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def save_model(
+    store: Store, run: RunSpec, student: PreTrainedModel, progress: Progress, tokenizer: Path, *, ranks: int
+) -> Receipt:
+    """Commits the model; AutoModel, AutoTokenizer and pipeline("fill-mask") load the artifact's folder.
+
+    `tokenizer` is the folder of the tokenizer that made the blocks, `ranks` how many processes trained it.
+    """
+    with store.scratch() as folder:
+        student.save_pretrained(folder)
+        copy_tokenizer(tokenizer, folder)
+        return store.commit(
+            run.model_ref,
+            folder,
+            schema=SCHEMA,
+            rows=progress.cursor,
+            tokens=progress.tokens,
+            settings={"steps": progress.step},
+            parents=[run.run_key],
+            info={
+                "run_key": run.run_key,
+                "layers": student.config.num_hidden_layers,
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "teacher": run.teacher_fingerprint,
+                "loss": run.loss.model_dump(),
+                "positions": run.targets.positions,
+                "source": run.targets.source,
+                "encoding": run.targets.encoding,
+                "best_heldout_loss": progress.best,  # of some step; these are the weights of the last one
+                "hardware": hardware(student.device, ranks),
+            },
+        )
+
+
+def hardware(device: torch.device, ranks: int) -> str:
+    """What trained, for the model card: `2 x NVIDIA H200`, or `CPU, 16 cores (x86_64)`."""
+    if device.type == "cuda":
+        return f"{ranks} x {torch.cuda.get_device_name(device)}"
+    return f"CPU, {os.cpu_count() or 1} cores ({platform.machine()})"
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer's own files: a saved-again tokenizer may differ from what made the blocks. Only the class is
+    named anew where transformers' own for it would."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    name_exact_class(folder)
+
+
+def tokenizer_bytes(folder: Path) -> int:
+    """Bytes of what `copy_tokenizer` copies."""
+    return sum(path.stat().st_size for name in TOKENIZER_FILES if (path := folder / name).exists())

@@ -1,0 +1,148 @@
+"""Worker processes: errors come back whole, a hung one is really ended, a dead one is a passing error.
+
+And what a flow makes of these: only what may pass by itself is tried again.
+"""
+
+import gzip
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+
+from flows.pipeline.process_pool import StoppedError, workers
+from flows.pipeline.stage import Job, run_stage
+from storage.artifact import Failure
+from storage.errors import FatalError, RetryableError
+from storage.store import Store
+from tasks.corpus.shard import shard_source
+from tasks.corpus.snapshot import take_snapshot
+from tasks.recipe.config import Corpus, Run
+from tests.harness.tiny import write_oscar
+
+
+def refuse(file: str) -> None:
+    raise FatalError("line 7 is not JSON", file, 7)
+
+
+def hang(note: str) -> None:
+    Path(note).write_text(str(os.getpid()))
+    while True:
+        time.sleep(1)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_error_keeps_its_file_and_line() -> None:
+    with workers(Run(workers=1)) as pool, pytest.raises(FatalError, match="not JSON") as caught:
+        pool.call(60, refuse, "part.jsonl")
+    assert (caught.value.file, caught.value.line) == ("part.jsonl", 7)
+
+
+def test_a_hung_worker_is_ended_and_the_next_call_works(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with workers(Run(workers=1)) as pool:
+        with pytest.raises(FatalError, match="took longer than 5 seconds"):
+            pool.call(5, hang, str(note))
+        assert pool.call(60, len, "four") == 4
+    assert not is_alive(int(note.read_text()))
+
+
+def test_a_worker_that_dies_is_a_passing_error() -> None:
+    with workers(Run(workers=1)) as pool, pytest.raises(RetryableError, match="died"):
+        pool.call(60, die)
+
+
+def test_who_waits_for_a_worker_of_a_stopped_pool_hears_of_it(tmp_path: Path) -> None:
+    heard: list[Exception] = []
+
+    def wait_in_a_thread(pool: Any) -> None:
+        try:
+            pool.call(600, hang, str(tmp_path / "pid"))
+        except StoppedError as error:
+            heard.append(error)
+
+    def stop_while_it_hangs() -> None:
+        with workers(Run(workers=1)) as pool:
+            thread = threading.Thread(target=wait_in_a_thread, args=(pool,))
+            thread.start()
+            while not (tmp_path / "pid").exists():
+                time.sleep(0.05)
+            threads.append(thread)
+            raise KeyboardInterrupt
+
+    threads: list[threading.Thread] = []
+    with pytest.raises(KeyboardInterrupt):
+        stop_while_it_hangs()
+    threads[0].join(60)
+    assert len(heard) == 1
+
+
+# ---- through a flow ----------------------------------------------------------------------------------------
+
+
+def noted(note: Path, fn: Callable[..., Any], *arguments: Any, force: bool = False) -> None:
+    """Calls `fn` in a worker process and leaves a line for each attempt."""
+    with note.open("a") as file:
+        file.write("tried\n")
+    fn(*arguments)
+
+
+def attempts(note: Path) -> int:
+    return len(note.read_text().splitlines())
+
+
+def reset_at_first(store: Store, note: Path) -> None:
+    """A store behind a network that resets the first connection."""
+    with store.access():
+        if attempts(note) == 1:
+            raise ConnectionResetError("connection reset by peer")
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_network_fault_is_tried_again_and_a_cut_or_hung_source_is_not(tmp_path: Path) -> None:
+    write_oscar(tmp_path / "corpus", parts=2)
+    _, cut = sorted((tmp_path / "corpus").iterdir())
+    packed = gzip.compress(cut.read_bytes())
+    cut.with_name(cut.name + ".gz").write_bytes(packed[: len(packed) // 2])
+    cut.unlink()
+    store, corpus = Store(tmp_path / "store"), Corpus(url=str(tmp_path / "corpus"))
+    good, bad = take_snapshot(corpus).sources
+    notes = {name: tmp_path / name for name in ("whole", "cut", "network", "hung")}
+    run = Run(workers=2, retries=2, retry_seconds=0, task_seconds=60)
+
+    @flow(name="test", persist_result=False)
+    def body() -> list[list[Failure]]:
+        with workers(run) as pool:
+
+            def job(name: str, timeout: float, fn: Callable[..., Any], *arguments: Any) -> Job:
+                return Job("source", name, None, partial(pool.call, timeout, noted, notes[name], fn, *arguments))
+
+            jobs = [
+                job("whole", 120, shard_source, store, good, corpus),
+                job("cut", 120, shard_source, store, bad, corpus),
+                job("network", 120, reset_at_first, store, notes["network"]),
+                job("hung", 5, hang, str(tmp_path / "pid")),
+            ]
+            return [run_stage("source", "read", jobs, store, run, window=2)]
+
+    (failures,) = body()
+    assert {failure.label: failure.error for failure in failures} == {"cut": "FatalError", "hung": "FatalError"}
+    assert {name: attempts(note) for name, note in notes.items()} == {"whole": 1, "cut": 1, "network": 2, "hung": 1}
+    assert not is_alive(int((tmp_path / "pid").read_text()))

@@ -1,0 +1,111 @@
+"""The trainer as a child: its sentence becomes ours, and nothing of it is left behind."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.pipeline.trainer_process import GRACE_SECONDS, Tail, command, end_with_parent, launch
+from storage.errors import FatalError, RetryableError
+from storage.fingerprint import sha256_bytes
+from tasks.recipe.config import Blocks, Loss, Mask, Student, Targets, Teacher, Train
+from tasks.recipe.run_spec import Part, RunSpec
+
+
+def a_run(folder: Path, **train: Any) -> RunSpec:
+    key = sha256_bytes(b"run")
+    return RunSpec(
+        run_key=key,
+        name="tiny",
+        store=str(folder / "store"),
+        folder=str(folder / "run"),
+        blocks=Blocks(),
+        mask=Mask(),
+        teacher=Teacher(model=str(folder / "no-such-teacher")),
+        targets=Targets(),
+        student=Student(),
+        loss=Loss(),
+        train=Train(**train),
+        teacher_fingerprint=key,
+        manifest=(Part(label="a", blocks=key, rows=4, tokens=4),),
+    )
+
+
+def test_several_ranks_go_through_torchrun(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert "torch.distributed.run" not in command(a_run(tmp_path), path)
+    words = command(a_run(tmp_path, ranks=2), path)
+    assert words[1:3] == ["-m", "torch.distributed.run"]
+    assert words[-3:] == ["-m", "tasks.train", str(path)]
+    assert words[words.index("--nproc-per-node") + 1] == "2"
+
+
+def test_the_trainers_sentence_is_the_error(tmp_path: Path) -> None:
+    with pytest.raises(FatalError, match="no-such-teacher"):
+        launch(a_run(tmp_path), lambda lines, final: None)
+
+
+def test_a_store_that_does_not_answer_is_worth_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = probe.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{nobody}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    run = a_run(tmp_path).model_copy(update={"store": "s3://bucket/store"})
+    with pytest.raises(RetryableError, match="the store s3://bucket/store did not answer"):
+        launch(run, lambda lines, final: None)
+
+
+def test_torchrun_gives_ranks_as_long_as_we_give_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    code = "import os; print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']); exit(1)"
+    run = a_run(tmp_path, launcher=(sys.executable, "-c", code, "{run}"))
+    with pytest.raises(FatalError, match=f"{GRACE_SECONDS:.0f}"):
+        launch(run, lambda lines, final: None)
+
+
+def test_only_new_lines_are_followed_until_the_file_is_cut_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.lines() == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert tail.lines() == [{"step": 1}, {"step": 2}]
+    assert tail.lines() == []
+    with path.open("a") as file:
+        file.write('ep": 3}\n')
+    assert tail.lines() == [{"step": 3}]
+    fresh = path.with_suffix(".new")
+    fresh.write_text('{"step": 1}\n')
+    fresh.replace(path)
+    assert tail.lines() == [{"step": 1}]
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time; from flows.pipeline.trainer_process import end_with_parent\n"
+        "child = subprocess.Popen(['sleep', '600'], start_new_session=True, preexec_fn=end_with_parent())\n"
+        f"open({str(note)!r}, 'w').write(f'{{child.pid}}\\n')\n"
+        "time.sleep(600)"
+    )
+    assert callable(end_with_parent())
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: note.exists() and note.read_text().endswith("\n"))
+    parent.kill()
+    parent.wait()
+    child = Path("/proc") / note.read_text().strip()
+    wait_for(lambda: not child.exists() or "Z" in (child / "stat").read_text().split()[2])
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within a minute"
+        time.sleep(0.05)

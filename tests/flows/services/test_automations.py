@@ -1,0 +1,126 @@
+"""The automations of `distil deploy` on a real server: dead runs become Crashed, and failed ones are told."""
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tests.flows.conftest import Stack
+from tests.harness.place import refusal
+from tests.harness.server import working
+
+pytestmark = pytest.mark.slow
+
+TWO_MINUTES = 120.0
+
+
+@contextmanager
+def listening() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
+    """A web server on loopback: its URL and what is posted to it."""
+    posted: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    class Ear(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ear) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", posted
+        server.shutdown()
+
+
+def fail(stack: Stack, run: str, message: str) -> None:
+    """Puts a run into the state Failed, as a flow does at its end."""
+    with stack.client() as client:
+        state = {"type": "FAILED", "name": "Failed", "message": message}
+        client.post(f"/flow_runs/{run}/set_state", json={"state": state, "force": True}).raise_for_status()
+
+
+def test_a_failed_run_is_told_through_a_block(stack: Stack) -> None:
+    """Only ours: the run of somebody else's flow fails first and is not told."""
+    with listening() as (url, posted), stack.client() as client:
+        with temporary_settings({PREFECT_API_URL: stack.api}):
+            text = {"title": "{{subject}}", "text": "{{body}}"}
+            CustomWebhookNotificationBlock(name="on-call", url=url, json_data=text).save("on-call")
+        for _ in range(2):
+            assert stack.deploy("--notify", "custom-webhook/on-call").status == 0
+        told = client.post("/automations/filter", json={}).json()
+        assert [one["name"] for one in told].count("distil: tell of failures") == 1
+        theirs = client.post("/flows/", json={"name": "theirs"}).json()["id"]
+        fail(stack, client.post("/flow_runs/", json={"flow_id": theirs}).json()["id"], "not ours")
+        fail(stack, stack.create_run("score", {}).json()["id"], "no such model: x; name a folder")
+        first = posted.get(timeout=60)
+    assert first["title"].startswith("score/")
+    assert first["title"].endswith(": Failed")
+    assert first["text"].startswith("no such model: x; name a folder\n")
+    assert "/runs/flow-run/" in first["text"]
+    assert posted.empty()
+
+
+@pytest.mark.parametrize(
+    ("block", "said"), [("slack-webhook/nobody", "has no block slack-webhook/nobody"), ("oops", "has no block oops")]
+)
+def test_a_block_that_is_not_there_is_named(stack: Stack, block: str, said: str) -> None:
+    assert said in refusal(stack.deploy("--notify", block))
+
+
+def test_a_block_that_cannot_notify_is_named(stack: Stack) -> None:
+    from prefect.blocks.system import Secret
+
+    with temporary_settings({PREFECT_API_URL: stack.api}):
+        Secret(value="x").save("quiet")
+    assert "the block secret/quiet cannot notify" in refusal(stack.deploy("--notify", "secret/quiet"))
+
+
+def test_a_run_killed_with_its_worker_is_crashed_within_two_minutes(stack: Stack, tmp_path: Path) -> None:
+    """And the next one in the queue, which it held up, may begin."""
+    endless = stack.recipe(train={"max_steps": 1_000_000})
+    run = stack.create_run("distill", {"recipe": endless}).json()["id"]
+    with working(tmp_path / "worker", stack.api, "distil") as worker:
+        wait_for_heartbeat(stack, run)
+        family = psutil.Process(worker.pid).children(recursive=True)
+        for process in (psutil.Process(worker.pid), *family):
+            if process.is_running():
+                process.kill()
+    assert stack.run_state(run)["type"] == "RUNNING"
+    following = stack.create_run("distill", {}).json()["id"]
+    assert due(stack) == []
+    state = stack.ended(run, TWO_MINUTES)
+    assert state["type"] == "CRASHED"
+    assert "no sign of life for 90 seconds" in state["message"]
+    assert due(stack) == [following]
+    with stack.client() as client:
+        client.delete(f"/flow_runs/{following}").raise_for_status()
+
+
+def due(stack: Stack) -> list[str]:
+    """The runs that the queue `distill` would give a worker now."""
+    with stack.client() as client:
+        body = {"work_queue_names": ["distill"]}
+        runs = client.post("/work_pools/distil/get_scheduled_flow_runs", json=body).json()
+    return [run["flow_run"]["id"] for run in runs]
+
+
+def wait_for_heartbeat(stack: Stack, run: str) -> None:
+    """Returns when the server has had a sign of life of the run."""
+    wanted = {"event": {"name": ["prefect.flow-run.heartbeat"]}, "any_resource": {"id": [f"prefect.flow-run.{run}"]}}
+    end = time.monotonic() + 180
+    with stack.client() as client:
+        while not client.post("/events/filter", json={"filter": wanted}).json()["events"]:
+            assert time.monotonic() < end, stack.run_state(run)
+            time.sleep(0.3)

@@ -1,0 +1,106 @@
+"""Children that are kept: whatever becomes of them or of us, none of theirs is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.services.process import a_port, start, stop, wait_until_up
+from storage.errors import FatalError
+from tests.harness.up import MARK, left
+
+FAMILY = """
+import subprocess, sys, time
+inner = "import os, signal, time; signal.signal(signal.SIGTERM, {answer}); open('ready', 'w').close(); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", inner], start_new_session=True)
+{end}
+"""
+DEAF = "signal.SIG_IGN"
+SAVES = "lambda *_: (open('saved', 'w').close(), os._exit(0))"
+STAYS = "time.sleep(600)"
+LEAVES = "import pathlib\nwhile not pathlib.Path('ready').exists(): time.sleep(0.05)"
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An environment by which every process of this test is found; what a failed test leaves is ended."""
+    yield dict(os.environ) | {MARK: str(tmp_path)}
+    for process in left(tmp_path):
+        process.kill()
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end, "it did not happen within a minute"
+        time.sleep(0.05)
+
+
+def family(answer: str, end: str) -> list[str]:
+    return [sys.executable, "-c", FAMILY.format(answer=answer, end=end)]
+
+
+def test_stop_ends_children_in_other_sessions_even_deaf_ones(tmp_path: Path, marked: dict[str, str]) -> None:
+    service = start("family", family(DEAF, STAYS), tmp_path, marked, grace=0.5)
+    wait_for((tmp_path / "ready").exists)
+    assert len(left(tmp_path)) == 3  # keeper, parent, child
+    stop(service)
+    assert left(tmp_path) == []
+
+
+def test_what_a_dead_command_leaves_gets_time_to_save(tmp_path: Path, marked: dict[str, str]) -> None:
+    service = start("family", family(SAVES, LEAVES), tmp_path, marked, grace=30)
+    assert service.process.wait(60) == 0
+    assert (tmp_path / "saved").exists()
+    assert left(tmp_path) == []
+
+
+def test_the_status_of_a_killed_command_is_passed_on(tmp_path: Path, marked: dict[str, str]) -> None:
+    service = start("family", family(SAVES, STAYS), tmp_path, marked, grace=30)
+    wait_for((tmp_path / "ready").exists)
+    (command,) = psutil.Process(service.process.pid).children()
+    command.kill()
+    assert service.process.wait(60) == 128 + signal.SIGKILL
+    assert (tmp_path / "saved").exists()
+    assert left(tmp_path) == []
+
+
+def test_nothing_is_left_when_we_are_killed(tmp_path: Path, marked: dict[str, str]) -> None:
+    code = (
+        "import os, pathlib, sys, time; from flows.services.process import start\n"
+        f"start('family', {family(DEAF, STAYS)!r}, pathlib.Path({str(tmp_path)!r}), os.environ, grace=0.5)\n"
+        "time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], env=marked)
+    wait_for((tmp_path / "ready").exists)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not left(tmp_path))
+
+
+def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path: Path, marked: dict[str, str]) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such database')"]
+    service = start("thing", command, tmp_path, marked, health="http://127.0.0.1:9/health")
+    with pytest.raises(FatalError, match=r"thing did not start; see .*thing\.log"):
+        wait_until_up(service)
+    assert "no such database" in service.log.read_text(encoding="utf-8")
+
+
+def test_a_given_port_is_taken_or_not() -> None:
+    import socket
+
+    free = a_port("thing", None)
+    assert a_port("thing", free) == free
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(FatalError, match=f"port {taken} is taken, so thing cannot have it"):
+            a_port("thing", taken)
+        assert a_port("thing", None, taken) != taken

@@ -1,0 +1,131 @@
+"""The reviews of CLS: hand-written files of all categories, what is dropped, what is refused, odd encodings."""
+
+import fsspec
+import pytest
+
+from storage.errors import FatalError
+from tasks.eval.datasets.cls import load_reviews, parse_reviews
+from tasks.eval.datasets.files import Place
+from tests.harness.eval_sets import review, write_reviews
+
+FIRST = "<?xml version='1.0'?>\n"
+
+
+def parsed(*reviews, category="books", first=FIRST, join="\n\n", encoding="utf-8"):
+    return list(parse_reviews((first + join.join(reviews)).encode(encoding), category, "x/train.review"))
+
+
+def test_ratings_above_three_are_positive():
+    rows = parsed(*(review(f"Livre {stars}.", f"{stars}.0") for stars in (1, 2, 4, 5)))
+    assert [(row.first, row.second, row.label) for row in rows] == [
+        ("Livre 1.", "", 0),
+        ("Livre 2.", "", 0),
+        ("Livre 4.", "", 1),
+        ("Livre 5.", "", 1),
+    ]
+
+
+def test_the_dvd_variant_takes_the_text_up_to_the_summary():
+    assert parsed(review("Un film.", dvd=True), category="dvd")[0].first == "Un film. Titre"
+    # The same where the text is closed before the title, as in the other categories.
+    assert parsed(review("Un film."), category="dvd")[0].first == "Un film. Titre"
+    assert parsed(review("Un disque."), category="music")[0].first == "Un disque."
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        review("Sans note.", rating=""),
+        review(""),
+        review("Sans adresse.", url=False),
+        review("Neutre.", rating="3.0"),
+        review("Jamais fermé.").replace("</text>", ""),
+        review("   "),
+        review("Note vide.", rating=" "),
+    ],
+)
+def test_a_review_without_text_or_stars_is_dropped(broken):
+    assert [row and row.first for row in parsed(review("Avant."), broken, review("Après."))] == [
+        "Avant.",
+        None,
+        "Après.",
+    ]
+
+
+@pytest.mark.parametrize("rating", ["6.0", "0", "-1", "cinq", "nan"])
+def test_a_rating_that_is_no_number_of_stars_is_refused_by_name(rating):
+    with pytest.raises(FatalError, match=r"x/train\.review, review 2: rating is '.*', not 1 to 5"):
+        parsed(review(), review(rating=rating))
+
+
+def test_text_is_plain_and_may_span_lines():
+    text = "Un &eacute;t&eacute; &amp; un   hiver,\nl'&quot;automne&quot;"
+    assert parsed(review(text))[0].first == 'Un été & un hiver, l\'"automne"'
+    assert parsed(review().replace("</url><text>", "</url>\n<text>").replace("</text><title>", "</text>\n<title>"))[0]
+
+
+def test_encodings():
+    text = review("L'œuvre à l'été.")
+    assert parsed(text, encoding="utf-8-sig")[0].first == "L'œuvre à l'été."
+    assert [row.first for row in parsed(text, text, join="\r\n\r\n", first="<items>\r\n")] == ["L'œuvre à l'été."] * 2
+    declared = '<?xml version="1.0" encoding="ISO-8859-15"?>\n'
+    assert parsed(text, first=declared, encoding="iso-8859-15")[0].first == "L'œuvre à l'été."
+    with pytest.raises(FatalError, match=r"x/train\.review: byte \d+ is not utf-8"):
+        parsed(text, encoding="iso-8859-15")
+    with pytest.raises(FatalError, match="unknown encoding klingon"):
+        parsed(text, first='<?xml version="1.0" encoding="klingon"?>\n')
+
+
+@pytest.mark.parametrize("data", [b"", b"<items>\n", b"<html>\n\n<p>404</p>\n"])
+def test_a_file_without_reviews_is_refused(data):
+    with pytest.raises(FatalError, match=r"x/train\.review: there is no review in it"):
+        list(parse_reviews(data, "books", "x/train.review"))
+
+
+def test_categories_apart_and_merged(tmp_path):
+    write_reviews(tmp_path, train=20, test=6)
+    apart = {name: load_reviews(f"cls-{name}", Place(str(tmp_path))) for name in ("books", "dvd", "music")}
+    merged = load_reviews("cls", Place(str(tmp_path)))
+    for name, data in apart.items():
+        assert data.labels == ("negative", "positive")
+        assert {split: counts["kept"] for split, counts in data.counts.items()} == {
+            "train": 16,
+            "validation": 4,
+            "test": 6,
+        }
+        assert all(f" {name} " in row.first for row in (*data.train, *data.validation, *data.test))
+    assert len(merged.test) == 18
+    assert len(merged.validation) == round(0.2 * 60)
+    assert set(merged.test) == {row for data in apart.values() for row in data.test}
+    assert merged.counts["train"]["rows"] == 60
+
+
+def test_the_split_is_fixed_and_equal_texts_stay_together(tmp_path):
+    write_reviews(tmp_path, train=20)
+    file = tmp_path / "books" / "train.review"
+    head, _, rest = file.read_text().partition("\n")
+    reviews = rest.strip().split("\n\n")
+    file.write_text(f"{head}\n" + "\n\n".join([*reversed(reviews), *reviews]))
+    data = load_reviews("cls-books", Place(str(tmp_path)))
+    assert not {row.first for row in data.train} & {row.first for row in data.validation}
+    assert len(data.train) + len(data.validation) == 40
+
+
+def test_texts_that_train_and_test_share_are_counted(tmp_path):
+    write_reviews(tmp_path)
+    test = tmp_path / "music" / "test.review"
+    test.write_text((tmp_path / "music" / "train.review").read_text())
+    data = load_reviews("cls-music", Place(str(tmp_path)))
+    assert data.counts["test"]["also_in_train"] == len(data.train)
+
+
+def test_any_url_and_what_is_not_there(tmp_path):
+    write_reviews(tmp_path)
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/cls-set/", recursive=True)
+    data = load_reviews("cls", Place("memory://cls-set"))
+    assert data.fingerprint == load_reviews("cls", Place(str(tmp_path))).fingerprint
+    (tmp_path / "dvd" / "test.review").unlink()
+    with pytest.raises(FatalError, match=r"dvd/test\.review: no such file; unpack cls-acl10"):
+        load_reviews("cls", Place(str(tmp_path)))
+    with pytest.raises(FatalError, match="no such folder"):
+        load_reviews("cls", Place(str(tmp_path / "absent")))

@@ -1,0 +1,42 @@
+"""Where the sets of a protocol are looked for, and what is said when they are not there or not whole."""
+
+import pytest
+
+from storage.errors import FatalError
+from tasks.eval.datasets.files import Place
+from tasks.eval.datasets.load import load_set
+from tasks.eval.protocol import SetPlan
+from tests.harness.eval_sets import write_ner, write_pairs, write_reviews
+
+
+def test_sets_lie_below_the_folder_that_the_recipe_names(tmp_path):
+    write_pairs(tmp_path / "xnli" / "fr")
+    write_ner(tmp_path / "wikiner")
+    write_reviews(tmp_path / "cls")
+    assert load_set("xnli", SetPlan(hub="facebook/xnli", folder="fr", path="xnli/fr"), str(tmp_path)).name == "xnli"
+    assert load_set("ner", SetPlan(path="wikiner"), str(tmp_path)).name == "ner"
+    assert load_set("cls-dvd", SetPlan(path="cls"), f"{tmp_path}/").name == "cls-dvd"
+
+
+def test_places():
+    plan = SetPlan(hub="facebook/xnli", folder="fr", path="xnli/fr", revision="abc")
+    assert plan.place("xnli", "") == Place("facebook/xnli", "fr", "abc")
+    assert plan.place("xnli", "s3://bucket/eval/") == Place("s3://bucket/eval/xnli/fr")
+    with pytest.raises(FatalError, match=r"cls-books is not on the hub; name the folder .* in score\.sets"):
+        SetPlan(path="cls").place("cls-books", "")
+
+
+def test_row_counts_of_the_protocol_are_checked(tmp_path):
+    write_pairs(tmp_path, train=40)
+    load_set("xnli", SetPlan(rows={"train": 40}), str(tmp_path))
+    with pytest.raises(FatalError, match="the train split of xnli has 40 rows where the protocol expects 392702"):
+        load_set("xnli", SetPlan(rows={"train": 392_702}), str(tmp_path))
+
+
+def test_offline_a_set_of_the_hub_is_refused_at_once(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FatalError, match=r"data set facebook/xnli: no such folder here.*HF_HUB_OFFLINE"):
+        load_set("xnli", SetPlan(hub="facebook/xnli", folder="fr"))

@@ -1,0 +1,81 @@
+"""Intervals against scipy, a plain bootstrap loop, and draws of known spread."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tasks.eval import intervals as interval
+from tasks.eval.intervals import against, over_seeds, quotient, summarise
+
+
+def correct(*rates, rows=400, seed=0):
+    """Row counts [S, N, 2] of models that are right at these rates."""
+    draw = np.random.default_rng(seed)
+    hits = np.stack([draw.random(rows) < rate for rate in rates]).astype(float)
+    return np.stack([hits, np.ones_like(hits)], axis=-1)
+
+
+def test_over_seeds_is_students_t():
+    values = [0.71, 0.74, 0.72]
+    found = over_seeds(values)
+    expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert (found["low"], found["high"]) == pytest.approx(expected)
+    assert found["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert over_seeds([0.5]) == {"mean": 0.5, "seeds": 1}
+
+
+def test_summaries_go_to_any_depth_and_leave_out_what_is_no_number():
+    runs = [{"entity": {"f1": value}, "rows": 10, "note": "x", "odd": 1} for value in (0.2, 0.4, 0.9)]
+    del runs[1]["odd"]
+    summary = summarise(runs)
+    assert summary["entity"]["f1"]["mean"] == pytest.approx(0.5)
+    assert summary["rows"] == {"mean": 10, "sd": 0, "seeds": 3, "low": 10, "high": 10}
+    assert set(summary) == {"entity", "rows"}
+
+
+def test_the_bootstrap_is_that_of_a_plain_loop(monkeypatch):
+    ours, theirs = correct(0.7, 0.75, seed=1), correct(0.8, 0.85, seed=2)
+    found = against(ours, theirs)
+    draw = np.random.default_rng(interval.SEED)
+    ratios = []
+    for start in range(0, interval.DRAWS, interval.CHUNK):
+        for rows in draw.integers(400, size=(min(interval.CHUNK, interval.DRAWS - start), 400)):
+            own, other = (quotient(side[:, rows].sum(axis=1)).mean() for side in (ours, theirs))
+            ratios.append(own / other)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    assert (found["ratio"]["rows_low"], found["ratio"]["rows_high"]) == pytest.approx((low, high))
+    own, other = quotient(ours.sum(axis=1)), quotient(theirs.sum(axis=1))
+    assert found["ratio"]["value"] == pytest.approx(own.mean() / other.mean())
+    assert found["difference"]["value"] == pytest.approx(own.mean() - other.mean())
+    by_seed = over_seeds(list(own / other))
+    assert found["ratio"]["seeds_low"] == pytest.approx(by_seed["low"])
+    assert found["ratio"]["low"] == pytest.approx(min(low, by_seed["low"]))
+    assert found == against(ours, theirs)
+
+
+def test_pairing_makes_the_interval_small():
+    """Two models that err on the same rows differ surely; models that err anywhere do not."""
+    theirs = correct(0.8, rows=1000)
+    ours = theirs.copy()
+    ours[0, np.flatnonzero(ours[0, :, 0])[:20], 0] = 0
+    paired = against(ours, theirs)["difference"]
+    loose = against(correct(0.78, rows=1000, seed=9), theirs)["difference"]
+    assert paired["rows_high"] < 0
+    assert paired["rows_high"] - paired["rows_low"] < 0.5 * (loose["rows_high"] - loose["rows_low"])
+    assert "seeds_low" not in paired
+
+
+def test_the_width_is_that_of_theory():
+    """The difference of a model to one that is always right: binomial."""
+    ours, theirs = correct(0.7, rows=2000), correct(1.1, rows=2000)
+    found = against(ours, theirs)["difference"]
+    rate = ours[0, :, 0].mean()
+    expected = 2 * 1.96 * np.sqrt(rate * (1 - rate) / 2000)
+    assert found["rows_high"] - found["rows_low"] == pytest.approx(expected, rel=0.1)
+
+
+def test_a_ratio_to_nothing_is_left_out_and_equal_models_are_one():
+    nothing = correct(0.0)
+    assert "ratio" not in against(correct(0.5), nothing)
+    same = against(correct(0.5, 0.6), correct(0.5, 0.6))["ratio"]
+    assert (same["value"], same["low"], same["high"]) == (1, 1, 1)

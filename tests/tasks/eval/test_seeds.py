@@ -1,0 +1,108 @@
+"""Seeds of a set in the store: keyed by what made them, the first chooses the rate, figures with intervals come out."""
+
+import numpy as np
+import pytest
+import torch
+
+from storage.errors import FatalError
+from tasks.eval import seeds as module
+from tasks.eval.datasets.files import Place
+from tasks.eval.datasets.pairs import load_pairs
+from tasks.eval.protocol import Protocol
+from tasks.eval.seeds import compare, missing_seeds, protocol_key, score_seed, set_scores, trial_of
+from tasks.release.results import standings
+from tests.harness.eval_sets import write_pairs
+from tests.harness.tiny import make_teacher
+
+KEY, OTHER = "c" * 64, "d" * 64
+PROTOCOL = Protocol(
+    name="tiny",
+    tuning={"lr": (1e-3, 1e-2), "epochs": 1, "batch_rows": 16, "max_tokens": 32},
+    sets={"xnli": {"path": "."}},
+)
+
+
+@pytest.fixture(scope="module")
+def xnli(tmp_path_factory):
+    return load_pairs("xnli", Place(str(write_pairs(tmp_path_factory.mktemp("xnli"), train=40, test=20))))
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Fine-tuning that only notes what it is asked for: (folder, seed, rates)."""
+    asked = []
+
+    def tune(folder, data, craft, tuning, seed, rates, device):
+        asked.append((folder, seed, rates))
+        wrong = 2 + seed + (3 if folder == "student" else 0)
+        gold = [row.label for row in data.test]
+        said = [(label + (row < wrong)) % 3 for row, label in enumerate(gold)]
+        return {
+            "accuracy": float(np.mean(np.array(gold) == said)),
+            "macro_f1": 0.5,
+            "predictions": {"gold": " ".join(map(str, gold)), "predicted": " ".join(map(str, said))},
+            "choice": {"lr": 1e-2, "validation": 0.7, "epochs": 1.0, "grid": {"0.001": 0.6, "0.01": 0.7}},
+        }
+
+    monkeypatch.setattr(module, "finetune", tune)
+    return asked
+
+
+def test_the_first_seed_chooses_the_rate_and_only_what_is_missing_is_computed(store, xnli, given):
+    with pytest.raises(FatalError, match="seed 0 comes first"):
+        score_seed(store, KEY, "m", xnli, PROTOCOL, 1)
+    for seed in (0, 2, 0, 1, 2):
+        score_seed(store, KEY, "m", xnli, PROTOCOL, seed)
+    assert given == [("m", 0, (1e-3, 1e-2)), ("m", 2, (1e-2,)), ("m", 1, (1e-2,))]
+    assert missing_seeds(store, KEY, xnli, PROTOCOL) == []
+    assert missing_seeds(store, OTHER, xnli, PROTOCOL) == [0, 1, 2]
+    score_seed(store, KEY, "m", xnli, PROTOCOL, 2, force=True)
+    assert given[3:] == [("m", 2, (1e-2,))]
+
+
+def test_the_key_follows_model_tuning_content_and_seed(xnli, tmp_path):
+    other_set = load_pairs("xnli", Place(str(write_pairs(tmp_path, train=40, test=20, seed=5))))
+    longer = PROTOCOL.model_copy(update={"tuning": PROTOCOL.tuning.model_copy(update={"epochs": 2})})
+    trials = [
+        trial_of(KEY, xnli, PROTOCOL, 0),
+        trial_of(OTHER, xnli, PROTOCOL, 0),
+        trial_of(KEY, other_set, PROTOCOL, 0),
+        trial_of(KEY, xnli, longer, 0),
+        trial_of(KEY, xnli, PROTOCOL, 1),
+    ]
+    assert len({trial.ref.key for trial in trials}) == 5
+    # A seed more, or another set in the protocol, changes no key.
+    wider = PROTOCOL.model_copy(update={"seeds": (0, 1, 2, 3), "name": "wider"})
+    assert trial_of(KEY, xnli, wider, 0).ref == trials[0].ref
+    # For a comparison all seeds count.
+    assert len({protocol_key(xnli, one) for one in (PROTOCOL, longer, wider)}) == 3
+    assert protocol_key(xnli, PROTOCOL) != protocol_key(other_set, PROTOCOL)
+
+
+def test_a_set_has_intervals_and_a_standing(store, xnli, given):
+    for key, folder in ((KEY, "student"), (OTHER, "teacher")):
+        for seed in PROTOCOL.seeds:
+            score_seed(store, key, folder, xnli, PROTOCOL, seed)
+    found = set_scores(store, KEY, xnli, PROTOCOL)
+    assert [run["accuracy"] for run in found["runs"].values()] == pytest.approx([0.75, 0.7, 0.65])
+    assert found["summary"]["accuracy"]["mean"] == pytest.approx(0.7)
+    assert found["summary"]["accuracy"]["low"] < 0.65
+    assert (found["metric"], found["lr"]) == ("accuracy", 1e-2)
+    assert "predictions" not in str(found)
+    (standing,) = standings({"xnli": found})
+    assert (standing.set_name, standing.metric) == ("xnli", "accuracy")
+    assert standing.values == pytest.approx((0.75, 0.7, 0.65))
+    against = compare(store, KEY, OTHER, xnli, PROTOCOL)
+    assert against["ratio"]["value"] == pytest.approx(0.7 / 0.85)
+    assert against["difference"]["rows_high"] <= 0
+
+
+def test_for_real(store, xnli, tmp_path):
+    """A tiny model: the second seed trains with the rate that the first chose, and the store has both."""
+    torch.set_num_threads(1)
+    make_teacher(tmp_path / "model", "modernbert", layers=1)
+    runs = [score_seed(store, KEY, tmp_path / "model", xnli, PROTOCOL, seed, device="cpu") for seed in PROTOCOL.seeds]
+    assert len(runs[0]["choice"]["grid"]) == 2
+    assert {run["choice"]["lr"] for run in runs} == {runs[0]["choice"]["lr"]}
+    assert len(runs[1]["choice"]["grid"]) == 1
+    assert set_scores(store, KEY, xnli, PROTOCOL)["summary"]["accuracy"]["seeds"] == 3

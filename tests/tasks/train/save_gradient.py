@@ -1,0 +1,53 @@
+"""The gradient of one step over all ranks, saved by rank 0: what test_step.py compares between one rank and two.
+
+torchrun --nproc-per-node 2 -m tests.tasks.train.save_gradient STORE TEACHER PARTS.json OUT.safetensors
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from storage.store import Store
+from tasks.loader.batch import Masking, make_batch
+from tasks.loader.dataset import Corpus
+from tasks.models.student import make_student
+from tasks.models.teacher import load_teacher
+from tasks.recipe.config import Loss, Mask, Teacher
+from tasks.recipe.run_spec import Part
+from tasks.train.__main__ import leave
+from tasks.train.step import Distiller, World, gradient_step, sum_counts
+from tasks.train.teacher_signal import Online
+
+ROWS = 8
+
+
+def main(store: str, teacher_folder: str, parts_file: str, out: str) -> int:
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size())
+    parts = tuple(Part(**values) for values in json.loads(Path(parts_file).read_text()))
+    teacher = load_teacher(Teacher(model=teacher_folder), "cpu")
+    student = make_student(teacher.model, teacher.vocabulary, layers=2)
+    # Rank 0 takes full blocks and rank 1 the padded tails, so their counts differ.
+    rows = np.array([*range(ROWS // 2), *(parts[0].rows - 1 - n for n in range(ROWS // 2))])
+    own = np.array_split(rows, world.ranks)[world.rank]
+    masking = Masking(teacher.vocabulary, Mask(), every_position=False)
+    nobody = np.zeros(len(own), np.int64)
+    batch = make_batch(Corpus(Store(store), parts, cached=False), masking, nobody, own, nobody)
+    distiller = DistributedDataParallel(Distiller(student, Loss(), compile_encoder=False))
+    gradient_step(distiller, Online(teacher, Loss()), [batch], sum_counts([batch], False, world), world, None)
+    if world.rank == 0:
+        save_file({name: p.grad for name, p in student.named_parameters() if p.grad is not None}, out)
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert "WORLD_SIZE" in os.environ, "start it with torchrun"
+    leave(lambda: main(*sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""The memory of a train step at the size of camembert-base, traced with fake tensors: shapes without numbers.
+
+What the loss takes on top of the encoder must not grow with rows x vocabulary beyond one chunk (here that of a CPU,
+256 rows).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CamembertConfig, CamembertForMaskedLM
+
+from tasks.loader.batch import Batch
+from tasks.models.forward import decoder_of, head_features
+from tasks.recipe.config import Loss
+from tasks.train.loss import Counts, Weights, decoder_logits, fused_loss
+from tasks.train.step import Distiller
+from tasks.train.teacher_signal import Told
+from tests.harness.live_tensors import LiveTensors
+
+VOCABULARY, WIDTH, LENGTH = 32_005, 768, 512
+CHUNK = 256
+"""Rows of a chunk on a CPU."""
+TOGETHER = 7
+"""Tensors [chunk, V] that may be alive together: logits, log-probabilities and gradients of student and teacher."""
+FLOAT = 4
+
+
+@pytest.fixture(autouse=True)
+def fake() -> Iterator[None]:
+    """Every tensor of a test is fake: 16,384 rows take no memory and no time."""
+    with FakeTensorMode():
+        yield
+
+
+def camembert(vocabulary: int) -> Any:
+    """A student of six layers, without numbers."""
+    config = CamembertConfig(
+        vocab_size=vocabulary,
+        num_hidden_layers=6,
+        max_position_embeddings=LENGTH + 2,
+        type_vocab_size=1,
+        pad_token_id=1,
+    )
+    return CamembertForMaskedLM(config)
+
+
+def batch_of(blocks: int) -> Batch:
+    """All positions of full blocks carry loss."""
+    ids = torch.empty(blocks, LENGTH, dtype=torch.int64)
+    valid = torch.empty(blocks, LENGTH, dtype=torch.bool)
+    tokens = blocks * LENGTH
+    return Batch(ids, None, None, valid, ids.clone(), None, tokens, tokens, tokens)
+
+
+def trace(blocks: int, vocabulary: int) -> LiveTensors:
+    """Forward, loss and backward of one micro-batch, with hidden states of the teacher as a cache gives them."""
+    student, batch = camembert(vocabulary), batch_of(blocks)
+    distiller = Distiller(student, Loss(), compile_encoder=False)
+    hidden_ND = torch.empty(batch.rows, WIDTH)
+    with LiveTensors() as live:
+        with torch.no_grad():
+            told = Told(decoder_logits(head_features(student, hidden_ND), *decoder_of(student)), hidden_ND)
+        losses = distiller(batch, told, Counts(float(batch.rows), float(batch.masked)))
+        losses.total.backward()
+    return live
+
+
+@pytest.mark.slow
+def test_the_step_does_not_grow_with_rows_times_vocabulary() -> None:
+    """What a full vocabulary costs over one of eight tokens is the same for 16 k rows as for 4 k rows."""
+    peaks = {(blocks, size): trace(blocks, size).peak for blocks in (8, 32) for size in (8, VOCABULARY)}
+    few, many = (peaks[blocks, VOCABULARY] - peaks[blocks, 8] for blocks in (8, 32))
+    one_chunk = CHUNK * VOCABULARY * FLOAT
+    whole = 32 * LENGTH * VOCABULARY * FLOAT
+    decoder = VOCABULARY * WIDTH * FLOAT
+    print(
+        f"\n16,384 rows cost {many / 1e6:,.0f} MB, 4,096 rows {few / 1e6:,.0f} MB; one [N, V] is {whole / 1e6:,.0f} MB"
+    )
+    assert many < TOGETHER * one_chunk + 3 * decoder < whole
+    assert many - few < 0.05 * one_chunk
+
+
+@pytest.mark.parametrize("rows", [4096, 16_384])
+def test_only_a_few_chunks_of_logits_are_alive_together(rows: int) -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape).requires_grad_()
+
+    features, weight, bias, hidden = empty(rows, WIDTH), empty(VOCABULARY, WIDTH), empty(VOCABULARY), empty(rows, WIDTH)
+    with LiveTensors() as live:
+        losses = fused_loss(
+            features,
+            weight,
+            bias,
+            torch.empty(rows, dtype=torch.int64),
+            weights=Weights(0.5, 0.3, 0.2),
+            temperature=2.0,
+            counts=Counts(rows, rows),
+            teacher_logits=decoder_logits(features.detach(), weight.detach(), bias.detach()),
+            student_hidden_ND=hidden,
+            teacher_hidden_ND=hidden.detach(),
+        )
+        losses.total.backward()
+    print(f"\n{live.most((CHUNK, VOCABULARY))} of [{CHUNK}, {VOCABULARY}] at once")
+    assert 2 <= live.most((CHUNK, VOCABULARY)) <= TOGETHER
+    assert live.most((rows, VOCABULARY)) == 0

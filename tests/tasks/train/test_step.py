@@ -1,0 +1,119 @@
+"""One optimizer step: the gradient does not depend on how the step is split."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage.store import Store
+from tasks.loader.batch import Batch, Masking, make_batch, stretches
+from tasks.loader.dataset import Corpus
+from tasks.models.student import make_student
+from tasks.models.teacher import TeacherModel, load_teacher
+from tasks.recipe.config import Loss, Mask, Teacher
+from tasks.recipe.run_spec import Part
+from tasks.train.step import Distiller, Sums, World, gradient_step, sum_counts
+from tasks.train.teacher_signal import Online
+from tests.harness.tiny import make_parts, make_teacher
+
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, TeacherModel, tuple[Part, ...]]:
+    folder = tmp_path_factory.mktemp("step")
+    make_teacher(folder / "teacher")
+    store = Store(folder / "store")
+    parts = make_parts(store, folder / "teacher")
+    return store, load_teacher(Teacher(model=str(folder / "teacher")), "cpu"), parts
+
+
+def batches_of(world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int, every_position: bool) -> list[Batch]:
+    store, teacher, parts = world
+    # The last row of each part is padded, so splits hold unequal numbers of positions.
+    part = np.array([0, 1] * (ROWS // 2))
+    row = np.array([parts[p].rows - 1 - i // 2 for i, p in enumerate(part)])
+    masking = Masking(teacher.vocabulary, Mask(), every_position)
+    corpus = Corpus(store, parts, cached=False)
+    return [
+        make_batch(corpus, masking, part[chosen], row[chosen], np.zeros(len(chosen), np.int64))
+        for chosen in np.array_split(np.arange(ROWS), pieces)
+    ]
+
+
+def gradient(
+    world: tuple[Store, TeacherModel, tuple[Part, ...]], batches: list[Batch], loss: Loss
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _, teacher, _ = world
+    student = make_student(teacher.model, teacher.vocabulary, layers=2)
+    distiller = Distiller(student, loss, compile_encoder=False)
+    sums = sum_counts(batches, False, World())
+    parts = gradient_step(distiller, Online(teacher, loss), batches, sums, World(), None)
+    return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), parts
+
+
+@pytest.mark.parametrize("every_position", [False, True])
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_splitting_a_step_does_not_change_the_gradient(
+    world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int, every_position: bool
+) -> None:
+    whole, loss_whole = gradient(world, batches_of(world, 1, every_position), Loss())
+    split, loss_split = gradient(world, batches_of(world, pieces, every_position), Loss())
+    assert (whole - split).norm() / whole.norm() <= 1e-6
+    torch.testing.assert_close(loss_split, loss_whole, rtol=1e-5, atol=1e-6)
+
+
+def test_two_gloo_ranks_give_the_gradient_of_one(
+    world: tuple[Store, TeacherModel, tuple[Part, ...]], tmp_path: Path, repo: Path
+) -> None:
+    store, teacher, parts = world
+    (tmp_path / "parts.json").write_text(json.dumps([part.model_dump() for part in parts]))
+    gradients = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.safetensors"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        arguments = [store.root, teacher.settings.model, str(tmp_path / "parts.json"), str(out)]
+        environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [*torchrun, "-m", "tests.tasks.train.save_gradient", *arguments],
+            check=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=240,
+        )
+        gradients.append(torch.cat([value.flatten() for _, value in sorted(load_file(out).items())]))
+    one, two = gradients
+    assert (one - two).norm() / one.norm() <= 1e-6
+
+
+def test_counts_are_of_the_whole_step(world: tuple[Store, TeacherModel, tuple[Part, ...]]) -> None:
+    one, four = batches_of(world, 1, False), batches_of(world, 4, False)
+    expected = sum_counts(one, False, World())
+    assert sum_counts(four, False, World()) == expected
+    assert expected == Sums(int(one[0].valid.sum()), int((one[0].labels != -100).sum()), one[0].tokens, False)
+
+
+def test_all_positions_carry_loss_only_where_attended(
+    world: tuple[Store, TeacherModel, tuple[Part, ...]],
+) -> None:
+    (batch,) = batches_of(world, 1, True)
+    assert batch.positions is None
+    assert batch.attention_mask is not None
+    assert torch.equal(batch.valid, batch.attention_mask)
+    assert batch.rows == batch.tokens > batch.masked > 0
+
+
+@pytest.mark.parametrize(("rows", "ranks", "micro"), [(8, 1, 0), (8, 2, 3), (7, 3, 2), (16, 4, 1)])
+def test_ranks_and_micro_batches_take_every_row_once(rows: int, ranks: int, micro: int) -> None:
+    steps = 3
+    plans = [list(stretches(1, 1 + steps, rows, micro, rank, ranks)) for rank in range(ranks)]
+    for step in range(steps):
+        taken = [row for plan in plans for span in plan[step] for row in span]
+        assert sorted(taken) == list(range((1 + step) * rows, (2 + step) * rows))
+    assert all(len(span) <= (micro or rows) for plan in plans for spans in plan for span in spans)

@@ -1,0 +1,394 @@
+"""The trainer as a process: it ends with the same bits however often it is killed, and never on bad numbers."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
+
+from storage.artifact import Ref
+from storage.errors import FatalError
+from storage.store import Store
+from tasks.loader.batch import Masking, make_batch
+from tasks.loader.dataset import Corpus
+from tasks.models.files import fingerprint_of
+from tasks.recipe.config import Loss, Recipe, Train
+from tasks.recipe.load import make_recipe
+from tasks.recipe.run_spec import RunSpec, make_run, write_run
+from tasks.tokens.vocabulary import load_vocabulary
+from tasks.train.__main__ import main
+from tasks.train.checkpoint import Progress, load_checkpoint, save_checkpoint, steps_kept
+from tasks.train.flops import training_work
+from tasks.train.metrics import read_metrics
+from tasks.train.process import StopSignal
+from tasks.train.setup import build
+from tasks.train.step import World
+from tasks.train.trainer import make_meter
+from tasks.train.trainer import train as run_training
+from tests.harness.tiny import make_parts, make_teacher
+from tests.tasks.train import recording_trainer as noted
+
+REPO = Path(__file__).resolve().parents[3]
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher and a store of blocks."""
+    folder = tmp_path_factory.mktemp("train")
+    make_teacher(folder / "teacher")
+    make_parts(Store(folder / "store"), folder / "teacher", shards=3)
+    return folder
+
+
+def recipe_of(place: Path, home: Path, **train: object) -> Recipe:
+    values = {
+        "name": "tiny",
+        "home": str(home),
+        "store": str(home / "store"),
+        "corpus": {"url": "unused"},
+        "teacher": {"model": str(place / "teacher")},
+        "blocks": {"length": 32},
+        "targets": {"source": "online"},
+        "student": {"layers": 2, "dropout": 0.1},
+        "train": {
+            "batch_rows": 6,
+            "max_steps": STEPS,
+            "lr": 1e-3,
+            "checkpoint_steps": 4,
+            "validate_steps": 10,
+            "validate_rows": 8,
+            "log_steps": 1,
+            "threads": 1,
+            "device": "cpu",
+        }
+        | train,
+    }
+    return make_recipe(values, "test")
+
+
+def run_of(place: Path, home: Path, **train: object) -> RunSpec:
+    """A run over copies of the prepared blocks, in a home of its own."""
+    recipe = recipe_of(place, home, **train)
+    parts = make_parts(Store(recipe.store), place / "teacher", shards=3)
+    return make_run(
+        recipe,
+        manifest=parts[:2],
+        heldout=parts[2:],
+        teacher_fingerprint=fingerprint_of(recipe.teacher),
+        start="",
+        counts="",
+    )
+
+
+def start(run: RunSpec, ranks: int = 1, trainer: str = "tasks.train") -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", trainer, str(write_run(run))]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=run.folder)
+
+
+def finish(run: RunSpec, ranks: int = 1, trainer: str = "tasks.train") -> dict[str, torch.Tensor]:
+    process = start(run, ranks, trainer)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return weights_of(run)
+
+
+def weights_of(run: RunSpec) -> dict[str, torch.Tensor]:
+    store = Store(run.store)
+    return load_file(store.check(store.receipt(run.model_ref)) / "model.safetensors")
+
+
+def wait_for_step(run: RunSpec, process: subprocess.Popen[str], step: int) -> None:
+    """Returns when metrics.jsonl has reached a step, or the process has ended."""
+    path = Path(run.folder) / "metrics.jsonl"
+    while process.poll() is None:
+        lines = read_metrics(path)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, dict[str, torch.Tensor]]:
+    run = run_of(place, tmp_path_factory.mktemp("undisturbed"))
+    return run, finish(run)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_learns_and_leaves_model_metrics_and_result(
+    undisturbed: tuple[RunSpec, dict[str, torch.Tensor]],
+) -> None:
+    run, _ = undisturbed
+    lines = read_metrics(Path(run.folder) / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == STEPS
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [10, 20, 30]
+    result = json.loads((Path(run.folder) / "result.json").read_text())
+    assert Ref(**result["model"]) == run.model_ref
+    store = Store(run.store)
+    kept = steps_kept(store, run)
+    assert kept[-1] == STEPS
+    looks = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
+    assert min(looks, key=lambda step: looks[step]) in kept, "the best is kept, whatever checkpoint_steps is"
+
+
+def test_bfloat16_on_a_cpu_is_a_run_of_its_own_that_stays_near_float32(
+    undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], place: Path, tmp_path: Path
+) -> None:
+    run = run_of(place, tmp_path, dtype="bfloat16")
+    assert run.run_key != undisturbed[0].run_key
+    weights = finish(run)
+    losses, exact = (
+        np.array([line["loss"] for line in read_metrics(Path(each.folder) / "metrics.jsonl") if "loss" in line])
+        for each in (run, undisturbed[0])
+    )
+    assert not np.array_equal(losses, exact)
+    np.testing.assert_allclose(losses, exact, rtol=0.02)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+
+
+def test_a_model_that_is_there_gets_its_result_written_again(
+    undisturbed: tuple[RunSpec, dict[str, torch.Tensor]],
+) -> None:
+    run, _ = undisturbed
+    path = Path(run.folder) / "result.json"
+    before = path.read_bytes()
+    path.unlink()
+    assert run_training(run, World(), StopSignal())
+    assert path.read_bytes() == before
+
+
+def kill_and_resume(place: Path, home: Path, at_steps: list[int]) -> RunSpec:
+    run = run_of(place, home)
+    for step in at_steps:
+        process = start(run)
+        wait_for_step(run, process, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(run)
+    return run
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(
+    place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    run = kill_and_resume(place, tmp_path, [3, 17])
+    assert same(weights_of(run), undisturbed[1])
+    steps = [line["step"] for line in read_metrics(Path(run.folder) / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_no_bit(
+    place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    moments = sorted(random.Random(7).sample(range(1, STEPS), 10))
+    assert same(weights_of(kill_and_resume(place, tmp_path, moments)), undisturbed[1])
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_with_143(place: Path, tmp_path: Path) -> None:
+    run = run_of(place, tmp_path, checkpoint_steps=1000, validate_steps=0)
+    process = start(run)
+    wait_for_step(run, process, 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    (step,) = steps_kept(Store(run.store), run)
+    assert 5 <= step < STEPS
+
+
+def logits(run: RunSpec) -> torch.Tensor:
+    """What the finished model says of a few rows of tokens."""
+    store = Store(run.store)
+    model = AutoModelForMaskedLM.from_pretrained(store.local(store.receipt(run.model_ref))).eval()
+    input_ids = torch.arange(4 * 16).view(4, 16) % model.config.vocab_size
+    with torch.no_grad():
+        return model(input_ids=input_ids).logits
+
+
+def test_two_ranks_end_like_one(
+    place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Without dropout, at the default learning rate; the loss parts too, since counts are of all ranks.
+
+    Key biases are left out: softmax does not see them, so their gradient is rounding, which AdamW turns into steps of
+    full size. How far they go depends on the processor; that both models say the same shows that it does not matter.
+    """
+    values = {"max_steps": 50, "batch_rows": 6, "lr": 5e-4}
+    one, two = run_of(place, tmp_path / "one", **values), run_of(place, tmp_path / "two", **values)
+    runs = [run.model_copy(update={"student": run.student.model_copy(update={"dropout": 0.0})}) for run in (one, two)]
+    first, second = finish(runs[0]), finish(runs[1], ranks=2)
+    for name in first:
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(runs[0]), logits(runs[1]), rtol=0, atol=1e-4)
+    curves = [read_metrics(Path(run.folder) / "metrics.jsonl") for run in runs]
+    assert curves[0][-2]["loss"] == pytest.approx(curves[1][-2]["loss"], rel=1e-4)
+
+
+def test_two_ranks_killed_and_resumed_on_one_see_every_block_once(place: Path, tmp_path: Path) -> None:
+    run = run_of(place, tmp_path, max_steps=0, epochs=1.0, batch_rows=6, checkpoint_steps=5)
+    process = start(run, ranks=2, trainer="tests.tasks.train.recording_trainer")
+    wait_for_step(run, process, 13)
+    for rank in psutil.Process(process.pid).children(recursive=True):
+        rank.kill()
+    process.kill()
+    process.communicate()
+    notes = Path(run.folder) / noted.FILE
+    first = [json.loads(line) for line in notes.read_text().splitlines() if line.endswith("}")]
+    notes.unlink()
+    finish(run, ranks=1, trainer="tests.tasks.train.recording_trainer")
+    second = [json.loads(line) for line in notes.read_text().splitlines()]
+
+    resumed = second[0]["step"] - 1
+    assert resumed >= 10
+    assert {line["rank"] for line in first} == {0, 1}
+    kept = [*(line for line in first if line["step"] <= resumed), *second]
+    seen = [row for line in sorted(kept, key=lambda line: (line["step"], line["rank"])) for row in line["rows"]]
+    assert len(seen) == run.total_steps * 6
+    masking = Masking(load_vocabulary(run.teacher.model), run.mask, every_position=False)
+    corpus = Corpus(Store(run.store), run.manifest, cached=False)
+    wanted = []
+    for number, part in enumerate(run.manifest):
+        rows = np.arange(part.rows)
+        batch = make_batch(corpus, masking, np.full_like(rows, number), rows, np.zeros_like(rows))
+        wanted += noted.row_names(batch.input_ids)
+    assert sorted(seen[: run.rows]) == sorted(wanted)
+    assert len(set(wanted)) == run.rows
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_finds(place: Path, tmp_path: Path) -> None:
+    run = run_of(place, tmp_path, batch_rows=6, checkpoint_steps=5, validate_steps=0)
+    process = start(run)
+    wait_for_step(run, process, 13)
+    process.kill()
+    process.communicate()
+    newest = steps_kept(Store(run.store), run)[-1]
+    finish(run, ranks=2, trainer="tests.tasks.train.lagging_trainer")
+    notes = [json.loads(line) for line in (Path(run.folder) / noted.FILE).read_text().splitlines()]
+    for rank in (0, 1):
+        assert [line["step"] for line in notes if line["rank"] == rank] == list(range(newest + 1, STEPS + 1))
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_checkpoint(
+    place: Path, tmp_path: Path
+) -> None:
+    run = run_of(place, tmp_path, lr=1.0, clip=0.0, warmup=0.0, batch_rows=2, max_steps=2000, checkpoint_steps=1)
+    run = run.model_copy(update={"loss": Loss(temperature=1e-40)})  # no float32 holds a logit divided by it
+    process = start(run)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "not finite at step" in errors
+    assert "Traceback" not in errors
+    store = Store(run.store)
+    assert not store.has(run.model_ref)
+    for step in steps_kept(store, run):
+        folder = store.check(store.receipt(Ref("checkpoint", f"{run.run_key}-{step:09d}", "x")))
+        assert all(torch.isfinite(value).all() for value in load_file(folder / "model.safetensors").values())
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    run = run_of(place, tmp_path)
+    process = start(run)
+    wait_for_step(run, process, 13)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    store = Store(run.store)
+    newest = steps_kept(store, run)[-1]
+    path = store.local(store.receipt(Ref("checkpoint", f"{run.run_key}-{newest:09d}", "x"))) / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert same(finish(run), undisturbed[1])
+
+
+def test_what_moves_a_run_to_another_machine_is_not_in_its_key(place: Path, tmp_path: Path) -> None:
+    base = run_of(place, tmp_path)
+    for moved in ({"micro_rows": 2}, {"ranks": 2}, {"log_steps": 7}, {"threads": 2}, {"device": "auto"}):
+        assert run_of(place, tmp_path, **moved).run_key == base.run_key
+    for changed in ({"lr": 2e-3}, {"seed": 1}, {"batch_rows": 5}, {"max_steps": 31}):
+        assert run_of(place, tmp_path, **changed).run_key != base.run_key
+
+
+def test_train_imports_neither_prefect_nor_mlflow() -> None:
+    code = "import tasks.train, sys; print(sorted({'prefect', 'mlflow', 'datasets'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO, timeout=120
+    )
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("total", [1, 10, 100])
+def test_schedules_start_low_and_end_near_zero(total: int) -> None:
+    from tasks.train.optimizer import lr_factor
+
+    for train in (Train(schedule="linear"), Train(schedule="wsd")):
+        factors = [lr_factor(step, total, train) for step in range(total)]
+        assert all(0 < factor <= 1 for factor in factors)
+        assert max(factors) == 1
+        assert factors[-1] <= max(1 / max(1, total * 0.2), 1 / total) + 1e-9
+
+
+def test_a_full_gpu_is_one_sentence_that_names_the_setting(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore of it")
+
+    monkeypatch.setattr("tasks.train.trainer.gradient_step", full)
+    run = run_of(place, tmp_path, micro_rows=3)
+    assert main([str(write_run(run))]) == 1
+    said = capsys.readouterr().err
+    assert "full with 3 blocks of 32 tokens in one forward; lower train.micro_rows" in said
+    assert "More of it" not in said
+
+
+def test_on_a_gpu_lines_tell_the_utilisation(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, cpu = run_of(place, tmp_path), torch.device("cpu")
+    built = build(run, Store(run.store), cpu)
+    monkeypatch.setattr("tasks.train.trainer.matrix_rate", lambda device: 1e12)
+    meter = make_meter(run, built, torch.device("cuda"), World(0, 2))
+    online = built.supervision.teacher.model  # type: ignore[attr-defined]
+    assert meter.work == training_work(built.student, run.blocks.length, run.loss, online, online=True)
+    assert meter.rate == 2e12
+    assert make_meter(run, built, cpu, World()).work is None
+
+
+def test_checkpoints_that_cannot_be_read_now_are_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = run_of(place, tmp_path), Store(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
+    student = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(student.parameters())
+    for step in (4, 8):
+        save_checkpoint(store, run, student, optimizer, Progress(step=step))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    elsewhere = Store(store.root, cache=tmp_path / "full")
+    monkeypatch.setattr("storage.store.download", full)
+    with pytest.raises(FatalError, match="full"):
+        load_checkpoint(elsewhere, run, student, optimizer)
+    assert steps_kept(store, run) == [4, 8]
+    monkeypatch.undo()
+    assert load_checkpoint(elsewhere, run, student, optimizer).step == 8
