@@ -132,7 +132,7 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Hash every file of the store again, withdraw what is not whole, and name what the recipe lacks."""
     loaded = _recipe(recipe, overrides)
     from flows import inventory
-    from flows.home import TYPED, open_store
+    from flows.home import TYPED_COMMAND, open_store
     from flows.views import status as view
     from storage.maintenance import verify as check
 
@@ -154,8 +154,8 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
         print(f"{unread} could not be read and are left as they are; give access, or mend the disk, and verify again")
     if withdrawn or lacking:
         raise DistilError(
-            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil retry {os.environ[TYPED]}` makes them "
-            "again"
+            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; "
+            f"`distil retry {os.environ[TYPED_COMMAND]}` makes them again"
         )
     if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
         raise DistilError(f"{stuck} damaged, but could not be withdrawn; verify again with the right to write")
@@ -189,7 +189,7 @@ def gc(
     if len({recipe.store for recipe in loaded}) > 1:
         raise DistilError("these recipes keep their artifacts in different stores; call gc once for each store")
     store = open_store(loaded[0])
-    doomed = sweep(store, inventory.kept(store, loaded), delete=delete)
+    doomed = sweep(store, inventory.artifacts_to_keep(store, loaded), delete=delete)
     for path in doomed:
         print(path)
     print(f"{len(doomed)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)
@@ -213,7 +213,7 @@ def deploy(
     find_server(loaded[0].home)
     from flows.services import deploy as deployment
 
-    deployment.show(deployment.deploy(loaded, deployment.Pool(pool, pool_type, image), notify))
+    deployment.show(deployment.deploy(loaded, deployment.WorkPool(pool, pool_type, image), notify))
 
 
 @app.command(
@@ -320,13 +320,13 @@ def _run(recipe: "Recipe") -> None:
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
     """The recipe, and the environment that Prefect, MLflow and transformers look at when they are imported."""
-    from flows.home import TYPED, set_environment
+    from flows.home import TYPED_COMMAND, set_environment
     from flows.services.servers import join_up
     from tasks.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())
     set_environment(recipe.home)
-    os.environ[TYPED] = shlex.join([os.path.relpath(path) if path == DEMO else str(path), *(overrides or ())])
+    os.environ[TYPED_COMMAND] = shlex.join([os.path.relpath(path) if path == DEMO else str(path), *(overrides or ())])
     if not os.environ.get("PREFECT_API_URL"):
         join_up(recipe.home)  # also for what asks MLflow without a flow, as a warm start does
     return recipe

@@ -18,32 +18,32 @@ from prefect import State, get_run_logger, runtime
 from prefect.states import Completed
 
 from flows.home import link_model, open_store
-from flows.inventory import plan
-from flows.pipeline.bind import bound_flow, run_one
-from flows.pipeline.finished import all_done, remember, show_done
-from flows.pipeline.preparation import Prepared, failed_state, prepare_corpus, unexplained
-from flows.pipeline.remote_text import make_text_elsewhere
-from flows.pipeline.trainer_process import Line, launch
-from flows.release.card import Result, describe
+from flows.inventory import planned_training
+from flows.pipeline.finished import all_done, remember_done, show_done
+from flows.pipeline.preparation import Prepared, failed_state, prepare_corpus, silently_missing
+from flows.pipeline.remote_text import prepare_text_remotely
+from flows.pipeline.task_policy import bound_flow, run_one
+from flows.pipeline.trainer_process import Line, launch_trainer
+from flows.release.card import TrainedModel, publish_card
 from flows.release.champion import score_champion
-from flows.release.gate import Judgement, gate, gate_rows
-from flows.release.standings import record_standings
-from flows.scoring.candidates import Candidate, Judged, control_of, protocol_of
+from flows.release.gate import GateDecision, decide_in_flow, gate_rows
+from flows.release.version_results import record_results
 from flows.scoring.compute import failure_sentence, score_models
+from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels, control_of, protocol_of
 from flows.scoring.record import record_scores
 from flows.tracking.registry import Version
-from flows.tracking.runs import Book, open_book
-from flows.views.artifacts import publish_failures, publish_sheet
-from flows.views.summary import Course, sections
+from flows.tracking.runs import MlflowRuns, open_mlflow_runs
+from flows.views.prefect_artifacts import publish_failures, publish_sheet
+from flows.views.summary import RunSummary, sections
 from flows.views.tables import bar, markdown_sheet, show_sheet
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.models.files import scored_as
+from tasks.models.files import model_content_key
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import placed
+from tasks.recipe.load import with_absolute_paths
 from tasks.recipe.run_spec import METRICS, RunSpec
-from tasks.release.results import protocols, standings
+from tasks.release.results import protocol_keys, set_results
 from tasks.train.metrics import read_metrics
 
 SEND_SECONDS = 5.0
@@ -56,7 +56,7 @@ def run_chain(recipe: Recipe) -> State[Any]:
     Args:
         recipe: Everything that the run needs to know, section by section as in a recipe file.
     """
-    recipe = placed(recipe)
+    recipe = with_absolute_paths(recipe)
     store = open_store(recipe)
     done = all_done(store, recipe)
     if done:
@@ -65,13 +65,13 @@ def run_chain(recipe: Recipe) -> State[Any]:
     protocol_of(recipe)  # a protocol or control that cannot be used is refused before hours of other work
     control_of(recipe)
     start = time.monotonic()
-    make_text_elsewhere(store, recipe)
+    prepare_text_remotely(store, recipe)
     prepared = prepare_corpus(store, recipe, training=True)
     publish_failures(recipe, prepared.failures)
     if prepared.too_many_failed(recipe):
         return failed_state(prepared.failures)
     _refuse_gaps(store, recipe, prepared)
-    course = _student(store, recipe, prepared)
+    course = _train_and_score(store, recipe, prepared)
     _show(store, course, time.monotonic() - start)
     failed = f"; {len(prepared.failures)} failed before it, see the table" if prepared.failures else ""
     return Completed(message=f"{course.mlflow_model}{failed}")
@@ -82,7 +82,7 @@ distill = bound_flow(run_chain, "distill", run_name="{name}")
 
 def _refuse_gaps(store: Store, recipe: Recipe, prepared: Prepared) -> None:
     """FatalError if something is missing that nobody reported: a model must not lack text in silence."""
-    lacking = unexplained(store, prepared)
+    lacking = silently_missing(store, prepared)
     if lacking and recipe.targets.on_missing == "compute":
         first = lacking[0]
         raise FatalError(
@@ -91,26 +91,28 @@ def _refuse_gaps(store: Store, recipe: Recipe, prepared: Prepared) -> None:
         )
 
 
-def _student(store: Store, recipe: Recipe, prepared: Prepared) -> Course:
+def _train_and_score(store: Store, recipe: Recipe, prepared: Prepared) -> RunSummary:
     """Trains, registers and scores, under one MLflow run."""
-    run = plan(store, recipe, prepared.lineage)
-    book = open_book(recipe)
+    run = planned_training(store, recipe, prepared.lineage)
+    book = open_mlflow_runs(recipe)
     parent = _parent_run(book, recipe, run, prepared)
     seconds = {stage.stage: stage.seconds for stage in prepared.stages}
     with book.ending(parent):
         with _timed(seconds, "train"):
             run_one("train", recipe.name, partial(_train, store, book, parent, run), recipe.run)
-        model = Candidate("student", run.model_ref.key, store.check(store.receipt(run.model_ref)))
+        model = EvaluatedModel("student", run.model_ref.key, store.check(store.receipt(run.model_ref)))
         with _timed(seconds, "register"):
             version = run_one("register", recipe.name, partial(_register, book, parent, recipe, model), recipe.run)
         with _timed(seconds, "score"):
-            judged = _judge(store, recipe, model, prepared)
+            judged = _score(store, recipe, model, prepared)
             record_scores(book, parent, run.run_key, judged)
             if judged.failures:
                 raise FatalError(failure_sentence(judged))
     with _timed(seconds, "card and gate"):
-        judgement = _conclude(store, book, parent, Result(recipe, prepared.lineage, run, version, judged.scores))
-    return Course(
+        judgement = _publish_and_gate(
+            store, book, parent, TrainedModel(recipe, prepared.lineage, run, version, judged.scores)
+        )
+    return RunSummary(
         recipe=recipe,
         lineage=prepared.lineage,
         run=run,
@@ -125,23 +127,25 @@ def _student(store: Store, recipe: Recipe, prepared: Prepared) -> Course:
     )
 
 
-def _judge(store: Store, recipe: Recipe, student: Candidate, prepared: Prepared) -> Judged:
+def _score(store: Store, recipe: Recipe, student: EvaluatedModel, prepared: Prepared) -> ScoredModels:
     """Scores of the student and of the recipe's control, beside the teacher."""
     # By its content, as `distil score` names any folder: what is scored here is not scored again there.
-    student = replace(student, key=scored_as(student.folder, trust_remote_code=recipe.teacher.trust_remote_code))
+    student = replace(
+        student, key=model_content_key(student.folder, trust_remote_code=recipe.teacher.trust_remote_code)
+    )
     control = control_of(recipe)
     models = [student, *([control] if control else [])]
     heldout = {model.name: (recipe, prepared.lineage.heldout_blocks) for model in models}
     return score_models(store, recipe, models, heldout)
 
 
-def _conclude(store: Store, book: Book, parent: str, result: Result) -> Judgement:
+def _publish_and_gate(store: Store, book: MlflowRuns, parent: str, result: TrainedModel) -> GateDecision:
     """Standings, card and picture beside the version, then the gate, which may wait for a person: nothing else does."""
     recipe, own = result.recipe, next(iter(result.scores.values()))
-    version = record_standings(book.registry, result.version, standings(own), protocols(own))
-    run_one("card", recipe.name, partial(describe, store, book, parent, result), recipe.run)
+    version = record_results(book.registry, result.version, set_results(own), protocol_keys(own))
+    run_one("card", recipe.name, partial(publish_card, store, book, parent, result), recipe.run)
     score_champion(store, book.registry, result)
-    return gate(recipe, book.registry, version)
+    return decide_in_flow(recipe, book.registry, version)
 
 
 @contextmanager
@@ -151,7 +155,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.monotonic() - start
 
 
-def _parent_run(book: Book, recipe: Recipe, run: RunSpec, prepared: Prepared) -> str:
+def _parent_run(book: MlflowRuns, recipe: Recipe, run: RunSpec, prepared: Prepared) -> str:
     """The MLflow run of this result, with settings, data sets and the way back to Prefect."""
     parent = book.run("chain", run.run_key, recipe.name, settings=recipe.model_dump(mode="json", by_alias=True))
     book.tag(parent, _prefect_tags())
@@ -168,7 +172,7 @@ def _prefect_tags() -> dict[str, str]:
     }
 
 
-def _train(store: Store, book: Book, parent: str, run: RunSpec) -> None:
+def _train(store: Store, book: MlflowRuns, parent: str, run: RunSpec) -> None:
     """Trains unless the model is there, with a bar and the curves on their way to MLflow."""
     child = book.run("train", run.run_key, f"{run.name} train", parent=parent)
     if store.has(run.model_ref):
@@ -177,13 +181,13 @@ def _train(store: Store, book: Book, parent: str, run: RunSpec) -> None:
         book.end(child)
         return
     with book.ending(child), bar("train", run.total_steps) as advance:
-        launch(run, _Follower(book, child, advance).follow)
+        launch_trainer(run, _MetricsFollower(book, child, advance).follow)
 
 
-class _Follower:
+class _MetricsFollower:
     """Takes the lines of metrics.jsonl to the bar at once and to MLflow now and then."""
 
-    def __init__(self, book: Book, run_id: str, advance: Any) -> None:
+    def __init__(self, book: MlflowRuns, run_id: str, advance: Any) -> None:
         self.book, self.run_id, self.advance = book, run_id, advance
         self.last = book.last_steps(run_id)
         self.step = 0
@@ -209,15 +213,15 @@ class _Follower:
                 get_run_logger().warning(error.message)
 
 
-def _register(book: Book, parent: str, recipe: Recipe, model: Candidate) -> Version:
+def _register(book: MlflowRuns, parent: str, recipe: Recipe, model: EvaluatedModel) -> Version:
     sentence = recipe.score.sentences[0] if recipe.score.sentences else "<mask>"
     name, trusted = recipe.register_as.name, recipe.teacher.trust_remote_code
     return book.registry.register(parent, name, model.key, model.folder, sentence, _prefect_tags(), trusted)
 
 
-def _show(store: Store, course: Course, seconds: float) -> None:
+def _show(store: Store, course: RunSummary, seconds: float) -> None:
     """The final table: printed, as an artifact in Prefect, and remembered for a second run with nothing to do."""
     sheet = sections(store, course, seconds)
     show_sheet(course.recipe.name, sheet)
     publish_sheet(markdown_sheet(course.recipe.name, sheet), course.mlflow_url)
-    remember(store, course.recipe, course.run, sheet)
+    remember_done(store, course.recipe, course.run, sheet)

@@ -13,7 +13,7 @@ from storage.disk import writing
 from storage.store import Store
 from tasks.recipe.config import Recipe
 
-TYPED = "DISTIL_RECIPE"
+TYPED_COMMAND = "DISTIL_RECIPE"
 """Environment variable: recipe file and overrides as the user typed them, for the commands that we tell him."""
 
 REGISTERED = "models:/"
@@ -67,20 +67,20 @@ def tracking_uri(recipe: Recipe) -> str:
 def registry_name(recipe: Recipe) -> str:
     """What names a recipe's MLflow for good, without passwords: the server of a `distil up` is the home's database."""
     uri, up = tracking_uri(recipe), _last_up(recipe.home)
-    return _bare(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
+    return _without_userinfo(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
 
 
-def public(uri: str) -> str:
+def without_credentials(uri: str) -> str:
     """A URI without the name and password that it may hold, for tables, tags and links.
 
     Where browsers reach the server of MLFLOW_TRACKING_URI by another address than we do, as between containers, that
     is given as DISTIL_MLFLOW_URL.
     """
     shown = os.environ.get("DISTIL_MLFLOW_URL")
-    return shown if shown and uri == os.environ.get("MLFLOW_TRACKING_URI") else _bare(uri)
+    return shown if shown and uri == os.environ.get("MLFLOW_TRACKING_URI") else _without_userinfo(uri)
 
 
-def _bare(uri: str) -> str:
+def _without_userinfo(uri: str) -> str:
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 

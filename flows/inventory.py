@@ -6,27 +6,27 @@ from dataclasses import dataclass
 from flows.home import REGISTERED
 from storage.artifact import Ref
 from storage.errors import FatalError
-from storage.lease import read_on_lease
+from storage.lease import leased_artifacts
 from storage.store import Store
-from tasks.lineage import Lineage, plan_key, plan_run, trace
+from tasks.lineage import Lineage, plan_training, trace, training_key
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_spec import RunSpec
 from tasks.recipe.run_spec import model_ref as ref_of_model
 
 
-def plan(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
+def planned_training(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
     """The training run of a recipe. FatalError: train.warm_start names no model."""
-    return plan_run(store, with_local_start(recipe), lineage)
+    return plan_training(store, with_local_start(recipe), lineage)
 
 
-def key(recipe: Recipe, lineage: Lineage) -> str:
+def planned_key(recipe: Recipe, lineage: Lineage) -> str:
     """The key of that run where nothing of the lineage is missing. The same error."""
-    return plan_key(with_local_start(recipe), lineage)
+    return training_key(with_local_start(recipe), lineage)
 
 
-def model(recipe: Recipe, lineage: Lineage) -> Ref:
+def planned_model(recipe: Recipe, lineage: Lineage) -> Ref:
     """Names the model that it ends with. The same error."""
-    return ref_of_model(key(recipe, lineage), recipe.name)
+    return ref_of_model(planned_key(recipe, lineage), recipe.name)
 
 
 def with_local_start(recipe: Recipe) -> Recipe:
@@ -59,7 +59,7 @@ def stage_rows(store: Store, recipe: Recipe) -> list[StageRow]:
     unread = tuple(source.label for source, ref in lineage.sources if ref is None)
     rows = [_row(store, stage, refs, unread if stage == "source" else ()) for stage, refs in lineage.stages().items()]
     whole = lineage.shards and all(row.done == row.wanted for row in rows)
-    found = model(recipe, lineage) if whole else None
+    found = planned_model(recipe, lineage) if whole else None
     return [*rows, _row(store, "model", (found,) if found else (), ())]
 
 
@@ -84,17 +84,17 @@ def model_ref(store: Store, recipe: Recipe, lineage: Lineage) -> Ref | None:
     """The model that the recipe ends with, once all that it is made of is there."""
     if not lineage.shards or lineage.lacks(store):
         return None
-    return model(recipe, lineage)
+    return planned_model(recipe, lineage)
 
 
-def kept(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
+def artifacts_to_keep(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
     """What `gc` must keep: all that the recipes want, their samples, every model and score, the checkpoints of
     trainings that have not ended, and what those read that go on, of whatever snapshot."""
-    from tasks.train.checkpoint import owed  # deferred: torch takes seconds to import
+    from tasks.train.checkpoint import unfinished_checkpoints  # deferred: torch takes seconds to import
 
     keep = {(kind, key) for kind in ("model", "scores") for key in store.keys(kind)}
-    keep |= {("checkpoint", key) for key in owed(store)}
-    keep |= read_on_lease(store)
+    keep |= {("checkpoint", key) for key in unfinished_checkpoints(store)}
+    keep |= leased_artifacts(store)
     for recipe in recipes:
         lineage = trace(store, recipe)
         unread = [source.label for source, ref in lineage.sources if ref is None or not store.has(ref)]

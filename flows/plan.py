@@ -20,8 +20,8 @@ from tasks.corpus.snapshot import Source
 from tasks.lineage import check_teacher, trace, vocabulary_of
 from tasks.plan.forecast import Forecast, Prices, at_once, make_forecast
 from tasks.plan.sample import Sample, take_sample
-from tasks.plan.sizes import shape_of, take_stock
-from tasks.plan.timing import look_at_machine, measure
+from tasks.plan.sizes import shape_of, take_inventory
+from tasks.plan.timing import describe_machine, measure
 from tasks.recipe.config import Recipe
 
 TIMED_SECONDS = 10.0
@@ -34,8 +34,8 @@ def forecast_of(recipe: Recipe, *, sample_bytes: int, prices: Prices, training: 
     check_teacher(recipe)
     store = open_store(recipe)
     lineage = trace(store, recipe)
-    stock = take_stock(store, recipe, lineage, model_ref(store, recipe, lineage) if training else None)
-    machine = look_at_machine()
+    stock = take_inventory(store, recipe, lineage, model_ref(store, recipe, lineage) if training else None)
+    machine = describe_machine()
     with TemporaryDirectory(prefix="distil-plan-") as folder:
         scratch = [Store(Path(folder) / str(number)) for number in range(at_once(recipe, machine))]
         sample = _sample(scratch, recipe, [source for source, _ in lineage.sources], sample_bytes)

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from prefect import State
 
 from flows.home import open_store
-from flows.pipeline.bind import bound_flow
-from flows.pipeline.preparation import close, prepare_corpus, prepare_text
+from flows.pipeline.preparation import finish_state, prepare_corpus, prepare_text
+from flows.pipeline.task_policy import bound_flow
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import placed
+from tasks.recipe.load import with_absolute_paths
 
 # ---- flow and failures -------------------------------------------------------------------------------------
 
@@ -25,10 +25,10 @@ def run_prepare(recipe: Recipe, until: Literal["blocks", "targets"] = "targets")
         recipe: Everything that the run needs to know, section by section as in a recipe file.
         until: blocks stops before the teacher is needed, for a machine without a GPU.
     """
-    recipe = placed(recipe)
+    recipe = with_absolute_paths(recipe)
     store = open_store(recipe)
     prepared = prepare_corpus(store, recipe) if until == "targets" else prepare_text(store, recipe)
-    return close(recipe, prepared)
+    return finish_state(recipe, prepared)
 
 
 prepare = bound_flow(run_prepare, "prepare", run_name="{name}")

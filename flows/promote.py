@@ -14,13 +14,13 @@ from typing import Any
 from prefect import State
 from prefect.states import Completed, Failed
 
-from flows.pipeline.bind import bound_flow
-from flows.release.gate import Order, _who, gate, gate_rows, set_rows
+from flows.pipeline.task_policy import bound_flow
+from flows.release.gate import PromotionRequest, _who, decide_in_flow, gate_rows, set_rows
 from flows.tracking.registry import open_registry
 from flows.views.tables import show_sheet
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import placed
+from tasks.recipe.load import with_absolute_paths
 
 # ---- the flow ----------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def run_promote(
     """
     if force and not reason.strip():
         raise FatalError("force needs a reason, which is kept with the version; give --reason")
-    recipe = placed(recipe)
+    recipe = with_absolute_paths(recipe)
     own = recipe.register_as.name
     if model and model != own:
         raise FatalError(
@@ -48,7 +48,7 @@ def run_promote(
         )
     registry = open_registry(recipe)
     candidate = registry.version(own, version)
-    judgement = gate(recipe, registry, candidate, Order(by or _who(), force, reason.strip()))
+    judgement = decide_in_flow(recipe, registry, candidate, PromotionRequest(by or _who(), force, reason.strip()))
     show_sheet(str(candidate), {"Gate": gate_rows(judgement), "Sets": set_rows(judgement.rows)})
     if judgement.is_champion:
         return Completed(message=judgement.sentence)

@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 from prefect import State
 
 from flows.home import open_store
-from flows.pipeline.bind import bound_flow
-from flows.pipeline.preparation import Only, close, plain_label, prepare_corpus, unexplained
+from flows.pipeline.preparation import Selection, finish_state, plain_label, prepare_corpus, silently_missing
+from flows.pipeline.task_policy import bound_flow
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import placed
+from tasks.recipe.load import with_absolute_paths
 
 Stage = Literal["all", "source", "shard", "blocks", "counts", "calibration", "targets"]
 
@@ -32,11 +32,11 @@ def run_retry(recipe: Recipe, stage: Stage = "all", shard: str = "", force: bool
         raise FatalError(f"there is no stage {stage!r}; take one of {', '.join(get_args(Stage))}")
     if force and stage == "all" and not shard:
         raise FatalError("force needs a stage or a shard, so that not everything is made again")
-    recipe = placed(recipe)
+    recipe = with_absolute_paths(recipe)
     # Who asks for a retry wants the targets made, whatever a run does about missing ones.
     recipe = recipe.model_copy(update={"targets": recipe.targets.model_copy(update={"on_missing": "compute"})})
     store = open_store(recipe)
-    only = Only("" if stage == "all" else stage, shard, force)
+    only = Selection("" if stage == "all" else stage, shard, force)
     prepared = prepare_corpus(store, recipe, only)
     if shard and not prepared.stages and not only.named(prepared.lineage):
         raise FatalError(
@@ -44,7 +44,7 @@ def run_retry(recipe: Recipe, stage: Stage = "all", shard: str = "", force: bool
         )
     lacking = [
         ref
-        for ref in unexplained(store, prepared)
+        for ref in silently_missing(store, prepared)
         if only.stage in ("", ref.kind) and shard in ("", ref.label, plain_label(ref.label))
     ]
     if lacking and not prepared.failures:
@@ -53,7 +53,7 @@ def run_retry(recipe: Recipe, stage: Stage = "all", shard: str = "", force: bool
             f"{first.kind} {first.label} is still missing, because something that it is made from is; "
             "run `distil retry` without --stage and --shard"
         )
-    return close(recipe, prepared)
+    return finish_state(recipe, prepared)
 
 
 retry_shard = bound_flow(run_retry, "retry-shard", run_name="{name} {stage} {shard}")

@@ -18,26 +18,34 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, Failed
 
 from flows.home import REGISTERED, open_store
-from flows.pipeline.bind import bound_flow
 from flows.pipeline.preparation import failed_state, prepare_heldout
+from flows.pipeline.task_policy import bound_flow
 from flows.release.card import PICTURE
-from flows.release.standings import record_standings
-from flows.scoring.candidates import TEACHER, Candidate, Judged, _same_tokenizer, find_model, protocol_of, teacher_of
+from flows.release.version_results import record_results
 from flows.scoring.compute import failure_sentence, score_models
-from flows.scoring.finetuned import Pairs
+from flows.scoring.evaluated_models import (
+    TEACHER,
+    EvaluatedModel,
+    ScoredModels,
+    _same_tokenizer,
+    find_model,
+    protocol_of,
+    teacher_of,
+)
+from flows.scoring.finetuned import SeedSelection
 from flows.scoring.record import record_scores
-from flows.tracking.runs import open_book
-from flows.views.artifacts import only_a_view, publish_failures
+from flows.tracking.runs import open_mlflow_runs
 from flows.views.comparison import comparison_table, fill_mask_table, notes
+from flows.views.prefect_artifacts import best_effort, publish_failures
 from flows.views.tables import TextTable, markdown_tables, show_table
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 from tasks.lineage import teacher_key
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import placed
-from tasks.release.figure import picture
-from tasks.release.results import measured_models, protocols, standings
+from tasks.recipe.load import with_absolute_paths
+from tasks.release.figure import render_figure
+from tasks.release.results import protocol_keys, set_results, summarize_models
 
 # ---- the flow ----------------------------------------------------------------------------------------------
 
@@ -58,7 +66,7 @@ def run_score(
         raise FatalError(
             "force needs only, a set or a pair such as `xnli seed 1`, so that not everything is made again"
         )
-    recipe = placed(recipe)
+    recipe = with_absolute_paths(recipe)
     protocol_of(recipe)  # refused before anything is computed
     store = open_store(recipe)
     models = _candidates(recipe, (model, *others))
@@ -70,7 +78,7 @@ def run_score(
         if prepared.too_many_failed(recipe):
             return failed_state(prepared.failures)
         heldout[candidate.name] = (own, prepared.lineage.heldout_blocks)
-    judged = score_models(store, recipe, models, heldout, Pairs(only, force))
+    judged = score_models(store, recipe, models, heldout, SeedSelection(only, force))
     title = ", ".join(candidate.name for candidate in models)
     _show(title, judged)
     record(recipe, models, judged)
@@ -82,9 +90,9 @@ def run_score(
 score = bound_flow(run_score, "score", run_name="{model}")
 
 
-def _candidates(recipe: Recipe, models: Sequence[str]) -> list[Candidate]:
+def _candidates(recipe: Recipe, models: Sequence[str]) -> list[EvaluatedModel]:
     """Every model once, with a short name of its own; the recipe's teacher only where nothing else is scored."""
-    found: dict[str, Candidate] = {}
+    found: dict[str, EvaluatedModel] = {}
     for model in models:
         one = find_model(recipe, model)
         found.setdefault(one.key, replace(one, name=_short_name(model, {other.name for other in found.values()})))
@@ -107,7 +115,7 @@ def _short_name(model: str, taken: set[str]) -> str:
     return unique
 
 
-def _show(title: str, judged: Judged) -> None:
+def _show(title: str, judged: ScoredModels) -> None:
     """The table of all models and the fill-mask sheet, printed and as an artifact."""
     sheet = fill_mask_table(judged.scores)
     tables: dict[str, TextTable] = {title: comparison_table(judged.scores)}
@@ -115,16 +123,16 @@ def _show(title: str, judged: Judged) -> None:
     tables |= {"Notes": (["about", "note"], notes(judged.scores))}
     for heading, table in tables.items():
         show_table(heading, table)
-    with only_a_view():
+    with best_effort():
         create_markdown_artifact(markdown_tables(tables), "scores", f"Scores of {title}")
 
 
-def record(recipe: Recipe, models: Sequence[Candidate], judged: Judged) -> None:
+def record(recipe: Recipe, models: Sequence[EvaluatedModel], judged: ScoredModels) -> None:
     """One MLflow run for the comparison, with its picture and a child run for each model and set.
 
     A registered model of this recipe keeps its standings too, so that the gate can compare it with others.
     """
-    book = open_book(recipe)
+    book = open_mlflow_runs(recipe)
     protocol = protocol_of(recipe)
     settings = protocol.model_dump(mode="json") if protocol else {}
     key = sha256_bytes(canonical_json([[model.key for model in models], teacher_key(recipe), settings]))
@@ -132,11 +140,11 @@ def record(recipe: Recipe, models: Sequence[Candidate], judged: Judged) -> None:
     parent = book.run("scores", key, f"scores {names}", settings={"models": names, "protocol": settings})
     with book.ending(parent):
         record_scores(book, parent, key, judged)
-        book.keep(parent, {PICTURE: picture(names, measured_models(judged.scores))})
+        book.keep(parent, {PICTURE: render_figure(names, summarize_models(judged.scores))})
     for model in models:
         if is_own(recipe, model.uri):
             own = judged.scores[model.name]
-            record_standings(book.registry, book.registry.named(model.uri), standings(own), protocols(own))
+            record_results(book.registry, book.registry.named(model.uri), set_results(own), protocol_keys(own))
 
 
 def is_own(recipe: Recipe, uri: str) -> bool:

@@ -20,15 +20,15 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
 from flows.home import open_store
-from flows.pipeline.bind import bound_flow, run_one
 from flows.pipeline.finished import all_done
+from flows.pipeline.task_policy import bound_flow, run_one
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.corpus.listing import Folder, list_folder, subfolders
 from tasks.corpus.snapshot import snapshot_of
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import placed
+from tasks.recipe.load import with_absolute_paths
 
 LOOKS = "looks"
 """Topic in the store: since when the files of a folder have been what they are."""
@@ -38,7 +38,7 @@ TAKEN = "taken"
 
 
 @dataclass(frozen=True)
-class Look:
+class SnapshotCheck:
     """What one look at a snapshot saw: a fingerprint of all its files, for how many seconds they have been the same,
     and what it lacks to be whole ("" if nothing)."""
 
@@ -62,11 +62,11 @@ def run_watch(recipe: Recipe) -> State[Any]:
     Args:
         recipe: Its section `watch` says where to look; the run that is started gets the whole recipe.
     """
-    recipe = placed(recipe)
+    recipe = with_absolute_paths(recipe)
     store = open_store(recipe)
     said: list[str] = []
     for url in _snapshots(recipe):
-        look = _steady_look(store, recipe, url)
+        look = _settled_check(store, recipe, url)
         if not look.lacking:
             said.append(_take(store, recipe, look))
             break  # what is older than a whole snapshot is history
@@ -97,25 +97,25 @@ def _at(recipe: Recipe, url: str) -> Recipe:
     return recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"url": url})})
 
 
-def _steady_look(store: Store, recipe: Recipe, url: str) -> Look:
+def _settled_check(store: Store, recipe: Recipe, url: str) -> SnapshotCheck:
     """A look that another, `watch.settle_seconds` earlier, agrees with; waits for it where nobody has looked before."""
-    look = _look(store, recipe, url)
+    look = _check(store, recipe, url)
     wait = recipe.watch.settle_seconds - look.age
     if look.lacking or wait <= 0 or _taken(store, recipe, look):
         return look
     get_run_logger().info(f"{look} looks whole; looking again in {wait:.0f} seconds")
     time.sleep(wait)
-    again = _look(store, recipe, url)
+    again = _check(store, recipe, url)
     if again.lacking or again.listing == look.listing:
         return again
     return replace(again, lacking="its files are still changing")
 
 
-def _look(store: Store, recipe: Recipe, url: str) -> Look:
-    return run_one("look", _last_part(url), partial(look_at, store, _at(recipe, url)), recipe.run)
+def _check(store: Store, recipe: Recipe, url: str) -> SnapshotCheck:
+    return run_one("look", _last_part(url), partial(check_snapshot, store, _at(recipe, url)), recipe.run)
 
 
-def look_at(store: Store, recipe: Recipe) -> Look:
+def check_snapshot(store: Store, recipe: Recipe) -> SnapshotCheck:
     """One look at the folder `corpus.url`, remembered for the next one.
 
     FatalError: it cannot be listed, or holds what no snapshot may hold and is no copy in progress.
@@ -129,16 +129,16 @@ def look_at(store: Store, recipe: Recipe) -> Look:
         if age >= recipe.watch.settle_seconds:
             raise
         lacking = error.message
-    return Look(folder.url, folder.fingerprint, age, lacking)
+    return SnapshotCheck(folder.url, folder.fingerprint, age, lacking)
 
 
 def _unchanged_since(store: Store, folder: Folder) -> float:
     """When (seconds since 1970) the files of a folder were first seen as they are now."""
-    noted = store.noted(LOOKS, folder.url)
+    noted = store.recall(LOOKS, folder.url)
     if noted is not None and noted["listing"] == folder.fingerprint:
         return float(noted["since"])
     since = time.time()
-    store.note(LOOKS, folder.url, {"url": folder.url, "listing": folder.fingerprint, "since": since})
+    store.remember(LOOKS, folder.url, {"url": folder.url, "listing": folder.fingerprint, "since": since})
     return since
 
 
@@ -156,27 +156,27 @@ def _lacking(folder: Folder, recipe: Recipe) -> str:
 # ---- taking ------------------------------------------------------------------------------------------------
 
 
-def _key(recipe: Recipe, look: Look) -> str:
+def _key(recipe: Recipe, look: SnapshotCheck) -> str:
     """One run for this recipe, store and listing, for ever; the server holds to it too."""
     return sha256_bytes(canonical_json([recipe.name, recipe.store, look.listing]))
 
 
-def _taken(store: Store, recipe: Recipe, look: Look) -> dict[str, Any] | None:
-    return store.noted(TAKEN, _key(recipe, look))
+def _taken(store: Store, recipe: Recipe, look: SnapshotCheck) -> dict[str, Any] | None:
+    return store.recall(TAKEN, _key(recipe, look))
 
 
-def _take(store: Store, recipe: Recipe, look: Look) -> str:
+def _take(store: Store, recipe: Recipe, look: SnapshotCheck) -> str:
     """Starts the run for a whole snapshot, unless it was taken or processed before; says which."""
     taken = _taken(store, recipe, look)
     if taken is not None:
         return f"nothing new: {look} taken already{', run ' + taken['run'] if taken['run'] else ''}"
     recipe = _at(recipe, look.url)
     if all_done(store, recipe):
-        store.note(TAKEN, _key(recipe, look), {"url": look.url, "run": ""})
+        store.remember(TAKEN, _key(recipe, look), {"url": look.url, "run": ""})
         return f"nothing new: {look} is processed already"
     run = run_one("start", look.name, partial(_start, _warm(recipe), _key(recipe, look)), recipe.run)
     # After the run is there: who dies in between asks for the same run again.
-    store.note(TAKEN, _key(recipe, look), {"url": look.url, "run": f"{run.name} ({run.id})"})
+    store.remember(TAKEN, _key(recipe, look), {"url": look.url, "run": f"{run.name} ({run.id})"})
     return f"snapshot {look} taken: run {run.name} ({run.id})"
 
 

@@ -97,7 +97,7 @@ class Receipt:
     @property
     def content(self) -> str:
         """Names the folder of its data: 16 hex digits of the hash over its files."""
-        return content_of(self.files)
+        return digest_of_files(self.files)
 
     def to_json(self) -> bytes:
         """The sealed receipt as JSON."""
@@ -134,7 +134,7 @@ class Fault:
     what: str = "damaged"
 
 
-def content_of(files: tuple[DataFile, ...]) -> str:
+def digest_of_files(files: tuple[DataFile, ...]) -> str:
     """16 hex digits that name these very bytes."""
     return sha256_bytes(canonical_json([asdict(file) for file in files]))[:16]
 

@@ -1,7 +1,7 @@
 """A bounded folder of copies: what a remote store holds, kept on this machine while it is read.
 
     cache = Cache(Path(".distil/cache"), limit=50_000_000_000)
-    held = cache.hold("ab12/data/blocks/KEY/CONTENT", receipt.files, fetch)   # copies what is missing
+    held = cache.pin("ab12/data/blocks/KEY/CONTENT", receipt.files, fetch)   # copies what is missing
     held.folder / "blocks.arrow"                                              # stays while `held` lives
 
 What was used longest ago goes first, and never what somebody holds: a holder has a shared lock on a file in the folder,
@@ -36,7 +36,7 @@ _FETCH = ".fetch"
 _TRIES = 20
 
 
-class Held:
+class PinnedFolder:
     """A local folder of one artifact, which nobody evicts until `release` is called or this object is let go of."""
 
     def __init__(self, folder: Path, descriptor: int | None = None) -> None:
@@ -69,9 +69,9 @@ class Cache:
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, (self.folder, self.limit)
 
-    def hold(
+    def pin(
         self, name: str, files: Sequence[DataFile], fetch: Callable[[str, Path], None], *, keep: bool = False
-    ) -> Held:
+    ) -> PinnedFolder:
         """The folder `name` with all these files, copied by `fetch(file, path)` as far as they are not there.
 
         With `keep` it is never evicted, nor counted. DamagedError: a copy has another size than `files` say.
@@ -169,23 +169,23 @@ def _is_whole(path: Path, size: int) -> bool:
 # ---- locks -------------------------------------------------------------------------------------------------
 
 
-def _share(folder: Path) -> Held:
+def _share(folder: Path) -> PinnedFolder:
     """Marks a folder, which is made if need be, as used now and in use."""
     while True:
         with suppress(FileNotFoundError):  # deleted between these lines: once more
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / _USE, os.O_RDWR | os.O_CREAT, 0o600)
-            held = Held(folder, descriptor)
+            held = PinnedFolder(folder, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is_same(descriptor, folder / _USE):
                 os.utime(descriptor)
                 return held
 
 
-def _keep(folder: Path) -> Held:
+def _keep(folder: Path) -> PinnedFolder:
     """Makes a folder that nobody evicts."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Held(folder)
+    return PinnedFolder(folder)
 
 
 @contextmanager

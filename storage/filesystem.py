@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 CREDENTIALS = "credentials come from the environment (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
 
-PART = 16 << 20
+PART_BYTES = 16 << 20
 """Bytes of one part of a large object; so many are in memory for each of the AT_ONCE parts on their way."""
 
-AT_ONCE = 4
+PARALLEL_PARTS = 4
 
 MOST_PARTS = 10_000
 """S3 takes no more of one object."""
@@ -155,8 +155,8 @@ def _settings(protocol: str) -> dict[str, Any]:
     }
     return {
         "use_listings_cache": False,
-        "max_concurrency": AT_ONCE,
-        "default_block_size": PART,
+        "max_concurrency": PARALLEL_PARTS,
+        "default_block_size": PART_BYTES,
         # Receipts hold the sha256 of every file, and some servers send the checksum of the whole object with a part.
         "config_kwargs": {
             "retries": retries,
@@ -170,7 +170,7 @@ def _settings(protocol: str) -> dict[str, Any]:
 
 
 @contextmanager
-def answering(where: str) -> Iterator[None]:
+def translate_errors(where: str) -> Iterator[None]:
     """Turns what a file system raises into the two error types; that a file or folder is not there passes as it is.
 
     `where` names the file system in the sentence: `the store s3://bucket/prefix`.
@@ -209,12 +209,12 @@ def translated(error: Exception, where: str) -> DistilError | None:
         return FatalError(f"{where} refused: {error}; check the URL, the region and the endpoint in the environment")
     if isinstance(error, OSError) and error.errno in FULL:
         return FatalError(f"{where} {FULL[error.errno]} ({error})")
-    if from_afar(error):
+    if is_remote_error(error):
         return RetryableError(f"{where} did not answer: {error or kind}")
     return RetryableError(f"{where} failed: {error}")
 
 
-def from_afar(error: Exception) -> bool:
+def is_remote_error(error: Exception) -> bool:
     """True if the other side or the way to it is the cause, and not a file on this machine or what is in it."""
     return _code(error) != "" or not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError)
 
@@ -232,7 +232,7 @@ def _code(error: BaseException | None) -> str:
 # ---- whole files -------------------------------------------------------------------------------------------
 
 
-def patiently(transfer: Callable[[], T]) -> T:
+def with_retries(transfer: Callable[[], T]) -> T:
     """Calls `transfer`, and again after each of PAUSES while it raises RetryableError."""
     for pause in PAUSES:
         try:
@@ -245,7 +245,7 @@ def patiently(transfer: Callable[[], T]) -> T:
 def upload(fs: fsspec.AbstractFileSystem, path: Path, target: str) -> None:
     """Copies a local file in parts, and asks for the size that arrived. RetryableError if it is another one."""
     size = path.stat().st_size
-    parts = {"chunksize": max(PART, -(-size // MOST_PARTS))} if "s3" in fs.protocol else {}
+    parts = {"chunksize": max(PART_BYTES, -(-size // MOST_PARTS))} if "s3" in fs.protocol else {}
     fs.put_file(os.fspath(path), target, **parts)
     _refuse_other_size(fs, target, size)
 
@@ -272,7 +272,7 @@ def _refuse_other_size(fs: fsspec.AbstractFileSystem, path: str, size: int) -> N
         raise RetryableError(f"{path} has {found:,} bytes after an upload of {size:,}", path)
 
 
-def download(fs: fsspec.AbstractFileSystem, path: str, target: Path) -> None:
+def download_file(fs: fsspec.AbstractFileSystem, path: str, target: Path) -> None:
     """Copies an object to a local file. RetryableError if fewer bytes came than there are; FileNotFoundError."""
     fs.get_file(path, os.fspath(target))
     size, came = int(fs.info(path)["size"]), target.stat().st_size

@@ -20,7 +20,7 @@ def is_hub_id(name: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def download(kind: str, name: str, revision: str, patterns: tuple[str, ...]) -> Path:
+def download_repository(kind: str, name: str, revision: str, patterns: tuple[str, ...]) -> Path:
     """The local folder of a hub id with the files that fit `patterns`.
 
     `kind` opens the sentences: model, tokenizer, or data set, which is looked for among the hub's data sets.

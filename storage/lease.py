@@ -61,7 +61,7 @@ class Lease:
         self.store.write_json(layout.lease_path(self.key), value)
 
 
-def read_on_lease(store: Store, seconds: float = WEEK) -> set[tuple[str, str]]:
+def leased_artifacts(store: Store, seconds: float = WEEK) -> set[tuple[str, str]]:
     """(kind, key) of all that is read by runs that are not whole and had their lease renewed within so many seconds."""
     found: set[tuple[str, str]] = set()
     for path in store.find(layout.leases_folder()):

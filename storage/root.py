@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from storage.disk import write_file
 from storage.errors import FatalError
-from storage.filesystem import answering, files_below, on_this_machine, open_url, patiently, write_object
+from storage.filesystem import files_below, on_this_machine, open_url, translate_errors, with_retries, write_object
 from storage.fingerprint import canonical_json
 
 S = TypeVar("S")
@@ -45,7 +45,7 @@ class Files:
     @contextmanager
     def access(self) -> Iterator[None]:
         """Turns what a file system raises into the two error types; FileNotFoundError of one file passes."""
-        with answering(f"the store {self.root}"):
+        with translate_errors(f"the store {self.root}"):
             yield
 
     def find(self, relative: str) -> dict[str, dict[str, Any]]:
@@ -99,7 +99,7 @@ class Files:
             with self.access():
                 return call()
 
-        return once() if self.is_local else patiently(once)
+        return once() if self.is_local else with_retries(once)
 
     def _names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache()

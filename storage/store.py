@@ -28,11 +28,20 @@ from pathlib import Path
 from typing import Any
 
 from storage import layout
-from storage.artifact import DataFile, Failure, Receipt, Ref, content_of, failure_from_json, is_key, receipt_from_json
-from storage.cache import LIMIT, Cache, Held
+from storage.artifact import (
+    DataFile,
+    Failure,
+    Receipt,
+    Ref,
+    digest_of_files,
+    failure_from_json,
+    is_key,
+    receipt_from_json,
+)
+from storage.cache import LIMIT, Cache, PinnedFolder
 from storage.disk import move_files, writing
 from storage.errors import DamagedError, DistilError, FatalError, RetryableError
-from storage.filesystem import answering, download, patiently, upload
+from storage.filesystem import download_file, translate_errors, upload, with_retries
 from storage.fingerprint import Hashes, canonical_json, sha256_bytes, sha256_file
 from storage.root import Files
 
@@ -215,13 +224,13 @@ class Store(Files):
             host=os.environ.get(NODE) or socket.gethostname(),
             created=now(),
         )
-        target = layout.content_folder(ref.kind, ref.key, content_of(files))
+        target = layout.content_folder(ref.kind, ref.key, digest_of_files(files))
         if self.is_local:
             with self.access():
                 move_files(folder, (file.name for file in files), Path(self.path(target)))
         else:
             for file in files:
-                patiently(partial(self._upload, folder / file.name, self.path(f"{target}/{file.name}")))
+                with_retries(partial(self._upload, folder / file.name, self.path(f"{target}/{file.name}")))
         self._write(layout.receipt_path(ref.kind, ref.key), receipt.to_json())
         self._remove(layout.failure_path(ref.kind, ref.key))
         if not self.is_local:
@@ -261,7 +270,7 @@ class Store(Files):
 
     # ---- reading -------------------------------------------------------------------------------------------
 
-    def hold(self, receipt: Receipt, *, check: bool = False) -> Held:
+    def pin(self, receipt: Receipt, *, check: bool = False) -> PinnedFolder:
         """A local folder that holds the artifact's files, for as long as the value lives; `check` hashes every file
         that this process has not hashed yet, or that is not as it was then.
 
@@ -270,8 +279,8 @@ class Store(Files):
         FatalError: files may not be read, or the cache's disk is full.
         """
         folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
-        held = Held(Path(self.path(folder))) if self.is_local else self._cached(folder, receipt)
-        with answering(f"the store {self.root}" if self.is_local else f"the cache {self.cache.folder}"):
+        held = PinnedFolder(Path(self.path(folder))) if self.is_local else self._cached(folder, receipt)
+        with translate_errors(f"the store {self.root}" if self.is_local else f"the cache {self.cache.folder}"):
             for file in receipt.files:
                 path = held.folder / file.name
                 if _size(path) != file.size:
@@ -299,13 +308,13 @@ class Store(Files):
 
     def local(self, receipt: Receipt) -> Path:
         """`hold` for a moment: sizes are checked, hashes are not. A copy in the cache may be evicted later on."""
-        return self.hold(receipt).folder
+        return self.pin(receipt).folder
 
     def check(self, receipt: Receipt) -> Path:
         """Like `local`, and hashes every file, as `hold` says."""
-        return self.hold(receipt, check=True).folder
+        return self.pin(receipt, check=True).folder
 
-    def _has_its_bytes(self, path: Path, file: DataFile, again: Callable[[], Held]) -> bool:
+    def _has_its_bytes(self, path: Path, file: DataFile, again: Callable[[], PinnedFolder]) -> bool:
         if self._hashes.of(path) == file.sha256:
             return True
         if self.is_local:
@@ -315,19 +324,19 @@ class Store(Files):
         with again():
             return self._hashes.of(path) == file.sha256
 
-    def _cached(self, folder: str, receipt: Receipt) -> Held:
+    def _cached(self, folder: str, receipt: Receipt) -> PinnedFolder:
         keep = receipt.kind in POINTED_AT
-        return self.cache.hold(self._copy_of(folder), receipt.files, partial(self._fetch, folder), keep=keep)
+        return self.cache.pin(self._copy_of(folder), receipt.files, partial(self._fetch, folder), keep=keep)
 
     def _copy_of(self, folder: str) -> str:
         """The folder of the cache where copies of a folder of this store are."""
         return f"{sha256_bytes(self.root.encode())[:8]}/{folder}"
 
-    def note(self, topic: str, name: str, value: Mapping[str, Any]) -> None:
+    def remember(self, topic: str, name: str, value: Mapping[str, Any]) -> None:
         """Remembers a small fact; `name` may be any text."""
         self._write(layout.note_path(topic, sha256_bytes(name.encode())), canonical_json(dict(value)))
 
-    def noted(self, topic: str, name: str) -> dict[str, Any] | None:
+    def recall(self, topic: str, name: str) -> dict[str, Any] | None:
         """What was remembered under this name, or None."""
         return self.read_json(layout.note_path(topic, sha256_bytes(name.encode())))
 
@@ -350,7 +359,7 @@ class Store(Files):
         """Copies a file of a remote store to `path`."""
         remote = self.path(f"{folder}/{name}")
         try:
-            patiently(partial(self._download, remote, path))
+            with_retries(partial(self._download, remote, path))
         except FileNotFoundError as error:
             if error.filename == os.fspath(path):
                 raise  # the folder that it goes to was deleted
@@ -358,7 +367,7 @@ class Store(Files):
 
     def _download(self, remote: str, path: Path) -> None:
         with self.access(), self.cache.filling():
-            download(self.fs, remote, path)
+            download_file(self.fs, remote, path)
 
 
 def _size(path: Path) -> int | None:

@@ -8,20 +8,22 @@ receipt is there; until then its shards, and all that comes from them, are not i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from storage.artifact import Receipt, Ref
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.corpus.shard import heldout_of, shards_of, source_ref
-from tasks.corpus.snapshot import Snapshot, Source, content_of, take_snapshot
+from tasks.corpus.snapshot import Snapshot, Source, source_content, take_snapshot
 from tasks.models.files import fingerprint_of, vocabulary_rows
-from tasks.recipe.config import Corpus, Recipe, Teacher
+from tasks.recipe.config import CorpusSettings, Recipe, TeacherSettings
 from tasks.recipe.run_spec import Part, RunSpec, key_of_run, make_run
 from tasks.targets.keys import calibration_ref, needs_calibration, targets_ref
 from tasks.tokens.blocks import blocks_ref, counts_ref
-from tasks.tokens.vocabulary import Vocabulary, fits, vocabulary_for
+from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, vocabulary_for
 
 SAMPLE_SHARDS = 4
 """Token counts and int8 calibration are estimated from the first so many shards, once, and then frozen."""
@@ -79,12 +81,46 @@ class Lineage:
         return bool(store.missing(ref for stage in stages or named for ref in named[stage]))
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """A recipe and the store that holds its artifacts.
+
+    Lineage, vocabulary and teacher key are computed once per value: take `refreshed()` after artifacts were made.
+    """
+
+    store: Store
+    recipe: Recipe
+
+    @cached_property
+    def lineage(self) -> Lineage:
+        """Every artifact that the recipe names now."""
+        return trace(self.store, self.recipe)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The recipe's tokenizer: its own, else the teacher's."""
+        return vocabulary_of(self.recipe)
+
+    @cached_property
+    def teacher_key(self) -> str:
+        """Fingerprint of the teacher, or "" without one."""
+        return teacher_key(self.recipe)
+
+    def refreshed(self) -> "Workspace":
+        """The same pair; the lineage is read from the store again."""
+        return replace(self)
+
+    def with_changes(self, changes: Mapping[str, Any]) -> "Workspace":
+        """The same store with a changed recipe: `{"train.lr": 1e-3}`."""
+        return replace(self, recipe=self.recipe.with_changes(changes))
+
+
 def trace(store: Store, recipe: Recipe) -> Lineage:
     """Names everything from the snapshot to the targets, as far as the sources' receipts tell; computes nothing."""
     snapshot = take_snapshot(recipe.corpus)
     sources = []
     for source in snapshot.sources:
-        content = content_of(store, source)
+        content = source_content(store, source)
         sources.append((source, source_ref(source, content, recipe.corpus) if content else None))
     receipts = _receipts(store, [ref for _, ref in sources if ref])
     shards = tuple(ref for receipt in receipts for ref in shards_of(receipt))
@@ -108,7 +144,7 @@ def check_teacher(recipe: Recipe) -> None:
     if recipe.teacher.model:
         rows = vocabulary_rows(recipe.teacher)
         if rows is not None:
-            fits(vocabulary_of(recipe), rows, recipe.teacher.model)
+            check_vocabulary_fits(vocabulary_of(recipe), rows, recipe.teacher.model)
 
 
 def caches_targets(recipe: Recipe) -> bool:
@@ -121,7 +157,7 @@ def teacher_key(recipe: Recipe) -> str:
     return fingerprint_of(recipe.teacher) if recipe.teacher.model else ""
 
 
-def plan_run(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
+def plan_training(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
     """The training run over everything that is there. What is missing by now is left out, or refused, by policy.
 
     Reads the receipt of each of its blocks. FatalError when targets.on_missing = raise and some are missing, or when
@@ -147,7 +183,7 @@ def plan_run(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
     )
 
 
-def plan_key(recipe: Recipe, lineage: Lineage) -> str:
+def training_key(recipe: Recipe, lineage: Lineage) -> str:
     """Key of the run that `plan_run` gives where nothing is missing; asks no store. FatalError: no such warm start."""
     return key_of_run(
         recipe,
@@ -160,7 +196,7 @@ def plan_key(recipe: Recipe, lineage: Lineage) -> str:
 
 def _start(recipe: Recipe) -> str:
     """A run is keyed by what the model of its warm start is, not by where that lies."""
-    return fingerprint_of(Teacher(model=recipe.train.warm_start)) if recipe.train.warm_start else ""
+    return fingerprint_of(TeacherSettings(model=recipe.train.warm_start)) if recipe.train.warm_start else ""
 
 
 def _parts(lineage: Lineage) -> list[tuple[Ref, list[Target]]]:
@@ -171,11 +207,11 @@ def _parts(lineage: Lineage) -> list[tuple[Ref, list[Target]]]:
     return [(ref, targets.get(ref.key, [])) for ref in lineage.training_blocks]
 
 
-def pin_sample(store: Store, recipe: Recipe, sample: Sequence[Ref]) -> None:
+def freeze_sample(store: Store, recipe: Recipe, sample: Sequence[Ref]) -> None:
     """Freezes which blocks calibration and token counts come from, for this and all later snapshots."""
     value = {"blocks": [{"key": ref.key, "label": ref.label} for ref in sample]}
-    if store.noted("sample", _sample_name(recipe)) != value:  # a run with nothing to do writes nothing
-        store.note("sample", _sample_name(recipe), value)
+    if store.recall("sample", _sample_name(recipe)) != value:  # a run with nothing to do writes nothing
+        store.remember("sample", _sample_name(recipe), value)
 
 
 def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vocabulary) -> Lineage:
@@ -228,7 +264,7 @@ def _sample(store: Store, recipe: Recipe, lineage: Lineage) -> list[Ref]:
     Another sample means other keys for all targets. So blocks that are gone change nothing while they can be made
     again, or while what was estimated from them is there.
     """
-    pinned = store.noted("sample", _sample_name(recipe))
+    pinned = store.recall("sample", _sample_name(recipe))
     if pinned is not None:
         refs = [Ref("blocks", item["key"], item["label"]) for item in pinned["blocks"]]
         wanted = {ref.key for ref in lineage.training_blocks}
@@ -241,7 +277,7 @@ def _sample(store: Store, recipe: Recipe, lineage: Lineage) -> list[Ref]:
 def _sample_name(recipe: Recipe) -> str:
     vocabulary = vocabulary_of(recipe)
     # As by default, so that a source that was refused may be let in without another calibration of all the others.
-    limits = {name: Corpus.model_fields[name].default for name in ("max_bad_lines", "max_unpacked_ratio")}
+    limits = {name: CorpusSettings.model_fields[name].default for name in ("max_bad_lines", "max_unpacked_ratio")}
     settings = {
         "corpus": recipe.corpus.in_key({"url", "pattern"}) | limits,
         "blocks": recipe.blocks.model_dump(mode="json", exclude={"tokenizer"}),

@@ -37,10 +37,10 @@ def teacher_pool(recipe: Recipe) -> Iterator[Pool]:
         with ray_workers(recipe.ray, recipe.run.window, teacher=True) as tasks:
             yield tasks
     else:
-        yield _Here()
+        yield _InProcess()
 
 
-class _Here:
+class _InProcess:
     """A `Pool` that is this process: no time-out, and one call at a time is best."""
 
     is_here = True

@@ -38,9 +38,9 @@ def all_done(store: Store, recipe: Recipe) -> Done | None:
     lineage = trace(store, recipe)
     if not lineage.shards or lineage.lacks(store):
         return None
-    run_key = start.key(recipe, lineage)
+    run_key = start.planned_key(recipe, lineage)
     model = model_ref(run_key, recipe.name)
-    noted = store.noted(TOPIC, _name(recipe, run_key))
+    noted = store.recall(TOPIC, _name(recipe, run_key))
     if noted is None or store.missing([model]):
         return None
     sentence = (
@@ -66,9 +66,9 @@ def show_done(store: Store, recipe: Recipe, done: Done) -> None:
     show_sheet(recipe.name, sheet | {LOOK: places(recipe, folder, tracking_uri(recipe))})
 
 
-def remember(store: Store, recipe: Recipe, run: RunSpec, sheet: dict[str, Rows]) -> None:
+def remember_done(store: Store, recipe: Recipe, run: RunSpec, sheet: dict[str, Rows]) -> None:
     """Notes that training, registration and scores of this run are done."""
-    store.note(TOPIC, _name(recipe, run.run_key), {"rows": run.rows, "sheet": list(sheet.items())})
+    store.remember(TOPIC, _name(recipe, run.run_key), {"rows": run.rows, "sheet": list(sheet.items())})
 
 
 def _name(recipe: Recipe, run_key: str) -> str:

@@ -5,12 +5,12 @@ from functools import partial
 from itertools import zip_longest
 
 from flows.pipeline.process_pool import Pool
-from flows.pipeline.stage import Job, go_on
+from flows.pipeline.stage import Job, raise_if_stopped
 from storage.artifact import Ref
 from storage.errors import DistilError
 from storage.store import Store
 from tasks.corpus.shard import heldout_of, shard_source, shards_of, source_ref
-from tasks.corpus.snapshot import Source, content_of
+from tasks.corpus.snapshot import Source, source_content
 from tasks.lineage import Lineage, vocabulary_of
 from tasks.recipe.config import Recipe
 from tasks.targets.calibration import calibrate
@@ -37,7 +37,7 @@ def _read_source(pool: Pool, store: Store, source: Source, recipe: Recipe, *, fo
         pool.call(recipe.run.shard_timeout, shard_source, store, source, recipe.corpus, force=force)
     except DistilError as error:
         # A source without checksum has no key before it was read once; now it may have one to note the failure under.
-        content = content_of(store, source)
+        content = source_content(store, source)
         if content:
             store.fail(source_ref(source, content, recipe.corpus), error)
         raise
@@ -99,4 +99,4 @@ def _opened(
         recipe.train.device,
     )
     # In this process a shard looks now and then whether the run was told to stop; others are ended from here.
-    return partial(opened, go_on) if pool.is_here else opened
+    return partial(opened, raise_if_stopped) if pool.is_here else opened

@@ -12,12 +12,12 @@ from flows.inventory import model_ref
 from flows.pipeline.engine import teacher_pool, text_pool
 from flows.pipeline.jobs import _block_jobs, _calibration_jobs, _count_jobs, _source_jobs, _target_jobs
 from flows.pipeline.stage import Job, run_stage
-from flows.views.artifacts import publish_failures
+from flows.views.prefect_artifacts import publish_failures
 from storage.artifact import Failure, Ref
 from storage.maintenance import free_bytes
 from storage.store import Store
-from tasks.lineage import SAMPLE_SHARDS, Lineage, check_teacher, pin_sample, trace
-from tasks.plan.free_space import refuse_small_store
+from tasks.lineage import SAMPLE_SHARDS, Lineage, check_teacher, freeze_sample, trace
+from tasks.plan.free_space import check_store_has_space
 from tasks.recipe.config import Recipe
 
 VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration": "calibrate", "targets": "teach"}
@@ -25,7 +25,7 @@ VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration":
 
 
 @dataclass(frozen=True)
-class Only:
+class Selection:
     """What a retry is about: a stage, a shard of it, both or (all empty) whatever is missing.
 
     `force` makes again what is there already.
@@ -49,7 +49,7 @@ class Only:
         return self.shard in labels | {source.label for source, _ in lineage.sources}
 
 
-EVERYTHING = Only()
+SELECT_ALL = Selection()
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Prepared:
 # ---- the stages --------------------------------------------------------------------------------------------
 
 
-def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING, *, training: bool = False) -> Prepared:
+def prepare_corpus(store: Store, recipe: Recipe, only: Selection = SELECT_ALL, *, training: bool = False) -> Prepared:
     """Makes what is missing from sources to targets (or what `only` names). A shard's error never ends it early.
 
     FatalError before anything is made if the teacher cannot be used, the tokenizer does not fit it, or the store cannot
@@ -91,8 +91,8 @@ def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING, *, tra
     """
     check_teacher(recipe)
     lineage = trace(store, recipe)
-    if only == EVERYTHING:
-        check_room(store, recipe, lineage, training=training)
+    if only == SELECT_ALL:
+        check_free_space(store, recipe, lineage, training=training)
     lineage, stages = _text_stages(store, recipe, lineage, only)
     if _freeze_sample(store, recipe, lineage) != lineage.sample:
         lineage = trace(store, recipe)
@@ -102,7 +102,7 @@ def prepare_corpus(store: Store, recipe: Recipe, only: Only = EVERYTHING, *, tra
     return Prepared(lineage, tuple(stages))
 
 
-def unexplained(store: Store, prepared: Prepared) -> list[Ref]:
+def silently_missing(store: Store, prepared: Prepared) -> list[Ref]:
     """Blocks and targets that are not there although nothing that they are made from failed in this run."""
     lineage = prepared.lineage
     excused = {plain_label(failure.label) for failure in prepared.failures}
@@ -117,18 +117,18 @@ def plain_label(label: str) -> str:
 
 def prepare_text(store: Store, recipe: Recipe) -> Prepared:
     """Makes shards and blocks only."""
-    lineage, stages = _text_stages(store, recipe, trace(store, recipe), EVERYTHING)
+    lineage, stages = _text_stages(store, recipe, trace(store, recipe), SELECT_ALL)
     return Prepared(lineage, tuple(stages))
 
 
 def prepare_heldout(store: Store, recipe: Recipe) -> Prepared:
     """Makes held-out blocks only, for a score."""
-    lineage, stages = _text_stages(store, recipe, trace(store, recipe), EVERYTHING, heldout_only=True)
+    lineage, stages = _text_stages(store, recipe, trace(store, recipe), SELECT_ALL, heldout_only=True)
     return Prepared(lineage, tuple(stages))
 
 
 def _text_stages(
-    store: Store, recipe: Recipe, lineage: Lineage, only: Only, *, heldout_only: bool = False
+    store: Store, recipe: Recipe, lineage: Lineage, only: Selection, *, heldout_only: bool = False
 ) -> tuple[Lineage, list[StageDone]]:
     """Sources, then blocks, outside this process; and the lineage as it is then."""
     with text_pool(recipe) as pool:
@@ -140,7 +140,7 @@ def _text_stages(
     return lineage, stages
 
 
-def _teacher_stages(store: Store, recipe: Recipe, lineage: Lineage, only: Only) -> list[StageDone]:
+def _teacher_stages(store: Store, recipe: Recipe, lineage: Lineage, only: Selection) -> list[StageDone]:
     """Calibration, then targets, where the teacher is."""
     with teacher_pool(recipe) as pool:
         stages = _stage(store, recipe, only, _calibration_jobs(store, recipe, lineage, pool))
@@ -149,7 +149,7 @@ def _teacher_stages(store: Store, recipe: Recipe, lineage: Lineage, only: Only) 
     return stages
 
 
-def _stage(store: Store, recipe: Recipe, only: Only, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
+def _stage(store: Store, recipe: Recipe, only: Selection, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
     """Runs those of one stage's jobs that are missing (or forced). Empty if there are none."""
     meant = [job for job in jobs if only.takes(job)]
     missing = {ref.key for ref in store.missing(job.ref for job in meant if job.ref)}
@@ -176,11 +176,11 @@ def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> tuple[Ref,
         absent = {ref.key for ref in store.missing(lineage.training_blocks)}
         blocks = tuple(ref for ref in lineage.training_blocks if ref.key not in absent)[:SAMPLE_SHARDS]
     if blocks:
-        pin_sample(store, recipe, blocks)
+        freeze_sample(store, recipe, blocks)
     return blocks
 
 
-def close(recipe: Recipe, prepared: Prepared) -> State[Any]:
+def finish_state(recipe: Recipe, prepared: Prepared) -> State[Any]:
     """Shows the failures and gives the state that a flow without training ends in."""
     publish_failures(recipe, prepared.failures)
     if prepared.too_many_failed(recipe):
@@ -199,11 +199,11 @@ def failed_state(failures: tuple[Failure, ...]) -> State[Any]:
     )
 
 
-def check_room(store: Store, recipe: Recipe, lineage: Lineage, *, training: bool) -> None:
+def check_free_space(store: Store, recipe: Recipe, lineage: Lineage, *, training: bool) -> None:
     """FatalError if what is missing does not fit. Where nothing is, nothing is asked; an object store does not tell."""
     free = free_bytes(store)
     if free is not None and _lacks(store, recipe, lineage, training=training):
-        refuse_small_store(store, recipe, lineage, free, training=training)
+        check_store_has_space(store, recipe, lineage, free, training=training)
 
 
 def _lacks(store: Store, recipe: Recipe, lineage: Lineage, *, training: bool) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from storage.errors import FatalError, RetryableError
-from tasks.recipe.config import Run
+from tasks.recipe.config import RunSettings
 
 R = TypeVar("R")
 
@@ -51,7 +51,7 @@ class Pool(Protocol):
 
 
 @contextmanager
-def workers(run: Run) -> Iterator[Pool]:
+def workers(run: RunSettings) -> Iterator[Pool]:
     """A pool of run.workers processes; they start with the first call and end with the block, whatever happens."""
     threads = max(1, (os.cpu_count() or 1) // run.workers)
     pool = ProcessPool(
@@ -89,7 +89,7 @@ class _Processes:
         try:
             return future.result()
         except OutOfTime as error:
-            raise out_of_time(timeout) from error
+            raise time_out_error(timeout) from error
         except BrokenProcessPool as error:
             raise StoppedError("its worker processes were stopped") from error
         except ProcessExpired as error:
@@ -98,7 +98,7 @@ class _Processes:
             ) from error
 
 
-def out_of_time(timeout: float) -> FatalError:
+def time_out_error(timeout: float) -> FatalError:
     """What is said of work whose process was ended since it took too long."""
     return FatalError(
         f"took longer than {timeout:g} seconds and its worker process was ended; "

@@ -17,16 +17,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from flows.pipeline.process_pool import LOOK_SECONDS, StoppedError, out_of_time
+from flows.pipeline.process_pool import LOOK_SECONDS, StoppedError, time_out_error
 from storage.errors import FatalError, RetryableError
 from storage.store import NODE
-from tasks.recipe.config import Ray
+from tasks.recipe.config import RaySettings
 
 R = TypeVar("R")
 
 
 @contextmanager
-def ray_workers(settings: Ray, width: int, *, teacher: bool = False) -> Iterator["_RayTasks"]:
+def ray_workers(settings: RaySettings, width: int, *, teacher: bool = False) -> Iterator["_RayTasks"]:
     """Calls become tasks of the cluster, each with the CPUs, GPUs and memory of its kind, `width` at once.
 
     FatalError if Ray is not installed or the cluster does not answer. When the block ends by an error, what is in
@@ -57,7 +57,7 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _resources(settings: Ray, teacher: bool) -> dict[str, Any]:
+def _resources(settings: RaySettings, teacher: bool) -> dict[str, Any]:
     memory = settings.teacher_memory if teacher else settings.memory
     found: dict[str, Any] = {"num_cpus": settings.teacher_cpus if teacher else settings.cpus}
     if teacher and settings.teacher_gpus:
@@ -94,7 +94,7 @@ class _RayTasks:
             raise
         except TimeoutError as error:
             ray.cancel(answers, force=True)
-            raise out_of_time(timeout) from error
+            raise time_out_error(timeout) from error
         except RayTaskError as error:
             raise error.cause from error
         except TaskCancelledError as error:

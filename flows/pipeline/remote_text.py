@@ -20,7 +20,7 @@ from tasks.recipe.config import Recipe
 POLL_SECONDS = 5.0
 
 
-def make_text_elsewhere(store: Store, recipe: Recipe) -> None:
+def prepare_text_remotely(store: Store, recipe: Recipe) -> None:
     """Starts the deployment if shards or blocks are missing, and waits for its end.
 
     FatalError if there is no such deployment, or if its run failed: the sentence is that run's. RetryableError if it

@@ -19,14 +19,14 @@ from typing import Any
 from prefect import State, Task, get_run_logger
 from prefect.states import Cancelled
 
-from flows.pipeline.bind import bound_task
 from flows.pipeline.process_pool import StoppedError
-from flows.views.artifacts import Progress
+from flows.pipeline.task_policy import bound_task
+from flows.views.prefect_artifacts import ProgressArtifact
 from flows.views.tables import bar
 from storage.artifact import Failure, Ref
 from storage.errors import DistilError, FatalError, RetryableError
 from storage.store import Store, now
-from tasks.recipe.config import Run
+from tasks.recipe.config import RunSettings
 
 LOOK_SECONDS = 5.0
 """The progress artifact is brought up to date this often, even while no job ends."""
@@ -45,14 +45,14 @@ class Job:
     force: bool = False
 
 
-def go_on() -> None:
+def raise_if_stopped() -> None:
     """Raises StoppedError in a job whose run was told to stop; long work in this process calls it now and then."""
     stop = _stop.get()
     if stop is not None and stop.is_set():
         raise StoppedError("the run was told to stop")
 
 
-def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run, window: int) -> list[Failure]:
+def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: RunSettings, window: int) -> list[Failure]:
     """Runs all jobs, `window` task runs in flight at once, and returns the failures in the order of the jobs.
 
     Never raises for a job's own error. When the run is told to stop, no other job is begun.
@@ -60,19 +60,19 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
     if not jobs:
         return []
     stop = threading.Event()
-    with bar(stage, len(jobs)) as advance, Progress(stage, len(jobs)) as progress:
+    with bar(stage, len(jobs)) as advance, ProgressArtifact(stage, len(jobs)) as progress:
 
         def done() -> None:
             advance(1)
             progress.add()
 
-        pace = _Pace(run.task_seconds, window, len(jobs), done)
+        pace = _GroupSize(run.task_seconds, window, len(jobs), done)
         groups = _groups(jobs, pace, store, stop)
         start = monotonic()
         try:
             # A call, not the loop itself: Python 3.11 skips `finally` for a signal that strikes as a loop at the very
             # beginning of `try` turns round.
-            submitted, failures = _run_groups(bound_task(make_some, verb, run), groups, window, progress)
+            submitted, failures = _run_groups(bound_task(make_group, verb, run), groups, window, progress)
         finally:
             # After the last job it changes nothing; when the run is told to stop, no thread begins another one.
             stop.set()
@@ -84,7 +84,7 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
 
 
 def _run_groups(
-    task: Task[..., Any], groups: "Iterator[_Group]", window: int, progress: Progress
+    task: Task[..., Any], groups: "Iterator[_Group]", window: int, progress: ProgressArtifact
 ) -> tuple[int, list[tuple[int, Failure]]]:
     """Submits all groups, `window` in flight at once; how many there were, and place and failure of each bad job."""
     ended: SimpleQueue[_Group] = SimpleQueue()
@@ -106,12 +106,12 @@ def _run_groups(
         failures += group.failures()
 
 
-def make_some(label: str, group: Callable[[], State[None] | None]) -> State[None] | None:
+def make_group(label: str, group: Callable[[], State[None] | None]) -> State[None] | None:
     """The body of every shard's task run; `label` names it."""
     return group()
 
 
-class _Pace:
+class _GroupSize:
     """How many jobs share a task run, from the mean seconds that a job of this stage took so far in this run."""
 
     def __init__(self, seconds: float, window: int, total: int, tell: Callable[[], None]) -> None:
@@ -141,7 +141,7 @@ class _Group:
     A plain object: Prefect looks for futures inside dataclasses and models, at a cost.
     """
 
-    def __init__(self, first: int, jobs: Sequence[Job], pace: _Pace, store: Store, stop: threading.Event) -> None:
+    def __init__(self, first: int, jobs: Sequence[Job], pace: _GroupSize, store: Store, stop: threading.Event) -> None:
         self.first, self.jobs, self.pace, self.store, self.stop = first, jobs, pace, store, stop
         self.errors: dict[int, Exception] = {}
         self._open = list(range(len(jobs)))
@@ -192,7 +192,7 @@ def _put(ended: "SimpleQueue[_Group]", group: _Group, _future: object) -> None:
     ended.put(group)
 
 
-def _groups(jobs: Sequence[Job], pace: _Pace, store: Store, stop: threading.Event) -> Iterator[_Group]:
+def _groups(jobs: Sequence[Job], pace: _GroupSize, store: Store, stop: threading.Event) -> Iterator[_Group]:
     """All jobs in their order; the size of a group is decided when a slot is free for it."""
     first = 0
     while first < len(jobs):

@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flows.services.process import finding_us
+from flows.services.process import with_repo_on_path
 from storage.errors import FatalError, RetryableError
-from tasks.recipe.run_spec import METRICS, PASSING, RunSpec, write_run
+from tasks.recipe.run_spec import EXIT_RETRYABLE, METRICS, RunSpec, write_run
 
 GRACE_SECONDS = 60.0
 """Time that a trainer gets for its checkpoint after SIGTERM."""
@@ -36,7 +36,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 Line = dict[str, Any]
 
 
-def launch(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str, Any]:
+def launch_trainer(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str, Any]:
     """Trains to the end and returns result.json. `follow` gets the new lines of metrics.jsonl (all of them again after
     the trainer has cut the file back), and whether these are the last ones.
 
@@ -53,7 +53,7 @@ def launch(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str
             status = _wait(process, folder / METRICS, follow)
         finally:
             _stop(process)
-    if status == PASSING:
+    if status == EXIT_RETRYABLE:
         raise RetryableError(_reason(folder, status), str(log))
     if status != 0:
         raise FatalError(_reason(folder, status), str(log))
@@ -85,13 +85,13 @@ def _start(run: RunSpec, path: Path, output: Any) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=finding_us(told),
+        env=with_repo_on_path(told),
         start_new_session=True,
-        preexec_fn=end_with_parent(),
+        preexec_fn=signal_on_parent_death(),
     )
 
 
-def end_with_parent() -> Callable[[], None]:
+def signal_on_parent_death() -> Callable[[], None]:
     """What a child runs before it begins, so that it gets SIGTERM when this process dies, by whatever death.
 
     It only calls a C function that is loaded already: after a fork in a process with threads, little else is safe.

@@ -17,7 +17,7 @@ from prefect.input import RunInput
 from prefect.states import Running
 from pydantic import Field
 
-from flows.services.servers import page_now
+from flows.services.servers import current_link
 
 POLL_SECONDS = 5
 
@@ -30,9 +30,9 @@ class Approval(RunInput):
     reason: str = Field("", description="Why; kept with the version")
 
 
-def ask(question: str, details: Sequence[str], hours: float) -> Approval:
+def ask_for_approval(question: str, details: Sequence[str], hours: float) -> Approval:
     """Pauses the flow until somebody answers. Nobody within `hours` counts as no."""
-    where = page_now(runtime.flow_run.ui_url) if runtime.flow_run.ui_url else "the Prefect UI"
+    where = current_link(runtime.flow_run.ui_url) if runtime.flow_run.ui_url else "the Prefect UI"
     print(f"waiting for approval: {question}; answer in {where}", file=sys.stderr)
     form = Approval.with_initial_data(description=f"# {question}\n\n" + "\n".join(f"- {line}" for line in details))
     # A key of its own: Prefect counts pauses in the process, and a retried run may not ask under the same key again.

@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.tracking.registry import Version
-from flows.tracking.runs import Book
+from flows.tracking.runs import MlflowRuns
 from storage.store import Store
 from tasks.eval.scores import Scores
 from tasks.lineage import Lineage
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_spec import METRICS, RunSpec
-from tasks.release.figure import picture
+from tasks.release.figure import render_figure
 from tasks.release.model_card import CardFacts, model_card
-from tasks.release.results import measured_models
+from tasks.release.results import summarize_models
 from tasks.train.metrics import read_metrics
 
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainedModel:
     """A student that was trained, registered and scored; `scores` are its own, first, and those of all beside it."""
 
     recipe: Recipe
@@ -38,12 +38,12 @@ class Result:
     scores: Mapping[str, Mapping[str, Scores]]
 
 
-def describe(store: Store, book: Book, run_id: str, result: Result) -> Path:
+def publish_card(store: Store, book: MlflowRuns, run_id: str, result: TrainedModel) -> Path:
     """Makes both, keeps them with the run and the version, and returns the folder below the recipe's home."""
     facts = card_facts(store, result)
     files = {
         CARD: model_card(facts).encode("utf-8"),
-        PICTURE: picture(str(result.version), facts.models),
+        PICTURE: render_figure(str(result.version), facts.models),
     }
     book.keep(run_id, files, result.version)
     folder = Path(result.recipe.home) / "models" / f"{result.recipe.name}-card"
@@ -55,7 +55,7 @@ def describe(store: Store, book: Book, run_id: str, result: Result) -> Path:
     return folder
 
 
-def card_facts(store: Store, result: Result) -> CardFacts:
+def card_facts(store: Store, result: TrainedModel) -> CardFacts:
     """What the card tells, from recipe, receipts, metrics and scores."""
     recipe, lineage, run = result.recipe, result.lineage, result.run
     model = store.receipt(run.model_ref)
@@ -65,7 +65,7 @@ def card_facts(store: Store, result: Result) -> CardFacts:
     return CardFacts(
         name=result.version.name,
         recipe=recipe,
-        models=measured_models(result.scores),
+        models=summarize_models(result.scores),
         snapshot=lineage.snapshot.fingerprint,
         sizes={
             "sources": len(lineage.sources),

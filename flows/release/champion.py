@@ -8,19 +8,19 @@ nothing. What was scored before is read from the store, not computed again.
 
 from dataclasses import replace
 
-from flows.release.card import Result
-from flows.release.standings import record_standings, standing_of
-from flows.scoring.candidates import find_model
+from flows.release.card import TrainedModel
+from flows.release.version_results import record_results, result_on
 from flows.scoring.compute import deciding_scores, failure_sentence
-from flows.tracking.registry import Registry
+from flows.scoring.evaluated_models import find_model
+from flows.tracking.registry import ModelRegistry
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.lineage import vocabulary_of
-from tasks.release.results import protocols, standings
+from tasks.release.results import protocol_keys, set_results
 from tasks.tokens.vocabulary import load_vocabulary
 
 
-def score_champion(store: Store, registry: Registry, result: Result) -> None:
+def score_champion(store: Store, registry: ModelRegistry, result: TrainedModel) -> None:
     """Scores the present champion and keeps its standings, unless it has them, is the candidate or reads other tokens.
 
     Without them the gate refuses the candidate and says that the two cannot be compared. FatalError if a score failed.
@@ -29,9 +29,9 @@ def score_champion(store: Store, registry: Registry, result: Result) -> None:
     if champion is None or champion == result.version:
         return
     candidate = next(iter(result.scores.values()))
-    by = protocols(candidate)
-    wanted = [one.set_name for one in standings(candidate) if one.was_run]
-    if all(standing_of(champion, name, by[name]) for name in wanted):
+    by = protocol_keys(candidate)
+    wanted = [one.set_name for one in set_results(candidate) if one.was_run]
+    if all(result_on(champion, name, by[name]) for name in wanted):
         return
     model = replace(find_model(result.recipe, champion.uri), name="champion")
     if load_vocabulary(str(model.folder)).fingerprint != vocabulary_of(result.recipe).fingerprint:
@@ -40,4 +40,4 @@ def score_champion(store: Store, registry: Registry, result: Result) -> None:
     if judged.failures:
         raise FatalError(failure_sentence(judged))
     own = judged.scores[model.name]
-    record_standings(registry, champion, [one for one in standings(own) if one.was_run], protocols(own))
+    record_results(registry, champion, [one for one in set_results(own) if one.was_run], protocol_keys(own))

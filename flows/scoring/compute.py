@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from flows.pipeline.bind import run_one
-from flows.scoring.candidates import Candidate, Judged, protocol_of, teacher_of
-from flows.scoring.finetuned import EVERY_PAIR, NO_PROTOCOL, Pairs, tuned_scores
+from flows.pipeline.task_policy import run_one
+from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels, protocol_of, teacher_of
+from flows.scoring.finetuned import ALL_SEEDS, NO_PROTOCOL, SeedSelection, finetuned_scores
 from storage.artifact import Ref
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.eval.heldout import block_counts, heldout_protocol, score_heldout
-from tasks.eval.intervals import against
-from tasks.eval.scores import Scores, Trial, make_scores, not_run, teachers_own
-from tasks.eval.side_by_side import Contender, fill_mask_sheet, latency, load_contender, parameters, size_on_disk
+from tasks.eval.intervals import paired_difference
+from tasks.eval.scores import ScoreKey, Scores, make_scores, not_run, teachers_own
+from tasks.eval.side_by_side import LoadedModel, fill_mask_answers, latency, load_model, parameters, size_on_disk
 from tasks.lineage import teacher_key, vocabulary_of
 from tasks.recipe.config import Recipe
 from tasks.tokens.blocks import open_blocks
@@ -23,10 +23,10 @@ OWN_TOKENIZER = "by its own tokenizer: other pieces, so not comparable with mode
 def score_models(
     store: Store,
     recipe: Recipe,
-    models: Sequence[Candidate],
+    models: Sequence[EvaluatedModel],
     heldout: Mapping[str, tuple[Recipe, Sequence[Ref]]],
-    pairs: Pairs = EVERY_PAIR,
-) -> Judged:
+    pairs: SeedSelection = ALL_SEEDS,
+) -> ScoredModels:
     """All scores of all models, each a task run of its own, beside those of the recipe's teacher.
 
     `heldout`: by model the recipe that its held-out blocks were made with, and those blocks. What compares models side
@@ -48,40 +48,40 @@ def score_models(
         scores[first.name][part] = run_one(f"score {part}", first.name, compare, recipe.run)
     if protocol is None:
         scores[first.name]["fine-tuning"] = not_run(NO_PROTOCOL)
-        return Judged(scores)
+        return ScoredModels(scores)
     if teacher:
         scores[teacher.name] = {
             "heldout": teachers_own(scores[first.name]["heldout"])
             or not_run("no model was compared with the teacher on held-out text")
         }
-    tuned = tuned_scores(store, recipe, protocol, models, teacher, pairs)
-    return Judged({name: scores[name] | tuned.scores[name] for name in scores}, tuned.failures)
+    tuned = finetuned_scores(store, recipe, protocol, models, teacher, pairs)
+    return ScoredModels({name: scores[name] | tuned.scores[name] for name in scores}, tuned.failures)
 
 
-def deciding_scores(store: Store, recipe: Recipe, model: Candidate, heldout: Sequence[Ref]) -> Judged:
+def deciding_scores(store: Store, recipe: Recipe, model: EvaluatedModel, heldout: Sequence[Ref]) -> ScoredModels:
     """What the gate compares of a model that reads the recipe's tokens: held-out text and the fine-tuned sets."""
     protocol = protocol_of(recipe)
     scores = {"heldout": _heldout(store, recipe, model, heldout)}
     if protocol is None:
-        return Judged({model.name: scores | {"fine-tuning": not_run(NO_PROTOCOL)}})
-    tuned = tuned_scores(store, recipe, protocol, [model])
-    return Judged({model.name: scores | tuned.scores[model.name]}, tuned.failures)
+        return ScoredModels({model.name: scores | {"fine-tuning": not_run(NO_PROTOCOL)}})
+    tuned = finetuned_scores(store, recipe, protocol, [model])
+    return ScoredModels({model.name: scores | tuned.scores[model.name]}, tuned.failures)
 
 
 def _add_heldout_intervals(figures: Sequence[Scores]) -> None:
     """Top-1 of each model against the teacher's, and against the first model's (KL too), paired by held-out block."""
     compared = [one for one in figures if "teacher_hits" in one.get("by_block", {})]
     for number, one in enumerate(compared):
-        one["against_teacher"] = against(block_counts(one, "hits"), block_counts(one, "teacher_hits"))
+        one["against_teacher"] = paired_difference(block_counts(one, "hits"), block_counts(one, "teacher_hits"))
         if number:
             first = compared[0]
-            kl = against(block_counts(one, "kl"), block_counts(first, "kl"))
-            one["against_first"] = against(block_counts(one, "hits"), block_counts(first, "hits")) | {
+            kl = paired_difference(block_counts(one, "kl"), block_counts(first, "kl"))
+            one["against_first"] = paired_difference(block_counts(one, "hits"), block_counts(first, "hits")) | {
                 "kl_difference": kl["difference"]
             }
 
 
-def _heldout(store: Store, recipe: Recipe, model: Candidate, heldout: Sequence[Ref]) -> Scores:
+def _heldout(store: Store, recipe: Recipe, model: EvaluatedModel, heldout: Sequence[Ref]) -> Scores:
     rows, masks = recipe.score.heldout_rows, recipe.score.heldout_masks
     protocol = heldout_protocol(heldout, recipe.mask, rows, teacher_key(recipe), masks)
 
@@ -92,33 +92,33 @@ def _heldout(store: Store, recipe: Recipe, model: Candidate, heldout: Sequence[R
         blocks = [open_blocks(store, ref) for ref in heldout]
         return score_heldout(own, vocabulary_of(recipe), blocks, recipe.mask, rows, theirs, masks)
 
-    work = partial(make_scores, store, Trial(model.key, protocol, "heldout"), compute)
+    work = partial(make_scores, store, ScoreKey(model.key, protocol, "heldout"), compute)
     figures: Scores = run_one("score heldout", model.name, work, recipe.run)
     return figures | {"protocol": sha256_bytes(canonical_json(protocol))}
 
 
 def _side_by_side(
-    store: Store, recipe: Recipe, models: Sequence[Candidate]
+    store: Store, recipe: Recipe, models: Sequence[EvaluatedModel]
 ) -> Iterator[tuple[str, Callable[[], Scores]]]:
     """What needs all models at once; kept under the first, with the names and keys of all in the protocol."""
     names = {"models": [[model.name, model.key] for model in models]}
     sentences, runs = recipe.score.sentences, recipe.score.latency_runs
     load = partial(_contenders, recipe, models)
-    asked = Trial(models[0].key, names | {"sentences": list(sentences)}, "fill-mask")
-    yield "fill-mask", partial(make_scores, store, asked, lambda: fill_mask_sheet(load(), sentences))
-    timed = Trial(models[0].key, names | {"runs": runs}, "size-and-speed")
+    asked = ScoreKey(models[0].key, names | {"sentences": list(sentences)}, "fill-mask")
+    yield "fill-mask", partial(make_scores, store, asked, lambda: fill_mask_answers(load(), sentences))
+    timed = ScoreKey(models[0].key, names | {"runs": runs}, "size-and-speed")
     yield "size-and-speed", partial(make_scores, store, timed, lambda: _size_and_speed(load(), runs))
 
 
-def _contenders(recipe: Recipe, models: Sequence[Candidate]) -> dict[str, Contender]:
+def _contenders(recipe: Recipe, models: Sequence[EvaluatedModel]) -> dict[str, LoadedModel]:
     return {model.name: _loaded(recipe, model) for model in models}
 
 
-def _loaded(recipe: Recipe, model: Candidate) -> Contender:
-    return load_contender(model.folder, trust_remote_code=recipe.teacher.trust_remote_code)
+def _loaded(recipe: Recipe, model: EvaluatedModel) -> LoadedModel:
+    return load_model(model.folder, trust_remote_code=recipe.teacher.trust_remote_code)
 
 
-def _size_and_speed(models: Mapping[str, Contender], runs: int) -> Scores:
+def _size_and_speed(models: Mapping[str, LoadedModel], runs: int) -> Scores:
     return {
         "parameters": {name: parameters(one.model) for name, one in models.items()},
         "bytes": {name: size_on_disk(one.folder) for name, one in models.items()},
@@ -126,7 +126,7 @@ def _size_and_speed(models: Mapping[str, Contender], runs: int) -> Scores:
     }
 
 
-def failure_sentence(judged: Judged) -> str:
+def failure_sentence(judged: ScoredModels) -> str:
     """One sentence about the scores that failed."""
     more = f" and {len(judged.failures) - 1} more" if judged.failures[1:] else ""
     return f"scoring failed: {judged.failures[0]}{more}; the same command computes only what is missing"

@@ -13,8 +13,8 @@ from functools import partial
 
 from prefect import get_run_logger
 
-from flows.pipeline.bind import run_one
-from flows.scoring.candidates import Candidate, Judged
+from flows.pipeline.task_policy import run_one
+from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
 from storage.errors import DistilError
 from storage.store import Store
 from tasks.eval.datasets.load import AnySet, load_set
@@ -27,7 +27,7 @@ NO_PROTOCOL = "score.protocol names no protocol file"
 
 
 @dataclass(frozen=True)
-class Pairs:
+class SeedSelection:
     """Which (set, seed) pairs are computed: all that are missing, those of a set, or one; `force`: even if it is there.
 
     `only` is "", "xnli" or "xnli seed 1".
@@ -41,17 +41,17 @@ class Pairs:
         return self.only in ("", name, f"{name} seed {seed}")
 
 
-EVERY_PAIR = Pairs()
+ALL_SEEDS = SeedSelection()
 
 
-def tuned_scores(
+def finetuned_scores(
     store: Store,
     recipe: Recipe,
     protocol: Protocol,
-    models: Sequence[Candidate],
-    teacher: Candidate | None = None,
-    pairs: Pairs = EVERY_PAIR,
-) -> Judged:
+    models: Sequence[EvaluatedModel],
+    teacher: EvaluatedModel | None = None,
+    pairs: SeedSelection = ALL_SEEDS,
+) -> ScoredModels:
     """All sets of the protocol for all models and the teacher; every model's figures also against the teacher's
     (`against_teacher`) and, from the second model on, against the first's (`against_first`)."""
     contenders = [*models, *([teacher] if teacher else [])]
@@ -70,10 +70,12 @@ def tuned_scores(
         if teacher:
             _compare(store, protocol, data, models, teacher, scores, "against_teacher")
         _compare(store, protocol, data, models[1:], models[0], scores, "against_first")
-    return Judged(scores, tuple(failures))
+    return ScoredModels(scores, tuple(failures))
 
 
-def _tune(store: Store, recipe: Recipe, protocol: Protocol, data: AnySet, model: Candidate, pairs: Pairs) -> list[str]:
+def _tune(
+    store: Store, recipe: Recipe, protocol: Protocol, data: AnySet, model: EvaluatedModel, pairs: SeedSelection
+) -> list[str]:
     """Computes the missing (or forced) seeds of one set and model; sentences about those that failed."""
     failures: list[str] = []
     missing = missing_seeds(store, model.key, data, protocol)
@@ -94,7 +96,7 @@ def _tune(store: Store, recipe: Recipe, protocol: Protocol, data: AnySet, model:
     return failures
 
 
-def _figures(store: Store, protocol: Protocol, data: AnySet, model: Candidate) -> Scores:
+def _figures(store: Store, protocol: Protocol, data: AnySet, model: EvaluatedModel) -> Scores:
     missing = missing_seeds(store, model.key, data, protocol)
     if missing:
         listed = ", ".join(map(str, missing))
@@ -106,8 +108,8 @@ def _compare(
     store: Store,
     protocol: Protocol,
     data: AnySet,
-    models: Sequence[Candidate],
-    other: Candidate,
+    models: Sequence[EvaluatedModel],
+    other: EvaluatedModel,
     scores: dict[str, dict[str, Scores]],
     part: str,
 ) -> None:

@@ -8,14 +8,14 @@ Called by the flows `distill` and `score` under the run that they opened.
 from collections.abc import Mapping
 from typing import Any
 
-from flows.scoring.candidates import Judged
-from flows.tracking.runs import Book
+from flows.scoring.evaluated_models import ScoredModels
+from flows.tracking.runs import MlflowRuns
 from tasks.eval.scores import Scores, was_run
 
 AGAINST = ("against_teacher", "against_first")
 
 
-def record_scores(book: Book, parent: str, key: str, judged: Judged) -> None:
+def record_scores(book: MlflowRuns, parent: str, key: str, judged: ScoredModels) -> None:
     """Each set of each model as a child run, figures under the same names; what was run, and why not, as tags."""
     first = next(iter(judged.scores))
     for model, scores in judged.scores.items():

@@ -67,7 +67,7 @@ def mark_dead_runs(client: SyncPrefectClient) -> None:
     )
 
 
-def tell_of_failures(client: SyncPrefectClient, block: str) -> None:
+def notify_of_failures(client: SyncPrefectClient, block: str) -> None:
     """Sends a notification for each run that fails or crashes, through a notification block TYPE/NAME.
 
     FatalError if there is no such block or it cannot notify.

@@ -27,7 +27,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.templating import apply_values
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
-from flows.services.automations import mark_dead_runs, tell_of_failures
+from flows.services.automations import mark_dead_runs, notify_of_failures
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe
 
@@ -47,7 +47,7 @@ KINDS = ("process", "docker", "kubernetes")
 
 
 @dataclass(frozen=True)
-class Pool:
+class WorkPool:
     """The work pool that starts the runs, and the image that a docker or kubernetes pool starts them in."""
 
     name: str = "distil"
@@ -64,7 +64,7 @@ class Deployed:
     schedule: str
 
 
-def deploy(recipes: Sequence[Recipe], pool: Pool, notify: str = "") -> list[Deployed]:
+def deploy(recipes: Sequence[Recipe], pool: WorkPool, notify: str = "") -> list[Deployed]:
     """Makes pool, queue, automations and one deployment for each flow and recipe, as far as they differ.
 
     `notify` names a notification block, TYPE/NAME, that is told of failed runs. FatalError if the server does not
@@ -76,7 +76,7 @@ def deploy(recipes: Sequence[Recipe], pool: Pool, notify: str = "") -> list[Depl
             raise FatalError(f"the Prefect server {client.api_url} does not answer ({error}); start `distil up`")
         mark_dead_runs(client)
         if notify:
-            tell_of_failures(client, notify)
+            notify_of_failures(client, notify)
         _make_pool(client, pool)
         _register(render(yaml.safe_load(PROJECT.read_text(encoding="utf-8")), recipes, pool))
         ours = _ours(client, {recipe.name for recipe in recipes})
@@ -91,7 +91,7 @@ def show(deployments: Sequence[Deployed]) -> None:
         print(f"{one.name:<{width}}  {one.queue:<16}  {one.schedule}".rstrip())
 
 
-def render(project: dict[str, Any], recipes: Sequence[Recipe], pool: Pool) -> dict[str, Any]:
+def render(project: dict[str, Any], recipes: Sequence[Recipe], pool: WorkPool) -> dict[str, Any]:
     """The project file with its braces filled in, its deployments once for each recipe."""
     place = {"checkout": str(CHECKOUT), "pool": {name: value for name, value in asdict(pool).items() if value}}
     rendered = [
@@ -113,7 +113,7 @@ def _values(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _check(recipes: Sequence[Recipe], pool: Pool) -> None:
+def _check(recipes: Sequence[Recipe], pool: WorkPool) -> None:
     """FatalError for what cannot be deployed."""
     (name, times), *_ = Counter(recipe.name for recipe in recipes).most_common(1)
     if times > 1:
@@ -126,7 +126,7 @@ def _check(recipes: Sequence[Recipe], pool: Pool) -> None:
         raise FatalError("--image goes with --pool-type docker or kubernetes, which need one")
 
 
-def _make_pool(client: SyncPrefectClient, pool: Pool) -> None:
+def _make_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
     """Makes the work pool and its queues unless they are there; what a user set on them stays."""
     try:
         kind = client.read_work_pool(pool.name).type

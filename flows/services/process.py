@@ -60,13 +60,13 @@ def start(
             stderr=subprocess.STDOUT,
             # Prefect reads a project file in the working folder, MLflow writes there; this folder is safe ground.
             cwd=folder,
-            env=finding_us(environment),
+            env=with_repo_on_path(environment),
             start_new_session=True,
         )
     return Service(name, process, log, health, grace)
 
 
-def finding_us(environment: Mapping[str, str]) -> dict[str, str]:
+def with_repo_on_path(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment with this checkout first on the path of Python: a child needs no installed package of ours."""
     here = str(Path(__file__).resolve().parents[2])
     python_path = os.pathsep.join(part for part in (here, environment.get("PYTHONPATH", "")) if part)
@@ -77,7 +77,7 @@ def wait_until_up(service: Service) -> None:
     """Returns when the server answers. FatalError if it ends or takes too long."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and service.process.poll() is None:
-        if answers(service.health):
+        if is_healthy(service.health):
             return
         time.sleep(0.1)
     raise FatalError(f"{service.name} did not start; see {service.log}", str(service.log))
@@ -105,7 +105,7 @@ def stop(service: Service) -> None:
     service.process.wait()
 
 
-def answers(url: str) -> bool:
+def is_healthy(url: str) -> bool:
     """True if the health page there says yes. Both servers show it to everybody, also with authentication on."""
     try:
         with urllib.request.urlopen(url, timeout=5) as page:
@@ -114,7 +114,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def a_port(name: str, given: int | None, usual: int = 0) -> int:
+def free_port(name: str, given: int | None, usual: int = 0) -> int:
     """A port on loopback: the given one, else the usual one if it is free, else any. FatalError if `given` is taken."""
     for port in (usual, 0) if given is None else (given,):
         with socket.socket() as probe:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from prefect.client.orchestration import get_client
 
-from flows.services.deploy import Pool, deploy
-from flows.services.process import answers
-from flows.services.stale_runs import reconcile
+from flows.services.deploy import WorkPool, deploy
+from flows.services.process import is_healthy
+from flows.services.stale_runs import mark_stale_runs
 from storage.errors import DistilError
 from tasks.recipe.load import make_recipe
 
@@ -23,11 +23,11 @@ from tasks.recipe.load import make_recipe
 def main(file: str, pool: str) -> None:
     """Registers the recipes in a JSON file and says which runs it marked."""
     recipes = [make_recipe(values, file) for values in json.loads(Path(file).read_text(encoding="utf-8"))]
-    while not answers(f"{os.environ['PREFECT_API_URL']}/health"):
+    while not is_healthy(f"{os.environ['PREFECT_API_URL']}/health"):
         time.sleep(0.1)  # `distil up` ends us when the server does not start
-    deploy(recipes, Pool(pool))
+    deploy(recipes, WorkPool(pool))
     with get_client(sync_client=True) as client:
-        for run in reconcile(client):
+        for run in mark_stale_runs(client):
             print(f"left behind by an earlier worker: {run.name}, now {run.state}")
 
 

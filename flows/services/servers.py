@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flows.home import LOOPBACK, _last_up, mlflow_database
 from flows.services.auth import mlflow_access, prefect_access
-from flows.services.process import Service, a_port, answers, start, stop, wait_until_up
+from flows.services.process import Service, free_port, is_healthy, start, stop, wait_until_up
 from storage.disk import writing
 from storage.errors import FatalError
 
@@ -32,7 +32,7 @@ def live_up(home: str) -> dict[str, str] | None:
             os.kill(int(up["pid"]), 0)
         except ProcessLookupError:
             return None
-    return up if answers(f"{up['prefect_api']}/health") else None
+    return up if is_healthy(f"{up['prefect_api']}/health") else None
 
 
 PREFECT_PORT = 4200
@@ -66,7 +66,7 @@ def start_server(home: str) -> Callable[[], None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         turn = lock.open("w")
     fcntl.flock(turn, fcntl.LOCK_EX)
-    server = prefect_server(home, a_port("Prefect", None))
+    server = prefect_server(home, free_port("Prefect", None))
     # Registered before Prefect's own exit hooks, so it runs after they have sent what they still hold.
     atexit.register(stop, server)
     os.environ["PREFECT_API_URL"] = server.health.removesuffix("/health")
@@ -80,7 +80,7 @@ def start_server(home: str) -> Callable[[], None]:
     return wait
 
 
-def page_now(link: str) -> str:
+def current_link(link: str) -> str:
     """A link to a page of Prefect as it can be opened while the run lasts.
 
     The server of a plain `distil run` has any port, but links that are kept name that of a later `distil up`. Those of
@@ -111,7 +111,7 @@ def find_server(home: str) -> str:
     return os.environ["PREFECT_API_URL"]
 
 
-def talkative(environment: Mapping[str, str]) -> dict[str, str]:
+def verbose_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a part of Prefect that has a log of its own instead of our terminal: warnings belong there."""
     levels = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL")
     return dict(environment) | dict.fromkeys(levels, "WARNING")
@@ -123,7 +123,7 @@ def prefect_server(home: str, port: int) -> Service:
     folder = Path(home)
     fixed = {"PREFECT_SERVER_UI_API_URL": url, "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui")}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
-    environment = RETENTION | talkative(os.environ) | fixed | prefect_access()
+    environment = RETENTION | verbose_environment(os.environ) | fixed | prefect_access()
     return start("prefect", command, folder / "run", environment, health=f"{url}/health")
 
 

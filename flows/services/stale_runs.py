@@ -51,7 +51,7 @@ def worker_name() -> str:
     return f"{socket.gethostname()}-{os.getuid()}"
 
 
-def reconcile(client: SyncPrefectClient) -> list[Marked]:
+def mark_stale_runs(client: SyncPrefectClient) -> list[Marked]:
     """Marks every deployment's run that lost its process on this machine; returns them."""
     living = _living()
     return [_mark(client, run) for run in list(_taken(client)) if str(run.id) not in living and _ours(run)]

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from flows.home import LOOPBACK, public, set_environment, up_file
+from flows.home import LOOPBACK, set_environment, up_file, without_credentials
 from flows.services.auth import check_mlflow
-from flows.services.process import STOP_SECONDS, Service, a_port, finish, start, stop, wait_until_up
-from flows.services.servers import MLFLOW_PORT, PREFECT_PORT, mlflow_server, prefect_server, talkative
+from flows.services.process import STOP_SECONDS, Service, finish, free_port, start, stop, wait_until_up
+from flows.services.servers import MLFLOW_PORT, PREFECT_PORT, mlflow_server, prefect_server, verbose_environment
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe
 
@@ -36,7 +36,7 @@ REGISTER_SECONDS = 600.0
 LOOK_SECONDS = 0.5
 
 
-class Told(BaseException):
+class StopRequested(BaseException):
     """Ctrl-C or SIGTERM. Not an Exception: nothing on its way may take it for a failure."""
 
 
@@ -45,19 +45,19 @@ def serve(recipes: Sequence[Recipe], home: str, port: int | None = None, mlflow_
     not start or ends by itself."""
     services: list[Service] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _raise_told)
+        signal.signal(signum, _raise_stop_requested)
     with _alone(home):
         try:
             _run(services, recipes, home, _addresses(port, mlflow_port))
-        except Told:
+        except StopRequested:
             print("stopping; a training writes its checkpoint first", flush=True)
         finally:
             _stop(services, home)
     print("all stopped")
 
 
-def _raise_told(_signum: int, _frame: FrameType | None) -> NoReturn:
-    raise Told
+def _raise_stop_requested(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise StopRequested
 
 
 @contextmanager
@@ -77,8 +77,8 @@ def _addresses(port: int | None, mlflow_port: int | None) -> dict[str, str]:
     """What clients need to know, as in up.json."""
     if port is not None and port == mlflow_port:
         raise FatalError(f"port {port} cannot be both Prefect's and MLflow's; choose two")
-    prefect = f"http://{LOOPBACK}:{a_port('Prefect', port, PREFECT_PORT)}"
-    mlflow = f"http://{LOOPBACK}:{a_port('MLflow', mlflow_port, MLFLOW_PORT)}"
+    prefect = f"http://{LOOPBACK}:{free_port('Prefect', port, PREFECT_PORT)}"
+    mlflow = f"http://{LOOPBACK}:{free_port('MLflow', mlflow_port, MLFLOW_PORT)}"
     return {"prefect_api": f"{prefect}/api", "prefect_ui": prefect, "mlflow": mlflow}
 
 
@@ -87,8 +87,8 @@ def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresse
     given = os.environ.get("MLFLOW_TRACKING_URI", addresses["mlflow"])
     if given.rstrip("/") != addresses["mlflow"]:
         raise FatalError(
-            f"MLFLOW_TRACKING_URI is {public(given)}, but `distil up` serves an MLflow of its own; unset it, or, to "
-            "record there, start `prefect server`, `distil deploy` and a Prefect worker instead"
+            f"MLFLOW_TRACKING_URI is {without_credentials(given)}, but `distil up` serves an MLflow of its own; unset "
+            "it, or, to record there, start `prefect server`, `distil deploy` and a Prefect worker instead"
         )
     _set_environment(home, addresses)
     print(f"starting Prefect and MLflow for {home}", flush=True)
@@ -112,7 +112,7 @@ def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresse
 def _part(name: str, home: str, *arguments: str, grace: float = STOP_SECONDS) -> Service:
     """Starts the module of this name in flows/."""
     command = [sys.executable, "-m", f"flows.services.{name}", *arguments]
-    return start(name, command, Path(home) / "run", talkative(os.environ), grace=grace)
+    return start(name, command, Path(home) / "run", verbose_environment(os.environ), grace=grace)
 
 
 def _recipes_file(recipes: Sequence[Recipe], home: str) -> str:

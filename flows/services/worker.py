@@ -19,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.workers.process import ProcessWorker
 
-from flows.services.stale_runs import reconcile, worker_name
+from flows.services.stale_runs import mark_stale_runs, worker_name
 
 POLL_SECONDS = 0.2
 
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     """Marks what an earlier worker of this name left behind, so that it blocks no queue, and serves the pool."""
     pool, *options = arguments
     with get_client(sync_client=True) as client:
-        for run in reconcile(client):
+        for run in mark_stale_runs(client):
             print(f"{run.name}: left behind, now {run.state}", flush=True)
     asyncio.run(work(pool, with_healthcheck="--with-healthcheck" in options))
 

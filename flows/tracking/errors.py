@@ -12,14 +12,14 @@ from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.errors import FatalError, RetryableError
-from storage.filesystem import client_errors, from_afar, translated
+from storage.filesystem import client_errors, is_remote_error, translated
 
 REFUSED = (400, 401, 403, 404)
 """Statuses of what MLflow does not take however often it is asked."""
 
 
 @contextmanager
-def answering() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """What MLflow raises becomes one of our two errors: FatalError for what it refuses, else its server or database may
     be back in a moment."""
     try:
@@ -33,7 +33,7 @@ def answering() -> Iterator[None]:
             raise FatalError(f"MLflow refused: {said}") from error
         raise RetryableError(f"MLflow did not answer: {said}") from error
     except client_errors() as error:
-        ours = translated(error, "MLflow's artifacts") if from_afar(error) else None
+        ours = translated(error, "MLflow's artifacts") if is_remote_error(error) else None
         if ours is None:
             raise
         raise ours from error

@@ -3,7 +3,7 @@
     registry = open_registry(recipe)
     version = registry.register(run_id, name, model_key, folder, ...)     # one a model key, alias `challenger`
     registry.named("models:/NAME@ALIAS"), registry.version("NAME", "3"), registry.champion("NAME")
-    registry.crown(version, when)                                         # flows/promote.py decides who gets it
+    registry.set_champion(version, when)                                         # flows/promote.py decides who gets it
 
 The runs that versions come from are in flows/tracking/runs.py.
 """
@@ -23,8 +23,8 @@ from mlflow.models.model import ModelInfo
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
 
-from flows.home import REGISTERED, public, tracking_uri
-from flows.tracking.errors import answering
+from flows.home import REGISTERED, tracking_uri, without_credentials
+from flows.tracking.errors import translate_errors
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from tasks.recipe.config import Recipe
@@ -63,12 +63,12 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Registry:
+class ModelRegistry:
     """The registered models of one MLflow."""
 
     client: MlflowClient
 
-    @answering()
+    @translate_errors()
     def register(
         self,
         run_id: str,
@@ -101,7 +101,7 @@ class Registry:
             known = self.version(name, known.version)
         return known
 
-    @answering()
+    @translate_errors()
     def version_of(self, name: str, model_key: str) -> Version | None:
         """The version that this model key was registered as, or None."""
         query = f"name = '{name}' and tags.`distil.model_key` = '{model_key}'"
@@ -109,7 +109,7 @@ class Registry:
             return _version(found)
         return None
 
-    @answering()
+    @translate_errors()
     def version(self, name: str, version: str = "") -> Version:
         """A version with its tags, the challenger if no number is given. FatalError where there is none."""
         try:
@@ -125,18 +125,18 @@ class Registry:
                 f"MLflow has no {what}; give the recipe that registers it, and --version as MLflow shows it"
             ) from error
 
-    @answering()
+    @translate_errors()
     def named(self, uri: str) -> Version:
         """The version that `models:/NAME/NUMBER` or `models:/NAME@ALIAS` means. FatalError where there is none."""
         return _version(_find(self.client, uri))
 
-    @answering()
+    @translate_errors()
     def champion(self, name: str) -> Version | None:
         """The version that has the alias `champion` now."""
         number = self._aliases(name).get(CHAMPION)
         return _version(self.client.get_model_version(name, number)) if number else None
 
-    @answering()
+    @translate_errors()
     def champions(self, name: str) -> list[Version]:
         """All versions that were ever champion, oldest first; the one that is champion now is the last."""
         now = self.champion(name)
@@ -150,12 +150,12 @@ class Registry:
         past = [one for one in found if CHAMPION_SINCE in one.tags and one != now]
         return sorted(past, key=lambda one: one.tags[CHAMPION_SINCE]) + ([now] if now else [])
 
-    @answering()
+    @translate_errors()
     def aliases_of(self, version: Version) -> list[str]:
         """The aliases that the version has now; a newer one may have taken `challenger`."""
         return sorted(alias for alias, number in self._aliases(version.name).items() if number == version.version)
 
-    @answering()
+    @translate_errors()
     def tag_version(self, version: Version, tags: Mapping[str, str]) -> None:
         """Sets tags of a version; an empty value takes the tag away."""
         for name, value in tags.items():
@@ -164,8 +164,8 @@ class Registry:
             elif name in version.tags:
                 self.client.delete_model_version_tag(version.name, version.version, name)
 
-    @answering()
-    def crown(self, version: Version, when: str, judged_against: Version | None) -> None:
+    @translate_errors()
+    def set_champion(self, version: Version, when: str, judged_against: Version | None) -> None:
         """Moves the alias `champion` to this version. RetryableError if somebody else moved it meanwhile."""
         before = self.champion(version.name)
         if before != judged_against:
@@ -181,12 +181,12 @@ class Registry:
         return {alias: str(number) for alias, number in self.client.get_registered_model(name).aliases.items()}
 
 
-def open_registry(recipe: Recipe) -> Registry:
+def open_registry(recipe: Recipe) -> ModelRegistry:
     """The registry of the recipe's MLflow."""
-    return Registry(connect(recipe)[0])
+    return ModelRegistry(connect(recipe)[0])
 
 
-@answering()
+@translate_errors()
 def connect(recipe: Recipe) -> tuple[MlflowClient, str]:
     """A client of the recipe's MLflow, and where that is; the folder of a local database is made.
 
@@ -200,12 +200,12 @@ def connect(recipe: Recipe) -> tuple[MlflowClient, str]:
         return MlflowClient(uri), uri
     except ModuleNotFoundError as error:
         raise FatalError(
-            f"MLflow's database {public(uri)} needs the Python package {error.name}; for PostgreSQL: "
+            f"MLflow's database {without_credentials(uri)} needs the Python package {error.name}; for PostgreSQL: "
             "pip install -e '.[postgres]'"
         ) from error
 
 
-@answering()
+@translate_errors()
 def fetch_model(recipe: Recipe, uri: str) -> Path:
     """The folder of a registered model, as AutoModel and AutoTokenizer load it; kept below the recipe's home.
 
@@ -227,7 +227,7 @@ def fetch_model(recipe: Recipe, uri: str) -> Path:
     return folder / "model"
 
 
-@answering()
+@translate_errors()
 def champion_of(recipe: Recipe) -> Version | None:
     """The version of the recipe's registered model that has the alias `champion`, or None."""
     client, _ = connect(recipe)

@@ -21,9 +21,9 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from flows.home import public
-from flows.tracking.errors import answering
-from flows.tracking.registry import Registry, Version, connect
+from flows.home import without_credentials
+from flows.tracking.errors import translate_errors
+from flows.tracking.registry import ModelRegistry, Version, connect
 from storage.errors import FatalError, RetryableError
 from tasks.recipe.config import Recipe
 
@@ -42,7 +42,7 @@ CURVES = ("loss", "heldout_loss")
 
 
 @dataclass(frozen=True)
-class Book:
+class MlflowRuns:
     """One MLflow experiment. `uri` is the server or database."""
 
     client: MlflowClient
@@ -50,11 +50,11 @@ class Book:
     uri: str
 
     @property
-    def registry(self) -> Registry:
+    def registry(self) -> ModelRegistry:
         """The models of the same MLflow."""
-        return Registry(self.client)
+        return ModelRegistry(self.client)
 
-    @answering()
+    @translate_errors()
     def run(
         self, part: str, key: str, name: str, *, parent: str = "", settings: Mapping[str, Any] | None = None
     ) -> str:
@@ -79,12 +79,12 @@ class Book:
             self.client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
         return run_id
 
-    @answering()
+    @translate_errors()
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Sets tags of a run."""
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items() if value])
 
-    @answering()
+    @translate_errors()
     def data(self, run_id: str, digests: Mapping[str, tuple[str, str]]) -> None:
         """Notes the data sets of a run: name -> (digest, where it is). The same one twice is one."""
         inputs = [
@@ -96,7 +96,7 @@ class Book:
         ]
         self.client.log_inputs(run_id, datasets=inputs)
 
-    @answering()
+    @translate_errors()
     def last_steps(self, run_id: str) -> dict[str, int]:
         """For each kind of line the last step that MLflow has, or -1."""
         return {
@@ -104,7 +104,7 @@ class Book:
             for name in CURVES
         }
 
-    @answering()
+    @translate_errors()
     def send(self, run_id: str, lines: Sequence[Mapping[str, Any]], last: dict[str, int]) -> None:
         """Sends those lines of metrics.jsonl that lie after `last` (see `last_steps`) and then moves it on.
 
@@ -124,14 +124,14 @@ class Book:
             self.client.log_batch(run_id, metrics=batch[start : start + BATCH_METRICS])
         last.update(reached)
 
-    @answering()
+    @translate_errors()
     def figures(self, run_id: str, values: Mapping[str, Any]) -> None:
         """Records final figures; what is not a number is left out (it is in the score artifact)."""
         stamp = int(time.time() * 1000)
         numbers = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
         self.client.log_batch(run_id, metrics=[Metric(name, float(v), stamp, 0) for name, v in numbers.items()])
 
-    @answering()
+    @translate_errors()
     def file(self, run_id: str, name: str, values: Mapping[str, Any]) -> None:
         """Keeps plain values with a run, as a JSON file."""
         self.client.log_dict(run_id, dict(values), name)
@@ -140,9 +140,9 @@ class Book:
         """Where a browser finds the run, or "" when there is only a database."""
         if not self.uri.startswith("http"):
             return ""
-        return f"{public(self.uri).rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
+        return f"{without_credentials(self.uri).rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
 
-    @answering()
+    @translate_errors()
     def end(self, run_id: str, status: str = "FINISHED") -> None:
         """FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
@@ -159,7 +159,7 @@ class Book:
             raise
         self.end(run_id)
 
-    @answering()
+    @translate_errors()
     def keep(self, run_id: str, files: Mapping[str, bytes], version: Version | None = None) -> None:
         """Keeps files with a run, and beside the weights in `model/` of a version that was made here."""
         with tempfile.TemporaryDirectory() as folder:
@@ -172,8 +172,8 @@ class Book:
                 self.client.log_model_artifacts(version.model_id, folder)
 
 
-@answering()
-def open_book(recipe: Recipe) -> Book:
+@translate_errors()
+def open_mlflow_runs(recipe: Recipe) -> MlflowRuns:
     """Opens (and on first use makes) the recipe's experiment, with its artifacts where the recipe says.
 
     FatalError if the experiment has them elsewhere. RetryableError if a server does not answer.
@@ -187,10 +187,10 @@ def open_book(recipe: Recipe) -> Book:
                 f"MLflow's experiment {name} keeps its artifacts in {found.artifact_location} for good, not in "
                 f"register.artifacts = {wanted}; name another register.experiment"
             )
-        return Book(client, found.experiment_id, uri)
+        return MlflowRuns(client, found.experiment_id, uri)
     served = uri.startswith("http")  # then the server knows where artifacts lie
     beside = None if served else (Path(recipe.home) / "mlflow" / "artifacts").absolute().as_uri()
-    return Book(client, client.create_experiment(name, artifact_location=wanted or beside), uri)
+    return MlflowRuns(client, client.create_experiment(name, artifact_location=wanted or beside), uri)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

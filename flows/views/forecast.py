@@ -23,7 +23,7 @@ def show(recipe: Recipe, forecast: Forecast) -> None:
 
 def made_table(forecast: Forecast) -> TextTable:
     """Counts of the training text, and bytes by stage: in all, there already, still to be made."""
-    found = forecast.outlook
+    found = forecast.sizes
     counts = {"tokens": found.tokens, "blocks": found.blocks, "masked positions": found.positions}
     rows = [(name, *_three(one, number)) for name, one in counts.items()]
     rows.append(("text", *_three(found.text, amount_of_bytes)))

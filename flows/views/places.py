@@ -7,7 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
-from flows.home import TYPED, public
+from flows.home import TYPED_COMMAND, without_credentials
 from flows.views.tables import Rows
 from tasks.recipe.config import Recipe
 
@@ -22,10 +22,10 @@ def places(recipe: Recipe, model_folder: Path, mlflow_uri: str) -> Rows:
     """Rows of (what, where)."""
     seen = [("curves, models and runs", f"distil up --home {shlex.quote(recipe.home)}")]
     if mlflow_uri.startswith("http"):  # else a database, which has no page of its own
-        seen = [("curves and models", public(mlflow_uri)), ("runs", os.environ.get("PREFECT_UI_URL", ""))]
+        seen = [("curves and models", without_credentials(mlflow_uri)), ("runs", os.environ.get("PREFECT_UI_URL", ""))]
     return [
         ("store", recipe.store),
         *seen,
         ("the model", f"pipeline('fill-mask', model='{model_folder}')"),
-        ("what is there", f"distil status {os.environ.get(TYPED, 'RECIPE.toml')}"),
+        ("what is there", f"distil status {os.environ.get(TYPED_COMMAND, 'RECIPE.toml')}"),
     ]

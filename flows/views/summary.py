@@ -22,7 +22,7 @@ Scores = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Course:
+class RunSummary:
     """Everything that the table tells of."""
 
     recipe: Recipe
@@ -38,7 +38,7 @@ class Course:
     gate: Rows
 
 
-def sections(store: Store, course: Course, total: float) -> dict[str, Rows]:
+def sections(store: Store, course: RunSummary, total: float) -> dict[str, Rows]:
     """All rows by heading; `total` is the wall time of the run in seconds."""
     return {
         MADE: _made(store, course),
@@ -50,7 +50,7 @@ def sections(store: Store, course: Course, total: float) -> dict[str, Rows]:
     }
 
 
-def _made(store: Store, course: Course) -> Rows:
+def _made(store: Store, course: RunSummary) -> Rows:
     lineage, run = course.lineage, course.run
     model = store.receipt(run.model_ref)
     lines = [line for line in read_metrics(Path(run.folder) / METRICS) if "tokens_per_second" in line]

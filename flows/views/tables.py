@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from flows.home import TYPED
+from flows.home import TYPED_COMMAND
 from storage.artifact import Failure
 from tasks.recipe.config import Recipe
 
@@ -76,7 +76,7 @@ def plain(text: str) -> str:
 
 def how_to_retry(recipe: Recipe, stage: str, shard: str) -> str:
     """The command with the recipe and overrides of this run; of a run that came from a deployment, the deployment."""
-    typed = os.environ.get(TYPED)
+    typed = os.environ.get(TYPED_COMMAND)
     if typed:
         return f"distil retry {typed} --stage {stage} --shard {shlex.quote(shard)}"
     return f"Retry on this run, or run retry-shard/{recipe.name} with stage = {stage} and shard = {shard}"
@@ -84,7 +84,7 @@ def how_to_retry(recipe: Recipe, stage: str, shard: str) -> str:
 
 def all_again(recipe: Recipe) -> str:
     """What to do about a whole failure table; only a run that came from a deployment has Retry in the UI."""
-    if os.environ.get(TYPED):
+    if os.environ.get(TYPED_COMMAND):
         return (
             "Mend the cause, then run the command in the last column, or the same run again, which makes all of them."
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storage.errors import FatalError
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 
 FIELDS = ("content", "text")
 """Where a record has its text: OSCAR since 22.01, and everybody else."""
@@ -64,7 +64,7 @@ def labels_of(metadata: object) -> Labels | None:
 class Tally:
     """Counts what one pass over a source sees, and writes its bad lines to a file as JSON lines."""
 
-    def __init__(self, name: str, corpus: Corpus, quarantine: Path) -> None:
+    def __init__(self, name: str, corpus: CorpusSettings, quarantine: Path) -> None:
         self.name = name
         self.schema = ""  # set by the reader as soon as it is known
         self.lines = 0  # rows, in parquet
@@ -112,10 +112,10 @@ class Tally:
 
     def _unknown(self) -> FatalError:
         line, reason, excerpt = self._first or (0, "", "")
-        return unknown_schema(self.name, f"in line {line} {reason}: {excerpt[:60]!r}", line)
+        return unknown_schema_error(self.name, f"in line {line} {reason}: {excerpt[:60]!r}", line)
 
 
-def unknown_schema(name: str, found: str, line: int | None = None) -> FatalError:
+def unknown_schema_error(name: str, found: str, line: int | None = None) -> FatalError:
     """The refusal of a file that is none of the schemas; `found` says what it looks like."""
     return FatalError(
         f"{name}: unknown schema, found {found}; the README lists what can be read, corpus.pattern leaves files out",

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from storage.errors import FatalError, RetryableError
-from storage.filesystem import answering, open_url
+from storage.filesystem import open_url, translate_errors
 from storage.fingerprint import CHUNK, sha256_file
 from tasks.corpus.lines import reading_error
 from tasks.corpus.snapshot import Source
@@ -86,7 +86,7 @@ def _copy(source: Source, folder: Path) -> tuple[Path, str]:
 
 def _download(source: Source) -> Iterator[bytes]:
     try:
-        with answering(source.url):
+        with translate_errors(source.url):
             fs, path = open_url(source.url)
             with fs.open(path, "rb") as file:
                 while chunk := file.read(CHUNK):

@@ -55,7 +55,7 @@ def packing_of(head: bytes) -> str:
     return ""
 
 
-class Growth:
+class UnpackedSize:
     """Watches how much comes out of a file of `size` bytes: FatalError beyond `ratio` times that (and HARMLESS)."""
 
     def __init__(self, name: str, size: int, ratio: int) -> None:
@@ -85,7 +85,7 @@ def chunks_of(path: Path, name: str, ratio: int = RATIO) -> Iterator[bytes]:
             packing = packing_of(file.read(4))
             file.seek(0)
             stream = pa.CompressedInputStream(file, packing) if packing else file
-            growth = Growth(name, file.size(), ratio)
+            growth = UnpackedSize(name, file.size(), ratio)
             while chunk := stream.read(CHUNK):
                 if packing:
                     growth.add(len(chunk))

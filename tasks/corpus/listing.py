@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from storage.errors import FatalError
-from storage.filesystem import answering, on_this_machine, open_url
+from storage.filesystem import on_this_machine, open_url, translate_errors
 from storage.fingerprint import canonical_json, sha256_bytes
 
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "created")
@@ -74,7 +74,7 @@ def subfolders(url: str) -> list[str]:
 def listing_errors(url: str, field: str = "corpus.url") -> Iterator[None]:
     """Turns what a file system raises into the two error types; `field` of the recipe is what they name."""
     try:
-        with answering(f"{field} {url}"):
+        with translate_errors(f"{field} {url}"):
             yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FatalError(f"{field} {url} cannot be listed: {error}", url) from error

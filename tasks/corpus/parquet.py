@@ -13,16 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import FatalError
-from tasks.corpus.document import FIELDS, Document, Tally, labels_of, unknown_schema
-from tasks.corpus.lines import Growth, packing_of, reading_error
+from tasks.corpus.document import FIELDS, Document, Tally, labels_of, unknown_schema_error
+from tasks.corpus.lines import UnpackedSize, packing_of, reading_error
 from tasks.corpus.parquet_pages import batch_rows, row_groups
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 
 _METADATA = ("metadata", "meta")
 
 
 def rows_of_parquet(
-    path: Path, chunks: Iterable[bytes], name: str, tally: Tally, folder: Path, corpus: Corpus
+    path: Path, chunks: Iterable[bytes], name: str, tally: Tally, folder: Path, corpus: CorpusSettings
 ) -> Iterator[Document]:
     """Every row as a document, `line` being its row; null, wrong UTF-8 and longer than a line may be are quarantined.
 
@@ -45,17 +45,19 @@ def rows_of_parquet(
             path.unlink()
 
 
-def _rows(parquet: pq.ParquetFile, file: BinaryIO, name: str, tally: Tally, corpus: Corpus) -> Iterator[Document]:
+def _rows(
+    parquet: pq.ParquetFile, file: BinaryIO, name: str, tally: Tally, corpus: CorpusSettings
+) -> Iterator[Document]:
     schema = parquet.schema_arrow
     field = next((field for field in FIELDS if field in schema.names and _is_text(schema.field(field).type)), "")
     if not field:
-        raise unknown_schema(
+        raise unknown_schema_error(
             name, f"parquet columns {', '.join(one[:40] for one in schema.names[:8])} without {' or '.join(FIELDS)}"
         )
     tally.schema = "parquet"
     metadata = next((column for column in _METADATA if column in schema.names), "")
-    growth = Growth(name, file.seek(0, os.SEEK_END), corpus.max_unpacked_ratio)
-    for batch in batches(parquet, file, name, [field, metadata] if metadata else [field]):
+    growth = UnpackedSize(name, file.seek(0, os.SEEK_END), corpus.max_unpacked_ratio)
+    for batch in record_batches(parquet, file, name, [field, metadata] if metadata else [field]):
         texts = batch.column(field).cast(pa.large_binary()).to_pylist()
         labels = batch.column(metadata).to_pylist() if metadata else [None] * len(texts)
         for text, label in zip(texts, labels, strict=True):
@@ -69,7 +71,7 @@ def _rows(parquet: pq.ParquetFile, file: BinaryIO, name: str, tally: Tally, corp
             yield Document(text, chars, tally.lines, labels_of(label))
 
 
-def batches(
+def record_batches(
     parquet: pq.ParquetFile, file: BinaryIO, name: str, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """The rows of some or all columns, so many at once as its pages allow; `file` are its bytes, opened once more."""

@@ -22,11 +22,11 @@ from typing import Any
 import orjson
 
 from storage.errors import FatalError
-from tasks.corpus.document import EXCERPT, FIELDS, Document, Tally, labels_of, unknown_schema
+from tasks.corpus.document import EXCERPT, FIELDS, Document, Tally, labels_of, unknown_schema_error
 from tasks.corpus.lines import LongLine, chunks_of, split_lines
 from tasks.corpus.paragraphs import seen, without_paragraphs
 from tasks.corpus.parquet import rows_of_parquet
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 
 _FOREIGN = {
     b"\xff\xfe": "UTF-16 text",
@@ -40,7 +40,7 @@ _23_01 = {"quality_warnings", "harmful_pp", "tlsh", "categories"}
 
 
 def read_documents(
-    path: Path, name: str, corpus: Corpus, tally: Tally, folder: Path, companion: Path | None = None
+    path: Path, name: str, corpus: CorpusSettings, tally: Tally, folder: Path, companion: Path | None = None
 ) -> Iterator[Document]:
     """Every document of a local file, in order; bad lines go to `tally`. Call `tally.finish()` after the last one.
 
@@ -64,7 +64,7 @@ def read_documents(
     elif _looks_like_json(sample, name):
         yield from _records(lines, tally)
     elif not _looks_like_text(sample, name):
-        raise unknown_schema(name, _found(sample))
+        raise unknown_schema_error(name, _found(sample))
     else:
         yield from _texts(chain([sample], chunks), name, corpus, tally)
 
@@ -135,7 +135,7 @@ def _kind(value: object) -> str:
 # ---- text --------------------------------------------------------------------------------------------------
 
 
-def _texts(chunks: Iterator[bytes], name: str, corpus: Corpus, tally: Tally) -> Iterator[Document]:
+def _texts(chunks: Iterator[bytes], name: str, corpus: CorpusSettings, tally: Tally) -> Iterator[Document]:
     """Documents of a text without metadata, parted as `corpus.text` says or as the text shows."""
     parted = corpus.text
     if auto := parted == "auto":
@@ -204,7 +204,7 @@ def _check_pair(companion: Path, name: str, tally: Tally, ratio: int) -> None:
         record, fault = _record(line)
         if record is not None and "nb_sentences" not in record:
             fields = _fields(record)
-            raise unknown_schema(
+            raise unknown_schema_error(
                 companion.name, f"fields {fields} beside {name}, where 21.09 has headers, nb_sentences"
             )
         records += record is not None or fault != ""

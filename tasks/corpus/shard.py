@@ -25,8 +25,8 @@ from storage.store import Store
 from tasks.corpus.document import Document, Tally
 from tasks.corpus.fetch import fetched
 from tasks.corpus.reader import read_documents
-from tasks.corpus.snapshot import Source, content_of, remember_content
-from tasks.recipe.config import Corpus
+from tasks.corpus.snapshot import Source, remember_source_content, source_content
+from tasks.recipe.config import CorpusSettings
 
 SCHEMA = 1
 
@@ -45,7 +45,7 @@ _NOT_IN_KEY = {"url", "pattern", "max_bad_lines", "max_unpacked_ratio"}
 _DROPS = ("language", "language_prob", "quality_warning", "harmful", "short")
 
 
-def source_ref(source: Source, content: str, corpus: Corpus) -> Ref:
+def source_ref(source: Source, content: str, corpus: CorpusSettings) -> Ref:
     """The artifact that a source becomes; `content` is its sha256. Its key does not know where it lies or its name."""
     return Ref("source", key_of("source", SCHEMA, _settings(source, corpus), [content]), source.label)
 
@@ -65,7 +65,7 @@ def is_heldout(digest: bytes, per_mille: int) -> bool:
     return int.from_bytes(digest, "big") % 1000 < per_mille
 
 
-def why_dropped(document: Document, corpus: Corpus) -> str:
+def why_dropped(document: Document, corpus: CorpusSettings) -> str:
     """The filter that a document does not pass, or empty. What its schema does not say drops nothing."""
     labels = document.labels
     if labels:
@@ -81,19 +81,19 @@ def why_dropped(document: Document, corpus: Corpus) -> str:
     return "short" if document.chars < corpus.min_chars else ""
 
 
-def shard_source(store: Store, source: Source, corpus: Corpus, *, force: bool = False) -> Receipt:
+def shard_source(store: Store, source: Source, corpus: CorpusSettings, *, force: bool = False) -> Receipt:
     """Makes every shard of one source and its receipt; does nothing if they are there (unless `force`).
 
     FatalError: wrong checksum, empty, unknown schema, archive cut short or damaged, too many bad lines, store full.
     RetryableError: the source or the store did not answer, or the source was changed while it was read.
     """
-    content = content_of(store, source)
+    content = source_content(store, source)
     if content and not force and (receipt := _done(store, source_ref(source, content, corpus))):
         return receipt
     with store.scratch() as work, store.scratch() as out:
         started = time.perf_counter()
         with fetched(source, work) as (path, content):
-            remember_content(store, source, content)
+            remember_source_content(store, source, content)
             ref = source_ref(source, content, corpus)
             if not force and (receipt := _done(store, ref)):
                 return receipt
@@ -117,7 +117,7 @@ def shard_source(store: Store, source: Source, corpus: Corpus, *, force: bool = 
         )
 
 
-def _settings(source: Source, corpus: Corpus) -> dict[str, Any]:
+def _settings(source: Source, corpus: CorpusSettings) -> dict[str, Any]:
     """What changes the bytes of the shards."""
     return corpus.in_key(_NOT_IN_KEY) | {"pair": source.companion is not None}
 
@@ -134,7 +134,9 @@ def _done(store: Store, ref: Ref) -> Receipt | None:
 # ---- the one pass over a source ----------------------------------------------------------------------------
 
 
-def _parse(store: Store, source: Ref, corpus: Corpus, documents: Iterator[Document], tally: Tally) -> dict[str, Any]:
+def _parse(
+    store: Store, source: Ref, corpus: CorpusSettings, documents: Iterator[Document], tally: Tally
+) -> dict[str, Any]:
     """Sorts documents into shards and commits these; returns the info of the source's receipt."""
     counts = Counter(dict.fromkeys((*_DROPS, "duplicate"), 0))
     shards: list[_Shard] = []

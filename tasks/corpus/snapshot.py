@@ -23,11 +23,11 @@ from storage.filesystem import on_this_machine
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.corpus.listing import Folder, list_folder, listing_errors, natural, stamp_of
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 
 _CHECKSUMS = re.compile(r"sha256|checksum", re.IGNORECASE)
 
-_BYSTANDER = re.compile(
+_SKIPPED_NAMES = re.compile(
     r"[._]|(readme|licen[cs]e|notice|copying|origin)|.*\.md$|(.*[._-])?(md5|sha1|sha512)(sums?)?([._-].*)?$",
     re.IGNORECASE,
 )
@@ -81,7 +81,7 @@ class Snapshot:
         return sha256_bytes(canonical_json([[one.name, one.size, one.sha256 or one.stamp] for one in files]))
 
 
-def take_snapshot(corpus: Corpus, *, partial: bool = False) -> Snapshot:
+def take_snapshot(corpus: CorpusSettings, *, partial: bool = False) -> Snapshot:
     """Lists the sources of `corpus.url`, subfolders included, whose file name fits `corpus.pattern`.
 
     FatalError: no such folder, no source in it, a link that leads out of it, a bad checksum file, and, unless
@@ -90,7 +90,7 @@ def take_snapshot(corpus: Corpus, *, partial: bool = False) -> Snapshot:
     return snapshot_of(list_folder(corpus.url), corpus, partial=partial)
 
 
-def snapshot_of(folder: Folder, corpus: Corpus, *, partial: bool = False) -> Snapshot:
+def snapshot_of(folder: Folder, corpus: CorpusSettings, *, partial: bool = False) -> Snapshot:
     """`take_snapshot` of a listing that is there already; its errors are the same.
 
     With `partial` a folder that holds a checksum file and nothing of what it names is a snapshot without sources.
@@ -98,7 +98,7 @@ def snapshot_of(folder: Folder, corpus: Corpus, *, partial: bool = False) -> Sna
     fs, files = folder.fs, folder.files
     with listing_errors(corpus.url):
         checksums = _checksums(fs, folder.root, files)
-    absent = tuple(sorted(name for name in checksums.keys() - files.keys() if _fits(name, corpus.pattern)))
+    absent = tuple(sorted(name for name in checksums.keys() - files.keys() if _matches_pattern(name, corpus.pattern)))
     if absent and not partial:
         more = f" (nor are {len(absent) - 1} others)" if absent[1:] else ""
         raise FatalError(
@@ -108,7 +108,7 @@ def snapshot_of(folder: Folder, corpus: Corpus, *, partial: bool = False) -> Sna
         )
     everything = {name: _source(fs, name, detail, checksums.get(name)) for name, detail in files.items()}
     sources = _paired([source for name, source in everything.items() if _is_source(name)])
-    sources = [source for source in sources if _fits(source.name, corpus.pattern)]
+    sources = [source for source in sources if _matches_pattern(source.name, corpus.pattern)]
     if not sources and not (partial and absent):
         raise FatalError(
             f"{corpus.url} holds no source file{'' if corpus.pattern == '*' else f' that fits {corpus.pattern}'}; "
@@ -146,19 +146,19 @@ def parse_checksums(text: str, file: str) -> dict[str, str]:
     return found
 
 
-def content_of(store: Store, source: Source) -> str | None:
+def source_content(store: Store, source: Source) -> str | None:
     """Hex sha256 of a source: from its checksum file, or remembered from when it was read; None if not known."""
     if source.sha256:
         return source.sha256
     if not source.size:
         return sha256_bytes(b"")  # so that the failure of an empty source has a key to be noted under
-    noted = store.noted("source", _identity(source))
+    noted = store.recall("source", _identity(source))
     return noted["sha256"] if noted else None
 
 
-def remember_content(store: Store, source: Source, content: str) -> None:
+def remember_source_content(store: Store, source: Source, content: str) -> None:
     """Remembers the hash of a source, for as long as its URL, size and stamp stay the same."""
-    store.note("source", _identity(source), {"url": source.url, "sha256": content})
+    store.remember("source", _identity(source), {"url": source.url, "sha256": content})
 
 
 def _identity(source: Source) -> str:
@@ -199,10 +199,10 @@ def _is_checksum_file(path: str) -> bool:
 def _is_source(path: str) -> bool:
     parts = path.split("/")
     hidden = any(part.startswith((".", "_")) for part in parts[:-1])
-    return not hidden and not _BYSTANDER.match(parts[-1]) and not _is_checksum_file(path)
+    return not hidden and not _SKIPPED_NAMES.match(parts[-1]) and not _is_checksum_file(path)
 
 
-def _fits(path: str, pattern: str) -> bool:
+def _matches_pattern(path: str, pattern: str) -> bool:
     return fnmatchcase(path.rsplit("/", 1)[-1], pattern)
 
 

@@ -31,7 +31,7 @@ from storage.errors import FatalError
 from tasks.eval.heldout import spread_rows
 from tasks.eval.protocol import Tuning
 from tasks.eval.scores import Scores
-from tasks.eval.side_by_side import quiet
+from tasks.eval.side_by_side import silenced
 from tasks.models.forward import longest_input
 from tasks.models.tokenizer import exact_tokenizer
 
@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
     """For each sub-word the place of its word, None for special tokens; empty for rows that are no list of words."""
 
 
-class Craft(Protocol):
+class FineTuneTask(Protocol):
     """What sets of one sort need. Rows are those of the set's splits, whatever they are."""
 
     @property
@@ -99,7 +99,13 @@ class _Tuned(NamedTuple):
 
 
 def finetune(
-    folder: Path, data: Any, craft: Craft, tuning: Tuning, seed: int, rates: Sequence[float], device: str = "auto"
+    folder: Path,
+    data: Any,
+    craft: FineTuneTask,
+    tuning: Tuning,
+    seed: int,
+    rates: Sequence[float],
+    device: str = "auto",
 ) -> Scores:
     """The figures of one seed on the test split.
 
@@ -128,7 +134,7 @@ def _tune(
     folder: Path,
     train: Sequence[Any],
     validation: Sequence[Any],
-    craft: Craft,
+    craft: FineTuneTask,
     tuning: Tuning,
     seed: int,
     lr: float,
@@ -155,7 +161,7 @@ def _tune(
         callbacks=[EarlyStoppingCallback(tuning.patience)] if tuning.patience else [],
     )
     trainer.remove_callback(PrinterCallback)
-    with quiet():
+    with silenced():
         trainer.train()
     history = [line for line in trainer.state.log_history if f"eval_{craft.metric}" in line]
     best = max(history, key=lambda line: line[f"eval_{craft.metric}"])
@@ -193,19 +199,19 @@ def _arguments(tuning: Tuning, metric: str, seed: int, lr: float, use_cpu: bool,
     return arguments
 
 
-def _test(trainer: Trainer, folder: Path, data: Any, craft: Craft, tuning: Tuning) -> Scores:
+def _test(trainer: Trainer, folder: Path, data: Any, craft: FineTuneTask, tuning: Tuning) -> Scores:
     _, tokenizer = _tokenizer_of(folder)
     limit, types = _reading(trainer.model, tuning)
     rows = craft.test_rows(data)
     encoded = craft.encode(rows, tokenizer, limit, types)
     trainer.compute_metrics = None  # it judges the validation rows
     features: Any = [one.features for one in encoded]
-    with quiet():
+    with silenced():
         predicted = trainer.predict(features).predictions
     return craft.test_scores(data, encoded, np.asarray(predicted), limit)
 
 
-def load_for(folder: Path, craft: Craft, tuning: Tuning) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_for(folder: Path, craft: FineTuneTask, tuning: Tuning) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The encoder with a fresh head, in float32, and its tokenizer. FatalError if the folder holds none."""
     config, tokenizer = _tokenizer_of(folder)
     for name in _DROPOUTS:
@@ -215,7 +221,7 @@ def load_for(folder: Path, craft: Craft, tuning: Tuning) -> tuple[PreTrainedMode
     config.id2label = dict(enumerate(craft.labels))
     config.label2id = {name: number for number, name in enumerate(craft.labels)}
     try:
-        with quiet():
+        with silenced():
             model: PreTrainedModel = craft.model_class.from_pretrained(
                 folder, config=config, dtype=torch.float32, local_files_only=True
             )
@@ -227,7 +233,7 @@ def load_for(folder: Path, craft: Craft, tuning: Tuning) -> tuple[PreTrainedMode
 def _tokenizer_of(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """Configuration and tokenizer of a model folder."""
     try:
-        with quiet():
+        with silenced():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             # RoBERTa's tokenizer takes words only with a space before each.
             tokenizer = exact_tokenizer(folder, add_prefix_space=True)

@@ -24,9 +24,9 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from tasks.eval.scores import TEACHERS, Scores, not_run
 from tasks.models.forward import decoder_of, head_features, hidden_rows
-from tasks.recipe.config import Mask
+from tasks.recipe.config import MaskSettings
 from tasks.tokens.blocks import Blocks
-from tasks.tokens.mask import IGNORED, mask_rows
+from tasks.tokens.mask import IGNORE_INDEX, mask_rows
 from tasks.tokens.vocabulary import Vocabulary
 
 MASK_SEED = 2_205_111
@@ -45,16 +45,16 @@ CHUNK_ROWS = 512
 # ---- held-out text -----------------------------------------------------------------------------------------
 
 
-def score_mask(mask: Mask, masks: int = 1) -> Mask:
+def score_mask(mask: MaskSettings, masks: int = 1) -> MaskSettings:
     """The `masks` masks of scores: the recipe's rate, but always uniform and with a seed of their own.
 
     So models trained with different masks are judged by one, and none is judged by the masks that it was trained on.
     """
-    return Mask(seed=MASK_SEED if mask.seed != MASK_SEED else MASK_SEED + 1, rate=mask.rate, variants=masks)
+    return MaskSettings(seed=MASK_SEED if mask.seed != MASK_SEED else MASK_SEED + 1, rate=mask.rate, variants=masks)
 
 
 def heldout_protocol(
-    blocks: Sequence[Blocks | Ref], mask: Mask, limit: int, teacher: str = "", masks: int = 1
+    blocks: Sequence[Blocks | Ref], mask: MaskSettings, limit: int, teacher: str = "", masks: int = 1
 ) -> dict[str, Any]:
     """The protocol of a held-out trial; `teacher` is its fingerprint, or "" when there is none."""
     settings = score_mask(mask, masks).model_dump(mode="json")
@@ -66,7 +66,7 @@ def score_heldout(
     model: PreTrainedModel,
     vocabulary: Vocabulary,
     blocks: Sequence[Blocks],
-    mask: Mask,
+    mask: MaskSettings,
     limit: int,
     teacher: PreTrainedModel | None = None,
     masks: int = 1,
@@ -135,7 +135,7 @@ class _Batch(NamedTuple):
     """[N]: which of all blocks the position is in."""
 
 
-def _batches(blocks: Sequence[Blocks], vocabulary: Vocabulary, mask: Mask, limit: int) -> Iterator[_Batch]:
+def _batches(blocks: Sequence[Blocks], vocabulary: Vocabulary, mask: MaskSettings, limit: int) -> Iterator[_Batch]:
     chosen = spread_rows(sum(map(len, blocks)), limit)
     first = 0
     for part in blocks:
@@ -148,7 +148,7 @@ def _batches(blocks: Sequence[Blocks], vocabulary: Vocabulary, mask: Mask, limit
 
 
 def _batch(
-    part: Blocks, rows: npt.NDArray[np.int64], first: int, vocabulary: Vocabulary, mask: Mask, variant: int
+    part: Blocks, rows: npt.NDArray[np.int64], first: int, vocabulary: Vocabulary, mask: MaskSettings, variant: int
 ) -> _Batch:
     lengths = part.lengths[rows]
     masked = mask_rows(part.key, rows, part.input_ids[rows], lengths, vocabulary, mask, None, variant)
@@ -160,7 +160,7 @@ def _batch(
         attention_mask=None if attended.all() else torch.from_numpy(attended),
         positions=torch.from_numpy(masked.positions),
         valid=torch.from_numpy(masked.valid),
-        labels=torch.from_numpy(masked.labels[masked.labels != IGNORED]),
+        labels=torch.from_numpy(masked.labels[masked.labels != IGNORE_INDEX]),
         at_mask=shown == vocabulary.mask,
         block=np.repeat(first + rows, masked.valid.sum(axis=1)),
     )

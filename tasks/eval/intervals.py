@@ -42,7 +42,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, float]:
     return found
 
 
-def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of several seeds, name by name and at any depth, each as `over_seeds` gives it.
 
     What is no number in the first run is left out, and so is what not every run has.
@@ -53,13 +53,13 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         values = [run[name] for run in runs]
         if isinstance(first, Mapping):
-            summary[name] = summarise(values)
+            summary[name] = summarize_seeds(values)
         elif isinstance(first, int | float) and not isinstance(first, bool):
             summary[name] = over_seeds(values)
     return summary
 
 
-def against(ours: Array, theirs: Array) -> dict[str, dict[str, float]]:
+def paired_difference(ours: Array, theirs: Array) -> dict[str, dict[str, float]]:
     """Ratio and difference of two models' scores on the same test rows.
 
     `ours` [S, N, 2] and `theirs` [R, N, 2] are `tasks.metric.row_counts` by seed; a model's score is the mean over its
@@ -69,7 +69,7 @@ def against(ours: Array, theirs: Array) -> dict[str, dict[str, float]]:
     A ratio to a score of 0 is left out.
     """
     drawn = _drawn(ours, theirs)
-    by_seed = [quotient(side.sum(axis=1)) for side in (ours, theirs)]
+    by_seed = [ratio_interval(side.sum(axis=1)) for side in (ours, theirs)]
     own, other = (float(values.mean()) for values in by_seed)
     paired = by_seed[0], by_seed[1]
     found = {"difference": _both(own - other, drawn[:, 0] - drawn[:, 1], _by_seed(np.subtract, *paired))}
@@ -78,7 +78,7 @@ def against(ours: Array, theirs: Array) -> dict[str, dict[str, float]]:
     return found
 
 
-def quotient(sums: Array) -> Array:
+def ratio_interval(sums: Array) -> Array:
     """First over second of the last axis; 0 where the second is 0."""
     return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
 
@@ -93,7 +93,7 @@ def _drawn(ours: Array, theirs: Array) -> Array:
         size = min(CHUNK, DRAWS - start)
         picked = random.integers(rows, size=(size, rows)) + rows * np.arange(size)[:, None]
         times = np.bincount(picked.ravel(), minlength=size * rows).reshape(size, rows)
-        sums = quotient((times @ columns).reshape(size, -1, 2))
+        sums = ratio_interval((times @ columns).reshape(size, -1, 2))
         scores.append(np.stack([sums[:, : len(ours)].mean(axis=1), sums[:, len(ours) :].mean(axis=1)], axis=1))
     return np.concatenate(scores)
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from storage.errors import FatalError
 from tasks.eval.datasets.files import Place
 from tasks.recipe.config import Section
-from tasks.recipe.load import checked, read_toml
+from tasks.recipe.load import read_toml, validated
 
 SetName = Literal["cls", "cls-books", "cls-dvd", "cls-music", "paws-x", "xnli", "ner"]
 
@@ -94,4 +94,4 @@ class Protocol(Section):
 def load_protocol(path: str | Path) -> Protocol:
     """Reads a protocol file. FatalError that names the file and the field where something does not fit."""
     path = Path(path)
-    return checked(Protocol, read_toml(path, "protocol"), str(path), "protocol")
+    return validated(Protocol, read_toml(path, "protocol"), str(path), "protocol")

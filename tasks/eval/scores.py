@@ -22,7 +22,7 @@ Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Trial:
+class ScoreKey:
     """One model, one protocol (plain JSON: everything that changes the figures), one set, one seed."""
 
     model: str
@@ -51,7 +51,7 @@ def was_run(scores: Mapping[str, Any]) -> bool:
     return scores.get("status") != "not run"
 
 
-def make_scores(store: Store, trial: Trial, compute: Callable[[], Scores], *, force: bool = False) -> Scores:
+def make_scores(store: Store, trial: ScoreKey, compute: Callable[[], Scores], *, force: bool = False) -> Scores:
     """The scores of a trial: read from the store, or computed and kept. What is not run is not kept."""
     if not force and store.has(trial.ref):
         return read_scores(store, trial.ref)
@@ -62,7 +62,7 @@ def make_scores(store: Store, trial: Trial, compute: Callable[[], Scores], *, fo
     return scores
 
 
-def keep_scores(store: Store, trial: Trial, scores: Scores, seconds: float = 0.0) -> Receipt:
+def keep_scores(store: Store, trial: ScoreKey, scores: Scores, seconds: float = 0.0) -> Receipt:
     """Commits figures as `scores.json`. ValueError for a figure that is not finite."""
     with store.scratch() as folder:
         (folder / FILE).write_bytes(canonical_json(scores))

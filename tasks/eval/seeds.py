@@ -19,40 +19,40 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.eval.datasets.labelled import LabelledSet
 from tasks.eval.datasets.load import AnySet
-from tasks.eval.finetune import Craft, finetune
-from tasks.eval.intervals import against, summarise
+from tasks.eval.finetune import FineTuneTask, finetune
+from tasks.eval.intervals import paired_difference, summarize_seeds
 from tasks.eval.metrics import row_counts
 from tasks.eval.protocol import SCHEMA, Protocol, Tuning
-from tasks.eval.scores import Scores, Trial, make_scores, read_scores
-from tasks.eval.sentence_head import SentenceCraft
-from tasks.eval.token_head import TagCraft
+from tasks.eval.scores import ScoreKey, Scores, make_scores, read_scores
+from tasks.eval.sentence_head import SentenceTask
+from tasks.eval.token_head import TokenTask
 
 APART = ("predictions", "choice")
 """Parts of a seed's scores that are no figures to average."""
 
 
-def craft_of(data: AnySet, tuning: Tuning) -> Craft:
+def task_of(data: AnySet, tuning: Tuning) -> FineTuneTask:
     """What this sort of set needs."""
     if isinstance(data, LabelledSet):
-        return SentenceCraft(data.labels)
-    return TagCraft(tuning.labelled)
+        return SentenceTask(data.labels)
+    return TokenTask(tuning.labelled)
 
 
-def trial_of(model_key: str, data: AnySet, protocol: Protocol, seed: int) -> Trial:
+def score_key_of(model_key: str, data: AnySet, protocol: Protocol, seed: int) -> ScoreKey:
     """Names the scores of one model, set and seed. The first seed is in it, since it chose the learning rate."""
     tuning = protocol.tuning_of(data.name).model_dump(mode="json")
     settings = {"schema": SCHEMA, "tuning": tuning, "content": data.fingerprint, "first_seed": protocol.seeds[0]}
-    return Trial(model_key, settings, data.name, seed)
+    return ScoreKey(model_key, settings, data.name, seed)
 
 
 def protocol_key(data: AnySet, protocol: Protocol) -> str:
     """Names the protocol of one set, its content and its seeds."""
-    return sha256_bytes(canonical_json([trial_of("", data, protocol, 0).settings, protocol.seeds]))
+    return sha256_bytes(canonical_json([score_key_of("", data, protocol, 0).settings, protocol.seeds]))
 
 
 def missing_seeds(store: Store, model_key: str, data: AnySet, protocol: Protocol) -> list[int]:
     """Seeds whose scores are not in the store."""
-    return [seed for seed in protocol.seeds if not store.has(trial_of(model_key, data, protocol, seed).ref)]
+    return [seed for seed in protocol.seeds if not store.has(score_key_of(model_key, data, protocol, seed).ref)]
 
 
 def score_seed(
@@ -73,15 +73,15 @@ def score_seed(
     """
     tuning = protocol.tuning_of(data.name)
     rates = tuning.lr
-    first = trial_of(model_key, data, protocol, protocol.seeds[0])
+    first = score_key_of(model_key, data, protocol, protocol.seeds[0])
     if seed != protocol.seeds[0] and len(rates) > 1:
         if not store.has(first.ref):
             raise FatalError(
                 f"{data.name} seed {seed}: seed {protocol.seeds[0]} comes first, since it chooses the learning rate"
             )
         rates = (read_scores(store, first.ref)["choice"]["lr"],)
-    compute = partial(finetune, folder, data, craft_of(data, tuning), tuning, seed, rates, device)
-    return make_scores(store, trial_of(model_key, data, protocol, seed), compute, force=force)
+    compute = partial(finetune, folder, data, task_of(data, tuning), tuning, seed, rates, device)
+    return make_scores(store, score_key_of(model_key, data, protocol, seed), compute, force=force)
 
 
 def set_scores(store: Store, model_key: str, data: AnySet, protocol: Protocol) -> Scores:
@@ -101,23 +101,23 @@ def set_scores(store: Store, model_key: str, data: AnySet, protocol: Protocol) -
         "rule": data.rule,
         "counts": {split: dict(counts) for split, counts in data.counts.items()},
         "protocol": protocol_key(data, protocol),
-        "metric": craft_of(data, protocol.tuning_of(data.name)).metric,
+        "metric": task_of(data, protocol.tuning_of(data.name)).metric,
         "lr": first["lr"],
         "grid": first["grid"],
         "runs": {str(seed): run for seed, run in runs.items()},
-        "summary": summarise(list(runs.values())),
+        "summary": summarize_seeds(list(runs.values())),
     }
 
 
 def compare(store: Store, ours: str, theirs: str, data: AnySet, protocol: Protocol) -> dict[str, dict[str, float]]:
     """Ratio and difference of two models on a set, by the figure that it is judged by; see tasks.interval.against."""
-    metric = craft_of(data, protocol.tuning_of(data.name)).metric
+    metric = task_of(data, protocol.tuning_of(data.name)).metric
     counted = [
         np.stack([row_counts(metric, run["predictions"]) for run in _runs(store, key, data, protocol).values()])
         for key in (ours, theirs)
     ]
-    return against(counted[0], counted[1])
+    return paired_difference(counted[0], counted[1])
 
 
 def _runs(store: Store, model_key: str, data: AnySet, protocol: Protocol) -> dict[int, dict[str, Any]]:
-    return {seed: read_scores(store, trial_of(model_key, data, protocol, seed).ref) for seed in protocol.seeds}
+    return {seed: read_scores(store, score_key_of(model_key, data, protocol, seed).ref) for seed in protocol.seeds}

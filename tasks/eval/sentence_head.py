@@ -24,7 +24,7 @@ ENCODE_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class SentenceCraft:
+class SentenceTask:
     """The craft of sets with one label a row."""
 
     labels: tuple[str, ...]

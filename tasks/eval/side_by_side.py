@@ -37,7 +37,7 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True)
-class Contender:
+class LoadedModel:
     """A masked language model with its tokenizer, and the folder that both came from."""
 
     model: PreTrainedModel
@@ -45,16 +45,16 @@ class Contender:
     folder: Path
 
 
-def load_contender(
+def load_model(
     folder: str | Path, *, device: torch.device | str = "cpu", trust_remote_code: bool = False
-) -> Contender:
+) -> LoadedModel:
     """Loads a folder in float32. FatalError if it holds no masked language model or no tokenizer."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FatalError(f"{folder}: no such model folder; give the folder that a run made", str(folder))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        with quiet():
+        with silenced():
             model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, **options)
             tokenizer = exact_tokenizer(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -62,11 +62,11 @@ def load_contender(
         raise FatalError(f"{folder}: not a masked language model with its tokenizer ({first})", str(folder)) from error
     if tokenizer.mask_token_id is None:
         raise FatalError(f"{folder}: the tokenizer has no mask token; take a masked language model", str(folder))
-    return Contender(model.to(device).eval(), tokenizer, folder)
+    return LoadedModel(model.to(device).eval(), tokenizer, folder)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """No progress bars of transformers, and no reports about heads that are fresh or left over: they are meant here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ def quiet() -> Iterator[None]:
 # ---- fill-mask ---------------------------------------------------------------------------------------------
 
 
-def fill_mask_sheet(models: Mapping[str, Contender], sentences: Sequence[str], top: int = 5) -> Scores:
+def fill_mask_answers(models: Mapping[str, LoadedModel], sentences: Sequence[str], top: int = 5) -> Scores:
     """What each model puts in the place of `<mask>`: its `top` tokens with probabilities, model by model.
 
     {"top": 5, "sentences": 3, "same_first": 2, "shared": 3.7, "rows": [{"sentence": ..., "same_first": True,
@@ -100,7 +100,7 @@ def fill_mask_sheet(models: Mapping[str, Contender], sentences: Sequence[str], t
     return sheet
 
 
-def _sheet_row(models: Mapping[str, Contender], sentence: str, top: int) -> dict[str, Any]:
+def _sheet_row(models: Mapping[str, LoadedModel], sentence: str, top: int) -> dict[str, Any]:
     if sentence.count(MASK) != 1:
         raise FatalError(f"score.sentences: {sentence!r} needs {MASK} exactly once")
     answers = {name: _answers(contender, sentence, top) for name, contender in models.items()}
@@ -113,7 +113,7 @@ def _sheet_row(models: Mapping[str, Contender], sentence: str, top: int) -> dict
 
 
 @torch.no_grad()
-def _answers(contender: Contender, sentence: str, top: int) -> list[dict[str, Any]]:
+def _answers(contender: LoadedModel, sentence: str, top: int) -> list[dict[str, Any]]:
     model, tokenizer = contender.model, contender.tokenizer
     text = sentence.replace(MASK, str(tokenizer.mask_token))
     ids = tokenizer(text)["input_ids"][: longest_input(model)]
@@ -137,7 +137,7 @@ def _spelling(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def latency(
-    models: Mapping[str, Contender],
+    models: Mapping[str, LoadedModel],
     batch_sizes: Sequence[int] = (1, 32),
     runs: int = 30,
     tokens: int = LATENCY_TOKENS,
@@ -198,7 +198,7 @@ def _take_turns(
     return times
 
 
-def _random_ids(contender: Contender, batch_size: int, length: int) -> Tensor:
+def _random_ids(contender: LoadedModel, batch_size: int, length: int) -> Tensor:
     """Ordinary pieces [batch_size, length]; never padding, which a model may treat apart."""
     size = min(int(contender.model.config.vocab_size), len(contender.tokenizer))
     ordinary = np.setdiff1d(np.arange(size), contender.tokenizer.all_special_ids)

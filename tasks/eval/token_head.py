@@ -18,13 +18,13 @@ from tasks.eval.datasets.ner import NerSet, Sentence
 from tasks.eval.finetune import Encoded
 from tasks.eval.metrics import LABELS, class_scores, entity_scores, pack
 from tasks.eval.scores import Scores
-from tasks.tokens.mask import IGNORED
+from tasks.tokens.mask import IGNORE_INDEX
 
 ENCODE_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class TagCraft:
+class TokenTask:
     """The craft of sets with a tag a word. `labelled`: sub-words that carry loss and count in sub-word F1."""
 
     labelled: Literal["all", "first"] = "all"
@@ -69,7 +69,7 @@ class TagCraft:
         entity = entity_scores([sentence.tags for sentence in rows], words)
         labels = np.concatenate([one.features["labels"] for one in encoded])
         said = np.concatenate([tags[: len(one.word_ids)] for one, tags in zip(encoded, predicted, strict=True)])
-        counted = labels != IGNORED
+        counted = labels != IGNORE_INDEX
         subword = class_scores(labels[counted], said[counted])
         return {"entity_f1": entity["f1"], "entity": entity, "subword": subword}
 
@@ -115,7 +115,7 @@ def subword_labels(sentence: Sentence, word_ids: Sequence[int | None], labelled:
     before = None
     for word in word_ids:
         counts = word is not None and (labelled == "all" or word != before)
-        labels.append(sentence.tags[word] if counts and word is not None else IGNORED)
+        labels.append(sentence.tags[word] if counts and word is not None else IGNORE_INDEX)
         before = word
     return labels
 

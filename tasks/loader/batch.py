@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.loader.dataset import Corpus
-from tasks.loader.order import Indices, Order
+from tasks.loader.dataset import BlockDataset
+from tasks.loader.order import DataOrder, Indices
 from tasks.loader.prefetch import ReadAhead
-from tasks.recipe.config import Mask
+from tasks.recipe.config import MaskSettings
 from tasks.targets.file import check_digests
-from tasks.tokens.mask import IGNORED, Masked, mask_rows, row_digests
+from tasks.tokens.mask import IGNORE_INDEX, MaskedRows, mask_rows, row_digests
 from tasks.tokens.vocabulary import Vocabulary
 
 
@@ -62,16 +62,16 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Masking:
+class MaskingRule:
     """What turns a block into a row of a batch."""
 
     vocabulary: Vocabulary
-    mask: Mask
+    mask: MaskSettings
     every_position: bool
     counts: NDArray[np.int64] | None = None
 
 
-def make_batch(corpus: Corpus, masking: Masking, parts: Indices, rows: Indices, variants: Indices) -> Batch:
+def make_batch(corpus: BlockDataset, masking: MaskingRule, parts: Indices, rows: Indices, variants: Indices) -> Batch:
     """Gathers, masks and, with a cache, fetches and checks the teacher's vectors. Rows keep their order."""
     stacked: dict[str, NDArray[Any]] = {}
     for part, variant in sorted(set(zip(parts.tolist(), variants.tolist(), strict=True))):
@@ -93,11 +93,13 @@ def make_batch(corpus: Corpus, masking: Masking, parts: Indices, rows: Indices, 
         payload=torch.from_numpy(stacked["payload"]) if "payload" in stacked else None,
         tokens=int(lengths.sum()),
         rows=int(stacked["valid"].sum()),
-        masked=int((stacked["labels"] != IGNORED).sum()),
+        masked=int((stacked["labels"] != IGNORE_INDEX).sum()),
     )
 
 
-def _rows_of_part(corpus: Corpus, masking: Masking, part: int, variant: int, rows: Indices) -> dict[str, NDArray[Any]]:
+def _rows_of_part(
+    corpus: BlockDataset, masking: MaskingRule, part: int, variant: int, rows: Indices
+) -> dict[str, NDArray[Any]]:
     """The rows of one part under one mask variant, as arrays with one entry a row."""
     blocks = corpus.blocks(part)
     input_ids, lengths = blocks.input_ids[rows], blocks.lengths[rows]
@@ -127,16 +129,18 @@ def _in_slots(flat: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.u
     return payload
 
 
-def _every_position(masked: Masked, lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+def _every_position(masked: MaskedRows, lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
     """All attended positions carry loss; labels stand where a token is masked."""
     rows, length = masked.input_ids.shape
-    spread = np.full((rows, length), IGNORED, np.int64)
+    spread = np.full((rows, length), IGNORE_INDEX, np.int64)
     row, slot = np.nonzero(masked.valid)
     spread[row, masked.positions[row, slot]] = masked.labels[row, slot]
     return {"valid": np.arange(length) < lengths[:, None], "labels": spread}
 
 
-def stretches(step: int, steps: int, batch_rows: int, micro_rows: int, rank: int, ranks: int) -> Iterator[list[range]]:
+def step_ranges(
+    step: int, steps: int, batch_rows: int, micro_rows: int, rank: int, ranks: int
+) -> Iterator[list[range]]:
     """For each step, the global rows of this rank's micro-batches. Together the ranks take every row exactly once."""
     for number in range(step, steps):
         begin = number * batch_rows
@@ -145,7 +149,7 @@ def stretches(step: int, steps: int, batch_rows: int, micro_rows: int, rank: int
         yield [range(at, min(at + micro, last)) for at in range(first, last, micro)]
 
 
-class Loader:
+class BatchLoader:
     """Iterates over steps; each item is the list of a step's micro-batches, prepared by background threads in order.
 
     `waited` are the seconds that the consumer stood still for data.
@@ -153,9 +157,9 @@ class Loader:
 
     def __init__(
         self,
-        corpus: Corpus,
-        masking: Masking,
-        order: Order,
+        corpus: BlockDataset,
+        masking: MaskingRule,
+        order: DataOrder,
         plan: Iterable[list[range]],
         ahead: ReadAhead,
         *,

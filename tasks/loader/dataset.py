@@ -30,7 +30,7 @@ Key = tuple[int, int]
 BLOCKS = -1
 
 
-class Corpus:
+class BlockDataset:
     """The parts of a manifest. `cached` says whether their targets are read too, `codec` what decodes these."""
 
     def __init__(self, store: Store, parts: tuple[Part, ...], cached: bool, codec: Codec | None = None) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 
 
-class Window(NamedTuple):
+class ShuffleWindow(NamedTuple):
     """Parts that are shuffled together: the global rows start..stop-1, all of one epoch."""
 
     epoch: int
@@ -27,7 +27,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)  # by identity: what is remembered of it below is asked for with every micro-batch
-class Order:
+class DataOrder:
     """`sizes` are the rows of each part of the manifest, `window` how many parts are shuffled together."""
 
     sizes: tuple[int, ...]
@@ -51,13 +51,13 @@ class Order:
         parts, rows, epochs = (np.concatenate(column) for column in zip(*pieces, strict=True))
         return parts, rows, epochs
 
-    def window_at(self, row: int) -> Window:
+    def window_at(self, row: int) -> ShuffleWindow:
         """The window that a global row lies in."""
         epoch, offset = divmod(row, self.rows)
         windows, starts = _windows(self, epoch)
         number = bisect_right(starts, offset) - 1
         before = epoch * self.rows
-        return Window(epoch, windows[number], before + starts[number], before + starts[number + 1])
+        return ShuffleWindow(epoch, windows[number], before + starts[number], before + starts[number + 1])
 
     def _within(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
         _, starts = _windows(self, epoch)
@@ -74,7 +74,7 @@ def _generator(seed: int, *path: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=4)
-def _windows(order: Order, epoch: int) -> tuple[Sequence[tuple[int, ...]], Sequence[int]]:
+def _windows(order: DataOrder, epoch: int) -> tuple[Sequence[tuple[int, ...]], Sequence[int]]:
     """The windows of an epoch, and the row of the epoch that each begins with; one more is where the last ends."""
     shuffled = _generator(order.seed, epoch).permutation(len(order.sizes)).tolist()
     windows = [tuple(shuffled[i : i + order.window]) for i in range(0, len(shuffled), order.window)]
@@ -82,7 +82,7 @@ def _windows(order: Order, epoch: int) -> tuple[Sequence[tuple[int, ...]], Seque
 
 
 @lru_cache(maxsize=4)
-def _shuffled(order: Order, epoch: int, number: int) -> Indices:
+def _shuffled(order: DataOrder, epoch: int, number: int) -> Indices:
     """Part and row of every position of one window, shape [2, rows of the window]."""
     parts = _windows(order, epoch)[0][number]
     part = np.concatenate([np.full(order.sizes[p], p, np.int64) for p in parts])

@@ -11,16 +11,16 @@ Where it is smaller it is exceeded, since nothing in use is ever evicted.
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tasks.loader.dataset import Corpus, Key
-from tasks.loader.order import Order, Window
+from tasks.loader.dataset import BlockDataset, Key
+from tasks.loader.order import DataOrder, ShuffleWindow
 
 
 class ReadAhead:
     """`last` is the number of global rows that are trained on. Use as a context manager: it owns a thread."""
 
-    def __init__(self, corpus: Corpus, order: Order, last: int, variants: int) -> None:
+    def __init__(self, corpus: BlockDataset, order: DataOrder, last: int, variants: int) -> None:
         self.corpus, self.order, self.last, self.variants = corpus, order, last, variants
-        self._windows: list[Window] = []
+        self._windows: list[ShuffleWindow] = []
         self._wanted: set[Key] = set()
 
     def __enter__(self) -> "ReadAhead":

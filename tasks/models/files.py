@@ -14,8 +14,8 @@ from typing import Any
 
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes, sha256_file
-from storage.hub import download, is_hub_id
-from tasks.recipe.config import Teacher
+from storage.hub import download_repository, is_hub_id
+from tasks.recipe.config import TeacherSettings
 from tasks.tokens.vocabulary import load_vocabulary
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -36,7 +36,7 @@ def resolve_model(name: str, revision: str = "") -> Path:
     if not (name and folder.is_dir()):
         if not is_hub_id(name) or folder.exists():
             raise FatalError(f"model {name!r}: no such folder; name a folder with a saved model or a hub id", name)
-        folder = download("model", name, revision, _HUB_FILES)
+        folder = download_repository("model", name, revision, _HUB_FILES)
     if not (folder / "config.json").is_file():
         raise FatalError(f"model {name}: there is no config.json in {folder}; save it with save_pretrained", name)
     weight_files(folder, name)
@@ -74,7 +74,7 @@ def _indexed_files(index: Path, name: str) -> tuple[Path, ...]:
     return files
 
 
-def vocabulary_rows(teacher: Teacher) -> int | None:
+def vocabulary_rows(teacher: TeacherSettings) -> int | None:
     """Embedding rows of the teacher by its config.json, or None where that does not say. Errors as `resolve_model`."""
     rows = _read_json(resolve_model(teacher.model, teacher.revision) / "config.json").get("vocab_size")
     return rows if isinstance(rows, int) else None
@@ -83,18 +83,18 @@ def vocabulary_rows(teacher: Teacher) -> int | None:
 # ---- fingerprint ---------------------------------------------------------------------------------------------
 
 
-def fingerprint_of(teacher: Teacher) -> str:
+def fingerprint_of(teacher: TeacherSettings) -> str:
     """Fingerprint of the teacher that a recipe names, without loading it."""
-    return teacher_fingerprint(resolve_model(teacher.model, teacher.revision), teacher)
+    return folder_fingerprint(resolve_model(teacher.model, teacher.revision), teacher)
 
 
-def scored_as(folder: Path, *, trust_remote_code: bool = False) -> str:
+def model_content_key(folder: Path, *, trust_remote_code: bool = False) -> str:
     """Names a model folder for its scores: weights, config, tokenizer, and its code if that may run."""
-    model = fingerprint_of(Teacher(model=str(folder), trust_remote_code=trust_remote_code))
+    model = fingerprint_of(TeacherSettings(model=str(folder), trust_remote_code=trust_remote_code))
     return sha256_bytes(canonical_json([model, load_vocabulary(str(folder)).fingerprint]))
 
 
-def teacher_fingerprint(folder: Path, teacher: Teacher) -> str:
+def folder_fingerprint(folder: Path, teacher: TeacherSettings) -> str:
     """sha256 over weights and config, the same for a copy in another folder; with the model's code if that may run."""
     config = {
         name: value

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import FatalError
-from tasks.models.files import resolve_model, teacher_fingerprint, weight_files
+from tasks.models.files import folder_fingerprint, resolve_model, weight_files
 from tasks.models.student import set_dropout
-from tasks.recipe.config import Dtype, Teacher
-from tasks.tokens.vocabulary import Vocabulary, fits, load_vocabulary
+from tasks.recipe.config import Dtype, TeacherSettings
+from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, load_vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TeacherModel:
 
     model: PreTrainedModel
     vocabulary: Vocabulary
-    settings: Teacher
+    settings: TeacherSettings
     fingerprint: str
     width: int
     vocab_size: int
@@ -41,7 +41,7 @@ class TeacherModel:
     dtype: torch.dtype
 
 
-def load_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
+def load_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel:
     """Loads the teacher; `device` is auto, cpu or cuda.
 
     FatalError: no weights, damaged or incomplete weights, a tokenizer that does not fit, no such device.
@@ -57,12 +57,12 @@ def load_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
     if decoder is None:
         raise FatalError(f"teacher {teacher.model} has no LM head; take a masked language model", teacher.model)
     vocab_size = int(decoder.weight.shape[0])
-    fits(vocabulary, vocab_size, teacher.model)
+    check_vocabulary_fits(vocabulary, vocab_size, teacher.model)
     return TeacherModel(
         model=model,
         vocabulary=vocabulary,
         settings=teacher,
-        fingerprint=teacher_fingerprint(folder, teacher),
+        fingerprint=folder_fingerprint(folder, teacher),
         width=int(model.config.hidden_size),
         vocab_size=vocab_size,
         device=where,
@@ -71,7 +71,7 @@ def load_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
 
 
 @lru_cache(maxsize=1)
-def shared_teacher(teacher: Teacher, device: str = "auto") -> TeacherModel:
+def shared_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel:
     """One loaded teacher for all shards that a process works on. Never change the model that it holds."""
     return load_teacher(teacher, device)
 
@@ -87,7 +87,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def load_weights(
-    teacher: Teacher, folder: Path, dtype: torch.dtype, *, role: str = "teacher", dropout: float | None = None
+    teacher: TeacherSettings, folder: Path, dtype: torch.dtype, *, role: str = "teacher", dropout: float | None = None
 ) -> PreTrainedModel:
     """A masked language model of which no part is random, with its own dropout or the one given.
 

@@ -17,17 +17,17 @@ from tasks.plan.sample import Sample
 from tasks.plan.sizes import (
     ROW_BYTES,
     Amount,
-    Outlook,
-    Shape,
-    Stock,
-    a_byte_of,
-    outlook,
+    Inventory,
+    ModelShape,
+    SizeForecast,
+    bytes_per_text_byte,
+    forecast_sizes,
     payload_bytes,
     target_bytes,
     variants_taught,
 )
-from tasks.plan.timing import Machine, Pace
-from tasks.recipe.config import Recipe, Targets
+from tasks.plan.timing import Machine, Timings
+from tasks.recipe.config import Recipe, TargetSettings
 
 FORWARD = 1 / 3
 """Share of a training step that its forward takes; held-out looks and scores are forwards."""
@@ -81,9 +81,9 @@ class Forecast:
     `free` is None where the store does not tell; `cost` of what is left: machine, and storage a month."""
 
     recipe: str
-    outlook: Outlook
+    sizes: SizeForecast
     sample: Sample
-    pace: Pace
+    pace: Timings
     seconds: Mapping[str, Amount]
     choices: tuple[Choice, ...]
     read_rate: float
@@ -106,10 +106,10 @@ class Forecast:
 
 def make_forecast(
     recipe: Recipe,
-    stock: Stock,
+    stock: Inventory,
     sample: Sample,
-    shape: Shape,
-    pace: Pace,
+    shape: ModelShape,
+    pace: Timings,
     machine: Machine,
     free: int | None,
     prices: Prices,
@@ -117,7 +117,7 @@ def make_forecast(
     training: bool = True,
 ) -> Forecast:
     """Puts it all together; without `training` it is about `distil prepare`."""
-    found = outlook(stock, sample, shape, recipe, training=training)
+    found = forecast_sizes(stock, sample, shape, recipe, training=training)
     seconds = stage_seconds(recipe, stock, sample, pace, machine, found, training=training)
     need = MARGIN * found.left
     choices = _choices(recipe, sample, shape, found) if recipe.teacher.model else ()
@@ -130,7 +130,7 @@ def make_forecast(
     }
     return Forecast(
         recipe=recipe.name,
-        outlook=found,
+        sizes=found,
         sample=sample,
         pace=pace,
         seconds=seconds,
@@ -150,7 +150,14 @@ def at_once(recipe: Recipe, machine: Machine) -> int:
 
 
 def stage_seconds(
-    recipe: Recipe, stock: Stock, sample: Sample, pace: Pace, machine: Machine, found: Outlook, *, training: bool
+    recipe: Recipe,
+    stock: Inventory,
+    sample: Sample,
+    pace: Timings,
+    machine: Machine,
+    found: SizeForecast,
+    *,
+    training: bool,
 ) -> dict[str, Amount]:
     """Seconds by stage. Shards and blocks run in run.workers processes, as far as there are cores for them."""
     slots = at_once(recipe, machine)
@@ -179,7 +186,9 @@ def stage_seconds(
     return seconds | {"start and end": _amount(idle, idle if found.left or not training else 0.0)}
 
 
-def _trained_seconds(recipe: Recipe, pace: Pace, machine: Machine, found: Outlook, heldout: float) -> dict[str, Amount]:
+def _trained_seconds(
+    recipe: Recipe, pace: Timings, machine: Machine, found: SizeForecast, heldout: float
+) -> dict[str, Amount]:
     """Training with its looks and checkpoints, and scores without fine-tuned sets; `heldout` are blocks."""
     train, score = recipe.train, recipe.score
     a_row = FORWARD * pace.step / train.batch_rows
@@ -206,22 +215,24 @@ def _amount(total: float, left: float) -> Amount:
 # ---- caching -----------------------------------------------------------------------------------------------
 
 
-def _choices(recipe: Recipe, sample: Sample, shape: Shape, found: Outlook) -> tuple[Choice, ...]:
+def _choices(recipe: Recipe, sample: Sample, shape: ModelShape, found: SizeForecast) -> tuple[Choice, ...]:
     """Every encoding for masked and for all positions, over the whole corpus."""
     targets = recipe.targets
     text = found.text.total * recipe.mask.variants
     cached = caches_targets(recipe)
     choices = []
-    for encoding in get_args(Targets.model_fields["encoding"].annotation):
-        for positions in get_args(Targets.model_fields["positions"].annotation):
+    for encoding in get_args(TargetSettings.model_fields["encoding"].annotation):
+        for positions in get_args(TargetSettings.model_fields["positions"].annotation):
             chosen = cached and (encoding, positions) == (targets.encoding, targets.positions)
-            total = text * target_bytes(a_byte_of(sample), shape, recipe, encoding, positions)
+            total = text * target_bytes(bytes_per_text_byte(sample), shape, recipe, encoding, positions)
             size = found.bytes["targets"].total if chosen else total
             choices.append(Choice(encoding, positions, payload_bytes(shape, recipe, encoding), size, chosen))
     return tuple(choices)
 
 
-def _break_even(recipe: Recipe, pace: Pace, found: Outlook, choices: tuple[Choice, ...], prices: Prices) -> BreakEven:
+def _break_even(
+    recipe: Recipe, pace: Timings, found: SizeForecast, choices: tuple[Choice, ...], prices: Prices
+) -> BreakEven:
     """A cached run trades a forward of the teacher on every block of every epoch for one on every block and mask."""
     teacher = found.steps * recipe.train.batch_rows * pace.capture
     step = found.steps * pace.step
@@ -240,7 +251,7 @@ def runs_to_pay(once: float, saved: float) -> int:
     return floor(once / saved * (1 + 1e-9)) + 1 if saved > 0 else 0
 
 
-def _read_rate(recipe: Recipe, sample: Sample, shape: Shape, pace: Pace) -> float:
+def _read_rate(recipe: Recipe, sample: Sample, shape: ModelShape, pace: Timings) -> float:
     """Bytes a second: the blocks of a step and, from a cache, their targets."""
     rows = max(1, sample.rows)
     a_row = sample.block_bytes / rows
@@ -257,7 +268,7 @@ def _advice(
     recipe: Recipe,
     need: float,
     free: int | None,
-    found: Outlook,
+    found: SizeForecast,
     choices: tuple[Choice, ...],
     even: BreakEven | None,
 ) -> str:

@@ -12,7 +12,7 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.lineage import Lineage, vocabulary_of
 from tasks.plan.sample import Sample, take_sample
-from tasks.plan.sizes import outlook, shape_of, take_stock
+from tasks.plan.sizes import forecast_sizes, shape_of, take_inventory
 from tasks.recipe.config import Recipe
 
 MARGIN = 1.1
@@ -22,7 +22,7 @@ CHECK_BYTES = 3_000_000
 """Bytes of the sources that are sampled for it."""
 
 
-def refuse_small_store(store: Store, recipe: Recipe, lineage: Lineage, free: int, *, training: bool) -> None:
+def check_store_has_space(store: Store, recipe: Recipe, lineage: Lineage, free: int, *, training: bool) -> None:
     """FatalError if what is still to be made, with some margin, does not go into the `free` bytes of the store.
 
     Nothing is read where a bound that no text reaches shows that it fits; else a small sample of the sources is.
@@ -30,15 +30,15 @@ def refuse_small_store(store: Store, recipe: Recipe, lineage: Lineage, free: int
     """
     if recipe.train.warm_start:  # it may be known to MLflow only; its size is near that of the student without it
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"warm_start": ""})})
-    stock, shape = take_stock(store, recipe, lineage), shape_of(recipe, training=training)
-    if outlook(stock, _bound(recipe), shape, recipe, training=training).left * MARGIN < free:
+    stock, shape = take_inventory(store, recipe, lineage), shape_of(recipe, training=training)
+    if forecast_sizes(stock, _bound(recipe), shape, recipe, training=training).left * MARGIN < free:
         return
     sources = [source for source, _ in lineage.sources]
     with TemporaryDirectory(prefix="distil-sample-") as folder:
         scratch, vocabulary = Store(f"{folder}/store"), vocabulary_of(recipe)
         settings = (recipe.corpus, recipe.blocks, recipe.mask)
         sample = take_sample(scratch, *settings, vocabulary, sources, CHECK_BYTES, skip_bad=True)
-    need = MARGIN * outlook(stock, sample, shape, recipe, training=training).left
+    need = MARGIN * forecast_sizes(stock, sample, shape, recipe, training=training).left
     if sample.text_bytes and need > free:
         raise FatalError(
             f"the store {recipe.store} has no room for this run: it needs about {_gigabytes(need)}, 10 % to spare, and "

@@ -22,13 +22,13 @@ from storage.errors import FatalError
 from storage.filesystem import open_url
 from storage.store import Store
 from tasks.corpus.fetch import beginning
-from tasks.corpus.lines import CHUNK, Growth, packing_of, reading_error
-from tasks.corpus.parquet import batches
+from tasks.corpus.lines import CHUNK, UnpackedSize, packing_of, reading_error
+from tasks.corpus.parquet import record_batches
 from tasks.corpus.shard import heldout_of, shard_source, shards_of
 from tasks.corpus.snapshot import Source
-from tasks.recipe.config import Blocks, Corpus, Mask
+from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings
 from tasks.tokens.blocks import make_blocks, open_blocks
-from tasks.tokens.mask import share
+from tasks.tokens.mask import masked_count
 from tasks.tokens.vocabulary import Vocabulary, load_tokenizer
 
 SOURCES = 8
@@ -74,9 +74,9 @@ class Sample:
 
 def take_sample(
     store: Store,
-    corpus: Corpus,
-    blocks: Blocks,
-    mask: Mask,
+    corpus: CorpusSettings,
+    blocks: BlockSettings,
+    mask: MaskSettings,
     vocabulary: Vocabulary,
     sources: Sequence[Source],
     budget: int,
@@ -109,7 +109,13 @@ def _chosen(sources: Sequence[Source], budget: int) -> Iterable[tuple[Source, in
 
 
 def _sample_source(
-    store: Store, source: Source, limit: int, corpus: Corpus, blocks: Blocks, mask: Mask, vocabulary: Vocabulary
+    store: Store,
+    source: Source,
+    limit: int,
+    corpus: CorpusSettings,
+    blocks: BlockSettings,
+    mask: MaskSettings,
+    vocabulary: Vocabulary,
 ) -> Sample:
     with store.scratch() as folder:
         started = time.perf_counter()
@@ -144,9 +150,9 @@ def _sample_source(
     )
 
 
-def _positions(store: Store, blocks: Receipt, mask: Mask) -> int:
+def _positions(store: Store, blocks: Receipt, mask: MaskSettings) -> int:
     """Positions that tasks.mask chooses in these blocks."""
-    return int(share(mask.rate, open_blocks(store, blocks.ref).lengths).sum())
+    return int(masked_count(mask.rate, open_blocks(store, blocks.ref).lengths).sum())
 
 
 # ---- the beginning of a source -----------------------------------------------------------------------------
@@ -183,7 +189,7 @@ def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
         return head, len(head)
     parts: list[bytes] = []
     seen = [(0, 0)]  # packed bytes taken and text given so far
-    growth = Growth(source.name, len(head), ratio)
+    growth = UnpackedSize(source.name, len(head), ratio)
     try:
         with pa.BufferReader(head) as file, pa.CompressedInputStream(file, packing) as stream:
             # The stream takes new bytes, many at once, when it has given all of the old.
@@ -206,9 +212,9 @@ def _cut_parquet(source: Source, limit: int, path: Path, ratio: int) -> float:
         with fs.open(remote, "rb") as file, fs.open(remote, "rb") as again, pq.ParquetFile(file) as parquet:
             rows = parquet.metadata.num_rows
             wanted, taken = ceil(rows * limit / source.size), 0
-            growth = Growth(source.name, source.size, ratio)
+            growth = UnpackedSize(source.name, source.size, ratio)
             with pq.ParquetWriter(path, parquet.schema_arrow) as writer:
-                for batch in batches(parquet, again, source.name):
+                for batch in record_batches(parquet, again, source.name):
                     if taken >= wanted:
                         break
                     growth.add(batch.nbytes)

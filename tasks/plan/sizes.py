@@ -21,7 +21,7 @@ from tasks.lineage import Lineage, caches_targets, vocabulary_of
 from tasks.models.files import resolve_model
 from tasks.models.student import make_fresh, make_student
 from tasks.plan.sample import Sample
-from tasks.recipe.config import Recipe, Teacher
+from tasks.recipe.config import Recipe, TeacherSettings
 from tasks.recipe.run_spec import steps_of
 from tasks.targets.codec import Codec
 from tasks.train.export import tokenizer_bytes
@@ -53,7 +53,7 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class Stock:
+class Inventory:
     """What a recipe is about. Bytes: of source files in all and of those that are not read yet (with the largest), of
     training and held-out text that was read, of such text that lacks blocks, of training text that lacks targets (once
     for each mask variant), and, by stage, of what is in the store."""
@@ -70,7 +70,7 @@ class Stock:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The teacher's width and decoder rows (0 without one), and the student's parameters."""
 
     width: int
@@ -78,7 +78,7 @@ class Shape:
     parameters: int
 
 
-def take_stock(store: Store, recipe: Recipe, lineage: Lineage, model: Ref | None = None) -> Stock:
+def take_inventory(store: Store, recipe: Recipe, lineage: Lineage, model: Ref | None = None) -> Inventory:
     """Counts by listings and the sources' receipts; `model` is the run's result once it has a name."""
     once = {ref.key if ref else source.url: (source, ref) for source, ref in reversed(lineage.sources)}
     there = {kind: store.sizes(kind) for kind in ("source", "shard", "blocks", "targets", "model", "checkpoint")}
@@ -93,7 +93,7 @@ def take_stock(store: Store, recipe: Recipe, lineage: Lineage, model: Ref | None
         untaught = list(lineage.shards) * variants_taught(recipe)
     stages = {name: [ref.key for ref in refs] for name, refs in lineage.stages().items()}
     stages["model"] = [model.key] if model else []
-    return Stock(
+    return Inventory(
         sources=len(once),
         source_bytes=sum(source.size for source, _ in once.values()),
         unread_bytes=sum(unread),
@@ -117,7 +117,7 @@ def _texts(store: Store, sources: Iterable[Ref]) -> dict[str, int]:
     return {item["key"]: item["bytes"] for info in infos for item in (*info["shards"], *info["heldout"])}
 
 
-def shape_of(recipe: Recipe, *, training: bool = True) -> Shape:
+def shape_of(recipe: Recipe, *, training: bool = True) -> ModelShape:
     """Builds both models without memory for their weights; without `training` no student, whose parameters are 0 then.
 
     FatalError: a teacher that is no masked language model; a student that cannot be made of it.
@@ -126,19 +126,19 @@ def shape_of(recipe: Recipe, *, training: bool = True) -> Shape:
         teacher = _skeleton(recipe.teacher) if recipe.teacher.model else None
         student = _student(recipe, teacher) if training else None
     width, rows = (teacher.config.hidden_size, teacher.config.vocab_size) if teacher else (0, 0)
-    return Shape(int(width), int(rows), sum(one.numel() for one in student.parameters()) if student else 0)
+    return ModelShape(int(width), int(rows), sum(one.numel() for one in student.parameters()) if student else 0)
 
 
 def _student(recipe: Recipe, teacher: PreTrainedModel | None) -> PreTrainedModel:
     settings, vocabulary = recipe.student, vocabulary_of(recipe)
     if recipe.train.warm_start:
-        return _skeleton(Teacher(model=recipe.train.warm_start))
+        return _skeleton(TeacherSettings(model=recipe.train.warm_start))
     if settings.init == "config" or teacher is None:
         return make_fresh(settings.config, vocabulary)
     return make_student(teacher, vocabulary, layers=settings.layers, choice=settings.choice, init="scratch")
 
 
-def _skeleton(teacher: Teacher) -> PreTrainedModel:
+def _skeleton(teacher: TeacherSettings) -> PreTrainedModel:
     trust = teacher.trust_remote_code
     folder = resolve_model(teacher.model, teacher.revision)
     try:
@@ -159,7 +159,7 @@ def _skeleton(teacher: Teacher) -> PreTrainedModel:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class SizeForecast:
     """What a recipe comes to. `text` is what is trained on, in bytes; `positions` are masked ones under one mask;
     `blocks` and `tokens` are those of the training text; `bytes` by stage: shard, blocks, targets, checkpoint, model.
 
@@ -185,9 +185,11 @@ class Outlook:
         return sum(amount.left for amount in self.bytes.values()) + self.passing
 
 
-def outlook(stock: Stock, sample: Sample, shape: Shape, recipe: Recipe, *, training: bool) -> Outlook:
+def forecast_sizes(
+    stock: Inventory, sample: Sample, shape: ModelShape, recipe: Recipe, *, training: bool
+) -> SizeForecast:
     """Multiplies the sample up; without `training` there are no steps, checkpoints and model."""
-    a_byte = a_byte_of(sample)
+    a_byte = bytes_per_text_byte(sample)
     kept_in = 1 - recipe.corpus.heldout_per_mille / 1000
     coming = stock.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
     text = stock.text_bytes + coming * kept_in
@@ -204,7 +206,7 @@ def outlook(stock: Stock, sample: Sample, shape: Shape, recipe: Recipe, *, train
         + untaught / _file_text(stock, recipe, text) * (FILE_BYTES + CHANNEL_BYTES * shape.width),
     }
     sizes_left = {kind: Amount(stock.kept[kind] + left, stock.kept[kind]) for kind, left in still.items()}
-    return Outlook(
+    return SizeForecast(
         text=Amount(text, stock.text_bytes),
         blocks=Amount(rows, rows * blocked),
         tokens=Amount(text * a_byte["tokens"], text * a_byte["tokens"] * blocked),
@@ -218,30 +220,32 @@ def outlook(stock: Stock, sample: Sample, shape: Shape, recipe: Recipe, *, train
     )
 
 
-def a_byte_of(sample: Sample) -> dict[str, float]:
+def bytes_per_text_byte(sample: Sample) -> dict[str, float]:
     """Rows, tokens and masked positions of one byte of text."""
     return {name: getattr(sample, name) / max(1, sample.text_bytes) for name in ("rows", "tokens", "positions")}
 
 
-def target_bytes(a_byte: Mapping[str, float], shape: Shape, recipe: Recipe, encoding: str, positions: str) -> float:
+def target_bytes(
+    a_byte: Mapping[str, float], shape: ModelShape, recipe: Recipe, encoding: str, positions: str
+) -> float:
     """Bytes of targets under one mask for each byte of text; `a_byte` as `a_byte_of` gives it."""
     kept = a_byte["positions" if positions == "masked" else "tokens"]
     return a_byte["rows"] * ROW_BYTES + kept * payload_bytes(shape, recipe, encoding)
 
 
-def payload_bytes(shape: Shape, recipe: Recipe, encoding: str) -> int:
+def payload_bytes(shape: ModelShape, recipe: Recipe, encoding: str) -> int:
     """Bytes of one position in an encoding."""
     return Codec(
         encoding, shape.width, shape.vocab_size, min(recipe.targets.top_k, shape.vocab_size)
     ).bytes_per_position
 
 
-def _file_text(stock: Stock, recipe: Recipe, text: float) -> float:
+def _file_text(stock: Inventory, recipe: Recipe, text: float) -> float:
     """Bytes of text of one shard, about: a source ends its last shard."""
     return max(1.0, min(float(recipe.corpus.shard_bytes), text / max(1, stock.sources)))
 
 
-def _trained(stock: Stock, shape: Shape, recipe: Recipe, steps: int) -> dict[str, Amount]:
+def _trained(stock: Inventory, shape: ModelShape, recipe: Recipe, steps: int) -> dict[str, Amount]:
     """The checkpoints that stay (the best is among the newest while the held-out loss falls), and the model."""
     weights = 4.0 * shape.parameters
     count = min(recipe.train.keep_checkpoints, ceil(steps / recipe.train.checkpoint_steps))

@@ -31,13 +31,13 @@ from tasks.targets.capture import Capture
 from tasks.targets.compute import make_targets, open_capture
 from tasks.targets.keys import needs_calibration
 from tasks.tokens.blocks import count_tokens
-from tasks.train.checkpoint import Progress, save_checkpoint
-from tasks.train.export import hardware
+from tasks.train.checkpoint import TrainingProgress, save_checkpoint
+from tasks.train.export import describe_hardware
 from tasks.train.metrics import read_metrics
 from tasks.train.optimizer import make_optimizer
 from tasks.train.process import StopSignal, keep_freed_memory, pick_device
-from tasks.train.setup import build
-from tasks.train.step import World
+from tasks.train.setup import set_up_training
+from tasks.train.step import Ranks
 from tasks.train.trainer import Trainer
 
 WARM, TIMED = 3, 5
@@ -59,7 +59,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Pace:
+class Timings:
     """Seconds on one device; 0 without a teacher where they are the teacher's.
 
     `load`: the teacher into memory. `capture`: one block under one mask, encoded and written. `step`: one optimizer
@@ -76,21 +76,21 @@ class Pace:
     save: float
 
 
-def look_at_machine() -> Machine:
+def describe_machine() -> Machine:
     """Imports the trainer in a new process and looks at the clock."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import tasks.train.trainer"], check=True)
     return Machine(len(os.sched_getaffinity(0)), time.perf_counter() - started)
 
 
-def measure(store: Store, recipe: Recipe, blocks: Sequence[Ref], seconds: float, *, training: bool = True) -> Pace:
+def measure(store: Store, recipe: Recipe, blocks: Sequence[Ref], seconds: float, *, training: bool = True) -> Timings:
     """Times teacher and student on the largest of these blocks; each takes some `seconds`, or twice that. Without
     `training` the student is left out, and the teacher too where nothing is cached.
 
     FatalError: a teacher or student that cannot be used, or no blocks.
     """
     if not training and not caches_targets(recipe):
-        return Pace("", 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Timings("", 0, 0.0, 0.0, 0.0, 0.0, 0.0)
     largest = max((store.receipt(ref) for ref in blocks), key=lambda receipt: receipt.rows, default=None)
     if largest is None or not largest.rows:
         raise FatalError(f"recipe {recipe.name}: the sample of {recipe.corpus.url} holds no text; is corpus.url right?")
@@ -101,13 +101,13 @@ def measure(store: Store, recipe: Recipe, blocks: Sequence[Ref], seconds: float,
         taught = _time_teacher(store, recipe, largest, counts, seconds)
     else:
         some = _first(store, largest, recipe.train.batch_rows)
-        taught = _Taught(_part(some, ()), 0.0, 0.0, seconds / recipe.train.batch_rows / (WARM + TIMED))
+        taught = _TaughtSample(_part(some, ()), 0.0, 0.0, seconds / recipe.train.batch_rows / (WARM + TIMED))
     if not training:
-        return Pace("", 0, taught.load, taught.capture, 0.0, 0.0, 0.0)
+        return Timings("", 0, taught.load, taught.capture, 0.0, 0.0, 0.0)
     return _time_student(store, recipe, taught, counts, seconds)
 
 
-class _Taught(NamedTuple):
+class _TaughtSample(NamedTuple):
     """Blocks with their targets; seconds to load the teacher, of a block, and what a step may take a block."""
 
     part: Part
@@ -116,7 +116,7 @@ class _Taught(NamedTuple):
     rough_step: float
 
 
-def _time_teacher(store: Store, recipe: Recipe, blocks: Receipt, counts: Ref | None, seconds: float) -> _Taught:
+def _time_teacher(store: Store, recipe: Recipe, blocks: Receipt, counts: Ref | None, seconds: float) -> _TaughtSample:
     few = _first(store, blocks, max(1, FIRST_TOKENS // recipe.blocks.length))
     started = time.perf_counter()
     capture = _open(store, recipe, counts, None)
@@ -129,7 +129,9 @@ def _time_teacher(store: Store, recipe: Recipe, blocks: Receipt, counts: Ref | N
     for force in (False, True):
         targets = make_targets(store, some.ref, capture, force=force)
     probed = targets.info["probe"]["rows"]
-    return _Taught(_part(some, (targets.key,)), load, targets.timings["seconds"] / (some.rows + probed), A_STEP * rough)
+    return _TaughtSample(
+        _part(some, (targets.key,)), load, targets.timings["seconds"] / (some.rows + probed), A_STEP * rough
+    )
 
 
 def _open(store: Store, recipe: Recipe, counts: Ref | None, calibration: Ref | None) -> Capture:
@@ -137,7 +139,7 @@ def _open(store: Store, recipe: Recipe, counts: Ref | None, calibration: Ref | N
     return open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, calibration, device)
 
 
-def _time_student(store: Store, recipe: Recipe, taught: _Taught, counts: Ref | None, seconds: float) -> Pace:
+def _time_student(store: Store, recipe: Recipe, taught: _TaughtSample, counts: Ref | None, seconds: float) -> Timings:
     """Runs the trainer for a few steps, of the whole batch of one rank or of as much as there is time for."""
     whole = -(-recipe.train.batch_rows // recipe.train.ranks)
     rows = max(1, min(whole, int(seconds / (WARM + TIMED) / taught.rough_step)))
@@ -156,18 +158,18 @@ def _time_student(store: Store, recipe: Recipe, taught: _Taught, counts: Ref | N
     torch.set_num_threads(train.threads or threads)
     keep_freed_memory()  # as a trainer does; for good, so what else is timed comes before
     started = time.perf_counter()
-    built = build(run, store, pick_device(run))
+    built = set_up_training(run, store, pick_device(run))
     optimizer = make_optimizer(built.student, train)
-    trainer = Trainer(run, store, built, optimizer, World(), None, pick_device(run))
-    progress = trainer.loop(Progress(), StopSignal())
+    trainer = Trainer(run, store, built, optimizer, Ranks(), None, pick_device(run))
+    progress = trainer.loop(TrainingProgress(), StopSignal())
     looped = time.perf_counter() - started
     step = min(line["seconds"] for line in read_metrics(Path(run.folder) / METRICS)[WARM:])
     started = time.perf_counter()
     save_checkpoint(store, run, built.student, optimizer, progress)
     saved = time.perf_counter() - started
     torch.set_num_threads(threads)
-    return Pace(
-        device=hardware(trainer.device, train.ranks),
+    return Timings(
+        device=describe_hardware(trainer.device, train.ranks),
         rows=rows,
         load=taught.load,
         capture=taught.capture,

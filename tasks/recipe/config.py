@@ -5,7 +5,7 @@ The same models are the parameter form of the Prefect deployments, so every fiel
 What a single field cannot say (rules across fields) is checked in `Recipe`.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,13 +25,19 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class Section(BaseModel):
     """One section of a recipe: unknown names are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        # The heading of the section in Prefect's form.
+        model_title_generator=lambda model: model.__name__.removesuffix("Settings"),
+    )
 
 
 S = TypeVar("S", bound=Section)
 
 
-class Corpus(Section):
+class CorpusSettings(Section):
     """Which text, and what of it is kept."""
 
     url: str = Field(min_length=1, description="Folder of source files: a path or any fsspec URL")
@@ -68,7 +74,7 @@ class Corpus(Section):
         return self.model_dump(mode="json", exclude={*outside, "text"} if self.text == "auto" else {*outside})
 
 
-class Blocks(Section):
+class BlockSettings(Section):
     """How text becomes token blocks of one length."""
 
     tokenizer: str = Field("", description="Folder or hub id; empty means the teacher's own")
@@ -78,7 +84,7 @@ class Blocks(Section):
     )
 
 
-class Mask(Section):
+class MaskSettings(Section):
     """Which positions are hidden from teacher and student."""
 
     seed: Seed = Field(0, description="Seed of the masks; part of the key of the targets")
@@ -89,7 +95,7 @@ class Mask(Section):
     variants: int = Field(1, ge=1, le=64, description="Different masks of the same block, one an epoch in turn")
 
 
-class Teacher(Section):
+class TeacherSettings(Section):
     """The model that is distilled."""
 
     model: str = Field("", description="Folder or hub id of a masked language model; empty only for plain MLM training")
@@ -102,7 +108,7 @@ class Teacher(Section):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model; only if you trust it")
 
 
-class Targets(Section):
+class TargetSettings(Section):
     """What is kept of the teacher."""
 
     source: Literal["cached", "online"] = Field(
@@ -119,7 +125,7 @@ class Targets(Section):
     )
 
 
-class Student(Section):
+class StudentSettings(Section):
     """The model that learns."""
 
     layers: int = Field(6, ge=1, le=96, description="Number of layers")
@@ -133,7 +139,7 @@ class Student(Section):
     )
 
 
-class Loss(Section):
+class LossSettings(Section):
     """Weights of the three parts and the temperature of the first (paper: 0.5, 0.3, 0.2; reference: 2)."""
 
     distil: float = Field(0.5, ge=0, le=1000, description="Weight of T^2 KL(teacher || student)")
@@ -153,7 +159,7 @@ class Loss(Section):
         return self.distil > 0 or self.cosine > 0
 
 
-class Train(Section):
+class TrainSettings(Section):
     """How the student learns."""
 
     seed: Seed = Field(0, description="Seed of data order, dropout and fresh weights")
@@ -176,6 +182,10 @@ class Train(Section):
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="Newest checkpoints kept (the best is kept too)")
     validate_steps: int = Field(
         250, ge=0, le=10**9, description="Steps between looks at held-out blocks; 0 means never"
+    )
+    result: Literal["last", "best"] = Field(
+        "last",
+        description="Weights that are saved: those of the last step, or those with the lowest held-out loss",
     )
     validate_rows: int = Field(64, ge=1, le=1_000_000, description="Held-out blocks in one look")
     log_steps: int = Field(10, ge=1, le=10**9, description="Steps between lines of metrics")
@@ -204,7 +214,7 @@ class Train(Section):
         return self
 
 
-class Register(Section):
+class RegisterSettings(Section):
     """Where the result is recorded."""
 
     name: str = Field(
@@ -220,7 +230,7 @@ class Register(Section):
     dataset: str = Field("", description="Hub id of the corpus for the model card; empty: only its name is told")
 
 
-class Score(Section):
+class ScoreSettings(Section):
     """What the student is judged by."""
 
     heldout_rows: int = Field(256, ge=1, le=10**9, description="Held-out blocks that are scored")
@@ -243,7 +253,7 @@ class Score(Section):
     latency_runs: int = Field(30, ge=0, le=100_000, description="Timed forwards for latency; 0 means not run")
 
 
-class Gate(Section):
+class GateSettings(Section):
     """When a new version may become champion. Sets are named as the scores name them (heldout, ner, ...)."""
 
     # Not `required`: Prefect takes a field of that name for JSON Schema's keyword and then refuses every form.
@@ -272,7 +282,7 @@ class Gate(Section):
         return self
 
 
-class Run(Section):
+class RunSettings(Section):
     """How the work is spread and what may fail."""
 
     engine: Literal["processes", "ray"] = Field(
@@ -305,7 +315,7 @@ class Run(Section):
     )
 
 
-class Ray(Section):
+class RaySettings(Section):
     """Where shards, blocks and targets are made when run.engine = "ray", and what one task of each takes."""
 
     address: str = Field(
@@ -318,7 +328,7 @@ class Ray(Section):
     teacher_memory: int = Field(0, ge=0, le=2**50, description="Bytes of memory that it asks for; 0: does not say")
 
 
-class Watch(Section):
+class WatchSettings(Section):
     """When a new snapshot of the corpus starts a run by itself."""
 
     cron: str = Field("0 * * * *", min_length=9, description="When to look for a new snapshot (cron, UTC)")
@@ -340,22 +350,34 @@ class Recipe(Section):
     name: str = Field(max_length=100, pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name of the recipe")
     home: str = Field("", description="Folder of local state; empty means .distil in the current folder")
     store: str = Field("", description="Root of the artifacts, a path or any fsspec URL; empty means HOME/store")
-    corpus: Corpus
-    blocks: Blocks = Blocks()
-    mask: Mask = Mask()
-    teacher: Teacher = Teacher()
-    targets: Targets = Targets()
-    student: Student = Student()
-    loss: Loss = Loss()
-    train: Train = Train()
-    register_as: Register = Field(Register(), alias="register")
-    score: Score = Score()
-    gate: Gate = Gate()
-    run: Run = Run()
-    ray: Ray = Ray()
-    watch: Watch = Watch()
+    corpus: CorpusSettings
+    blocks: BlockSettings = BlockSettings()
+    mask: MaskSettings = MaskSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    targets: TargetSettings = TargetSettings()
+    student: StudentSettings = StudentSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings = TrainSettings()
+    register_as: RegisterSettings = Field(RegisterSettings(), alias="register")
+    score: ScoreSettings = ScoreSettings()
+    gate: GateSettings = GateSettings()
+    run: RunSettings = RunSettings()
+    ray: RaySettings = RaySettings()
+    watch: WatchSettings = WatchSettings()
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with some fields replaced: `{"train.lr": 1e-3}`. The new values are not validated."""
+        copied: dict[str, Any] = {}
+        for name, value in changes.items():
+            section, _, field = name.rpartition(".")
+            if not section:
+                copied[field] = value
+                continue
+            section = "register_as" if section == "register" else section
+            copied[section] = copied.get(section, getattr(self, section)).model_copy(update={field: value})
+        return self.model_copy(update=copied)
 
     @model_validator(mode="after")
     def _no_password(self) -> Self:

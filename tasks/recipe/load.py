@@ -28,16 +28,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     A file may say `extends = "other.toml"` and name only what differs from that recipe.
     FatalError that names the file and the field where something does not fit.
     """
-    values, folders = _extended(Path(path), ())
+    values, folders = _read_with_bases(Path(path), ())
     for override in overrides:
         _override(values, override)
-    recipe = placed(make_recipe(values, str(path)))
+    recipe = with_absolute_paths(make_recipe(values, str(path)))
     for folder in folders:
-        recipe = _anchored(recipe, folder)
+        recipe = _with_paths_of_file(recipe, folder)
     return recipe
 
 
-def _extended(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
+def _read_with_bases(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
     """The values of a file over those of the recipe that it extends, and the folders of both."""
     values = read_toml(path, "recipe")  # first: what can be read can be resolved
     if path.resolve() in above:
@@ -45,19 +45,19 @@ def _extended(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list
     base, folder = values.pop("extends", ""), path.parent.resolve()
     if not base:
         return values, [folder]
-    below, folders = _extended(folder / str(base), (*above, path.resolve()))
-    return _laid_over(below, values), [folder, *folders]
+    below, folders = _read_with_bases(folder / str(base), (*above, path.resolve()))
+    return _merged(below, values), [folder, *folders]
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Section by section; a list or a value replaces the one below it."""
     shared = [name for name, value in above.items() if isinstance(value, dict) and isinstance(below.get(name), dict)]
-    return below | above | {name: _laid_over(below[name], above[name]) for name in shared}
+    return below | above | {name: _merged(below[name], above[name]) for name in shared}
 
 
 def make_recipe(values: dict[str, Any], where: str) -> Recipe:
     """Validates plain values. FatalError with one line a field."""
-    return checked(Recipe, values, where, "recipe")
+    return validated(Recipe, values, where, "recipe")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise FatalError(f"{path}: not a readable TOML file ({error})", str(path)) from error
 
 
-def checked(model: type[S], values: dict[str, Any], where: str, what: str) -> S:
+def validated(model: type[S], values: dict[str, Any], where: str, what: str) -> S:
     """Validates plain values against a section. FatalError with one line a field; `what` stands for the whole."""
     try:
         return model.model_validate(values)
@@ -99,7 +99,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     values[field] = value
 
 
-def placed(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with `home` and `store` filled in, as whole paths below the current folder.
 
     Both are in no key. Servers, workers and trainers have working folders of their own, and so have the runs of a
@@ -110,27 +110,27 @@ def placed(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"home": home, "store": store if "://" in store else str(Path(store).absolute())})
 
 
-def _anchored(recipe: Recipe, folder: Path) -> Recipe:
+def _with_paths_of_file(recipe: Recipe, folder: Path) -> Recipe:
     """Makes paths that lie beside the recipe file absolute, so that the recipe works from any folder."""
     return recipe.model_copy(
         update={
-            "corpus": recipe.corpus.model_copy(update={"url": beside(recipe.corpus.url, folder)}),
-            "blocks": recipe.blocks.model_copy(update={"tokenizer": beside(recipe.blocks.tokenizer, folder)}),
-            "teacher": recipe.teacher.model_copy(update={"model": beside(recipe.teacher.model, folder)}),
-            "train": recipe.train.model_copy(update={"warm_start": beside(recipe.train.warm_start, folder)}),
+            "corpus": recipe.corpus.model_copy(update={"url": relative_to_file(recipe.corpus.url, folder)}),
+            "blocks": recipe.blocks.model_copy(update={"tokenizer": relative_to_file(recipe.blocks.tokenizer, folder)}),
+            "teacher": recipe.teacher.model_copy(update={"model": relative_to_file(recipe.teacher.model, folder)}),
+            "train": recipe.train.model_copy(update={"warm_start": relative_to_file(recipe.train.warm_start, folder)}),
             "score": recipe.score.model_copy(
                 update={
-                    "protocol": beside(recipe.score.protocol, folder),
-                    "sets": beside(recipe.score.sets, folder),
-                    "control": beside(recipe.score.control, folder),
+                    "protocol": relative_to_file(recipe.score.protocol, folder),
+                    "sets": relative_to_file(recipe.score.sets, folder),
+                    "control": relative_to_file(recipe.score.control, folder),
                 }
             ),
-            "watch": recipe.watch.model_copy(update={"folder": beside(recipe.watch.folder, folder)}),
+            "watch": recipe.watch.model_copy(update={"folder": relative_to_file(recipe.watch.folder, folder)}),
         }
     )
 
 
-def beside(name: str, folder: Path) -> str:
+def relative_to_file(name: str, folder: Path) -> str:
     """`name` as an absolute path if such a file or folder lies in `folder`, else unchanged (URL, hub id)."""
     if not name or "://" in name or Path(name).is_absolute():
         return name

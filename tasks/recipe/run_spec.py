@@ -14,16 +14,26 @@ from storage.cache import LIMIT
 from storage.disk import writing
 from storage.errors import FatalError
 from storage.fingerprint import key_of
-from tasks.recipe.config import Blocks, Loss, Mask, Recipe, Section, Student, Targets, Teacher, Train
+from tasks.recipe.config import (
+    BlockSettings,
+    LossSettings,
+    MaskSettings,
+    Recipe,
+    Section,
+    StudentSettings,
+    TargetSettings,
+    TeacherSettings,
+    TrainSettings,
+)
 
 METRICS = "metrics.jsonl"
 """File in the folder of a run: written by the trainer, followed by the flow."""
 SCHEMA = 1
 
-PASSING = 75
+EXIT_RETRYABLE = 75
 """Exit status of a trainer after an error that may pass by itself (EX_TEMPFAIL), as when a store does not answer."""
 
-SETTINGS_OUTSIDE_THE_KEY = {
+SETTINGS_NOT_IN_KEY = {
     "device",
     "compile",
     "micro_rows",
@@ -68,13 +78,13 @@ class RunSpec(Section):
     store: str
     folder: str
     cache_bytes: int = Field(LIMIT, ge=0)
-    blocks: Blocks
-    mask: Mask
-    teacher: Teacher
-    targets: Targets
-    student: Student
-    loss: Loss
-    train: Train
+    blocks: BlockSettings
+    mask: MaskSettings
+    teacher: TeacherSettings
+    targets: TargetSettings
+    student: StudentSettings
+    loss: LossSettings
+    train: TrainSettings
     teacher_fingerprint: str
     start: str = ""
     counts: str = ""
@@ -110,7 +120,7 @@ def model_ref(run_key: str, name: str) -> Ref:
     return Ref("model", key_of("model", SCHEMA, {}, [run_key]), name)
 
 
-def steps_of(train: Train, rows: float) -> int:
+def steps_of(train: TrainSettings, rows: float) -> int:
     """Optimizer steps over a corpus of so many blocks."""
     return train.max_steps or max(1, -int(-rows * train.epochs // train.batch_rows))
 
@@ -163,7 +173,7 @@ def key_of_run(
         "source": recipe.targets.source,
         "student": recipe.student.model_dump(mode="json"),
         "loss": recipe.loss.model_dump(mode="json"),
-        "train": recipe.train.model_dump(mode="json", exclude=SETTINGS_OUTSIDE_THE_KEY),
+        "train": recipe.train.model_dump(mode="json", exclude=SETTINGS_NOT_IN_KEY),
         "start": start,
         "counts": counts,
     }

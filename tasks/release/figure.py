@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.release.model_card import without_places
-from tasks.release.results import Measured, Standing, half_width, kept, set_names, teacher_among
+from tasks.release.results import ModelSummary, SetResult, half_width, kept, set_names, teacher_among
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,15 +51,15 @@ REASON_CHARACTERS = 70
 BOUNDS = ("value", "low", "high")
 
 
-def picture(title: str, models: Sequence[Measured]) -> bytes:
+def render_figure(title: str, models: Sequence[ModelSummary]) -> bytes:
     """The picture as PNG. The first model is the one it is about; its teacher is named so."""
     buffer = io.BytesIO()
     # Without the name of the library and the time in it, the same figures give the same bytes.
-    draw(title, models).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    draw_figure(title, models).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def draw(title: str, models: Sequence[Measured]) -> "Figure":
+def draw_figure(title: str, models: Sequence[ModelSummary]) -> "Figure":
     """The picture as a matplotlib figure, drawn by Agg."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def draw(title: str, models: Sequence[Measured]) -> "Figure":
     return figure
 
 
-def headline(models: Sequence[Measured]) -> str:
+def headline(models: Sequence[ModelSummary]) -> str:
     """What the student keeps of its teacher, and what that costs; what was not measured is left out."""
     student, teacher = models[0], teacher_among(models)
     if teacher is None:
@@ -106,14 +106,14 @@ def headline(models: Sequence[Measured]) -> str:
     return f"The {student.name} " + ", ".join(said) if said else ""
 
 
-def _note(models: Sequence[Measured]) -> str:
+def _note(models: Sequence[ModelSummary]) -> str:
     note = "Bars on the points: 95 % interval over seeds (Student's t), on held-out text over blocks."
     if models[0].ratios:
         note += f" Shares: {_plain(models[0].name)} of teacher, with a paired 95 % interval."
     return note
 
 
-def _scores(axes: "Axes", models: tuple[Measured, ...], names: Sequence[str]) -> None:
+def _scores(axes: "Axes", models: tuple[ModelSummary, ...], names: Sequence[str]) -> None:
     """One row a set, one lane a model in it."""
     edges: list[float] = []
     for row, name in enumerate(names):
@@ -142,7 +142,7 @@ def _scores(axes: "Axes", models: tuple[Measured, ...], names: Sequence[str]) ->
     _bare(axes, ("top", "right", "left"))
 
 
-def _point(axes: "Axes", standing: Standing, y: float, lane: int) -> tuple[float, float]:
+def _point(axes: "Axes", standing: SetResult, y: float, lane: int) -> tuple[float, float]:
     """Draws a mean with its interval and its number; where it begins and ends on the axis."""
     mean, half = 100 * standing.mean, half_width(standing)
     width = 0.0 if half is None else 100 * half
@@ -170,7 +170,7 @@ def _point(axes: "Axes", standing: Standing, y: float, lane: int) -> tuple[float
     return mean - width, mean + width
 
 
-def _bars(axes: "Axes", label: str, models: Sequence[Measured], value: Callable[[Measured], float]) -> None:
+def _bars(axes: "Axes", label: str, models: Sequence[ModelSummary], value: Callable[[ModelSummary], float]) -> None:
     """One bar a model, each with its number."""
     values = [value(model) for model in models]
     axes.set_title(label, fontsize=11.5, loc="left", color=INK, pad=5)
@@ -198,7 +198,7 @@ def _bars(axes: "Axes", label: str, models: Sequence[Measured], value: Callable[
     _bare(axes, ("top", "right", "bottom"))
 
 
-def _legend(figure: "Figure", models: Sequence[Measured], y: float) -> None:
+def _legend(figure: "Figure", models: Sequence[ModelSummary], y: float) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -230,8 +230,8 @@ def _quiet(side: str) -> dict[str, Any]:
     return {"ha": side, "va": "center", "fontsize": 10.5, "color": PALE, "style": "italic"}
 
 
-def _reason(models: Sequence[Measured], name: str) -> str:
-    reasons = [one.reason for model in models for one in model.standings if one.set_name == name and one.reason]
+def _reason(models: Sequence[ModelSummary], name: str) -> str:
+    reasons = [one.reason for model in models for one in model.set_results if one.set_name == name and one.reason]
     return f"not run: {without_places(reasons[0])}" if reasons else "not run"
 
 

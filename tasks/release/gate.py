@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from tasks.recipe.config import Gate
-from tasks.release.results import Standing
+from tasks.recipe.config import GateSettings
+from tasks.release.results import SetResult
 
 MEAN = "mean"
 """Stands in the place of a set in the row of the mean."""
 
-Standings = Sequence[Standing]
+SetResults = Sequence[SetResult]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Verdict:
     rows: tuple[Row, ...]
 
 
-def judge(candidate: Standings, champions: Sequence[Standings], rules: Gate) -> Verdict:
+def judge(candidate: SetResults, champions: Sequence[SetResults], rules: GateSettings) -> Verdict:
     """Judges a candidate against the champions so far (oldest first, the present one last), all by one protocol.
 
     Without a champion the floors decide, as they do on a set that no champion has. A set that was not run blocks
@@ -61,7 +61,7 @@ def judge(candidate: Standings, champions: Sequence[Standings], rules: Gate) -> 
     by_name = {standing.set_name: standing for standing in candidate}
     past = [{standing.set_name: standing for standing in one} for one in champions]
     names = dict.fromkeys([*by_name, *rules.needed, *(name for one in past for name in one)])
-    rows = [_set_row(by_name.get(name, Standing(name, "")), past, rules) for name in names]
+    rows = [_set_row(by_name.get(name, SetResult(name, "")), past, rules) for name in names]
     ran = {name: standing for name, standing in by_name.items() if standing.was_run}
     rows += _mean_rows(ran, [{name: one[name] for name in one if one[name].was_run} for one in past], rules)
     against = tuple(row.note for row in rows if not row.passed)
@@ -70,7 +70,7 @@ def judge(candidate: Standings, champions: Sequence[Standings], rules: Gate) -> 
     return Verdict(not against, against or tuple(row.note for row in rows), tuple(rows))
 
 
-def tolerance(candidate: Standing, best: Standing, rules: Gate) -> float:
+def tolerance(candidate: SetResult, best: SetResult, rules: GateSettings) -> float:
     """How far the candidate may be below the best: so many pooled standard deviations over seeds, or the least one.
 
     With one seed on both sides the spread is unknown, and the least tolerance is all there is.
@@ -78,7 +78,7 @@ def tolerance(candidate: Standing, best: Standing, rules: Gate) -> float:
     return max(rules.deviations * pooled_sd(candidate, best), rules.min_tolerance)
 
 
-def pooled_sd(one: Standing, other: Standing) -> float:
+def pooled_sd(one: SetResult, other: SetResult) -> float:
     """Standard deviation over seeds that both are taken to share; 0 where neither has two seeds."""
     freedom = len(one.values) + len(other.values) - 2
     if freedom == 0:
@@ -87,7 +87,7 @@ def pooled_sd(one: Standing, other: Standing) -> float:
     return math.sqrt(squares / freedom)
 
 
-def _set_row(candidate: Standing, past: Sequence[Mapping[str, Standing]], rules: Gate) -> Row:
+def _set_row(candidate: SetResult, past: Sequence[Mapping[str, SetResult]], rules: GateSettings) -> Row:
     name = candidate.set_name
     if not candidate.was_run:
         return _missing_row(candidate, rules)
@@ -110,7 +110,7 @@ def _set_row(candidate: Standing, past: Sequence[Mapping[str, Standing]], rules:
     return Row(name, candidate.metric, candidate.mean, best.mean, allowed, fall <= allowed, note)
 
 
-def _missing_row(candidate: Standing, rules: Gate) -> Row:
+def _missing_row(candidate: SetResult, rules: GateSettings) -> Row:
     name, optional = candidate.set_name, candidate.set_name in rules.optional
     reason = candidate.reason or "there is no score of it"
     note = f"{name} was not run: {reason}; " + (
@@ -119,7 +119,7 @@ def _missing_row(candidate: Standing, rules: Gate) -> Row:
     return Row(name, candidate.metric, None, None, None, optional, note)
 
 
-def _floor_row(candidate: Standing, rules: Gate, *, first: bool) -> Row:
+def _floor_row(candidate: SetResult, rules: GateSettings, *, first: bool) -> Row:
     name, mean = candidate.set_name, candidate.mean
     why = "there is no champion yet" if first else "no champion has this set"
     floor = rules.floors.get(name)
@@ -129,7 +129,9 @@ def _floor_row(candidate: Standing, rules: Gate, *, first: bool) -> Row:
     return Row(name, candidate.metric, mean, None, None, mean >= floor, note)
 
 
-def _mean_rows(candidate: Mapping[str, Standing], past: Sequence[Mapping[str, Standing]], rules: Gate) -> Iterator[Row]:
+def _mean_rows(
+    candidate: Mapping[str, SetResult], past: Sequence[Mapping[str, SetResult]], rules: GateSettings
+) -> Iterator[Row]:
     """The mean over sets against the champion that it is worst against; none where nothing can be compared."""
     shared = [name for name in candidate if any(name in one for one in past)]
     rivals = [one for one in past if set(shared) <= set(one)] or past[-1:]
@@ -145,7 +147,7 @@ def _mean_rows(candidate: Mapping[str, Standing], past: Sequence[Mapping[str, St
     yield Row(MEAN, "", mean, best, error, fall <= error, note)
 
 
-def _mean_fall(pairs: Sequence[tuple[Standing, Standing]], rules: Gate) -> tuple[float, float]:
+def _mean_fall(pairs: Sequence[tuple[SetResult, SetResult]], rules: GateSettings) -> tuple[float, float]:
     """By how much the candidate's mean over sets lies below the other's, and the standard error of that difference.
 
     A spread over seeds that is unknown is taken as what the tolerance stands for.

@@ -14,7 +14,7 @@ import yaml
 
 from storage.errors import printable
 from tasks.recipe.config import Recipe
-from tasks.release.results import Measured, Standing, half_width, kept, set_names, teacher_among
+from tasks.release.results import ModelSummary, SetResult, half_width, kept, set_names, teacher_among
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -42,7 +42,7 @@ class CardFacts:
 
     name: str
     recipe: Recipe
-    models: tuple[Measured, ...]
+    models: tuple[ModelSummary, ...]
     snapshot: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     layers: int = 0
@@ -79,7 +79,7 @@ def metadata(facts: CardFacts) -> dict[str, object]:
     """The head of the card as plain values, with the names of the hub; what is unknown is left out."""
     recipe = facts.recipe
     metrics = [
-        METRICS.get(one.metric, one.metric) for model in facts.models[:1] for one in model.standings if one.was_run
+        METRICS.get(one.metric, one.metric) for model in facts.models[:1] for one in model.set_results if one.was_run
     ]
     values: dict[str, object] = {
         "language": recipe.corpus.language,
@@ -123,13 +123,13 @@ def _opening(facts: CardFacts) -> str:
     return text
 
 
-def _scores(models: tuple[Measured, ...]) -> str:
+def _scores(models: tuple[ModelSummary, ...]) -> str:
     """Every set, with all models side by side, and their size and speed."""
     ratios = models[0].ratios
     names = [*(_line(model.name) for model in models), *([f"{_line(models[0].name)} / teacher"] if ratios else [])]
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for name in set_names(models):
-        metric = next(one.metric for model in models for one in model.standings if one.set_name == name)
+        metric = next(one.metric for model in models for one in model.set_results if one.set_name == name)
         cells = [_figure(model.standing(name)) for model in models]
         cells += [_ratio(ratios.get(name))] if ratios else []
         lines.append(f"| {_line(f'{name}, {metric}' if metric else name)} | {' | '.join(cells)} |")
@@ -143,7 +143,7 @@ def _scores(models: tuple[Measured, ...]) -> str:
     return "\n".join(lines) + f"\n\n{note}"
 
 
-def _measures(models: Sequence[Measured]) -> Iterator[str]:
+def _measures(models: Sequence[ModelSummary]) -> Iterator[str]:
     rows = {
         "parameters, million": [model.parameters / 1e6 for model in models],
         "weights, MB": [model.size / 1e6 for model in models],
@@ -162,7 +162,7 @@ def _measures(models: Sequence[Measured]) -> Iterator[str]:
             yield f"| {name} | {' | '.join(cells)} |"
 
 
-def _figure(standing: Standing | None) -> str:
+def _figure(standing: SetResult | None) -> str:
     if standing is None:
         return "not run"
     half, seeds = half_width(standing), len(standing.values)
@@ -174,12 +174,12 @@ def _ratio(ratio: Mapping[str, float] | None) -> str:
     return f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio else ""
 
 
-def _not_run(models: tuple[Measured, ...]) -> Iterator[str]:
+def _not_run(models: tuple[ModelSummary, ...]) -> Iterator[str]:
     """What has no figure, and why."""
     missing = [
         f"- {_line(one.set_name)} ({_line(model.name)}): {_line(without_places(one.reason)) or 'no reason was given'}"
         for model in models
-        for one in model.standings
+        for one in model.set_results
         if not one.was_run
     ]
     if missing:

@@ -20,7 +20,7 @@ Scores = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Standing:
+class SetResult:
     """One model on one set: values of `metric` between 0 and 1, one a seed. No values: not run, for `reason`.
 
     `error` is the standard error of a single value over the rows that it was measured on; 0 where it is unknown.
@@ -60,44 +60,44 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelSummary:
     """`parameters` with the LM head, `size` in bytes of weight files, `milliseconds` of one forward on the CPU by batch
     size; 0 and empty where nobody measured. `ratios`: by set `value`, `low`, `high` of its score to its teacher's."""
 
     name: str
-    standings: tuple[Standing, ...] = ()
+    set_results: tuple[SetResult, ...] = ()
     parameters: int = 0
     size: int = 0
     milliseconds: Mapping[int, float] = field(default_factory=dict)
     ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def standing(self, set_name: str) -> Standing | None:
+    def standing(self, set_name: str) -> SetResult | None:
         """Its standing on a set if it was run there, else None."""
-        return next((one for one in self.standings if one.set_name == set_name and one.was_run), None)
+        return next((one for one in self.set_results if one.set_name == set_name and one.was_run), None)
 
 
-def measured_models(scores: Mapping[str, Mapping[str, Scores]]) -> tuple[Measured, ...]:
+def summarize_models(scores: Mapping[str, Mapping[str, Scores]]) -> tuple[ModelSummary, ...]:
     """All models of a comparison (model -> set -> figures): the first, its teacher where one was measured, the others.
 
     Size and speed of all stand among the scores of the first.
     """
     first = next(iter(scores))
     speed = scores[first].get("size-and-speed", {})
-    found = {name: _measured(name, own, speed) for name, own in scores.items()}
+    found = {name: _summarize(name, own, speed) for name, own in scores.items()}
     if TEACHER not in found:
         own = teachers_own(scores[first].get("heldout", {}))
         if own or TEACHER in speed.get("parameters", {}):
-            found[TEACHER] = _measured(TEACHER, {"heldout": own} if own else {}, speed)
+            found[TEACHER] = _summarize(TEACHER, {"heldout": own} if own else {}, speed)
     order = dict.fromkeys([first, *([TEACHER] if TEACHER in found else []), *found])
     return tuple(found[name] for name in order)
 
 
-def _measured(name: str, scores: Mapping[str, Scores], speed: Scores) -> Measured:
+def _summarize(name: str, scores: Mapping[str, Scores], speed: Scores) -> ModelSummary:
     times = speed.get("latency", {}).get("ms", {}).get(name, {})
     ratios = {part: figures.get("against_teacher", {}).get("ratio") for part, figures in scores.items()}
-    return Measured(
+    return ModelSummary(
         name,
-        standings(scores),
+        set_results(scores),
         parameters=int(speed.get("parameters", {}).get(name, {}).get("with_head", 0)),
         size=int(speed.get("bytes", {}).get(name, 0)),
         milliseconds={int(rows): float(ms) for rows, ms in times.items()},
@@ -105,12 +105,12 @@ def _measured(name: str, scores: Mapping[str, Scores], speed: Scores) -> Measure
     )
 
 
-def teacher_among(models: Sequence[Measured]) -> Measured | None:
+def teacher_among(models: Sequence[ModelSummary]) -> ModelSummary | None:
     """The teacher of the first model, where it is one of them."""
     return next((model for model in models[1:] if model.name == TEACHER), None)
 
 
-def half_width(standing: Standing) -> float | None:
+def half_width(standing: SetResult) -> float | None:
     """Half the 95 % interval: of a mean over seeds by Student's t, of a single value by its standard error; None where
     neither is known."""
     spread = over_seeds(standing.values)
@@ -119,12 +119,12 @@ def half_width(standing: Standing) -> float | None:
     return NORMAL * standing.error if standing.error else None
 
 
-def set_names(models: Sequence[Measured]) -> list[str]:
+def set_names(models: Sequence[ModelSummary]) -> list[str]:
     """All sets that any of the models has a standing on, run or not, in the order of the first model's."""
-    return list(dict.fromkeys(standing.set_name for model in models for standing in model.standings))
+    return list(dict.fromkeys(standing.set_name for model in models for standing in model.set_results))
 
 
-def kept(student: Measured, teacher: Measured) -> float | None:
+def kept(student: ModelSummary, teacher: ModelSummary) -> float | None:
     """Mean over the sets that both were run on of student / teacher; None where there is no such set."""
     pairs = [(student.standing(name), teacher.standing(name)) for name in set_names((student,))]
     ratios = [one.mean / other.mean for one, other in pairs if one and other and other.mean > 0]
@@ -148,22 +148,22 @@ NOT_RUN = "none"
 """Stands in the place of the protocol where there is no figure."""
 
 
-def standings(scores: Mapping[str, Mapping[str, Any]]) -> tuple[Standing, ...]:
+def set_results(scores: Mapping[str, Mapping[str, Any]]) -> tuple[SetResult, ...]:
     """Where one model stands on every set of its scores (set -> figures, or what `not_run` gives) that decides.
 
     Held-out text has a single value; a fine-tuned set (tasks.tuned.set_scores) one a seed, in the order of the seeds.
     """
-    return tuple(_standing(name, METRICS[name], figures) for name, figures in scores.items() if name in METRICS)
+    return tuple(_set_result(name, METRICS[name], figures) for name, figures in scores.items() if name in METRICS)
 
 
-def _standing(name: str, metric: str, figures: Mapping[str, Any]) -> Standing:
+def _set_result(name: str, metric: str, figures: Mapping[str, Any]) -> SetResult:
     if figures.get("status") == "not run":
-        return Standing(name, metric, reason=str(figures["reason"]))
+        return SetResult(name, metric, reason=str(figures["reason"]))
     if "runs" in figures:
-        return Standing(name, metric, tuple(float(run[metric]) for run in figures["runs"].values()))
-    return Standing(name, metric, (float(figures[metric]),), error=float(figures.get(f"{metric}_se", 0.0)))
+        return SetResult(name, metric, tuple(float(run[metric]) for run in figures["runs"].values()))
+    return SetResult(name, metric, (float(figures[metric]),), error=float(figures.get(f"{metric}_se", 0.0)))
 
 
-def protocols(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def protocol_keys(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """For each set that decides a name of all that its figure depends on but the model: only equals are compared."""
     return {name: str(figures.get("protocol", NOT_RUN)) for name, figures in scores.items() if name in METRICS}

@@ -11,7 +11,7 @@ from storage.arrow import ArrowWriter, open_arrow
 from storage.artifact import Receipt, Ref
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.targets.capture import Capture, _forward, _machine, refuse_nonfinite
+from tasks.targets.capture import Capture, _forward, _machine, check_finite
 from tasks.targets.codec import Calibration, fit_calibration
 from tasks.targets.keys import SCHEMA, calibration_ref, calibration_settings
 from tasks.tokens.blocks import open_blocks
@@ -72,7 +72,7 @@ def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Ca
     for number, blocks in enumerate(opened):
         rows = row[chosen[owner[chosen] == number]]
         for inputs, hidden_ND in _forward(capture, blocks, rows, 0):
-            refuse_nonfinite(inputs, hidden_ND.isfinite().all(-1).cpu().numpy(), blocks, capture.teacher)
+            check_finite(inputs, hidden_ND.isfinite().all(-1).cpu().numpy(), blocks, capture.teacher)
             wide_ND = hidden_ND.double()
             sums += torch.stack([wide_ND.sum(0), (wide_ND**2).sum(0)]).cpu()
             count += len(hidden_ND)

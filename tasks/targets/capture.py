@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from storage.errors import FatalError
 from tasks.models.forward import decoder_of, head_features, hidden_rows, longest_input
 from tasks.models.teacher import TeacherModel
-from tasks.recipe.config import Mask, Targets
+from tasks.recipe.config import MaskSettings, TargetSettings
 from tasks.targets.codec import Calibration, Codec
 from tasks.tokens.blocks import Blocks
 from tasks.tokens.mask import mask_rows, row_digests
@@ -56,8 +56,8 @@ class Capture:
 
     teacher: TeacherModel
     vocabulary: Vocabulary
-    mask: Mask
-    targets: Targets
+    mask: MaskSettings
+    targets: TargetSettings
     counts: Int64s | None = None
     counts_key: str = ""
     calibration: Calibration | None = None
@@ -125,7 +125,7 @@ def encode(teacher: TeacherModel, codec: Codec, hidden_ND: Tensor) -> tuple[Tens
     return torch.cat([payload for payload, _ in parts]), torch.cat([finite for _, finite in parts])
 
 
-def refuse_nonfinite(inputs: Inputs, finite: npt.NDArray[np.bool_], blocks: Blocks, teacher: TeacherModel) -> None:
+def check_finite(inputs: Inputs, finite: npt.NDArray[np.bool_], blocks: Blocks, teacher: TeacherModel) -> None:
     """FatalError that names the shard and the first block where the teacher gave NaN or infinity."""
     if finite.all():
         return
@@ -137,14 +137,14 @@ def refuse_nonfinite(inputs: Inputs, finite: npt.NDArray[np.bool_], blocks: Bloc
     )
 
 
-def batches(teacher: TeacherModel, rows: npt.NDArray[Any], length: int) -> Iterator[npt.NDArray[Any]]:
+def teacher_batches(teacher: TeacherModel, rows: npt.NDArray[Any], length: int) -> Iterator[npt.NDArray[Any]]:
     """Splits rows into those of one forward: teacher.batch_rows of them, or as many as the device holds."""
     size = teacher.settings.batch_rows or max(1, _tokens_at_once(teacher) // length)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
-def one_ahead(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
+def prefetch_one(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
     """The results of `work` in order; a background thread makes each while the caller is busy with the one before it.
 
     `items` are taken in the caller's thread.
@@ -184,8 +184,8 @@ def _forward(
     """Batch by batch: what the teacher reads, masked one batch ahead, and its hidden states [N, D]."""
     length = blocks.input_ids.shape[1]
     check_length(capture.teacher, length)
-    chosen = batches(capture.teacher, rows, length)
-    for inputs in one_ahead(chosen, lambda some: masked_inputs(capture, blocks, some, variant)):
+    chosen = teacher_batches(capture.teacher, rows, length)
+    for inputs in prefetch_one(chosen, lambda some: masked_inputs(capture, blocks, some, variant)):
         capture.pulse()
         yield inputs, hidden_states(capture.teacher, inputs)
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from storage.arrow import WIDE_VOCABULARY
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
-from tasks.recipe.config import Targets
+from tasks.recipe.config import TargetSettings
 from tasks.targets.keys import needs_calibration
 
 GROUP = 32
@@ -148,7 +148,7 @@ class Codec:
         return self._on_device[device]
 
 
-def make_codec(targets: Targets, width: int, calibration: Calibration | None, vocab_size: int) -> Codec:
+def make_codec(targets: TargetSettings, width: int, calibration: Calibration | None, vocab_size: int) -> Codec:
     """The codec that a recipe asks for, for a model of this width and vocabulary.
 
     FatalError if the encoding is calibrated and there is no calibration, or one of another width.
@@ -162,7 +162,7 @@ def make_codec(targets: Targets, width: int, calibration: Calibration | None, vo
     return Codec(name, width, vocab_size, calibration=calibration)
 
 
-def spread(kept: TopK, start: int, stop: int, vocab_size: int) -> Tensor:
+def topk_logits(kept: TopK, start: int, stop: int, vocab_size: int) -> Tensor:
     """Logits [stop - start, V] of rows of topk: what was kept, and the tail's mass evenly over all other tokens."""
     ids_nk, log_probs_nk, log_tail_n = (part[start:stop] for part in kept)
     others = max(1, vocab_size - ids_nk.shape[1])

@@ -19,33 +19,33 @@ from storage.arrow import TARGETS, ArrowWriter
 from storage.artifact import Receipt, Ref
 from storage.store import Store, reading_ahead
 from tasks.models.teacher import shared_teacher
-from tasks.recipe.config import Mask, Targets, Teacher
+from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
 from tasks.targets.calibration import read_calibration
 from tasks.targets.capture import (
     Capture,
     Inputs,
     _forward,
     _machine,
+    check_finite,
     encode,
-    one_ahead,
-    refuse_nonfinite,
+    prefetch_one,
 )
 from tasks.targets.codec import Codec, make_codec
-from tasks.targets.file import FILE, TargetRows, describe, read_targets, write_rows
+from tasks.targets.file import FILE, TargetRows, file_metadata, read_targets, write_rows
 from tasks.targets.keys import SCHEMA, parents_of, targets_ref, targets_settings
 from tasks.targets.parity import Parity, probe
 from tasks.tokens.blocks import Blocks, open_blocks, read_counts
-from tasks.tokens.vocabulary import Vocabulary, fits
+from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits
 
 R = TypeVar("R")
 
 
 def open_capture(
     store: Store,
-    teacher: Teacher,
+    teacher: TeacherSettings,
     vocabulary: Vocabulary,
-    mask: Mask,
-    targets: Targets,
+    mask: MaskSettings,
+    targets: TargetSettings,
     counts: Ref | None = None,
     calibration: Ref | None = None,
     device: str = "auto",
@@ -58,7 +58,7 @@ def open_capture(
     FatalError as tasks.teacher.load_teacher, and for a tokenizer of the blocks that does not fit the teacher.
     """
     model = shared_teacher(teacher, device)
-    fits(vocabulary, model.vocab_size, teacher.model)
+    check_vocabulary_fits(vocabulary, model.vocab_size, teacher.model)
     return Capture(
         teacher=model,
         vocabulary=vocabulary,
@@ -133,17 +133,17 @@ def _write(path: Any, ref: Ref, blocks: Blocks, capture: Capture, codec: Codec, 
         "teacher": capture.teacher.fingerprint,
         "dtype": str(capture.teacher.dtype).removeprefix("torch."),
     }
-    with ArrowWriter(path, TARGETS, describe(codec, ref, facts)) as writer:
+    with ArrowWriter(path, TARGETS, file_metadata(codec, ref, facts)) as writer:
 
         def keep(read: tuple[Inputs, torch.Tensor, torch.Tensor]) -> list[bytes]:
             inputs, payload_NP, finite_N = read
-            refuse_nonfinite(inputs, finite_N.cpu().numpy(), blocks, capture.teacher)
+            check_finite(inputs, finite_N.cpu().numpy(), blocks, capture.teacher)
             write_rows(writer, inputs.digests, inputs.valid.sum(1), payload_NP.cpu().numpy())
             return inputs.digests
 
         forward = _forward(capture, blocks, np.arange(len(blocks)), variant)
         encoded = ((inputs, *encode(capture.teacher, codec, hidden_ND)) for inputs, hidden_ND in forward)
-        for digests in one_ahead(encoded, keep):  # one batch is written while the teacher reads the next
+        for digests in prefetch_one(encoded, keep):  # one batch is written while the teacher reads the next
             digest.update(b"".join(digests))
     return digest.hexdigest()
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from storage.arrow import ArrowWriter, metadata_of, open_arrow
 from storage.artifact import Ref
-from storage.cache import Held
+from storage.cache import PinnedFolder
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.targets.codec import Calibration, Codec
@@ -51,7 +51,7 @@ class TargetRows:
     _batches: tuple[Bytes, ...]
     _batch_of: Int64s
     _start_of: Int64s
-    held: Held | None = None
+    held: PinnedFolder | None = None
     """Keeps a copy in the cache while these are in use."""
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ def open_targets(store: Store, ref: Ref) -> TargetRows:
 
     FatalError that names the shard if they are not there, damaged, or of another artifact.
     """
-    held = store.hold(store.receipt(ref), check=True)
+    held = store.pin(store.receipt(ref), check=True)
     return replace(read_targets(held.folder / FILE, ref), held=held)
 
 
@@ -132,7 +132,7 @@ def check_digests(targets: TargetRows, rows: npt.NDArray[Any], digests: Sequence
 # ---- writing -------------------------------------------------------------------------------------------------
 
 
-def describe(codec: Codec, ref: Ref, facts: Mapping[str, str]) -> dict[str, str]:
+def file_metadata(codec: Codec, ref: Ref, facts: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a targets file: how to decode it, what it was made for, and `facts` for people."""
     return {
         **facts,

@@ -10,18 +10,23 @@ from typing import Any
 
 from storage.artifact import Ref
 from storage.fingerprint import key_of
-from tasks.recipe.config import Mask, Targets, Teacher
+from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
 
 SCHEMA = 1
 
 
-def needs_calibration(targets: Targets) -> bool:
+def needs_calibration(targets: TargetSettings) -> bool:
     """True for the encodings that store channels relative to their mean and deviation."""
     return targets.encoding in ("int8", "int4")
 
 
 def calibration_ref(
-    sample: Sequence[Ref], fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets, counts_key: str = ""
+    sample: Sequence[Ref],
+    fingerprint: str,
+    teacher: TeacherSettings,
+    mask: MaskSettings,
+    targets: TargetSettings,
+    counts_key: str = "",
 ) -> Ref:
     """Names the calibration from a sample of blocks; the same for all encodings that need one."""
     settings = calibration_settings(fingerprint, teacher, mask, targets)
@@ -29,7 +34,9 @@ def calibration_ref(
     return Ref("calibration", key_of("calibration", SCHEMA, settings, parents), f"{sample[0].label}x{len(sample)}")
 
 
-def calibration_settings(fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets) -> dict[str, Any]:
+def calibration_settings(
+    fingerprint: str, teacher: TeacherSettings, mask: MaskSettings, targets: TargetSettings
+) -> dict[str, Any]:
     """What of the recipe decides a calibration, for its key and its receipt."""
     return {
         **_teaching_settings(fingerprint, teacher, mask),
@@ -41,9 +48,9 @@ def calibration_settings(fingerprint: str, teacher: Teacher, mask: Mask, targets
 def targets_ref(
     blocks: Ref,
     fingerprint: str,
-    teacher: Teacher,
-    mask: Mask,
-    targets: Targets,
+    teacher: TeacherSettings,
+    mask: MaskSettings,
+    targets: TargetSettings,
     calibration_key: str,
     counts_key: str,
     variant: int,
@@ -59,7 +66,9 @@ def targets_ref(
     return Ref("targets", key_of("targets", SCHEMA, settings, parents), label)
 
 
-def targets_settings(fingerprint: str, teacher: Teacher, mask: Mask, targets: Targets, variant: int) -> dict[str, Any]:
+def targets_settings(
+    fingerprint: str, teacher: TeacherSettings, mask: MaskSettings, targets: TargetSettings, variant: int
+) -> dict[str, Any]:
     """What of the recipe decides the targets of one mask variant, for their key and their receipt."""
     encoding = {"encoding": targets.encoding} | ({"top_k": targets.top_k} if targets.encoding == "topk" else {})
     return {
@@ -75,7 +84,7 @@ def parents_of(blocks: Ref, calibration_key: str, counts_key: str) -> list[str]:
     return [key for key in (blocks.key, calibration_key, counts_key) if key]
 
 
-def _teaching_settings(fingerprint: str, teacher: Teacher, mask: Mask) -> dict[str, Any]:
+def _teaching_settings(fingerprint: str, teacher: TeacherSettings, mask: MaskSettings) -> dict[str, Any]:
     return {
         "teacher": fingerprint,
         "dtype": teacher.dtype,

@@ -24,10 +24,10 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.models.teacher import TeacherModel
-from tasks.recipe.config import Targets
+from tasks.recipe.config import TargetSettings
 from tasks.recipe.run_spec import RunSpec
 from tasks.targets.capture import Capture, encode, hidden_states, logits_of, masked_inputs
-from tasks.targets.codec import Codec, TopK, fit_calibration, make_codec, spread
+from tasks.targets.codec import Codec, TopK, fit_calibration, make_codec, topk_logits
 from tasks.targets.file import TargetRows, check_digests, open_targets
 from tasks.tokens.blocks import Blocks, open_blocks, read_counts
 from tasks.tokens.vocabulary import vocabulary_for
@@ -118,7 +118,7 @@ def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parit
 
 @torch.no_grad()
 def fidelity(
-    capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], encodings: Sequence[Targets]
+    capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], encodings: Sequence[TargetSettings]
 ) -> list[Fidelity]:
     """Encodes and decodes the same positions in every encoding; the channels are calibrated on the other rows.
 
@@ -172,7 +172,7 @@ def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: T
         stop = start + len(live_nV)
         log_p_nV = live_nV.log_softmax(-1)
         if whole:
-            total += float(_kl(log_p_nV, spread(kept, start, stop, codec.vocab_size).log_softmax(-1)))
+            total += float(_kl(log_p_nV, topk_logits(kept, start, stop, codec.vocab_size).log_softmax(-1)))
         else:
             part = TopK(*(values[start:stop] for values in kept))
             log_tail_n1 = log_p_nV.scatter(1, part.ids, -math.inf).logsumexp(-1, keepdim=True)

@@ -20,11 +20,11 @@ import pyarrow as pa
 
 from storage.arrow import ArrowWriter, blocks_schema, open_arrow
 from storage.artifact import Receipt, Ref
-from storage.cache import Held
+from storage.cache import PinnedFolder
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.recipe.config import Blocks as BlockSettings
-from tasks.tokens.tokenize_shard import Counts, Ids, Int64s, Piece, tokenised
+from tasks.recipe.config import BlockSettings as BlockSettings
+from tasks.tokens.tokenize_shard import Ids, Int64s, PieceCounts, TextPiece, tokenize
 from tasks.tokens.vocabulary import Vocabulary
 
 SCHEMA = 1
@@ -38,7 +38,7 @@ class Blocks:
     lengths: npt.NDArray[np.int32]
     key: str
     label: str
-    held: Held | None = field(default=None, repr=False)
+    held: PinnedFolder | None = field(default=None, repr=False)
     """Keeps a copy in the cache while these are in use."""
 
     def __len__(self) -> int:
@@ -66,10 +66,10 @@ def make_blocks(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     source = store.receipt(shard)
-    counts = Counts()
-    with store.hold(source, check=True) as text, store.scratch() as folder, store.scratch() as spool:
+    counts = PieceCounts()
+    with store.pin(source, check=True) as text, store.scratch() as folder, store.scratch() as spool:
         pack = _packed if blocks.packing == "packed" else _one_a_document
-        pieces = tokenised(text / "text.arrow", vocabulary, counts)
+        pieces = tokenize(text / "text.arrow", vocabulary, counts)
         lengths = _spool(pack(pieces, blocks.length, vocabulary), spool / "ids")
         _write(folder / "blocks.arrow", spool / "ids", lengths, blocks.length, vocabulary)
         return store.commit(
@@ -85,7 +85,7 @@ def make_blocks(
         )
 
 
-def _info(documents: int, counts: Counts) -> dict[str, int]:
+def _info(documents: int, counts: PieceCounts) -> dict[str, int]:
     return {
         "documents": documents,
         "empty": documents - counts.with_tokens,
@@ -97,7 +97,7 @@ def _info(documents: int, counts: Counts) -> dict[str, int]:
 
 def open_blocks(store: Store, ref: Ref) -> Blocks:
     """Hashes the blocks of a shard and maps them into memory. FatalError if they are not there or damaged."""
-    held = store.hold(store.receipt(ref), check=True)
+    held = store.pin(store.receipt(ref), check=True)
     reader = open_arrow(held.folder / "blocks.arrow")
     length = reader.schema.field("input_ids").type.list_size
     batch = reader.get_batch(0)
@@ -156,7 +156,7 @@ class _Rows(NamedTuple):
     lengths: npt.NDArray[np.int32]
 
 
-def _packed(pieces: Iterator[Piece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
+def _packed(pieces: Iterator[TextPiece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
     """Documents joined by eos and cut every length - 2 tokens; the last block is padded."""
     body = length - 2
     rest: Ids = np.empty(0, dtype=np.uint32)
@@ -173,7 +173,7 @@ def _packed(pieces: Iterator[Piece], length: int, vocabulary: Vocabulary) -> Ite
         yield _padded_rows(rest, np.array([len(rest)]), length, vocabulary)
 
 
-def _one_a_document(pieces: Iterator[Piece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
+def _one_a_document(pieces: Iterator[TextPiece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
     """Every document begins a block; a longer one is cut every length - 2 tokens."""
     rest: Ids = np.empty(0, dtype=np.uint32)  # of the last document, which the next piece may continue
     for ids, sizes, continued in pieces:

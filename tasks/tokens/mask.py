@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.fingerprint import canonical_json
-from tasks.recipe.config import Mask
+from tasks.recipe.config import MaskSettings
 from tasks.tokens.vocabulary import Vocabulary
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a position that carries no loss."""
 
 SMOOTHING = 0.7
@@ -38,7 +38,7 @@ Words = npt.NDArray[np.uint64]
 """Random words of 32 bits, kept in 64 so that products do not overflow."""
 
 
-class Masked(NamedTuple):
+class MaskedRows(NamedTuple):
     """A corrupted batch of B rows of L tokens with at most M = ceil(rate L) chosen positions a row.
 
     input_ids [B, L] what teacher and student read; positions [B, M] ascending, padded with 0; valid [B, M] False on
@@ -57,10 +57,10 @@ def mask_rows(
     input_ids: npt.NDArray[Any],
     lengths: npt.NDArray[Any],
     vocabulary: Vocabulary,
-    mask: Mask,
+    mask: MaskSettings,
     counts: Int64s | None,
     variant: int,
-) -> Masked:
+) -> MaskedRows:
     """Masks rows [B] of a shard's blocks: input_ids [B, L] as stored, lengths [B].
 
     Each row gets ceil(rate x length) positions (fewer where less can be masked), never padding or special tokens; of
@@ -76,8 +76,8 @@ def mask_rows(
     order |= np.arange(length, dtype=np.uint64)
     order[~maskable] = _LATE
 
-    most = int(share(mask.rate, np.int64(length)))
-    wanted = np.minimum(share(mask.rate, lengths), maskable.sum(axis=1))
+    most = int(masked_count(mask.rate, np.int64(length)))
+    wanted = np.minimum(masked_count(mask.rate, lengths), maskable.sum(axis=1))
     valid = np.arange(most) < wanted[:, None]
     first = np.sort(order, axis=1)[:, :most]
     found = (first & np.uint64(2**_POSITION_BITS - 1)).astype(np.int64)
@@ -88,7 +88,7 @@ def mask_rows(
     replaced = _replace(originals, philox_rows(key, rows, _ACTION, 2 * most), vocabulary.mask, tables.ordinary)
     row, column = np.nonzero(valid)
     ids[row, positions[row, column]] = replaced[row, column]
-    return Masked(ids, positions, valid, np.where(valid, originals, IGNORED))
+    return MaskedRows(ids, positions, valid, np.where(valid, originals, IGNORE_INDEX))
 
 
 def row_digests(input_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[bytes]:
@@ -145,13 +145,13 @@ def _stream_key(seed: int, blocks_key: str, variant: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def share(rate: float, lengths: npt.ArrayLike) -> Int64s:
+def masked_count(rate: float, lengths: npt.ArrayLike) -> Int64s:
     """Positions that are chosen in rows of these lengths, where so many can be masked."""
     # The tiny step back keeps 0.15 x 20 at 3 whatever the last bit of the product is.
     return np.ceil(rate * np.asarray(lengths) - 1e-9).astype(np.int64)
 
 
-def _order(mask: Mask, words: Words, ids: Int64s, counts: Int64s | None) -> Words:
+def _order(mask: MaskSettings, words: Words, ids: Int64s, counts: Int64s | None) -> Words:
     """Sort keys [B, L] with free low bits: the positions with the smallest keys are chosen."""
     if mask.kind == "uniform":
         return words << np.uint64(32)

@@ -33,7 +33,7 @@ Int64s = npt.NDArray[np.int64]
 
 
 @dataclass
-class Counts:
+class PieceCounts:
     """What was seen on the way; `literal_specials` are explained at `_clean_table`."""
 
     with_tokens: int = 0
@@ -42,7 +42,7 @@ class Counts:
     literal_specials: int = 0
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """The ids of some documents end to end, how many belong to each (never 0), and whether the first one goes on
     from the piece before."""
 
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
     continued: bool
 
 
-def tokenised(path: Path, vocabulary: Vocabulary, counts: Counts) -> Iterator[Piece]:
+def tokenize(path: Path, vocabulary: Vocabulary, counts: PieceCounts) -> Iterator[TextPiece]:
     """Tokenises without special tokens, in order; `counts` grows on the way."""
     tokenizer = load_tokenizer(vocabulary)
     clean, unknown = _clean_table(tokenizer, vocabulary)
@@ -70,7 +70,7 @@ def tokenised(path: Path, vocabulary: Vocabulary, counts: Counts) -> Iterator[Pi
         counts.literal_specials += int((ids != raw).sum())
         counts.unknown += int(unknown[raw].sum())
         if total:
-            yield Piece(ids, sizes[sizes > 0], continued)
+            yield TextPiece(ids, sizes[sizes > 0], continued)
 
 
 def _clean_table(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tuple[Ids, npt.NDArray[np.bool_]]:

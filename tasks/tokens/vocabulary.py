@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
-from storage.hub import download, is_hub_id
-from tasks.recipe.config import Blocks, Teacher
+from storage.hub import download_repository, is_hub_id
+from tasks.recipe.config import BlockSettings, TeacherSettings
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -87,7 +87,7 @@ def load_vocabulary(name: str, revision: str = "", trust_remote_code: bool = Fal
     return Vocabulary(name, str(folder), fingerprint, size, **roles, specials=tuple(specials), unknowns=tuple(unknowns))
 
 
-def vocabulary_for(blocks: Blocks, teacher: Teacher) -> Vocabulary:
+def vocabulary_for(blocks: BlockSettings, teacher: TeacherSettings) -> Vocabulary:
     """The tokenizer that makes the blocks of a recipe: its own, else the teacher's at the teacher's revision."""
     if blocks.tokenizer:
         return load_vocabulary(blocks.tokenizer)
@@ -99,7 +99,7 @@ def load_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     return _tokenizer(Path(vocabulary.folder))
 
 
-def fits(vocabulary: Vocabulary, model_vocab_size: int, model_name: str) -> None:
+def check_vocabulary_fits(vocabulary: Vocabulary, model_vocab_size: int, model_name: str) -> None:
     """FatalError unless the model has a row for every piece, and at most a few rows more than that."""
     if not 0 <= model_vocab_size - vocabulary.size < SLACK:
         raise FatalError(
@@ -118,7 +118,7 @@ def tokenizer_folder(name: str, revision: str = "") -> Path:
         return folder.resolve()
     if not is_hub_id(name) or folder.exists():
         raise FatalError(f"tokenizer {name}: no such folder; name a folder with tokenizer.json or a hub id", name)
-    folder = download("tokenizer", name, revision, FILES)
+    folder = download_repository("tokenizer", name, revision, FILES)
     if not (folder / "tokenizer.json").is_file():
         raise FatalError(_no_tokenizer(name), name)
     return folder

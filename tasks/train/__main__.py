@@ -12,11 +12,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import DistilError, RetryableError
-from tasks.recipe.run_spec import PASSING, read_run
-from tasks.train.process import StopSignal, joined_world, keep_freed_memory
+from tasks.recipe.run_spec import EXIT_RETRYABLE, read_run
+from tasks.train.process import StopSignal, joined_ranks, keep_freed_memory
 from tasks.train.trainer import train
 
-STOPPED = 143
+EXIT_STOPPED = 143
 """Exit status after SIGTERM: 128 + 15, as a shell would say it."""
 
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         run = read_run(arguments[0])
-        with joined_world(run) as world:
+        with joined_ranks(run) as world:
             finished = train(run, world, stop)
     except torch.OutOfMemoryError as error:
         rows = run.train.micro_rows or -(-run.train.batch_rows // int(os.environ.get("WORLD_SIZE", "1")))
@@ -46,11 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except DistilError as error:
         print(error, file=sys.stderr)
-        return PASSING if isinstance(error, RetryableError) else 1
-    return 0 if finished else STOPPED
+        return EXIT_RETRYABLE if isinstance(error, RetryableError) else 1
+    return 0 if finished else EXIT_STOPPED
 
 
-def leave(run: Callable[[], int]) -> NoReturn:
+def exit_with_status(run: Callable[[], int]) -> NoReturn:
     """Ends this process with the status that `run` returns, or with a traceback and 1.
 
     Of several ranks none takes its process group down: gloo's destructor waits, with the interpreter lock held, for a
@@ -69,4 +69,4 @@ def leave(run: Callable[[], int]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main)
+    exit_with_status(main)

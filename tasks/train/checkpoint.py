@@ -23,7 +23,7 @@ _KEY = re.compile(r"(?P<run>[0-9a-f]{64})-(?P<step>[0-9]{9})")
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where a run stands: optimizer steps done, global rows consumed, tokens seen, best held-out loss and its step."""
 
     step: int = 0
@@ -44,7 +44,7 @@ def steps_kept(store: Store, run: RunSpec) -> list[int]:
     return sorted(int(match["step"]) for match in found if match and match["run"] == run.run_key)
 
 
-def owed(store: Store) -> set[str]:
+def unfinished_checkpoints(store: Store) -> set[str]:
     """Keys of all checkpoints whose training has not ended in a model: with those it goes on."""
     models = store.keys("model")
     found = (_KEY.fullmatch(key) for key in store.keys("checkpoint"))
@@ -52,7 +52,7 @@ def owed(store: Store) -> set[str]:
 
 
 def save_checkpoint(
-    store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, progress: TrainingProgress
 ) -> Receipt:
     """Commits the checkpoint of this step, then drops what is no longer kept."""
     with store.scratch() as folder:
@@ -73,7 +73,7 @@ def save_checkpoint(
     return receipt
 
 
-def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
     """Restores the newest whole checkpoint; a damaged one is passed over for the one before. Progress() if none.
 
     FatalError, RetryableError: one cannot be read, since the cache is full or access is refused, say. That ends the
@@ -88,22 +88,24 @@ def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: tor
         except DamagedError as error:
             store.withdraw(ref)
             store.fail(ref, error)
-    return Progress()
+    return TrainingProgress()
 
 
-def load_step(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Progress:
+def load_step(
+    store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> TrainingProgress:
     """Restores the checkpoint of this step; of step 0 there is none, and nothing to do. FatalError: it is not whole."""
     if step == 0:
-        return Progress()
+        return TrainingProgress()
     return _restored(store, store.receipt(checkpoint_ref(run, step)), model, optimizer)
 
 
-def _restored(store: Store, receipt: Receipt, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def _restored(store: Store, receipt: Receipt, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
     """Puts a checkpoint, hashed, into model and optimizer."""
     folder = store.check(receipt)
     _restore(folder, model, optimizer)
     values: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return Progress(**values)
+    return TrainingProgress(**values)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -133,15 +135,15 @@ def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         optimizer.state[parameter][field] = value.to(parameter.device)
 
 
-def _drop_old(store: Store, run: RunSpec, progress: Progress) -> None:
+def _drop_old(store: Store, run: RunSpec, progress: TrainingProgress) -> None:
     steps = steps_kept(store, run)
     keep = set(steps[-run.train.keep_checkpoints :]) | {progress.best_step}
     for step in steps:
         if step not in keep:
-            discard(store, checkpoint_ref(run, step))
+            delete_checkpoint(store, checkpoint_ref(run, step))
 
 
-def discard(store: Store, ref: Ref) -> None:
+def delete_checkpoint(store: Store, ref: Ref) -> None:
     """Withdraws a checkpoint and deletes its data; `gc` does that where the receipt is damaged and names none."""
     try:
         receipt = store.receipt_if_there(ref)

@@ -12,7 +12,7 @@ from storage.artifact import Receipt
 from storage.store import Store
 from tasks.models.tokenizer import name_exact_class
 from tasks.recipe.run_spec import SCHEMA, RunSpec
-from tasks.train.checkpoint import Progress
+from tasks.train.checkpoint import TrainingProgress
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 
 
 def save_model(
-    store: Store, run: RunSpec, student: PreTrainedModel, progress: Progress, tokenizer: Path, *, ranks: int
+    store: Store, run: RunSpec, student: PreTrainedModel, progress: TrainingProgress, tokenizer: Path, *, ranks: int
 ) -> Receipt:
     """Commits the model; AutoModel, AutoTokenizer and pipeline("fill-mask") load the artifact's folder.
 
@@ -54,12 +54,12 @@ def save_model(
                 "source": run.targets.source,
                 "encoding": run.targets.encoding,
                 "best_heldout_loss": progress.best,  # of some step; these are the weights of the last one
-                "hardware": hardware(student.device, ranks),
+                "hardware": describe_hardware(student.device, ranks),
             },
         )
 
 
-def hardware(device: torch.device, ranks: int) -> str:
+def describe_hardware(device: torch.device, ranks: int) -> str:
     """What trained, for the model card: `2 x NVIDIA H200`, or `CPU, 16 cores (x86_64)`."""
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tasks.models.forward import decoder_of, supports
-from tasks.recipe.config import Loss
+from tasks.recipe.config import LossSettings
 
 
 class Work(NamedTuple):
@@ -58,7 +58,12 @@ def head_work(model: PreTrainedModel) -> Work:
 
 
 def training_work(
-    student: PreTrainedModel, length: int, loss: Loss, teacher: PreTrainedModel | None = None, *, online: bool = False
+    student: PreTrainedModel,
+    length: int,
+    loss: LossSettings,
+    teacher: PreTrainedModel | None = None,
+    *,
+    online: bool = False,
 ) -> Work:
     """Forward and backward of the student, and the teacher's part: its LM head for distil, its encoder if `online`.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-NOT_MASKED = -100
+IGNORE_INDEX = -100
 """Label of a row that carries no cross-entropy (the convention of torch and Hugging Face)."""
 
 PADDED_BIAS = -1e4
@@ -46,19 +46,19 @@ class Losses(NamedTuple):
     mlm: Tensor
 
 
-class Counts(NamedTuple):
+class RowCounts(NamedTuple):
     """What the sums are divided by: the rows of the whole step, over all its micro-batches and ranks."""
 
     rows: float | Tensor
     masked: float | Tensor
 
 
-def count_rows(labels_N: Tensor, valid_N: Tensor | None = None) -> Counts:
+def count_rows(labels_N: Tensor, valid_N: Tensor | None = None) -> RowCounts:
     """Selected and masked rows of one micro-batch, as tensors on its device; add them up over the step."""
-    masked_N = labels_N != NOT_MASKED
+    masked_N = labels_N != IGNORE_INDEX
     if valid_N is None:
-        return Counts(torch.full((), labels_N.numel(), device=labels_N.device), masked_N.sum())
-    return Counts(valid_N.sum(), (masked_N & valid_N).sum())
+        return RowCounts(torch.full((), labels_N.numel(), device=labels_N.device), masked_N.sum())
+    return RowCounts(valid_N.sum(), (masked_N & valid_N).sum())
 
 
 def combined_loss(
@@ -78,10 +78,10 @@ def combined_loss(
     student_NV, teacher_NV = student_logits.to(dtype), teacher_logits.to(dtype)
     log_q_NV = F.log_softmax(student_NV / temperature, dim=-1)
     log_p_NV = F.log_softmax(teacher_NV / temperature, dim=-1)
-    rows, masked = max(labels.numel(), 1), (labels != NOT_MASKED).sum().clamp(min=1)
+    rows, masked = max(labels.numel(), 1), (labels != IGNORE_INDEX).sum().clamp(min=1)
     distil = F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True) * temperature**2 / rows
     cosine = _cosine_sum(student_hidden, teacher_hidden, None) / rows
-    mlm = F.cross_entropy(student_NV, labels, reduction="sum", ignore_index=NOT_MASKED) / masked
+    mlm = F.cross_entropy(student_NV, labels, reduction="sum", ignore_index=IGNORE_INDEX) / masked
     total = torch.zeros((), dtype=dtype, device=labels.device)
     for weight, part in zip(weights, (distil, cosine, mlm), strict=True):
         if weight:
@@ -97,7 +97,7 @@ def fused_loss(
     *,
     weights: Weights,
     temperature: float,
-    counts: Counts,
+    counts: RowCounts,
     teacher_logits: ChunkLogits | None = None,
     student_hidden_ND: Tensor | None = None,
     teacher_hidden_ND: Tensor | None = None,
@@ -131,8 +131,8 @@ def fused_loss(
     per_row, per_masked = (_inverse(count, dtype, labels_N.device) for count in counts)
     total = distil = cosine = mlm = torch.zeros((), dtype=dtype, device=labels_N.device)
     if weights.distil or weights.mlm:
-        rows = _Rows(labels_N, valid_N, teacher_logits if weights.distil else None)
-        plan = _Plan(
+        rows = _RowTensors(labels_N, valid_N, teacher_logits if weights.distil else None)
+        plan = _ChunkPlan(
             distil=weights.distil * temperature**2 * per_row if weights.distil else None,
             mlm=weights.mlm * per_masked if weights.mlm else None,
             temperature=temperature,
@@ -170,7 +170,7 @@ def pad_decoder(weight_VH: Tensor, bias_V: Tensor, multiple: int) -> tuple[Tenso
     return F.pad(weight_VH, (0, 0, 0, extra)), F.pad(bias_V, (0, extra), value=PADDED_BIAS)
 
 
-class _Rows(NamedTuple):
+class _RowTensors(NamedTuple):
     """What the rows are compared with."""
 
     labels: Tensor
@@ -178,7 +178,7 @@ class _Rows(NamedTuple):
     teacher_logits: ChunkLogits | None
 
 
-class _Plan(NamedTuple):
+class _ChunkPlan(NamedTuple):
     """How to compute: the factors of both sums in the total (None: not wanted), sizes, and if gradients are wanted."""
 
     distil: Tensor | None
@@ -207,7 +207,7 @@ class _CarryGradient(torch.autograd.Function):
 
 
 def _decoder_loss(
-    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _Rows, plan: _Plan
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _RowTensors, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted total (with gradient), sum of KL and sum of cross-entropies, over all chunks."""
     inputs = (features_NH, weight_VH, bias_V)
@@ -228,7 +228,7 @@ def _decoder_loss(
 
 
 def _walk_chunks(
-    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _Rows, plan: _Plan
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _RowTensors, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Sum of KL, sum of cross-entropies and, if wanted, the gradients of the total to features, weight and bias."""
     vocabulary, dtype = weight_VH.shape[0], _sum_dtype(features_NH.dtype)
@@ -265,7 +265,7 @@ def _walk_chunks(
 
 
 def _chunk_loss(
-    student_nV: Tensor, teacher_nV: Tensor | None, labels_n: Tensor, valid_n: Tensor | None, plan: _Plan
+    student_nV: Tensor, teacher_nV: Tensor | None, labels_n: Tensor, valid_n: Tensor | None, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of KL, sum of cross-entropies and (if it is to learn) the gradient [n, V] of the total to the logits."""
     kl = entropy = torch.zeros((), dtype=student_nV.dtype, device=student_nV.device)
@@ -281,7 +281,7 @@ def _chunk_loss(
             if valid_n is not None:
                 grad_nV.masked_fill_(~valid_n[:, None], 0)
     if plan.mlm is not None:
-        masked_n = labels_n != NOT_MASKED
+        masked_n = labels_n != IGNORE_INDEX
         if valid_n is not None:
             masked_n = masked_n & valid_n
         index_n1, scale_n1 = labels_n.clamp(min=0)[:, None], (masked_n * plan.mlm)[:, None]

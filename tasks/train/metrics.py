@@ -20,27 +20,27 @@ from torch.nn import functional as F
 
 from storage.disk import writing
 from storage.store import Store
-from tasks.loader.batch import Masking, make_batch
-from tasks.loader.dataset import Corpus
+from tasks.loader.batch import MaskingRule, make_batch
+from tasks.loader.dataset import BlockDataset
 from tasks.models.forward import decoder_of, head_features, hidden_rows
 from tasks.recipe.run_spec import METRICS, RunSpec
-from tasks.tokens.mask import IGNORED
-from tasks.train.checkpoint import Progress
+from tasks.tokens.mask import IGNORE_INDEX
+from tasks.train.checkpoint import TrainingProgress
 from tasks.train.flops import Work
-from tasks.train.setup import Built
-from tasks.train.step import Sums
+from tasks.train.setup import TrainingSetup
+from tasks.train.step import StepCounts
 
 PARTS = ("loss", "distil", "cosine", "mlm")
 
 
-class Heldout(NamedTuple):
+class HeldoutLosses(NamedTuple):
     """Masked cross-entropy (nats a token) and top-1 accuracy on held-out blocks."""
 
     loss: float
     top1: float
 
 
-class Meter:
+class MetricsWriter:
     """Collects steps and appends lines. Tensors stay on their device until a line is due.
 
     `work` and `rate`: what a token and a position cost, and the FLOP a second of all ranks; without, no `mfu`.
@@ -66,7 +66,15 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(
-        self, progress: Progress, parts: Tensor, norm: Tensor, lr: float, sums: Sums, waited: float, *, due: bool
+        self,
+        progress: TrainingProgress,
+        parts: Tensor,
+        norm: Tensor,
+        lr: float,
+        sums: StepCounts,
+        waited: float,
+        *,
+        due: bool,
     ) -> None:
         """Takes one step in; writes a line when one is `due`. `waited`: seconds waited for data since the start."""
         self._pending.append((parts, norm.detach()))
@@ -94,7 +102,7 @@ class Meter:
         self._pending, self._tokens, self._rows, self._waited = [], 0, 0, waited
         self._since = time.perf_counter()
 
-    def validated(self, step: int, found: Heldout) -> None:
+    def validated(self, step: int, found: HeldoutLosses) -> None:
         """Takes a look at held-out blocks in, right after a line; its time is not training time."""
         line = {"step": step, "heldout_loss": found.loss, "heldout_top1": found.top1, "time": time.time()}
         self._append(line)
@@ -128,11 +136,11 @@ VARIANT = 1_000_000
 
 @torch.no_grad()
 def heldout_loss(
-    store: Store, run: RunSpec, built: Built, device: torch.device, autocast: torch.dtype | None
-) -> Heldout:
+    store: Store, run: RunSpec, built: TrainingSetup, device: torch.device, autocast: torch.dtype | None
+) -> HeldoutLosses:
     """Masked cross-entropy (nats a token) and top-1 over the first train.validate_rows held-out blocks."""
-    corpus = Corpus(store, run.heldout, cached=False)
-    masking = Masking(built.vocabulary, run.mask, every_position=False, counts=built.counts)
+    corpus = BlockDataset(store, run.heldout, cached=False)
+    masking = MaskingRule(built.vocabulary, run.mask, every_position=False, counts=built.counts)
     parts = np.concatenate([np.full(part.rows, n, np.int64) for n, part in enumerate(run.heldout)])
     rows = np.concatenate([np.arange(part.rows, dtype=np.int64) for part in run.heldout])
     parts, rows = parts[: run.train.validate_rows], rows[: run.train.validate_rows]
@@ -149,8 +157,8 @@ def heldout_loss(
             weight, bias = decoder_of(built.student)
             logits = F.linear(head_features(built.student, hidden.flatten(0, 1)), weight, bias).float()
         labels = batch.labels.flatten()
-        loss += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        right += ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
+        loss += F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        right += ((logits.argmax(-1) == labels) & (labels != IGNORE_INDEX)).sum()
         masked += batch.masked
     built.student.train(was_training)
-    return Heldout(float(loss) / max(1, masked), float(right) / max(1, masked))
+    return HeldoutLosses(float(loss) / max(1, masked), float(right) / max(1, masked))

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from tasks.recipe.config import Train
+from tasks.recipe.config import TrainSettings
 
 
-def lr_factor(step: int, total: int, train: Train) -> float:
+def lr_factor(step: int, total: int, train: TrainSettings) -> float:
     """Share of the highest learning rate at `step` (0-based) of `total`.
 
     linear: warm-up, then straight down to 0 (the reference). wsd: warm-up, stable, then straight down over the last
@@ -21,7 +21,7 @@ def lr_factor(step: int, total: int, train: Train) -> float:
     return min(1.0, (total - step) / decay)
 
 
-def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only. Groups keep the order of named_parameters."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

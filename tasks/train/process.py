@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from storage.errors import FatalError
 from tasks.recipe.run_spec import RunSpec
-from tasks.train.step import World
+from tasks.train.step import Ranks
 
 TRIM_THRESHOLD = -1
 """Parameter of mallopt(3): from so many free bytes on, the top of the heap goes back; -1 is never."""
@@ -44,21 +44,21 @@ class StopSignal:
 
 
 @contextmanager
-def joined_world(run: RunSpec) -> Iterator[World]:
+def joined_ranks(run: RunSpec) -> Iterator[Ranks]:
     """The process group that torchrun asks for, if it started us; else a world of one."""
     die_with_parent()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
     if ranks == 1:
-        yield World()
+        yield Ranks()
         return
     if run.train.batch_rows < ranks:
         raise FatalError(f"train.batch_rows = {run.train.batch_rows} is below the {ranks} ranks; raise it")
     on_gpu = pick_device(run).type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")
     counting = dist.new_group(backend="gloo") if on_gpu else None
-    yield World(dist.get_rank(), ranks, counting)  # `leave` ends it
+    yield Ranks(dist.get_rank(), ranks, counting)  # `leave` ends it
 
 
 def pick_device(run: RunSpec) -> torch.device:

@@ -11,30 +11,30 @@ from transformers import PreTrainedModel
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.models.files import resolve_model, teacher_fingerprint
+from tasks.models.files import folder_fingerprint, resolve_model
 from tasks.models.forward import longest_input
 from tasks.models.student import check_pad, make_fresh, make_student
 from tasks.models.teacher import TeacherModel, load_teacher, load_weights
-from tasks.recipe.config import Teacher
+from tasks.recipe.config import TeacherSettings
 from tasks.recipe.run_spec import RunSpec
 from tasks.targets.file import open_targets
 from tasks.targets.parity import probe_cache
 from tasks.tokens.blocks import read_counts
-from tasks.tokens.vocabulary import Vocabulary, fits, vocabulary_for
-from tasks.train.teacher_signal import Cached, Nothing, Online, Supervision
+from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, vocabulary_for
+from tasks.train.teacher_signal import CachedTeacher, NoTeacher, OnlineTeacher, SignalSource
 
 
 @dataclass(frozen=True)
-class Built:
+class TrainingSetup:
     """A student on its device and what it learns from."""
 
     student: PreTrainedModel
     vocabulary: Vocabulary
-    supervision: Supervision
+    supervision: SignalSource
     counts: NDArray[np.int64] | None
 
 
-def build(run: RunSpec, store: Store, device: torch.device) -> Built:
+def set_up_training(run: RunSpec, store: Store, device: torch.device) -> TrainingSetup:
     """Loads and checks everything; counts and the targets that the codec comes from are hashed.
 
     FatalError names what does not fit the run or is damaged.
@@ -43,13 +43,13 @@ def build(run: RunSpec, store: Store, device: torch.device) -> Built:
     teacher = _teacher(run, device) if run.teacher.model else None
     student = _student(run, teacher, vocabulary)
     if teacher and run.loss.needs_teacher:
-        _check_fit(run, teacher, student, vocabulary)
+        _check_shapes_match(run, teacher, student, vocabulary)
     nn.Module.to(student, device)
     limit = longest_input(student)
     if run.blocks.length > limit:
         raise FatalError(f"blocks.length = {run.blocks.length}, but the student reads at most {limit} tokens; lower it")
     counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
-    return Built(student, vocabulary, _supervision(run, store, teacher), counts)
+    return TrainingSetup(student, vocabulary, _signal_source(run, store, teacher), counts)
 
 
 def _teacher(run: RunSpec, device: torch.device) -> TeacherModel:
@@ -62,9 +62,9 @@ def _teacher(run: RunSpec, device: torch.device) -> TeacherModel:
     return teacher
 
 
-def _check_fit(run: RunSpec, teacher: TeacherModel, student: PreTrainedModel, vocabulary: Vocabulary) -> None:
+def _check_shapes_match(run: RunSpec, teacher: TeacherModel, student: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """FatalError unless the blocks' ids are the teacher's, and what the loss compares has the same shape."""
-    fits(vocabulary, teacher.vocab_size, run.teacher.model)
+    check_vocabulary_fits(vocabulary, teacher.vocab_size, run.teacher.model)
     rows, width = int(student.config.vocab_size), int(student.config.hidden_size)
     if run.loss.distil and rows < teacher.vocab_size:
         raise FatalError(
@@ -102,27 +102,27 @@ def _student(run: RunSpec, teacher: TeacherModel | None, vocabulary: Vocabulary)
 
 def _warm_start(run: RunSpec, vocabulary: Vocabulary) -> PreTrainedModel:
     """The model of train.warm_start in float32, whole and unchanged since the run was planned."""
-    source = Teacher(model=run.train.warm_start)
+    source = TeacherSettings(model=run.train.warm_start)
     folder = resolve_model(source.model)
-    found = teacher_fingerprint(folder, source)
+    found = folder_fingerprint(folder, source)
     if run.start and found != run.start:
         raise FatalError(
             f"the model {source.model} of train.warm_start changed since this run was planned ({found[:12]} now, "
             f"{run.start[:12]} then); start the run again"
         )
     model = load_weights(source, folder, torch.float32, role="train.warm_start", dropout=run.student.dropout)
-    fits(vocabulary, int(model.config.vocab_size), source.model)
+    check_vocabulary_fits(vocabulary, int(model.config.vocab_size), source.model)
     check_pad(model, vocabulary)
     return model
 
 
-def _supervision(run: RunSpec, store: Store, teacher: TeacherModel | None) -> Supervision:
+def _signal_source(run: RunSpec, store: Store, teacher: TeacherModel | None) -> SignalSource:
     if teacher is None or not run.loss.needs_teacher:
-        return Nothing()
+        return NoTeacher()
     if run.targets.source == "online":
-        return Online(teacher, run.loss)
+        return OnlineTeacher(teacher, run.loss)
     targets = open_targets(store, run.manifest[0].targets_ref(0))
     probe_cache(store, run, teacher)
     # Only the LM head is needed from here on; the encoder's memory goes to the student.
     setattr(teacher.model, teacher.model.base_model_prefix, nn.Identity())
-    return Cached(teacher, targets.codec, run.loss)
+    return CachedTeacher(teacher, targets.codec, run.loss)

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from tasks.loader.batch import Batch
 from tasks.models.forward import decoder_of, head_features, hidden_rows
-from tasks.recipe.config import Loss
-from tasks.train.loss import Counts, Losses, Weights, fused_loss
-from tasks.train.teacher_signal import VOCABULARY_MULTIPLE, Supervision, Told
+from tasks.recipe.config import LossSettings
+from tasks.train.loss import Losses, RowCounts, Weights, fused_loss
+from tasks.train.teacher_signal import VOCABULARY_MULTIPLE, SignalSource, TeacherSignal
 
 
-class World(NamedTuple):
+class Ranks(NamedTuple):
     """Which rank this is, of how many, and the group that sums small counts on the CPU (no device sync)."""
 
     rank: int = 0
@@ -28,16 +28,16 @@ class World(NamedTuple):
     counting: dist.ProcessGroup | None = None
 
 
-class Distiller(nn.Module):
+class StudentWithLoss(nn.Module):
     """Student and loss as one module, so that DDP sees one forward. Returns this micro-batch's share of the step."""
 
-    def __init__(self, student: PreTrainedModel, loss: Loss, compile_encoder: bool) -> None:
+    def __init__(self, student: PreTrainedModel, loss: LossSettings, compile_encoder: bool) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
         self.hidden = torch.compile(hidden_rows, dynamic=False) if compile_encoder else hidden_rows
 
-    def forward(self, batch: Batch, told: Told, counts: Counts) -> Losses:
+    def forward(self, batch: Batch, told: TeacherSignal, counts: RowCounts) -> Losses:
         """Runs the encoder on B blocks and the LM head on the B x M selected slots only."""
         hidden_ND = self.hidden(self.student, batch.input_ids, batch.attention_mask, batch.positions).flatten(0, 1)
         weight, bias = decoder_of(self.student)
@@ -57,7 +57,7 @@ class Distiller(nn.Module):
         )
 
 
-class Sums(NamedTuple):
+class StepCounts(NamedTuple):
     """Counts of one step over all ranks, and whether any rank was asked to stop."""
 
     rows: int
@@ -66,26 +66,26 @@ class Sums(NamedTuple):
     stop: bool
 
 
-def sum_counts(batches: list[Batch], stop: bool, world: World) -> Sums:
+def sum_counts(batches: list[Batch], stop: bool, world: Ranks) -> StepCounts:
     """Adds the counts of all micro-batches of all ranks, before the first backward."""
     own = [sum(b.rows for b in batches), sum(b.masked for b in batches), sum(b.tokens for b in batches), int(stop)]
     total = torch.tensor(own)
     if world.ranks > 1:
         dist.all_reduce(total, group=world.counting)
     rows, masked, tokens, stops = total.tolist()
-    return Sums(rows, masked, tokens, stop=stops > 0)
+    return StepCounts(rows, masked, tokens, stop=stops > 0)
 
 
 def gradient_step(
     distiller: nn.Module,
-    supervision: Supervision,
+    supervision: SignalSource,
     batches: list[Batch],
-    sums: Sums,
-    world: World,
+    sums: StepCounts,
+    world: Ranks,
     autocast: torch.dtype | None,
 ) -> Tensor:
     """Backward of one whole step; returns this rank's share of [total, distil, cosine, mlm] (add over ranks)."""
-    counts = Counts(float(sums.rows), float(sums.masked))
+    counts = RowCounts(float(sums.rows), float(sums.masked))
     device = next(distiller.parameters()).device
     parts = torch.zeros(4, device=device)
     for number, batch in enumerate(batches):

@@ -13,69 +13,69 @@ from storage.errors import FatalError
 from tasks.loader.batch import Batch
 from tasks.models.forward import decoder_of, head_features, hidden_rows
 from tasks.models.teacher import TeacherModel
-from tasks.recipe.config import Loss
-from tasks.targets.codec import Codec, TopK, spread
+from tasks.recipe.config import LossSettings
+from tasks.targets.codec import Codec, TopK, topk_logits
 from tasks.train.loss import ChunkLogits, decoder_logits
 
 VOCABULARY_MULTIPLE = 64
 """Decoders are padded to this many rows on a GPU, for its tensor cores."""
 
 
-class Told(NamedTuple):
+class TeacherSignal(NamedTuple):
     """The teacher's word on N rows: logits by chunk, hidden states [N, D]; None where the loss does not ask."""
 
     logits: ChunkLogits | None = None
     hidden: Tensor | None = None
 
 
-class Supervision(Protocol):
+class SignalSource(Protocol):
     """A source of targets."""
 
-    def rows(self, batch: Batch) -> Told:
+    def rows(self, batch: Batch) -> TeacherSignal:
         """The teacher's word on every slot of the batch, B x M of them in order."""
         ...
 
 
-class Nothing:
+class NoTeacher:
     """Plain MLM training."""
 
-    def rows(self, batch: Batch) -> Told:
-        return Told()
+    def rows(self, batch: Batch) -> TeacherSignal:
+        return TeacherSignal()
 
 
-class Online:
+class OnlineTeacher:
     """The teacher runs on the same masked input, nothing is kept."""
 
-    def __init__(self, teacher: TeacherModel, loss: Loss) -> None:
+    def __init__(self, teacher: TeacherModel, loss: LossSettings) -> None:
         self.teacher, self.loss = teacher, loss
 
     @torch.no_grad()
-    def rows(self, batch: Batch) -> Told:
+    def rows(self, batch: Batch) -> TeacherSignal:
         hidden = hidden_rows(self.teacher.model, batch.input_ids, batch.attention_mask, batch.positions)
-        return through_head(self.teacher, hidden.flatten(0, 1), self.loss)
+        return signal_from_hidden(self.teacher, hidden.flatten(0, 1), self.loss)
 
 
-class Cached:
+class CachedTeacher:
     """Hidden states from the cache, decoded on the device, through the teacher's own LM head."""
 
-    def __init__(self, teacher: TeacherModel, codec: Codec, loss: Loss) -> None:
+    def __init__(self, teacher: TeacherModel, codec: Codec, loss: LossSettings) -> None:
         self.teacher, self.codec, self.loss = teacher, codec, loss
 
     @torch.no_grad()
-    def rows(self, batch: Batch) -> Told:
+    def rows(self, batch: Batch) -> TeacherSignal:
         if batch.payload is None:
             raise FatalError("the batch carries no cached targets; this run's manifest has none")
         payload = batch.payload.flatten(0, 1)
         if self.codec.name == "topk":
             kept: TopK = self.codec.decode_topk(payload)
-            return Told(logits=lambda start, stop: spread(kept, start, stop, self.teacher.vocab_size))
-        return through_head(self.teacher, self.codec.decode(payload, self.teacher.dtype), self.loss)
+            return TeacherSignal(logits=lambda start, stop: topk_logits(kept, start, stop, self.teacher.vocab_size))
+        return signal_from_hidden(self.teacher, self.codec.decode(payload, self.teacher.dtype), self.loss)
 
 
-def through_head(teacher: TeacherModel, hidden_ND: Tensor, loss: Loss) -> Told:
+def signal_from_hidden(teacher: TeacherModel, hidden_ND: Tensor, loss: LossSettings) -> TeacherSignal:
     """Logits (only if distil counts) and hidden states of N rows."""
     if loss.distil == 0:
-        return Told(hidden=hidden_ND)
+        return TeacherSignal(hidden=hidden_ND)
     weight, bias = decoder_of(teacher.model)
     multiple = VOCABULARY_MULTIPLE if hidden_ND.is_cuda else 1
-    return Told(decoder_logits(head_features(teacher.model, hidden_ND), weight, bias, multiple), hidden_ND)
+    return TeacherSignal(decoder_logits(head_features(teacher.model, hidden_ND), weight, bias, multiple), hidden_ND)

@@ -26,24 +26,24 @@ from storage.disk import writing
 from storage.errors import FatalError
 from storage.lease import Lease
 from storage.store import Store
-from tasks.loader.batch import Loader, Masking, stretches
-from tasks.loader.dataset import Corpus
-from tasks.loader.order import Order
+from tasks.loader.batch import BatchLoader, MaskingRule, step_ranges
+from tasks.loader.dataset import BlockDataset
+from tasks.loader.order import DataOrder
 from tasks.loader.prefetch import ReadAhead
 from tasks.models.teacher import resolve_dtype
 from tasks.recipe.run_spec import RunSpec
-from tasks.train.checkpoint import Progress, load_checkpoint, load_step, save_checkpoint
+from tasks.train.checkpoint import TrainingProgress, load_checkpoint, load_step, save_checkpoint
 from tasks.train.export import save_model
 from tasks.train.flops import matrix_rate, training_work
-from tasks.train.metrics import Meter, heldout_loss
+from tasks.train.metrics import MetricsWriter, heldout_loss
 from tasks.train.optimizer import lr_factor, make_optimizer, set_lr
 from tasks.train.process import StopSignal, pick_device
-from tasks.train.setup import Built, build
-from tasks.train.step import Distiller, World, gradient_step, sum_counts
-from tasks.train.teacher_signal import Cached, Online
+from tasks.train.setup import TrainingSetup, set_up_training
+from tasks.train.step import Ranks, StudentWithLoss, gradient_step, sum_counts
+from tasks.train.teacher_signal import CachedTeacher, OnlineTeacher
 
 
-def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
+def train(run: RunSpec, world: Ranks, stop: StopSignal) -> bool:
     """Trains to the end (True) or to SIGTERM (False); the model is in the store when it returns True."""
     # The cache of the flows: HOME/cache beside HOME/run/KEY.
     store = Store(run.store, cache=Path(run.folder).parent.parent / "cache", cache_bytes=run.cache_bytes)
@@ -53,7 +53,7 @@ def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
         return True
     torch.manual_seed(run.train.seed)
     device = pick_device(run)
-    built = build(run, store, device)
+    built = set_up_training(run, store, device)
     optimizer = make_optimizer(built.student, run.train)
     lease = Lease.take(store, run.run_key, run.reads()) if world.rank == 0 else None
     progress = resume(store, run, built.student, optimizer, world)
@@ -71,13 +71,15 @@ def train(run: RunSpec, world: World, stop: StopSignal) -> bool:
     return finished
 
 
-def resume(store: Store, run: RunSpec, student: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Progress:
+def resume(
+    store: Store, run: RunSpec, student: nn.Module, optimizer: torch.optim.Optimizer, world: Ranks
+) -> TrainingProgress:
     """Restores the newest whole checkpoint that rank 0 finds, on every rank.
 
     Ranks that each looked for themselves could find different ones, where a listing lags or an older process of the
     run has just written. FatalError where a rank cannot read that of rank 0.
     """
-    progress = load_checkpoint(store, run, student, optimizer) if world.rank == 0 else Progress()
+    progress = load_checkpoint(store, run, student, optimizer) if world.rank == 0 else TrainingProgress()
     if world.ranks == 1:
         return progress
     step = torch.tensor(progress.step)
@@ -92,9 +94,9 @@ class Trainer:
         self,
         run: RunSpec,
         store: Store,
-        built: Built,
+        built: TrainingSetup,
         optimizer: torch.optim.Optimizer,
-        world: World,
+        world: Ranks,
         lease: Lease | None,
         device: torch.device,
     ) -> None:
@@ -103,14 +105,14 @@ class Trainer:
         on_gpu = device.type == "cuda"
         dtype = resolve_dtype(run.train.dtype, device)
         self.autocast = dtype if dtype != torch.float32 else None
-        distiller = Distiller(built.student, run.loss, compile_encoder=on_gpu and run.train.compile)
+        distiller = StudentWithLoss(built.student, run.loss, compile_encoder=on_gpu and run.train.compile)
         self.distiller: nn.Module = distiller
         if world.ranks > 1:
             head_unused = run.loss.distil == run.loss.mlm == 0
             self.distiller = DistributedDataParallel(distiller, find_unused_parameters=head_unused)
-        self.meter = make_meter(run, built, device, world) if world.rank == 0 else None
+        self.meter = make_metrics_writer(run, built, device, world) if world.rank == 0 else None
 
-    def loop(self, progress: Progress, stop: StopSignal) -> Progress:
+    def loop(self, progress: TrainingProgress, stop: StopSignal) -> TrainingProgress:
         """Steps until the run is whole or asked to stop; ends on a checkpoint either way."""
         run, train = self.run, self.run.train
         if self.meter:
@@ -131,7 +133,7 @@ class Trainer:
             progress = self._advance(progress, sums.tokens)
             last = progress.step >= run.total_steps
             at_checkpoint = progress.step % train.checkpoint_steps == 0 or last or sums.stop
-            at_look = self._looks(progress.step, last)
+            at_look = self._should_validate(progress.step, last)
             # Whatever may become a checkpoint ends a line of metrics and is looked at for NaN first.
             due = at_checkpoint or at_look or progress.step % train.log_steps == 0
             if self.world.ranks > 1:
@@ -148,22 +150,22 @@ class Trainer:
                 break
         return progress
 
-    def _loader(self, step: int) -> Loader:
+    def _loader(self, step: int) -> BatchLoader:
         run, train = self.run, self.run.train
         supervision = self.built.supervision
-        codec = supervision.codec if isinstance(supervision, Cached) else None
-        corpus = Corpus(self.store, run.manifest, codec is not None, codec)
-        order = Order(tuple(part.rows for part in run.manifest), train.window_shards, train.seed)
-        plan = stretches(step, run.total_steps, train.batch_rows, train.micro_rows, self.world.rank, self.world.ranks)
-        masking = Masking(self.built.vocabulary, run.mask, run.targets.positions == "all", self.built.counts)
+        codec = supervision.codec if isinstance(supervision, CachedTeacher) else None
+        corpus = BlockDataset(self.store, run.manifest, codec is not None, codec)
+        order = DataOrder(tuple(part.rows for part in run.manifest), train.window_shards, train.seed)
+        plan = step_ranges(step, run.total_steps, train.batch_rows, train.micro_rows, self.world.rank, self.world.ranks)
+        masking = MaskingRule(self.built.vocabulary, run.mask, run.targets.positions == "all", self.built.counts)
         ahead = ReadAhead(corpus, order, run.total_steps * train.batch_rows, run.mask.variants)
-        return Loader(corpus, masking, order, plan, ahead, prefetch=train.prefetch, pin=self.device.type == "cuda")
+        return BatchLoader(corpus, masking, order, plan, ahead, prefetch=train.prefetch, pin=self.device.type == "cuda")
 
-    def _advance(self, progress: Progress, tokens: int) -> Progress:
+    def _advance(self, progress: TrainingProgress, tokens: int) -> TrainingProgress:
         step = progress.step + 1
         return replace(progress, step=step, cursor=step * self.run.train.batch_rows, tokens=progress.tokens + tokens)
 
-    def _refuse_nonfinite(self, progress: Progress, parts: torch.Tensor, norm: torch.Tensor) -> None:
+    def _refuse_nonfinite(self, progress: TrainingProgress, parts: torch.Tensor, norm: torch.Tensor) -> None:
         """Stops before anything not finite can reach a checkpoint."""
         if not (bool(torch.isfinite(parts).all()) and bool(torch.isfinite(norm))):
             total, distil, cosine, mlm = parts.tolist()
@@ -173,12 +175,12 @@ class Trainer:
                 "Lower train.lr or train.clip"
             )
 
-    def _looks(self, step: int, last: bool) -> bool:
+    def _should_validate(self, step: int, last: bool) -> bool:
         """Whether held-out blocks are looked at after this step."""
         every = self.run.train.validate_steps
         return bool(every and self.run.heldout) and (last or step % every == 0)
 
-    def _validate(self, progress: Progress) -> Progress:
+    def _validate(self, progress: TrainingProgress) -> TrainingProgress:
         """One look, by rank 0; only there the progress knows the best."""
         if not self.meter:
             return progress
@@ -187,7 +189,7 @@ class Trainer:
         is_best = math.isfinite(found.loss) and (progress.best is None or found.loss < progress.best)
         return replace(progress, best=found.loss, best_step=progress.step) if is_best else progress
 
-    def _checkpoint(self, progress: Progress, saved: int) -> int:
+    def _checkpoint(self, progress: TrainingProgress, saved: int) -> int:
         """Rank 0 writes; the others hold the same weights."""
         if self.lease and self.meter and progress.step > saved:
             self.lease.renew()
@@ -195,14 +197,14 @@ class Trainer:
         return progress.step
 
 
-def make_meter(run: RunSpec, built: Built, device: torch.device, world: World) -> Meter:
+def make_metrics_writer(run: RunSpec, built: TrainingSetup, device: torch.device, world: Ranks) -> MetricsWriter:
     """On a GPU with what MFU is measured against: the rate of large products on this one, for each rank."""
     if device.type == "cpu":
-        return Meter(run)
+        return MetricsWriter(run)
     told = built.supervision
-    teacher = told.teacher.model if isinstance(told, Cached | Online) else None
-    work = training_work(built.student, run.blocks.length, run.loss, teacher, online=isinstance(told, Online))
-    return Meter(run, work, matrix_rate(device) * world.ranks)
+    teacher = told.teacher.model if isinstance(told, CachedTeacher | OnlineTeacher) else None
+    work = training_work(built.student, run.blocks.length, run.loss, teacher, online=isinstance(told, OnlineTeacher))
+    return MetricsWriter(run, work, matrix_rate(device) * world.ranks)
 
 
 def write_result(run: RunSpec, receipt: Receipt) -> None:

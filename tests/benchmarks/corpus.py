@@ -34,7 +34,7 @@ from storage.artifact import Receipt
 from storage.store import Store
 from tasks.corpus.shard import FILE, shard_source, shards_of
 from tasks.corpus.snapshot import Source, take_snapshot
-from tasks.recipe.config import Blocks, Corpus
+from tasks.recipe.config import BlockSettings, CorpusSettings
 from tasks.tokens.blocks import make_blocks
 from tasks.tokens.vocabulary import Vocabulary, load_tokenizer, load_vocabulary
 from tests.benchmarks.results import (
@@ -63,7 +63,7 @@ class Place:
     """Sources, and an empty store beside them."""
 
     sources: tuple[Source, ...]
-    settings: Corpus
+    settings: CorpusSettings
     vocabulary: Vocabulary
     folder: Path
 
@@ -132,7 +132,9 @@ def block_rows(place: Place, tries: int = TRIES) -> list[Row]:
     plain.no_truncation()
     plain.no_padding()
     fast = load_tokenizer(place.vocabulary)
-    works: list[Callable[[], object]] = [partial(make_blocks, store, shard, Blocks(), place.vocabulary, force=True)]
+    works: list[Callable[[], object]] = [
+        partial(make_blocks, store, shard, BlockSettings(), place.vocabulary, force=True)
+    ]
     works += [partial(_encode, encode, texts) for encode in (plain.encode_batch, fast.encode_batch_fast)]
     ours, *limits = (megabytes / seconds for seconds in least_cpu(works, tries))
     return [
@@ -155,7 +157,7 @@ def chain(place: Place, number: int) -> float:
     with tempfile.TemporaryDirectory(dir=place.folder) as home:
         store = Store(Path(home))
         receipt = shard_source(store, place.sources[number % len(place.sources)], place.settings)
-        make_blocks(store, shards_of(receipt)[0], Blocks(), place.vocabulary)
+        make_blocks(store, shards_of(receipt)[0], BlockSettings(), place.vocabulary)
     return time.process_time() - start
 
 
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=1, help="sources that are measured")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
     given = parser.parse_args()
-    settings = Corpus(url=str(given.corpus), pattern="*.jsonl.zst")
+    settings = CorpusSettings(url=str(given.corpus), pattern="*.jsonl.zst")
     with tempfile.TemporaryDirectory() as folder:
         sources = take_snapshot(settings).sources[: given.sources]
         rows = measure(Place(sources, settings, load_vocabulary(str(given.tokenizer)), Path(folder)))

@@ -28,11 +28,11 @@ from storage.artifact import Receipt, Ref
 from storage.store import Store
 from tasks.corpus.shard import shard_source, shards_of
 from tasks.corpus.snapshot import take_snapshot
-from tasks.recipe.config import Blocks as BlockSettings
-from tasks.recipe.config import Corpus, Mask, Targets, Teacher
+from tasks.recipe.config import BlockSettings as BlockSettings
+from tasks.recipe.config import CorpusSettings, MaskSettings, TargetSettings, TeacherSettings
 from tasks.targets.calibration import calibrate
-from tasks.targets.capture import Capture, batches, encode, hidden_states, logits_of, masked_inputs
-from tasks.targets.codec import Codec, spread
+from tasks.targets.capture import Capture, encode, hidden_states, logits_of, masked_inputs, teacher_batches
+from tasks.targets.codec import Codec, topk_logits
 from tasks.targets.compute import make_targets, open_capture
 from tasks.targets.file import FILE, open_targets
 from tasks.targets.keys import needs_calibration
@@ -61,7 +61,7 @@ class Figures:
 
 def blocks_of(store: Store, corpus: Path, teacher: Path, length: int, shard_bytes: int, shards: int) -> list[Receipt]:
     """Blocks of the first `shards` text shards of a corpus folder, taken in turn from its sources."""
-    settings = Corpus(url=str(corpus), shard_bytes=shard_bytes)
+    settings = CorpusSettings(url=str(corpus), shard_bytes=shard_bytes)
     vocabulary = load_vocabulary(str(teacher))
     of_source = [shards_of(shard_source(store, source, settings)) for source in take_snapshot(settings).sources]
     deepest = max(len(refs) for refs in of_source)
@@ -69,21 +69,23 @@ def blocks_of(store: Store, corpus: Path, teacher: Path, length: int, shard_byte
     return [make_blocks(store, ref, BlockSettings(length=length), vocabulary) for ref in in_turn[:shards]]
 
 
-def capture_of(store: Store, blocks: Sequence[Ref], teacher: Path, targets: Targets, device: str = "cpu") -> Capture:
+def capture_of(
+    store: Store, blocks: Sequence[Ref], teacher: Path, targets: TargetSettings, device: str = "cpu"
+) -> Capture:
     """The teacher in float32, calibrated on `blocks` where the encoding needs it."""
-    settings, vocabulary = Teacher(model=str(teacher), dtype="float32"), load_vocabulary(str(teacher))
-    capture = open_capture(store, settings, vocabulary, Mask(), targets, device=device)
+    settings, vocabulary = TeacherSettings(model=str(teacher), dtype="float32"), load_vocabulary(str(teacher))
+    capture = open_capture(store, settings, vocabulary, MaskSettings(), targets, device=device)
     if not needs_calibration(targets):
         return capture
     calibration = calibrate(store, blocks, capture).ref
-    return open_capture(store, settings, vocabulary, Mask(), targets, calibration=calibration, device=device)
+    return open_capture(store, settings, vocabulary, MaskSettings(), targets, calibration=calibration, device=device)
 
 
 def measure(
     store: Store, blocks: Sequence[Ref], teacher: Path, encodings: Sequence[str], device: str = "cpu"
 ) -> list[Figures]:
     """Writes targets of all blocks in each encoding, and compares what is read back with one live forward."""
-    choices = [Targets.model_validate({"encoding": encoding}) for encoding in encodings]
+    choices = [TargetSettings.model_validate({"encoding": encoding}) for encoding in encodings]
     captures = [capture_of(store, blocks, teacher, targets, device) for targets in choices]
     live_ND, forward = _live(captures[0], [open_blocks(store, ref) for ref in blocks])
     return [_measure_one(store, blocks, capture, live_ND, forward) for capture in captures]
@@ -118,7 +120,9 @@ def compare(capture: Capture, codec: Codec, live_ND: Tensor, payload_NP: Tensor)
         kept = codec.decode_topk(payload_NP)
         live = list(logits_of(teacher, live_ND))
         ends = np.cumsum([len(part) for part in live]).tolist()
-        parts = [spread(kept, end - len(part), end, codec.vocab_size) for part, end in zip(live, ends, strict=True)]
+        parts = [
+            topk_logits(kept, end - len(part), end, codec.vocab_size) for part, end in zip(live, ends, strict=True)
+        ]
         return _kl(live, parts) / len(live_ND), None
     decoded_ND = codec.decode(payload_NP)
     kl = _kl(logits_of(teacher, live_ND), logits_of(teacher, decoded_ND)) / len(live_ND)
@@ -141,7 +145,7 @@ def _live(capture: Capture, parts: Sequence[Blocks]) -> tuple[Tensor, float]:
     inputs = [
         masked_inputs(capture, blocks, rows, 0)
         for blocks in parts
-        for rows in batches(capture.teacher, np.arange(len(blocks)), blocks.input_ids.shape[1])
+        for rows in teacher_batches(capture.teacher, np.arange(len(blocks)), blocks.input_ids.shape[1])
     ]
     hidden_states(capture.teacher, inputs[0])  # warm
     synchronize(capture.teacher.device)

@@ -24,13 +24,13 @@ import numpy as np
 from storage.artifact import Receipt
 from storage.store import Store
 from tasks.eval.heldout import block_counts
-from tasks.eval.intervals import NORMAL, Array, against, over_seeds
+from tasks.eval.intervals import NORMAL, Array, over_seeds, paired_difference
 from tasks.eval.metrics import row_counts
 from tasks.eval.scores import Scores, read_scores, teachers_own
-from tasks.eval.side_by_side import latency, load_contender, parameters, size_on_disk
-from tasks.models.files import scored_as
-from tasks.release.figure import COLOURS, picture
-from tasks.release.results import METRICS, Measured, Standing
+from tasks.eval.side_by_side import latency, load_model, parameters, size_on_disk
+from tasks.models.files import model_content_key
+from tasks.release.figure import COLOURS, render_figure
+from tasks.release.results import METRICS, ModelSummary, SetResult
 from tasks.train.metrics import read_metrics
 
 TUNED = ("ner", "paws-x", "xnli")
@@ -105,7 +105,7 @@ def _protocol(receipt: Receipt) -> str:
 
 def _training(home: Path, name: str, run: Path, scores: Mapping[str, Sequence[tuple[str, int, Scores]]]) -> Training:
     folder = home / "models" / name
-    own = scores.get(scored_as(folder), ())
+    own = scores.get(model_content_key(folder), ())
     metrics = read_metrics(run / "metrics.jsonl")
     steps = [line for line in metrics if "loss" in line]
     by_seed = {part: {seed: figures for name, seed, figures in own if name == part} for part in ("heldout", *TUNED)}
@@ -125,7 +125,7 @@ def _with_sets(one: Training, parts: Collection[str]) -> Training:
 
 
 def _speed(folders: Mapping[str, Path]) -> dict[str, Any]:
-    contenders = {kind: load_contender(folder) for kind, folder in folders.items()}
+    contenders = {kind: load_model(folder) for kind, folder in folders.items()}
     return {
         "parameters": {kind: parameters(one.model)["with_head"] for kind, one in contenders.items()},
         "bytes": {kind: size_on_disk(one.folder) for kind, one in contenders.items()},
@@ -136,16 +136,16 @@ def _speed(folders: Mapping[str, Path]) -> dict[str, Any]:
 # ---- figures -----------------------------------------------------------------------------------------------
 
 
-def standing_of(trainings: Sequence[Training], part: str) -> Standing:
+def standing_of(trainings: Sequence[Training], part: str) -> SetResult:
     """The deciding figure of a set over training seeds; over those of fine-tuning where there was one training."""
     metric = METRICS[part]
     if part == "heldout":
         values = tuple(float(one.heldout[metric]) for one in trainings if one.heldout)
-        return Standing(part, metric, values, error=trainings[0].heldout.get("top1_se", 0.0))
+        return SetResult(part, metric, values, error=trainings[0].heldout.get("top1_se", 0.0))
     by_training = [[float(run[metric]) for run in one.tuned[part]] for one in trainings if part in one.tuned]
     if not by_training:
-        return Standing(part, metric, reason="no scores yet")
-    return Standing(part, metric, tuple(by_training[0] if len(by_training) == 1 else map(fmean, by_training)))
+        return SetResult(part, metric, reason="no scores yet")
+    return SetResult(part, metric, tuple(by_training[0] if len(by_training) == 1 else map(fmean, by_training)))
 
 
 def counts_of(trainings: Sequence[Training], part: str) -> Array:
@@ -161,12 +161,12 @@ def compared(evidence: Evidence, ours: str, theirs: str) -> dict[str, dict[str, 
     """Ratio and difference of one kind to another: top-1 ("heldout"), KL, and the sets that both have scores of."""
     one, other = evidence.trainings[ours], evidence.trainings[theirs]
     if theirs == TEACHER:
-        found = {"heldout": against(counts_of(one, "heldout"), counts_of(one, "teacher"))}
+        found = {"heldout": paired_difference(counts_of(one, "heldout"), counts_of(one, "teacher"))}
     else:
-        found = {part: against(counts_of(one, part), counts_of(other, part)) for part in ("heldout", "kl")}
+        found = {part: paired_difference(counts_of(one, part), counts_of(other, part)) for part in ("heldout", "kl")}
     for part in TUNED:
         if all(any(part in training.tuned for training in trainings) for trainings in (one, other)):
-            found[part] = against(counts_of(one, part), counts_of(other, part))
+            found[part] = paired_difference(counts_of(one, part), counts_of(other, part))
     return found
 
 
@@ -238,7 +238,7 @@ def picture_of(evidence: Evidence, kinds: Sequence[str] = ("student", TEACHER, "
     """The picture of the scores work, over training seeds, as PNG."""
     ratios = {part: found["ratio"] for part, found in compared(evidence, kinds[0], TEACHER).items() if "ratio" in found}
     models = [
-        Measured(
+        ModelSummary(
             kind,
             tuple(standing_of(evidence.trainings[kind], part) for part in ("heldout", *TUNED)),
             parameters=evidence.speed["parameters"][kind],
@@ -249,7 +249,7 @@ def picture_of(evidence: Evidence, kinds: Sequence[str] = ("student", TEACHER, "
         for kind in kinds
         if kind in evidence.trainings
     ]
-    return picture("The proof", models)
+    return render_figure("The proof", models)
 
 
 def curves_of(evidence: Evidence) -> bytes:

@@ -7,7 +7,7 @@ The share of masked positions is that of the default recipe.
 
 import torch
 
-from tasks.recipe.config import Loss, Mask
+from tasks.recipe.config import LossSettings, MaskSettings
 from tasks.train.flops import encoder_work, training_work
 from tests.benchmarks.synthetic import Size, random_model, random_vocabulary
 
@@ -18,9 +18,9 @@ def case_flops(size: Size, case: str) -> float:
     with torch.device("meta"):
         teacher, student = (random_model(size, layers, vocabulary) for layers in (size.layers, size.student_layers))
     if case == "reference":
-        return training_work(student, size.length, Loss(), teacher, online=True).of(1, 1)
+        return training_work(student, size.length, LossSettings(), teacher, online=True).of(1, 1)
     kind, positions = case.split()
-    asked = Mask().rate if positions == "masked" else 1.0
+    asked = MaskSettings().rate if positions == "masked" else 1.0
     if kind == "capture":
         return encoder_work(teacher, size.length).of(1, asked)
-    return training_work(student, size.length, Loss(), teacher, online=kind == "online").of(1, asked)
+    return training_work(student, size.length, LossSettings(), teacher, online=kind == "online").of(1, asked)

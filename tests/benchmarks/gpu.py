@@ -26,18 +26,18 @@ from typing import Any
 import torch
 
 from tasks.models.student import make_student
-from tasks.recipe.config import Blocks, Loss, Mask, Recipe, Targets, Teacher
+from tasks.recipe.config import BlockSettings, LossSettings, MaskSettings, Recipe, TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import make_run
 from tasks.targets.compute import make_targets
-from tasks.train.checkpoint import Progress
+from tasks.train.checkpoint import TrainingProgress
 from tasks.train.flops import matrix_rate, synchronize
 from tasks.train.metrics import read_metrics
 from tasks.train.optimizer import make_optimizer
 from tasks.train.process import StopSignal
-from tasks.train.setup import Built
-from tasks.train.step import World
-from tasks.train.teacher_signal import Cached, Online
+from tasks.train.setup import TrainingSetup
+from tasks.train.step import Ranks
+from tasks.train.teacher_signal import CachedTeacher, OnlineTeacher
 from tasks.train.trainer import Trainer
 from tests.benchmarks.flops import case_flops
 from tests.benchmarks.reference import reference_batch, reference_step
@@ -88,7 +88,7 @@ def capture_case(bench: Bench, positions: str, batch_rows: int) -> tuple[float, 
     """Tokens a second of the second shard; the first one warms up."""
     settings = bench.teacher.settings.model_copy(update={"batch_rows": batch_rows})
     teacher = replace(bench.teacher, settings=settings)
-    capture = open_bench(replace(bench, teacher=teacher), Targets.model_validate({"positions": positions}))
+    capture = open_bench(replace(bench, teacher=teacher), TargetSettings.model_validate({"positions": positions}))
     for blocks in bench.blocks:
         start = time.perf_counter()
         receipt = make_targets(bench.store, blocks.ref, capture, force=True)
@@ -103,12 +103,12 @@ def train_case(plan: Plan, bench: Bench, source: str, positions: str, batch_rows
     run = make_run(recipe, manifest=parts, heldout=(), teacher_fingerprint="random", start="", counts="")
     student = make_student(bench.teacher.model, bench.teacher.vocabulary, layers=bench.layers)
     student.to(bench.teacher.device)  # type: ignore[arg-type]
-    supervision = Cached(bench.teacher, codec, run.loss) if codec else Online(bench.teacher, run.loss)
-    built = Built(student, bench.teacher.vocabulary, supervision, None)
+    supervision = CachedTeacher(bench.teacher, codec, run.loss) if codec else OnlineTeacher(bench.teacher, run.loss)
+    built = TrainingSetup(student, bench.teacher.vocabulary, supervision, None)
     trainer = Trainer(
-        run, bench.store, built, make_optimizer(student, run.train), World(), None, torch.device(plan.device)
+        run, bench.store, built, make_optimizer(student, run.train), Ranks(), None, torch.device(plan.device)
     )
-    trainer.loop(Progress(), StopSignal())
+    trainer.loop(TrainingProgress(), StopSignal())
     lines = read_metrics(Path(run.folder) / "metrics.jsonl")[WARM_LINES:]
     seconds = sum(line["seconds"] for line in lines)
     tokens = sum(line["seconds"] * line["tokens_per_second"] for line in lines)
@@ -118,7 +118,7 @@ def train_case(plan: Plan, bench: Bench, source: str, positions: str, batch_rows
 def reference_case(plan: Plan, bench: Bench, batch_rows: int) -> tuple[float, float | None]:
     """Tokens a second of the reference step in bf16."""
     device = torch.device(plan.device)
-    batch = reference_batch(first_batch(bench, Targets(), bench.parts, batch_rows).to(device))
+    batch = reference_batch(first_batch(bench, TargetSettings(), bench.parts, batch_rows).to(device))
     student = make_student(bench.teacher.model, bench.teacher.vocabulary, layers=bench.layers)
     student.to(device).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
@@ -127,7 +127,7 @@ def reference_case(plan: Plan, bench: Bench, batch_rows: int) -> tuple[float, fl
         if number == warm:
             synchronize(device)
             start = time.perf_counter()
-        reference_step(bench.teacher.model, student, optimizer, batch, Loss(), torch.bfloat16)
+        reference_step(bench.teacher.model, student, optimizer, batch, LossSettings(), torch.bfloat16)
     synchronize(device)
     return (plan.steps - warm) * batch.input_ids.numel() / (time.perf_counter() - start), None
 
@@ -190,9 +190,9 @@ def _recipe(plan: Plan, bench: Bench, source: str, positions: str, batch_rows: i
         "home": str(Path(bench.store.root).parent / f"{source}-{positions}-{batch_rows}"),
         "store": bench.store.root,
         "corpus": {"url": "unused"},
-        "blocks": Blocks(length=bench.length).model_dump(),
-        "mask": Mask().model_dump(),
-        "teacher": Teacher(model="random").model_dump(),
+        "blocks": BlockSettings(length=bench.length).model_dump(),
+        "mask": MaskSettings().model_dump(),
+        "teacher": TeacherSettings(model="random").model_dump(),
         "targets": {"source": source, "positions": positions},
         "student": {"layers": bench.layers},
         "train": {

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from tasks.loader.batch import make_batch
-from tasks.loader.dataset import Corpus as Reader
-from tasks.recipe.config import Targets
+from tasks.loader.dataset import BlockDataset as Reader
+from tasks.recipe.config import TargetSettings
 from tasks.recipe.run_spec import Part
 from tasks.targets.codec import Codec
 from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, Report, Row, facts_of, least_cpu, notes_of, publish
@@ -38,7 +38,7 @@ WIDE = Size("block 512, width 768", 1, 1, 768, 12, 64, 32_005, 512)
 class Preparation:
     """Prepares batches of a manifest, the next rows with every call, round and round."""
 
-    def __init__(self, bench: Bench, targets: Targets, parts: tuple[Part, ...], codec: Codec, rows: int) -> None:
+    def __init__(self, bench: Bench, targets: TargetSettings, parts: tuple[Part, ...], codec: Codec, rows: int) -> None:
         self.reader = Reader(bench.store, parts, cached=True)
         self.masking = masking_of(bench, targets)
         self.codec, self.rows, self.parts = codec, rows, parts
@@ -59,7 +59,7 @@ class Preparation:
 
 def against_step(bench: Bench, positions: str, rows: int, tries: int = TRIES) -> Row:
     """Preparation beside the step, in tokens a CPU second."""
-    targets = Targets.model_validate({"positions": positions})
+    targets = TargetSettings.model_validate({"positions": positions})
     prepare = Preparation(bench, targets, *cached(bench, targets), rows)
     step = our_step(bench, positions, rows)
     prepare()  # opens and hashes the files
@@ -72,7 +72,7 @@ def against_step(bench: Bench, positions: str, rows: int, tries: int = TRIES) ->
 
 def against_gpu(bench: Bench, positions: str, rows: int, tries: int = TRIES) -> Row:
     """Preparation at the size of camembert-base; decoding is the GPU's."""
-    targets = Targets.model_validate({"positions": positions})
+    targets = TargetSettings.model_validate({"positions": positions})
     prepare = Preparation(bench, targets, *cached(bench, targets), rows)
     tokens = prepare()
     (seconds,) = least_cpu([partial(prepare, decode=False)], tries)

@@ -11,10 +11,10 @@ from typing import Any
 
 from flows.pipeline.preparation import prepare_corpus
 from storage import layout
-from storage.artifact import DataFile, Receipt, Ref, content_of
+from storage.artifact import DataFile, Receipt, Ref, digest_of_files
 from storage.fingerprint import sha256_bytes
 from storage.store import Store
-from tasks.corpus.snapshot import remember_content
+from tasks.corpus.snapshot import remember_source_content
 from tasks.lineage import trace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
@@ -43,7 +43,7 @@ def make_paper(folder: Path, root: Path, shards: int) -> None:
     write_oscar(folder / "corpus", parts=SOURCES, texts=1)
     recipe, store = recipe_of(folder, str(root)), Store(root)
     for source in trace(store, recipe).snapshot.sources:
-        remember_content(store, source, sha256_bytes(source.name.encode()))
+        remember_source_content(store, source, sha256_bytes(source.name.encode()))
     for number, (source, ref) in enumerate(trace(store, recipe).sources):
         assert ref
         own = range(number, shards, SOURCES)
@@ -76,7 +76,7 @@ def _write(store: Store, ref: Ref, info: dict[str, Any] | None = None) -> None:
         created="2026-01-01T00:00:00+00:00",
     )
     contents = {
-        layout.data_path(ref.kind, ref.key, content_of(files), "data"): BYTE,
+        layout.data_path(ref.kind, ref.key, digest_of_files(files), "data"): BYTE,
         layout.receipt_path(ref.kind, ref.key): receipt.to_json(),
     }
     for name, data in contents.items():

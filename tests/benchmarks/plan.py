@@ -105,7 +105,7 @@ def compare(recipe: str, overrides: Sequence[str], *, training: bool) -> tuple[l
         store = Store(Path(home) / "store")
         lines = [
             Line(kind, "bytes", amount["total"], sum(store.sizes(kind).values()))
-            for kind, amount in plan["outlook"]["bytes"].items()
+            for kind, amount in plan["sizes"]["bytes"].items()
         ]
         seconds = real_seconds(store, begun, wall, training=training)
     lines.append(Line("together", "bytes", sum(one.forecast for one in lines), sum(one.real for one in lines)))

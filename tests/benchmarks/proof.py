@@ -89,9 +89,9 @@ def train(place: Place, run: str) -> None:
     started = time.perf_counter()
     distil("run", *words)
     wall = time.perf_counter() - started
-    planned = {"bytes": sum(amount["left"] for amount in plan["outlook"]["bytes"].values())}
+    planned = {"bytes": sum(amount["left"] for amount in plan["sizes"]["bytes"].values())}
     planned["seconds"] = plan["total_seconds"]["left"]
-    real = {"bytes": sum(_bytes(place.home)[kind] - before.get(kind, 0) for kind in plan["outlook"]["bytes"])}
+    real = {"bytes": sum(_bytes(place.home)[kind] - before.get(kind, 0) for kind in plan["sizes"]["bytes"])}
     real["seconds"] = wall
     forecast.write_text(json.dumps({"run": run, "forecast": planned, "real": real, "plan": plan}, indent=1))
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tasks.loader.batch import Batch
-from tasks.recipe.config import Loss
-from tasks.train.loss import NOT_MASKED, Losses
+from tasks.recipe.config import LossSettings
+from tasks.train.loss import IGNORE_INDEX, Losses
 
 CLIP = 5.0
 
@@ -34,13 +34,15 @@ def reference_batch(batch: Batch) -> ReferenceBatch:
     mask = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask
     if batch.positions is None:
         return ReferenceBatch(batch.input_ids, mask, batch.labels)
-    labels = torch.full_like(batch.input_ids, NOT_MASKED)
+    labels = torch.full_like(batch.input_ids, IGNORE_INDEX)
     row, slot = batch.valid.nonzero(as_tuple=True)
     labels[row, batch.positions[row, slot]] = batch.labels[row, slot]
     return ReferenceBatch(batch.input_ids, mask, labels)
 
 
-def reference_losses(teacher: PreTrainedModel, student: PreTrainedModel, batch: ReferenceBatch, loss: Loss) -> Losses:
+def reference_losses(
+    teacher: PreTrainedModel, student: PreTrainedModel, batch: ReferenceBatch, loss: LossSettings
+) -> Losses:
     """Both forwards and the three losses over all attended rows."""
     told = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "output_hidden_states": True}
     ours = student(**told)
@@ -55,7 +57,7 @@ def reference_losses(teacher: PreTrainedModel, student: PreTrainedModel, batch: 
         )
         * loss.temperature**2
     )
-    mlm = F.cross_entropy(ours.logits.view(-1, ours.logits.size(-1)), batch.labels.view(-1), ignore_index=NOT_MASKED)
+    mlm = F.cross_entropy(ours.logits.view(-1, ours.logits.size(-1)), batch.labels.view(-1), ignore_index=IGNORE_INDEX)
     student_ND, teacher_ND = (_select(out.hidden_states[-1], batch.attention_mask) for out in (ours, theirs))
     cosine = F.cosine_embedding_loss(student_ND, teacher_ND, student_ND.new_ones(len(student_ND)))
     return Losses(loss.distil * distil + loss.cosine * cosine + loss.mlm * mlm, distil, cosine, mlm)
@@ -66,7 +68,7 @@ def reference_step(
     student: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: ReferenceBatch,
-    loss: Loss,
+    loss: LossSettings,
     autocast: torch.dtype | None,
 ) -> Losses:
     """One optimizer step."""

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from tasks.models.student import make_student
-from tasks.recipe.config import Loss, Targets, Train
+from tasks.recipe.config import LossSettings, TargetSettings, TrainSettings
 from tasks.train.optimizer import make_optimizer
-from tasks.train.step import Distiller, World, gradient_step, sum_counts
-from tasks.train.teacher_signal import Cached, Supervision
+from tasks.train.step import Ranks, StudentWithLoss, gradient_step, sum_counts
+from tasks.train.teacher_signal import CachedTeacher, SignalSource
 from tests.benchmarks.reference import reference_batch, reference_step
 from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, Report, Row, facts_of, least_cpu, notes_of, publish
 from tests.benchmarks.synthetic import SMALL, Bench, cached, first_batch, random_bench, real_bench
@@ -46,20 +46,20 @@ class Step:
 
 def our_step(bench: Bench, positions: str, rows: int) -> Step:
     """Cached int8 targets, as tasks.train does it."""
-    targets = Targets.model_validate({"positions": positions})
+    targets = TargetSettings.model_validate({"positions": positions})
     parts, codec = cached(bench, targets)
     batch = first_batch(bench, targets, parts, rows)
     student, optimizer = _learner(bench)
-    distiller = Distiller(student, Loss(), compile_encoder=False).train()
-    supervision = Cached(bench.teacher, codec, Loss())
+    distiller = StudentWithLoss(student, LossSettings(), compile_encoder=False).train()
+    supervision = CachedTeacher(bench.teacher, codec, LossSettings())
     return Step(partial(train_step, distiller, supervision, optimizer, batch), batch.tokens)
 
 
-def train_step(distiller: nn.Module, supervision: Supervision, optimizer: torch.optim.Optimizer, batch: Any) -> float:
+def train_step(distiller: nn.Module, supervision: SignalSource, optimizer: torch.optim.Optimizer, batch: Any) -> float:
     """What tasks.train does between two batches; the loss."""
-    sums = sum_counts([batch], False, World())
-    parts = gradient_step(distiller, supervision, [batch], sums, World(), None)
-    nn.utils.clip_grad_norm_(distiller.parameters(), Train().clip)
+    sums = sum_counts([batch], False, Ranks())
+    parts = gradient_step(distiller, supervision, [batch], sums, Ranks(), None)
+    nn.utils.clip_grad_norm_(distiller.parameters(), TrainSettings().clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(parts[0])
@@ -67,17 +67,23 @@ def train_step(distiller: nn.Module, supervision: Supervision, optimizer: torch.
 
 def their_step(bench: Bench, rows: int) -> Step:
     """The reference over all attended positions."""
-    batch = first_batch(bench, Targets(), bench.parts, rows)
+    batch = first_batch(bench, TargetSettings(), bench.parts, rows)
     student, optimizer = _learner(bench)
     work = partial(
-        reference_step, bench.teacher.model, student.train(), optimizer, reference_batch(batch), Loss(), autocast=None
+        reference_step,
+        bench.teacher.model,
+        student.train(),
+        optimizer,
+        reference_batch(batch),
+        LossSettings(),
+        autocast=None,
     )
     return Step(work, batch.tokens)
 
 
 def _learner(bench: Bench) -> tuple[Any, torch.optim.Optimizer]:
     student = make_student(bench.teacher.model, bench.teacher.vocabulary, layers=bench.layers)
-    return student, make_optimizer(student, Train())
+    return student, make_optimizer(student, TrainSettings())
 
 
 def step_rows(bench: Bench, rows: int, tries: int = TRIES) -> list[Row]:

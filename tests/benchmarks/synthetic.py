@@ -21,11 +21,11 @@ from storage.arrow import ArrowWriter, blocks_schema
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.loader.batch import Batch, Masking, make_batch
-from tasks.loader.dataset import Corpus as Reader
+from tasks.loader.batch import Batch, MaskingRule, make_batch
+from tasks.loader.dataset import BlockDataset as Reader
 from tasks.models.student import make_fresh
 from tasks.models.teacher import TeacherModel, load_teacher, resolve_dtype
-from tasks.recipe.config import Mask, Targets, Teacher
+from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
 from tasks.recipe.run_spec import Part
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture
@@ -84,7 +84,7 @@ def real_bench(folder: Path, teacher: Path, corpus: Path, *, length: int, layers
     """A saved teacher on the CPU, and blocks of a few small shards of real text."""
     store = Store(folder / "store")
     blocks = tuple(blocks_of(store, corpus, teacher, length, shard_bytes=200_000, shards=shards))
-    loaded = load_teacher(Teacher(model=str(teacher), dtype="float32"), "cpu")
+    loaded = load_teacher(TeacherSettings(model=str(teacher), dtype="float32"), "cpu")
     name = f"demo teacher, {loaded.model.config.num_hidden_layers} layers of {loaded.width} to {layers}"
     return Bench(name, store, loaded, blocks, length, layers)
 
@@ -100,7 +100,7 @@ def random_vocabulary(size: Size) -> Vocabulary:
 
 def random_teacher(size: Size, vocabulary: Vocabulary, device: str) -> TeacherModel:
     """Frozen, in the dtype that a teacher has on this device."""
-    where, settings = torch.device(device), Teacher(model="random")
+    where, settings = torch.device(device), TeacherSettings(model="random")
     dtype = resolve_dtype(settings.dtype, where)
     model = random_model(size, size.layers, vocabulary)
     nn.Module.to(model, where, dtype).requires_grad_(False)
@@ -142,15 +142,15 @@ def _random_blocks(store: Store, vocabulary: Vocabulary, rows: int, length: int,
 # ---- what is made of it ------------------------------------------------------------------------------------
 
 
-def open_bench(bench: Bench, targets: Targets) -> Capture:
+def open_bench(bench: Bench, targets: TargetSettings) -> Capture:
     """The teacher, calibrated on the first shard."""
-    capture = Capture(bench.teacher, bench.teacher.vocabulary, Mask(), targets)
+    capture = Capture(bench.teacher, bench.teacher.vocabulary, MaskSettings(), targets)
     receipt = calibrate(bench.store, [bench.blocks[0].ref], capture)
     calibration = read_calibration(bench.store, receipt.ref)
     return replace(capture, calibration=calibration, calibration_key=receipt.key)
 
 
-def cached(bench: Bench, targets: Targets) -> tuple[tuple[Part, ...], Codec]:
+def cached(bench: Bench, targets: TargetSettings) -> tuple[tuple[Part, ...], Codec]:
     """The manifest with the teacher's targets of every shard, and the codec that decodes them."""
     capture = open_bench(bench, targets)
     receipts = [make_targets(bench.store, blocks.ref, capture) for blocks in bench.blocks]
@@ -159,12 +159,12 @@ def cached(bench: Bench, targets: Targets) -> tuple[tuple[Part, ...], Codec]:
     return parts, open_targets(bench.store, receipts[0].ref).codec
 
 
-def masking_of(bench: Bench, targets: Targets) -> Masking:
+def masking_of(bench: Bench, targets: TargetSettings) -> MaskingRule:
     """How blocks become rows of a batch."""
-    return Masking(bench.teacher.vocabulary, Mask(), targets.positions == "all")
+    return MaskingRule(bench.teacher.vocabulary, MaskSettings(), targets.positions == "all")
 
 
-def first_batch(bench: Bench, targets: Targets, parts: tuple[Part, ...], rows: int) -> Batch:
+def first_batch(bench: Bench, targets: TargetSettings, parts: tuple[Part, ...], rows: int) -> Batch:
     """The first rows of the first shard; with the teacher's vectors where the parts have targets."""
     reader = Reader(bench.store, parts, cached=bool(parts[0].targets))
     zeros = np.zeros(rows, np.int64)

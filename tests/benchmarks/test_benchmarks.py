@@ -11,7 +11,7 @@ from storage.artifact import Ref
 from storage.store import Store
 from tasks.corpus.snapshot import take_snapshot
 from tasks.models.student import make_student
-from tasks.recipe.config import Corpus, Loss, Targets
+from tasks.recipe.config import CorpusSettings, LossSettings, TargetSettings
 from tasks.tokens.vocabulary import load_vocabulary
 from tests.benchmarks import corpus, gpu, imports, loader, rerun, step
 from tests.benchmarks.flops import case_flops
@@ -31,16 +31,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def test_the_reference_computes_our_loss_over_all_positions(bench: Bench) -> None:
-    batch = reference_batch(first_batch(bench, Targets(), bench.parts, 8))
+    batch = reference_batch(first_batch(bench, TargetSettings(), bench.parts, 8))
     student = make_student(bench.teacher.model, bench.teacher.vocabulary, layers=bench.layers)
-    theirs = float(reference_losses(bench.teacher.model, student, batch, Loss()).total.detach())
+    theirs = float(reference_losses(bench.teacher.model, student, batch, LossSettings()).total.detach())
     ours = step.our_step(bench, "all", 8).run()
     assert ours == pytest.approx(theirs, rel=2e-4)  # ours reads the teacher through int8
 
 
 def test_all_and_masked_positions_are_the_same_blocks_and_masks(bench: Bench) -> None:
     masked, everywhere = (
-        reference_batch(first_batch(bench, Targets.model_validate({"positions": positions}), bench.parts, 8))
+        reference_batch(first_batch(bench, TargetSettings.model_validate({"positions": positions}), bench.parts, 8))
         for positions in ("masked", "all")
     )
     assert torch.equal(masked.input_ids, everywhere.input_ids)
@@ -77,7 +77,7 @@ def test_the_gpu_suite_runs_on_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_others_run(tmp_path: Path, bench: Bench) -> None:
-    settings = Corpus(url=str(CORPUS))
+    settings = CorpusSettings(url=str(CORPUS))
     place = corpus.Place(take_snapshot(settings).sources[:1], settings, load_vocabulary(str(TEACHER)), tmp_path)
     rows = [*corpus.shard_rows(place, 1), *step.step_rows(bench, 8, 1), loader.against_step(bench, "masked", 8, 1)]
     rows += [loader.against_gpu(bench, "all", 8, 1), *imports.measure(1)]

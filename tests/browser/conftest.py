@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from flows.services.process import a_port
+from flows.services.process import free_port
 from tests.harness.place import BROKEN, LIMIT, Place, environment, make_place
 from tests.harness.tiny import make_teacher, write_oscar
 
@@ -65,7 +65,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     variables = environment(folder)
     log = folder / "up.log"
     command = [sys.executable, "-m", "flows.cli", "up", str(place.recipe), str(broken.recipe)]
-    ports = ["--port", str(a_port("Prefect", None)), "--mlflow-port", str(a_port("MLflow", None))]
+    ports = ["--port", str(free_port("Prefect", None)), "--mlflow-port", str(free_port("MLflow", None))]
     with log.open("wb") as output:
         process = subprocess.Popen([*command, *ports], cwd=folder, env=variables, stdout=output, stderr=output)
     try:

@@ -39,7 +39,7 @@ def forecast(tmp_path_factory: pytest.TempPathFactory, history: History, teacher
 
 def test_bytes_are_those_that_the_run_made(forecast: tuple[Recipe, Forecast], history: History) -> None:
     made = {kind: sum(history.place.store.sizes(kind).values()) for kind in ("shard", "blocks", "targets", "model")}
-    found = forecast[1].outlook
+    found = forecast[1].sizes
     for kind, size in made.items():
         assert found.bytes[kind].total == pytest.approx(size, rel=0.2), kind
     assert sum(found.bytes[kind].total for kind in made) == pytest.approx(sum(made.values()), rel=0.1)
@@ -66,7 +66,7 @@ def test_tables_show_the_numbers_of_the_json(forecast: tuple[Recipe, Forecast]) 
     shown = {cells[0]: cells[1:] for cells in lines if cells[0]}
     value: dict[str, Any] = json.loads(json.dumps(found.to_json()))
     parts = ("total", "done", "left")
-    for name, amount in value["outlook"]["bytes"].items():
+    for name, amount in value["sizes"]["bytes"].items():
         assert shown[f"{name} (bytes)"] == [forecast_view.amount_of_bytes(amount[part]) for part in parts]
     for name, amount in {key: one for key, one in value["seconds"].items() if key != "blocks"}.items():
         assert shown[name] == [forecast_view.duration(amount[part]) for part in parts]
@@ -80,7 +80,7 @@ def test_what_is_done_is_not_left(history: History, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(view, "TIMED_SECONDS", 0.1)
     monkeypatch.setattr(view, "look_at_machine", lambda: Machine(2, 1.0))
     found = view.forecast_of(load_recipe(history.place.recipe), sample_bytes=SAMPLE, prices=Prices())
-    assert all(amount.left == 0 < amount.done for amount in found.outlook.bytes.values())
+    assert all(amount.left == 0 < amount.done for amount in found.sizes.bytes.values())
     assert found.total_seconds.left == 0 < found.total_seconds.total
     assert found.need == 0
 
@@ -92,7 +92,7 @@ def test_the_command_prints_json_and_keeps_nothing(
     result = shell("plan", place.recipe, "--json", "--prepare", "targets.source=online")
     assert result.status == 0, result.err
     value = json.loads(result.out)
-    assert set(value["outlook"]["bytes"]) == {"shard", "blocks", "targets"}
+    assert set(value["sizes"]["bytes"]) == {"shard", "blocks", "targets"}
     assert value["need"] > 0
     assert not place.home.joinpath("store").exists()
 
@@ -103,7 +103,7 @@ def test_the_command_prints_json_and_keeps_nothing(
 def check(place: Place, monkeypatch: pytest.MonkeyPatch, free: int | None, *, training: bool = True) -> None:
     recipe = load_recipe(place.recipe)
     monkeypatch.setattr(entrance, "free_bytes", lambda store: free)
-    entrance.check_room(place.store, recipe, trace(place.store, recipe), training=training)
+    entrance.check_free_space(place.store, recipe, trace(place.store, recipe), training=training)
 
 
 def never(*_: object, **__: object) -> None:

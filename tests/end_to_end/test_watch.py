@@ -12,9 +12,9 @@ from mlflow.tracking import MlflowClient
 from prefect.client.schemas.objects import FlowRun
 
 from flows.home import set_environment
-from flows.pipeline.finished import remember
+from flows.pipeline.finished import remember_done
 from flows.tracking.registry import CHAMPION
-from flows.tracking.runs import open_book
+from flows.tracking.runs import open_mlflow_runs
 from tasks.recipe.load import load_recipe
 from tasks.recipe.run_spec import read_run
 from tests.harness.place import LIMIT, History, Place, ended, environment, made
@@ -53,13 +53,13 @@ def place(history: History, stack: Stack, tmp_path: Path, monkeypatch: pytest.Mo
     set_environment(str(place.home))
     (model,) = place.receipts("model")
     recipe = load_recipe(place.recipe)
-    book = open_book(recipe)
+    book = open_mlflow_runs(recipe)
     run = book.run("chain", model.parents[0], "tiny")
     book.registry.register(run, "distilled", model.key, place.store.local(model), "Le juge <mask> le dossier.", {})
     book.client.set_registered_model_alias("distilled", CHAMPION, "1")
     # What was done for the MLflow of another home is not done for this one until somebody says so.
     specs = (read_run(str(path)) for path in (history.place.home / "run").glob("*/run.json"))
-    remember(place.store, recipe, next(run for run in specs if run.run_key == model.parents[0]), {})
+    remember_done(place.store, recipe, next(run for run in specs if run.run_key == model.parents[0]), {})
     deployed = place.distil("deploy", server=stack.url)
     assert deployed.status == 0, deployed.err
     return place

@@ -19,7 +19,7 @@ from tests.harness.server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
 if TYPE_CHECKING:
-    from flows.tracking.runs import Book
+    from flows.tracking.runs import MlflowRuns
 
 Distil = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -57,14 +57,14 @@ def prefect_api() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> "Book":
+def book(tmp_path_factory: pytest.TempPathFactory) -> "MlflowRuns":
     """An MLflow of its own, on SQLite."""
-    from flows.tracking.runs import open_book
+    from flows.tracking.runs import open_mlflow_runs
 
     folder = tmp_path_factory.mktemp("mlflow")
     set_environment(str(folder))
     values = {"name": "tiny", "home": str(folder), "corpus": {"url": "x"}, "teacher": {"model": "y"}}
-    return open_book(make_recipe(values, "test"))
+    return open_mlflow_runs(make_recipe(values, "test"))
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.inventory import kept
-from flows.pipeline.preparation import Prepared, StageDone, unexplained
+from flows.inventory import artifacts_to_keep
+from flows.pipeline.preparation import Prepared, StageDone, silently_missing
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.fingerprint import sha256_bytes
@@ -49,28 +49,28 @@ def test_a_lost_artifact_is_a_gap_unless_its_failure_was_reported(store: Store, 
     lost = trace(store, recipe).training_blocks[1]
     store.withdraw(lost)
     lineage = trace(store, recipe)
-    assert unexplained(store, Prepared(lineage, ())) == [lost]
+    assert silently_missing(store, Prepared(lineage, ())) == [lost]
     failure = store.fail(lost, FatalError("no"))
-    assert unexplained(store, Prepared(lineage, (StageDone("blocks", 1, (failure,), 0.1),))) == []
+    assert silently_missing(store, Prepared(lineage, (StageDone("blocks", 1, (failure,), 0.1),))) == []
 
 
 def test_gc_refuses_while_it_cannot_know_what_a_source_holds(store: Store, recipe: Recipe) -> None:
     wanted = {(ref.kind, ref.key) for ref in trace(store, recipe).training_blocks}
-    assert wanted <= kept(store, [recipe])
+    assert wanted <= artifacts_to_keep(store, [recipe])
     source = trace(store, recipe).sources[0][1]
     assert isinstance(source, Ref)
     store.withdraw(source)
     with pytest.raises(FatalError, match="fr_meta_part_1 is not done"):
-        kept(store, [recipe])
+        artifacts_to_keep(store, [recipe])
 
 
 def test_gc_spares_what_a_training_of_an_older_snapshot_reads(store: Store, recipe: Recipe) -> None:
     old = put(store, "blocks of the snapshot before").ref
-    assert (old.kind, old.key) not in kept(store, [recipe])
+    assert (old.kind, old.key) not in artifacts_to_keep(store, [recipe])
     lease = Lease.take(store, "f" * 64, [old])
-    assert (old.kind, old.key) in kept(store, [recipe])
+    assert (old.kind, old.key) in artifacts_to_keep(store, [recipe])
     lease.end()
-    assert (old.kind, old.key) not in kept(store, [recipe])
+    assert (old.kind, old.key) not in artifacts_to_keep(store, [recipe])
 
 
 def test_gc_drops_the_checkpoints_of_a_training_that_has_its_model(store: Store, recipe: Recipe) -> None:
@@ -79,5 +79,5 @@ def test_gc_drops_the_checkpoints_of_a_training_that_has_its_model(store: Store,
         with store.scratch() as folder:
             (folder / "weights").write_bytes(b"bytes")
             store.commit(ref, folder, schema=1, rows=1, tokens=1, settings={}, parents=[])
-    checkpoints = {key for kind, key in kept(store, [recipe]) if kind == "checkpoint"}
+    checkpoints = {key for kind, key in artifacts_to_keep(store, [recipe]) if kind == "checkpoint"}
     assert checkpoints == {f"{going}-{7:09d}"}

@@ -8,22 +8,22 @@ from threading import Thread
 
 import pytest
 
-from flows.home import public, registry_name, set_environment, tracking_uri, up_file, user
-from flows.services.process import answers
+from flows.home import registry_name, set_environment, tracking_uri, up_file, user, without_credentials
+from flows.services.process import is_healthy
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 
 
 def test_an_address_is_shown_without_its_password() -> None:
-    assert public("https://me:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
+    assert without_credentials("https://me:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
 
 
 def test_a_server_is_shown_where_browsers_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTIL_MLFLOW_URL", "http://127.0.0.1:5000")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
-    assert public("http://me:secret@other:5000") == "http://other:5000"
-    assert public("http://me:secret@mlflow:5000") == "http://127.0.0.1:5000"
-    assert public("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
+    assert without_credentials("http://me:secret@other:5000") == "http://other:5000"
+    assert without_credentials("http://me:secret@mlflow:5000") == "http://127.0.0.1:5000"
+    assert without_credentials("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
 
 
 def recipe_of(home: Path) -> Recipe:
@@ -64,11 +64,11 @@ def test_the_servers_of_this_machine_are_reached_past_a_proxy(tmp_path: Path, mo
         thread = Thread(target=server.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{server.server_address[1]}/health"
-        assert not answers(url)
+        assert not is_healthy(url)
         for name in dict(os.environ):  # what it sets is taken back
             monkeypatch.setenv(name, os.environ[name])
         set_environment(str(tmp_path))
-        assert answers(url)
+        assert is_healthy(url)
         server.shutdown()
         thread.join()
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == ".example,127.0.0.1,localhost"

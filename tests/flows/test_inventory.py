@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from flows.home import set_environment
-from flows.inventory import plan
+from flows.inventory import planned_training
 from flows.tracking.registry import CHAMPION, fetch_model
-from flows.tracking.runs import open_book
+from flows.tracking.runs import open_mlflow_runs
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_teacher(folder / "model")
     make_teacher(folder / "other", layers=3)
     recipe = recipe_of(folder)
-    book = open_book(recipe)
+    book = open_mlflow_runs(recipe)
     run = book.run("chain", "0" * 64, "tiny")
     for name in ("model", "other"):
         book.registry.register(run, "distilled", name, folder / name, "Le juge <mask> le dossier.", {})
@@ -62,7 +62,7 @@ def recipe_of(place: Path, start: str = "", home: Path | None = None) -> Recipe:
 def planned(place: Path, start: str, home: Path | None = None) -> RunSpec:
     recipe = recipe_of(place, start, home)
     store = Store(recipe.store)
-    return plan(store, recipe, trace(store, recipe))
+    return planned_training(store, recipe, trace(store, recipe))
 
 
 def test_the_same_model_gives_the_same_run_by_alias_number_or_folder_and_on_any_machine(

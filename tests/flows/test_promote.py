@@ -10,18 +10,27 @@ import pytest
 
 from flows.home import set_environment
 from flows.promote import run_promote
-from flows.release.gate import FORCED, PROMOTED, REFUSED, STANDS, Order, decide, examine, turn
-from flows.release.standings import record_standings, standings_of
-from flows.tracking.registry import CHAMPION_SINCE, Registry, Version, open_registry
-from flows.tracking.runs import open_book
+from flows.release.gate import (
+    ALREADY_CHAMPION,
+    FORCED,
+    PROMOTED,
+    REFUSED,
+    PromotionRequest,
+    decide,
+    examine,
+    promotion_lock,
+)
+from flows.release.version_results import newest_results, record_results
+from flows.tracking.registry import CHAMPION_SINCE, ModelRegistry, Version, open_registry
+from flows.tracking.runs import open_mlflow_runs
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
-from tasks.release.results import NOT_RUN, Standing
+from tasks.release.results import NOT_RUN, SetResult
 
 PROTOCOLS = {"heldout": sha256_bytes(b"heldout"), "ner": sha256_bytes(b"ner")}
-PERSON = Order(by="marie")
+PERSON = PromotionRequest(by="marie")
 
 
 @pytest.fixture(scope="module")
@@ -51,43 +60,43 @@ def recipe(tmp_path: Path, database: str) -> Recipe:
 
 
 @pytest.fixture
-def registry(recipe: Recipe) -> Registry:
+def registry(recipe: Recipe) -> ModelRegistry:
     return open_registry(recipe)
 
 
 def version_of(
-    registry: Registry, recipe: Recipe, *standings: Standing, protocols: dict[str, str] = PROTOCOLS
+    registry: ModelRegistry, recipe: Recipe, *standings: SetResult, protocols: dict[str, str] = PROTOCOLS
 ) -> Version:
     """A new version, without a model behind it, with these standings."""
     name = recipe.register_as.name
-    run = open_book(recipe).run("chain", sha256_bytes(os.urandom(8)), "tiny")
+    run = open_mlflow_runs(recipe).run("chain", sha256_bytes(os.urandom(8)), "tiny")
     if not registry.client.search_registered_models(f"name = '{name}'"):
         registry.client.create_registered_model(name)
     made = registry.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
-    return record_standings(registry, registry.version(name, str(made.version)), standings, protocols)
+    return record_results(registry, registry.version(name, str(made.version)), standings, protocols)
 
 
-def heldout(*values: float) -> Standing:
-    return Standing("heldout", "top1", values)
+def heldout(*values: float) -> SetResult:
+    return SetResult("heldout", "top1", values)
 
 
-def ner(*values: float) -> Standing:
-    return Standing("ner", "entity_f1", values)
+def ner(*values: float) -> SetResult:
+    return SetResult("ner", "entity_f1", values)
 
 
 CHAMPION = (heldout(0.46), ner(0.870, 0.876, 0.873))
 
 
-def tag(registry: Registry, version: Version, name: str) -> str:
+def tag(registry: ModelRegistry, version: Version, name: str) -> str:
     return registry.version(version.name, version.version).tags[f"distil.gate.{name}"]
 
 
-def champion(registry: Registry, recipe: Recipe) -> str:
+def champion(registry: ModelRegistry, recipe: Recipe) -> str:
     found = registry.champion(recipe.register_as.name)
     return found.version if found else ""
 
 
-def test_better_equal_worse_and_incomplete(registry: Registry, recipe: Recipe) -> None:
+def test_better_equal_worse_and_incomplete(registry: ModelRegistry, recipe: Recipe) -> None:
     first = version_of(registry, recipe, *CHAMPION)
     assert decide(recipe, registry, first, PERSON).decision == PROMOTED
     assert tag(registry, first, "against") == "no champion"
@@ -95,7 +104,7 @@ def test_better_equal_worse_and_incomplete(registry: Registry, recipe: Recipe) -
         ((heldout(0.47), ner(0.880, 0.886, 0.883)), PROMOTED, "ner rose by 0.0100, from 0.8730 to 0.8830"),
         ((heldout(0.47), ner(0.880, 0.886, 0.883)), PROMOTED, "ner is 0.8830, equal to the best so far"),
         ((heldout(0.60), ner(0.860, 0.866, 0.863)), REFUSED, "ner fell by 0.0200"),
-        ((heldout(0.60), Standing("ner", "", (), "the set is away")), REFUSED, "ner was not run: the set is away"),
+        ((heldout(0.60), SetResult("ner", "", (), "the set is away")), REFUSED, "ner was not run: the set is away"),
     ):
         before = champion(registry, recipe)
         version = version_of(registry, recipe, *standings)
@@ -108,10 +117,10 @@ def test_better_equal_worse_and_incomplete(registry: Registry, recipe: Recipe) -
         assert tag(registry, version, "by") == "marie"
 
 
-def test_a_person_may_force_for_a_reason(registry: Registry, recipe: Recipe) -> None:
+def test_a_person_may_force_for_a_reason(registry: ModelRegistry, recipe: Recipe) -> None:
     decide(recipe, registry, version_of(registry, recipe, *CHAMPION), PERSON)
     worse = version_of(registry, recipe, heldout(0.3), ner(0.5, 0.6))
-    judgement = decide(recipe, registry, worse, Order("marie", force=True, reason="the old one leaks names"))
+    judgement = decide(recipe, registry, worse, PromotionRequest("marie", force=True, reason="the old one leaks names"))
     assert judgement.decision == tag(registry, worse, "decision") == FORCED
     assert tag(registry, worse, "reason").startswith(
         "the old one leaks names (against the gate: heldout fell by 0.1600"
@@ -123,14 +132,14 @@ def test_a_person_may_force_for_a_reason(registry: Registry, recipe: Recipe) -> 
     )
 
 
-def test_the_champion_stays_when_it_is_asked_about_again(registry: Registry, recipe: Recipe) -> None:
+def test_the_champion_stays_when_it_is_asked_about_again(registry: ModelRegistry, recipe: Recipe) -> None:
     first = version_of(registry, recipe, *CHAMPION)
     decide(recipe, registry, first, PERSON)
-    assert decide(recipe, registry, first, PERSON).decision == STANDS
+    assert decide(recipe, registry, first, PERSON).decision == ALREADY_CHAMPION
     assert tag(registry, first, "decision") == PROMOTED
 
 
-def test_other_protocols_are_not_compared(registry: Registry, recipe: Recipe) -> None:
+def test_other_protocols_are_not_compared(registry: ModelRegistry, recipe: Recipe) -> None:
     first = version_of(registry, recipe, *CHAMPION)
     decide(recipe, registry, first, PERSON)
     other = PROTOCOLS | {"heldout": sha256_bytes(b"a newer snapshot")}
@@ -139,14 +148,14 @@ def test_other_protocols_are_not_compared(registry: Registry, recipe: Recipe) ->
     assert judgement.decision == REFUSED
     assert f"heldout cannot be compared: {first}, the champion, has no score by this protocol" in judgement.sentence
     # The champion is scored by the new protocol as well; its older standing is kept beside it.
-    first = record_standings(registry, registry.version(first.name, "1"), [heldout(0.85)], other)
+    first = record_results(registry, registry.version(first.name, "1"), [heldout(0.85)], other)
     assert decide(recipe, registry, second, PERSON).decision == PROMOTED
-    assert [standing.mean for standing in standings_of(first) if standing.set_name == "heldout"] == [0.85]
+    assert [standing.mean for standing in newest_results(first) if standing.set_name == "heldout"] == [0.85]
     third = version_of(registry, recipe, heldout(0.9), ner(0.88))
     assert f"heldout cannot be compared: {second}" in decide(recipe, registry, third, PERSON).sentence
 
 
-def test_a_set_that_only_the_champion_has_is_missing(registry: Registry, recipe: Recipe) -> None:
+def test_a_set_that_only_the_champion_has_is_missing(registry: ModelRegistry, recipe: Recipe) -> None:
     decide(recipe, registry, version_of(registry, recipe, *CHAMPION), PERSON)
     less = version_of(registry, recipe, heldout(0.6))
     assert "ner was not run" in decide(recipe, registry, less, PERSON).sentence
@@ -154,7 +163,7 @@ def test_a_set_that_only_the_champion_has_is_missing(registry: Registry, recipe:
     assert decide(lenient, registry, less, PERSON).decision == PROMOTED
 
 
-def test_a_champion_made_by_hand_counts(registry: Registry, recipe: Recipe) -> None:
+def test_a_champion_made_by_hand_counts(registry: ModelRegistry, recipe: Recipe) -> None:
     first, second = version_of(registry, recipe, heldout(0.5)), version_of(registry, recipe, heldout(0.6))
     registry.client.set_registered_model_alias(first.name, "champion", first.version)
     assert decide(recipe, registry, second, PERSON).decision == PROMOTED
@@ -162,7 +171,7 @@ def test_a_champion_made_by_hand_counts(registry: Registry, recipe: Recipe) -> N
     assert [one.version for one in registry.champions(first.name)] == ["1", "2"]
 
 
-def test_looking_changes_nothing(registry: Registry, recipe: Recipe) -> None:
+def test_looking_changes_nothing(registry: ModelRegistry, recipe: Recipe) -> None:
     version = version_of(registry, recipe, heldout(0.5))
     verdict, before = examine(registry, version, recipe.gate)
     assert verdict.promote
@@ -170,7 +179,7 @@ def test_looking_changes_nothing(registry: Registry, recipe: Recipe) -> None:
     assert champion(registry, recipe) == ""
 
 
-def test_what_is_not_there_is_named(registry: Registry, recipe: Recipe) -> None:
+def test_what_is_not_there_is_named(registry: ModelRegistry, recipe: Recipe) -> None:
     name = recipe.register_as.name
     with pytest.raises(FatalError, match=f"MLflow has no model {name}"):
         registry.version(name)
@@ -192,35 +201,35 @@ def promote_at_once(
     registry = open_registry(recipe)
     version = registry.version(name, number)
     ready.wait(120)
-    decide(recipe, registry, version, Order(by=number))
+    decide(recipe, registry, version, PromotionRequest(by=number))
 
 
-def test_who_waits_is_judged_against_the_champion_of_its_turn(registry: Registry, recipe: Recipe) -> None:
+def test_who_waits_is_judged_against_the_champion_of_its_turn(registry: ModelRegistry, recipe: Recipe) -> None:
     decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
     with ThreadPoolExecutor(1) as pool:
-        with turn(recipe, high.name):
+        with promotion_lock(recipe, high.name):
             waiting = pool.submit(decide, recipe, registry, low, PERSON)
-            registry.crown(high, "2026-11-25T12:00:00", registry.champion(high.name))
+            registry.set_champion(high, "2026-11-25T12:00:00", registry.champion(high.name))
         judgement = waiting.result(120)
     assert (judgement.decision, judgement.against) == (REFUSED, high.version)
     assert champion(registry, recipe) == high.version
 
 
-def test_who_was_judged_against_another_champion_is_not_crowned(registry: Registry, recipe: Recipe) -> None:
+def test_who_was_judged_against_another_champion_is_not_crowned(registry: ModelRegistry, recipe: Recipe) -> None:
     """As when another machine, which has no lock with this one, promotes in the meantime."""
     decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
     old = registry.champion(recipe.register_as.name)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
-    registry.crown(high, "2026-11-25T12:00:00", old)
+    registry.set_champion(high, "2026-11-25T12:00:00", old)
     with pytest.raises(RetryableError, match="was changed by somebody else"):
-        registry.crown(low, "2026-11-25T12:00:01", old)
+        registry.set_champion(low, "2026-11-25T12:00:01", old)
     assert champion(registry, recipe) == high.version
     assert (registry.aliases_of(high), registry.aliases_of(low)) == (["champion"], [])
 
 
 @pytest.mark.slow
-def test_two_at_once_are_judged_one_after_the_other(registry: Registry, recipe: Recipe) -> None:
+def test_two_at_once_are_judged_one_after_the_other(registry: ModelRegistry, recipe: Recipe) -> None:
     """Both beat the champion; the lower of them, where it comes second, does not beat the higher."""
     decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
@@ -250,13 +259,11 @@ def test_two_at_once_are_judged_one_after_the_other(registry: Registry, recipe: 
         assert (against[low.version], against[high.version]) == ("1", low.version)
 
 
-def test_what_was_not_run_and_is_asked_for_no_longer_does_not_block(registry: Registry, recipe: Recipe) -> None:
-    lacking = Standing("fine-tuning", "", (), "no protocol is named")
+def test_what_was_not_run_and_is_asked_for_no_longer_does_not_block(registry: ModelRegistry, recipe: Recipe) -> None:
+    lacking = SetResult("fine-tuning", "", (), "no protocol is named")
     version = version_of(registry, recipe, heldout(0.5), lacking, protocols=PROTOCOLS | {"fine-tuning": NOT_RUN})
     assert decide(recipe, registry, version, PERSON).decision == REFUSED
-    record_standings(
-        registry, registry.version(version.name, version.version), [heldout(0.5), ner(0.8, 0.9)], PROTOCOLS
-    )
+    record_results(registry, registry.version(version.name, version.version), [heldout(0.5), ner(0.8, 0.9)], PROTOCOLS)
     assert decide(recipe, registry, version, PERSON).decision == PROMOTED
 
 

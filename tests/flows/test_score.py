@@ -151,10 +151,10 @@ def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
 def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path) -> None:
     """A registered model of another recipe is scored and shown, but its own standings stay what the gate sees."""
     from flows.home import set_environment
-    from flows.release.standings import protocols_by_set
+    from flows.release.version_results import protocols_by_set
     from flows.score import record
-    from flows.scoring.candidates import Candidate, Judged
-    from flows.tracking.runs import open_book
+    from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
+    from flows.tracking.runs import open_mlflow_runs
     from tasks.recipe.load import make_recipe
 
     set_environment(str(tmp_path))
@@ -167,14 +167,16 @@ def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path)
         "teacher": {"model": str(tmp_path / "teacher")},
     }
     recipe = make_recipe(values, "test")
-    book = open_book(recipe)
+    book = open_mlflow_runs(recipe)
     run = book.run("chain", "0" * 64, "a")
     for name in ("mine", "other"):
         book.client.create_registered_model(name)
         book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
-    models = [Candidate(name, name, tmp_path, f"models:/{name}/1") for name in ("mine", "other")]
+    models = [EvaluatedModel(name, name, tmp_path, f"models:/{name}/1") for name in ("mine", "other")]
     record(
-        recipe, models, Judged({name: {"heldout": {"top1": 0.5, "protocol": "a" * 64}} for name in ("mine", "other")})
+        recipe,
+        models,
+        ScoredModels({name: {"heldout": {"top1": 0.5, "protocol": "a" * 64}} for name in ("mine", "other")}),
     )
     assert protocols_by_set(book.registry.version("mine", "1")) == {"heldout": "a" * 12}
     assert protocols_by_set(book.registry.version("other", "1")) == {}

@@ -24,7 +24,7 @@ from flows.home import open_store, set_environment, tracking_uri
 from flows.watch import LOOKS, watch_snapshots
 from tasks.corpus.listing import list_folder
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe, placed
+from tasks.recipe.load import make_recipe, with_absolute_paths
 from tests.harness.tiny import save_tokenizer, write_oscar, write_sums
 
 Place = Callable[..., Recipe]
@@ -58,7 +58,7 @@ def place(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> P
             "run": {"retries": 0},
             "watch": {"settle_seconds": 0.3} | settings,
         }
-        return placed(make_recipe(values, "test"))
+        return with_absolute_paths(make_recipe(values, "test"))
 
     return recipe
 
@@ -129,7 +129,7 @@ def test_a_slow_copy_is_left_alone_until_it_is_whole_and_then_starts_one_run(pla
 def test_an_earlier_look_that_agrees_is_enough(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = place(write_oscar(tmp_path / "corpus", parts=1), settle_seconds=3600)
     seen = {"listing": list_folder(recipe.corpus.url).fingerprint, "since": time.time() - 3700}
-    open_store(recipe).note(LOOKS, recipe.corpus.url, seen)
+    open_store(recipe).remember(LOOKS, recipe.corpus.url, seen)
     monkeypatch.setattr(watch, "time", SimpleNamespace(time=time.time))  # so that it cannot wait
     assert "taken: run" in tick(recipe)
 

@@ -16,9 +16,9 @@ from storage.fingerprint import sha256_bytes
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
-from tasks.eval.scores import Trial, keep_scores
+from tasks.eval.scores import ScoreKey, keep_scores
 from tasks.models.files import fingerprint_of
-from tasks.recipe.config import Blocks, Corpus, Mask, Targets, Teacher
+from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings, TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import Part, RunSpec, make_run
 from tasks.targets.calibration import calibrate
@@ -26,7 +26,7 @@ from tasks.targets.compute import make_targets, open_capture
 from tasks.tokens.blocks import count_tokens, make_blocks
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.process import StopSignal
-from tasks.train.step import World
+from tasks.train.step import Ranks
 from tasks.train.trainer import train
 from tests.harness.tiny import documents, make_parts, make_teacher, save_text_shard, write_oscar
 
@@ -37,7 +37,7 @@ class Bench:
 
     store: Store
     elsewhere: Path
-    teacher: Teacher
+    teacher: TeacherSettings
     parts: tuple[Part, ...]
 
     @property
@@ -65,21 +65,21 @@ def make_bench(store: Store, elsewhere: Path) -> Bench:
     """Blocks of two shards, and a teacher."""
     make_teacher(elsewhere / "teacher")
     parts = make_parts(store, elsewhere / "teacher", texts=8)
-    return Bench(store, elsewhere, Teacher(model=str(elsewhere / "teacher")), parts)
+    return Bench(store, elsewhere, TeacherSettings(model=str(elsewhere / "teacher")), parts)
 
 
 # ---- the stages, each as a call that can be repeated ----------------------------------------------------------
 
 
 def source(bench: Bench) -> Callable[[], object]:
-    corpus = Corpus(url=str(write_oscar(bench.elsewhere / "corpus", parts=1)))
+    corpus = CorpusSettings(url=str(write_oscar(bench.elsewhere / "corpus", parts=1)))
     (one,) = take_snapshot(corpus).sources
     return lambda: shard_source(bench.store, one, corpus)
 
 
 def blocks(bench: Bench) -> Callable[[], object]:
     shard = save_text_shard(bench.store, documents(20, seed=9), "new-0000")
-    return lambda: make_blocks(bench.store, shard, Blocks(length=32), load_vocabulary(bench.teacher.model))
+    return lambda: make_blocks(bench.store, shard, BlockSettings(length=32), load_vocabulary(bench.teacher.model))
 
 
 def counts(bench: Bench) -> Callable[[], object]:
@@ -88,30 +88,32 @@ def counts(bench: Bench) -> Callable[[], object]:
 
 def calibration(bench: Bench) -> Callable[[], object]:
     vocabulary = load_vocabulary(bench.teacher.model)
-    capture = open_capture(bench.store, bench.teacher, vocabulary, Mask(), Targets(), device="cpu")
+    capture = open_capture(bench.store, bench.teacher, vocabulary, MaskSettings(), TargetSettings(), device="cpu")
     return lambda: calibrate(bench.store, bench.sample, capture)
 
 
 def targets(bench: Bench) -> Callable[[], object]:
     vocabulary = load_vocabulary(bench.teacher.model)
-    bare = open_capture(bench.store, bench.teacher, vocabulary, Mask(), Targets(), device="cpu")
+    bare = open_capture(bench.store, bench.teacher, vocabulary, MaskSettings(), TargetSettings(), device="cpu")
     frozen = calibrate(bench.store, bench.sample, bare).ref
-    capture = open_capture(bench.store, bench.teacher, vocabulary, Mask(), Targets(), None, frozen, "cpu")
+    capture = open_capture(
+        bench.store, bench.teacher, vocabulary, MaskSettings(), TargetSettings(), None, frozen, "cpu"
+    )
     return lambda: make_targets(bench.store, bench.sample[0], capture)
 
 
 def checkpoint(bench: Bench) -> Callable[[], object]:
     run = bench.run(bench.elsewhere / "home")
-    return lambda: train(run, World(), StopSignal())
+    return lambda: train(run, Ranks(), StopSignal())
 
 
 def model(bench: Bench) -> Callable[[], object]:
     run = bench.run(bench.elsewhere / "home")
-    train(run, World(), StopSignal())
+    train(run, Ranks(), StopSignal())
     receipt = bench.store.receipt(run.model_ref)
     bench.store.withdraw(receipt.ref)
     bench.store.drop_data(receipt)
-    return lambda: train(run, World(), StopSignal())
+    return lambda: train(run, Ranks(), StopSignal())
 
 
 def metrics(bench: Bench) -> Callable[[], object]:
@@ -119,11 +121,11 @@ def metrics(bench: Bench) -> Callable[[], object]:
     run = bench.run(Path(bench.store.root).parent / "home")
     other = Store(bench.elsewhere / "store")
     make_parts(other, Path(bench.teacher.model), texts=8)
-    return lambda: train(run.model_copy(update={"store": other.root}), World(), StopSignal())
+    return lambda: train(run.model_copy(update={"store": other.root}), Ranks(), StopSignal())
 
 
 def scores(bench: Bench) -> Callable[[], object]:
-    trial = Trial(sha256_bytes(b"model"), {"name": "p"}, "set")
+    trial = ScoreKey(sha256_bytes(b"model"), {"name": "p"}, "set")
     return lambda: keep_scores(bench.store, trial, {"accuracy": 0.5})
 
 

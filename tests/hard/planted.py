@@ -25,7 +25,7 @@ from storage.arrow import TARGETS, ArrowWriter
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.targets.file import FILE, TargetRows, describe, write_rows
+from tasks.targets.file import FILE, TargetRows, file_metadata, write_rows
 
 Change = Callable[[bytes], bytes | None]
 """The bytes of a file -> what is there instead; None: nothing."""
@@ -329,7 +329,7 @@ def forge_targets(store: Store, ref: Ref, original: TargetRows, shift_rows: int 
     """Commits as `ref`, whose key the file then names, the rows of other targets, rolled by rows or by vectors."""
     rows = np.roll(np.arange(len(original)), shift_rows)
     with store.scratch() as folder:
-        with ArrowWriter(folder / FILE, TARGETS, describe(original.codec, ref, {})) as writer:
+        with ArrowWriter(folder / FILE, TARGETS, file_metadata(original.codec, ref, {})) as writer:
             digests = [int(value).to_bytes(8, "little") for value in original.digests[rows]]
             payload = np.roll(original.payload(rows), shift_vectors, axis=0)
             write_rows(writer, digests, original.counts[rows], payload)

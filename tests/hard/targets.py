@@ -21,7 +21,7 @@ from storage.errors import DistilError
 from tasks.corpus.document import Tally
 from tasks.corpus.reader import read_documents
 from tasks.corpus.snapshot import parse_checksums
-from tasks.recipe.config import Corpus, Mask
+from tasks.recipe.config import CorpusSettings, MaskSettings
 from tasks.recipe.load import load_recipe
 from tasks.targets.codec import Calibration, Codec
 from tasks.tokens.mask import mask_rows
@@ -29,7 +29,7 @@ from tasks.tokens.vocabulary import Vocabulary
 
 Target = Callable[[bytes, Path], None]
 WIDTH, VOCABULARY = 48, 300
-SETTINGS = Corpus(url="corpus", max_line_bytes=5_000, max_unpacked_ratio=50)
+SETTINGS = CorpusSettings(url="corpus", max_line_bytes=5_000, max_unpacked_ratio=50)
 SPECIALS = (0, 1, 2, 3, 4)
 
 
@@ -81,7 +81,7 @@ def masked(data: bytes, _: Path) -> None:
     lengths = (np.arange(len(ids)) * (head[1] + 1)) % (length + 1)
     vocabulary = Vocabulary("fuzz", "", "fuzz", VOCABULARY, 1, 0, 2, 4, 3, SPECIALS, (3,))
     kind, counts = ("uniform", None) if head[1] % 2 else ("smoothed", np.arange(VOCABULARY))
-    found = mask_rows("ab" * 32, np.arange(len(ids)), ids, lengths, vocabulary, Mask(kind=kind), counts, 0)
+    found = mask_rows("ab" * 32, np.arange(len(ids)), ids, lengths, vocabulary, MaskSettings(kind=kind), counts, 0)
     chosen = np.zeros(ids.shape, dtype=bool)
     row, column = np.nonzero(found.valid)
     chosen[row, found.positions[row, column]] = True

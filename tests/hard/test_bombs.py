@@ -24,7 +24,7 @@ from tasks.corpus.fetch import fetched
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import Source, take_snapshot
 from tasks.plan.sample import take_sample
-from tasks.recipe.config import Blocks, Corpus, Mask
+from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings
 from tasks.tokens.vocabulary import load_vocabulary
 from tests.conftest import REPO
 from tests.harness.tiny import save_tokenizer
@@ -137,7 +137,7 @@ def test_a_parquet_page_is_known_before_it_is_read(tmp_path: Path, monkeypatch: 
     folder.mkdir()
     path = folder / "a.parquet"
     pq.write_table(pa.table({"text": [f"{number} mieux" for number in range(2000)]}), path, use_dictionary=False)
-    store, settings = Store(tmp_path / "store"), Corpus(url=str(folder), heldout_per_mille=0)
+    store, settings = Store(tmp_path / "store"), CorpusSettings(url=str(folder), heldout_per_mille=0)
     (source,) = take_snapshot(settings).sources
     monkeypatch.setattr("tasks.corpus.parquet_pages.PAGE", 1000)
     with pytest.raises(FatalError, match=r"^a\.parquet: a page of its column text unpacks to .* smaller pages"):
@@ -162,12 +162,12 @@ def test_a_plan_does_not_unpack_a_bomb_either(tmp_path: Path, monkeypatch: pytes
         pq.write_table(pa.table({"text": ["mieux " * 50_000] * 100}), folder / name, compression="zstd")
     else:
         (folder / name).write_bytes(packed(b'{"text": "' + b"a" * PIECE + b'"}\n', name) * 60)
-    settings = Corpus(url=str(folder), max_unpacked_ratio=2)
+    settings = CorpusSettings(url=str(folder), max_unpacked_ratio=2)
     vocabulary = load_vocabulary(str(save_tokenizer(tmp_path / "tokenizer")))
     sources, store = take_snapshot(settings).sources, Store(tmp_path / "store")
     budget = sources[0].size - 1
     with pytest.raises(FatalError, match=rf"^{name} unpacks to more than 2 times its"):
-        take_sample(store, settings, Blocks(length=32), Mask(), vocabulary, sources, budget)
+        take_sample(store, settings, BlockSettings(length=32), MaskSettings(), vocabulary, sources, budget)
 
 
 def test_a_server_that_never_ends_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

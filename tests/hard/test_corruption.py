@@ -21,8 +21,8 @@ from storage.maintenance import verify
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
-from tasks.eval.scores import Trial, keep_scores, read_scores
-from tasks.lineage import plan_run, trace, vocabulary_of
+from tasks.eval.scores import ScoreKey, keep_scores, read_scores
+from tasks.lineage import plan_training, trace, vocabulary_of
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import RunSpec
@@ -34,8 +34,8 @@ from tasks.tokens.blocks import count_tokens, make_blocks, read_counts
 from tasks.train.checkpoint import checkpoint_ref, load_checkpoint, steps_kept
 from tasks.train.optimizer import make_optimizer
 from tasks.train.process import StopSignal
-from tasks.train.setup import build
-from tasks.train.step import World
+from tasks.train.setup import set_up_training
+from tasks.train.step import Ranks
 from tasks.train.trainer import Trainer, train
 from tests.hard.planted import Damage, again, bytes_of, damages, forge_targets, linked_copy, mended_copy, version
 from tests.harness.tiny import make_teacher, write_oscar
@@ -114,11 +114,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     counts = count_tokens(store, lineage.sample, vocabulary)
     bare, capture = captures(store, recipe, counts.ref, list(lineage.sample))
     targets = [make_targets(store, one.ref, capture) for one in blocks]
-    run = plan_run(store, recipe, lineage)
-    assert train(run, World(), StopSignal())
+    run = plan_training(store, recipe, lineage)
+    assert train(run, Ranks(), StopSignal())
     steps = [store.receipt(checkpoint_ref(run, step)) for step in steps_kept(store, run)]
     model = store.receipt(run.model_ref)
-    trial = Trial(model.key, {"name": "p"}, "set")
+    trial = ScoreKey(model.key, {"name": "p"}, "set")
     scores = keep_scores(store, trial, {"accuracy": 0.5, "by": {"x": 1.0}})
     first = [blocks[0].ref]
     other_model = version(store, model, replace(model.ref, key="a" * 64))
@@ -137,8 +137,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         "scores": [keep_scores(store, replace(trial, seed=1), {"accuracy": 0.6, "by": {"x": 2.0}})],
     }
     assert verify(store) == []
-    built = build(run, store, CPU)
-    trainer = Trainer(run, store, built, make_optimizer(built.student, run.train), World(), None, CPU)
+    built = set_up_training(run, store, CPU)
+    trainer = Trainer(run, store, built, make_optimizer(built.student, run.train), Ranks(), None, CPU)
     return Chain(store, recipe, run, chosen, others, bare, capture, trainer)
 
 
@@ -296,4 +296,4 @@ def test_what_is_forged_is_found_before_a_gradient(
     run = chain.run.model_copy(update={"store": store.root, "folder": str(tmp_path / "run" / "x")})
     Path(run.folder).mkdir(parents=True)
     with pytest.raises(FatalError, match=r"fr_meta_part_\d-0000"):
-        train(run, World(), StopSignal())
+        train(run, Ranks(), StopSignal())

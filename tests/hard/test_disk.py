@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.tracking.runs import open_book
+from flows.tracking.runs import open_mlflow_runs
 from storage.artifact import KINDS
 from storage.errors import FatalError
 from storage.fingerprint import sha256_bytes
@@ -89,7 +89,7 @@ def recipe_at(home: Path) -> Recipe:
 
 def record(home: Path) -> None:
     """A hundred runs in the MLflow database of a home."""
-    book = open_book(recipe_at(home))
+    book = open_mlflow_runs(recipe_at(home))
     for number in range(100):
         book.run("chain", sha256_bytes(bytes([number])), "t", settings={"field": "x" * 4000})
 
@@ -98,7 +98,7 @@ def record(home: Path) -> None:
 def database(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home on the disk with an MLflow database of one experiment, which nobody has open."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # afterwards it is as before
-    open_book(recipe_at(tmp_path))
+    open_mlflow_runs(recipe_at(tmp_path))
     shutil.copy(tmp_path / "mlflow.db", disk / "mlflow.db")
     return disk
 

@@ -17,7 +17,7 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.models.files import fingerprint_of
 from tasks.models.teacher import load_teacher
-from tasks.recipe.config import Blocks
+from tasks.recipe.config import BlockSettings
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import Part, RunSpec, make_run
 from tasks.targets.calibration import calibrate, read_calibration
@@ -27,7 +27,7 @@ from tasks.targets.file import open_targets
 from tasks.tokens.blocks import make_blocks, open_blocks
 from tasks.train.metrics import read_metrics
 from tasks.train.process import StopSignal
-from tasks.train.step import World
+from tasks.train.step import Ranks
 from tasks.train.trainer import train
 from tests.harness.tiny import documents, make_teacher, save_text_shard
 
@@ -65,7 +65,7 @@ def run_of(place: Path, teacher: Path, texts: list[str], length: int = 32, **sec
     recipe = make_recipe(values | sections, "test")
     store, model = Store(recipe.store), load_teacher(recipe.teacher, "cpu")
     shard = save_text_shard(store, texts, "part-0000")
-    blocks = make_blocks(store, shard, Blocks(length=length), model.vocabulary)
+    blocks = make_blocks(store, shard, BlockSettings(length=length), model.vocabulary)
     bare = Capture(model, model.vocabulary, recipe.mask, recipe.targets)
     found = calibrate(store, [blocks.ref], bare)
     capture = replace(bare, calibration=read_calibration(store, found.ref), calibration_key=found.key)
@@ -77,7 +77,7 @@ def run_of(place: Path, teacher: Path, texts: list[str], length: int = 32, **sec
 
 def losses(run: RunSpec) -> list[dict[str, float]]:
     """Trains to the end; the lines of metrics, all of them finite."""
-    assert train(run, World(), StopSignal())
+    assert train(run, Ranks(), StopSignal())
     lines = [line for line in read_metrics(Path(run.folder) / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:

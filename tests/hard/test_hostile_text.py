@@ -10,7 +10,7 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 from tasks.release.model_card import _code, _line
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
@@ -52,7 +52,7 @@ def test_what_a_file_holds_is_told_in_one_short_plain_line(tmp_path: Path, name:
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / name).write_text(line + "\n", encoding="utf-8")
-    settings = Corpus(url=str(folder))
+    settings = CorpusSettings(url=str(folder))
     (source,) = take_snapshot(settings).sources
     with pytest.raises(FatalError, match="unknown schema") as caught:
         shard_source(Store(tmp_path / "store"), source, settings)
@@ -66,6 +66,6 @@ def test_hostile_documents_are_kept_as_they_are(tmp_path: Path) -> None:
     folder.mkdir()
     text = HOSTILE.replace("\udcff", "")
     (folder / "a.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
-    settings = Corpus(url=str(folder), heldout_per_mille=0)
+    settings = CorpusSettings(url=str(folder), heldout_per_mille=0)
     (source,) = take_snapshot(settings).sources
     assert shard_source(Store(tmp_path / "store"), source, settings).info["counts"]["bytes"] == len(text.encode())

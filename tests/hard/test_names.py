@@ -13,7 +13,7 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import parse_checksums, take_snapshot
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 from tasks.recipe.load import load_recipe, make_recipe
 
 HASH = "a" * 64
@@ -34,7 +34,7 @@ def test_a_checksum_file_names_nothing_outside_its_folder(name: str) -> None:
 def test_a_source_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text('{"text": "Un."}\n')
     with pytest.raises(FatalError, match=r"the file name .*udcff\.jsonl' is not UTF-8; rename it") as caught:
-        take_snapshot(Corpus(url=str(tmp_path)))
+        take_snapshot(CorpusSettings(url=str(tmp_path)))
     assert one_line(caught.value)
 
 
@@ -43,7 +43,7 @@ def test_an_error_about_a_source_of_any_name_commands_no_terminal(tmp_path: Path
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / name).write_text("garbage\n")
-    settings = Corpus(url=str(folder))
+    settings = CorpusSettings(url=str(folder))
     (source,) = take_snapshot(settings).sources
     with pytest.raises(FatalError, match="unknown schema") as caught:
         shard_source(Store(tmp_path / "store"), source, settings)
@@ -65,7 +65,7 @@ def test_odd_but_harmless_names_become_plain_labels_and_stay_inside(tmp_path: Pa
     folder.mkdir(parents=True)
     for number, name in enumerate(names):
         (folder / name).write_text(json.dumps({"text": f"Un {number}."}) + "\n")
-    settings = Corpus(url=str(folder))
+    settings = CorpusSettings(url=str(folder))
     sources = take_snapshot(settings).sources
     assert len({source.label for source in sources}) == len(sources) >= len(names) - 1  # hidden ones are no sources
     assert all(
@@ -84,10 +84,10 @@ def test_the_corpus_folder_may_be_a_link_but_nothing_in_it_may_lead_out(tmp_path
     real.mkdir()
     (real / "a.jsonl").write_text('{"text": "Un."}\n')
     (tmp_path / "link").symlink_to(real)
-    assert [source.name for source in take_snapshot(Corpus(url=str(tmp_path / "link"))).sources] == ["a.jsonl"]
+    assert [source.name for source in take_snapshot(CorpusSettings(url=str(tmp_path / "link"))).sources] == ["a.jsonl"]
     (real / "b.jsonl").symlink_to("/etc/passwd")
     with pytest.raises(FatalError, match=r"b\.jsonl is a link that leads out of the corpus folder or nowhere"):
-        take_snapshot(Corpus(url=str(tmp_path / "link")))
+        take_snapshot(CorpusSettings(url=str(tmp_path / "link")))
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_a_receipt_names_no_file_outside_its_artifact(tmp_path: Path, name: Any)
     store = Store(tmp_path / "store")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_text('{"text": "Un."}\n')
-    settings = Corpus(url=str(tmp_path / "corpus"))
+    settings = CorpusSettings(url=str(tmp_path / "corpus"))
     (source,) = take_snapshot(settings).sources
     body = json.loads(shard_source(store, source, settings).to_json())
     assert body.pop("seal")

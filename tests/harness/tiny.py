@@ -14,7 +14,7 @@ from storage.arrow import TEXT, ArrowWriter
 from storage.artifact import Ref
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.recipe.config import Blocks
+from tasks.recipe.config import BlockSettings
 from tasks.recipe.run_spec import Part
 from tasks.tokens.blocks import blocks_ref, make_blocks
 from tasks.tokens.vocabulary import load_vocabulary
@@ -115,7 +115,7 @@ def save_text_shard(store: Store, texts: list[str], label: str) -> Ref:
 
 def make_parts(store: Store, teacher: Path, shards: int = 2, texts: int = 40, length: int = 32) -> tuple[Part, ...]:
     """Blocks of a few text shards, as parts of a manifest."""
-    vocabulary, settings = load_vocabulary(str(teacher)), Blocks(length=length)
+    vocabulary, settings = load_vocabulary(str(teacher)), BlockSettings(length=length)
     parts = []
     for number in range(shards):
         shard = save_text_shard(store, documents(texts, seed=number), f"part-{number:04d}")

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from flows.services.process import a_port
+from flows.services.process import free_port
 from tests.harness.processes import started_for
 
 MARK = "DISTIL_TEST_UP"
@@ -100,7 +100,7 @@ def launched(folder: Path, environment: Mapping[str, str], *arguments: str) -> "
 @contextmanager
 def running(folder: Path, environment: Mapping[str, str], recipe: Path) -> Iterator[Up]:
     """Waits until all is up; ends what is left of it afterwards."""
-    port, mlflow_port = a_port("Prefect", None), a_port("MLflow", None)
+    port, mlflow_port = free_port("Prefect", None), free_port("MLflow", None)
     ports = ("--port", str(port), "--mlflow-port", str(mlflow_port))
     process = launched(folder, environment, str(recipe), "--home", str(folder / "home"), *ports)
     up = Up(folder, process, folder / "out", port, mlflow_port)

@@ -16,7 +16,7 @@ import pytest
 from storage import layout
 from storage.artifact import Receipt
 from storage.errors import FatalError, RetryableError
-from storage.filesystem import AT_ONCE, files_below, has_password, open_url
+from storage.filesystem import PARALLEL_PARTS, files_below, has_password, open_url
 from storage.lease import Lease
 from storage.maintenance import gc, verify
 from storage.store import Store, reading_ahead
@@ -92,9 +92,9 @@ def test_failures_notes_and_leases(store: Store) -> None:
     assert [failure.message for failure in fresh(store).failures("blocks")] == ["reset"]
     put(store, "a")
     assert fresh(store).failures("blocks") == []
-    store.note("hash", "s3://a b/ü", {"sha256": "0"})
-    assert fresh(store).noted("hash", "s3://a b/ü") == {"sha256": "0"}
-    assert store.noted("hash", "other") is None
+    store.remember("hash", "s3://a b/ü", {"sha256": "0"})
+    assert fresh(store).recall("hash", "s3://a b/ü") == {"sha256": "0"}
+    assert store.recall("hash", "other") is None
     first = Lease.take(store, "k")
     first.renew()
     second = Lease.take(fresh(store), "k")
@@ -116,7 +116,7 @@ def test_verify_finds_what_is_short_wrong_or_gone_on_the_server(store: Store) ->
 
 
 def test_verify_reads_a_large_object_part_by_part(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.filesystem.PART", 5 << 20)
+    monkeypatch.setattr("storage.filesystem.PART_BYTES", 5 << 20)
     receipt = put(store, "a", os.urandom(12 << 20))
     assert verify(fresh(store)) == []
     data = bytearray(store.fs.cat_file(object_of(store, receipt)))
@@ -147,7 +147,7 @@ def test_a_large_file_goes_and_comes_in_parts_with_bounded_memory(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = 5 << 20  # the least that S3 takes
-    monkeypatch.setattr("storage.filesystem.PART", part)
+    monkeypatch.setattr("storage.filesystem.PART_BYTES", part)
     size = 24 * part + 5
     with store.scratch() as folder:
         with (folder / "big").open("wb") as file:
@@ -160,7 +160,7 @@ def test_a_large_file_goes_and_comes_in_parts_with_bounded_memory(
         fresh(store).check(receipt)
         down = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    bound = 4 * AT_ONCE * part  # the client holds each part two or three times on its way
+    bound = 4 * PARALLEL_PARTS * part  # the client holds each part two or three times on its way
     assert up < bound < size
     assert down < bound
     assert store.fs.info(object_of(store, receipt, "big"))["size"] == size
@@ -183,7 +183,7 @@ def calls(store: Store) -> tuple[object, ...]:
     """Everything that talks to a store, as functions without arguments."""
     return (
         lambda: store.missing([ref_of("a")]),
-        lambda: store.noted("hash", "x"),
+        lambda: store.recall("hash", "x"),
         lambda: put(store, "a"),
         lambda: store.find("data/blocks"),
         lambda: list(store.receipts("blocks")),
@@ -290,7 +290,7 @@ def test_the_cache_is_bounded_and_evicts_what_was_used_longest_ago(store: Store)
 def test_what_is_in_use_is_never_evicted_however_small_the_cache(store: Store) -> None:
     receipts = [put(store, str(number), bytes([number]) * 1000) for number in range(6)]
     small = Store(store.root, cache=store.cache.folder.with_name("small"), cache_bytes=1)
-    held = [small.hold(receipt, check=True) for receipt in receipts[:3]]
+    held = [small.pin(receipt, check=True) for receipt in receipts[:3]]
     other = Store(store.root, cache=small.cache.folder, cache_bytes=1)  # as another process on the same folder
     for receipt in receipts[3:]:
         other.local(receipt)
@@ -318,12 +318,12 @@ def test_the_cache_may_be_deleted_at_any_moment(store: Store, monkeypatch: pytes
             shutil.rmtree(self.cache.folder)
 
     monkeypatch.setattr(Store, "_download", disturbed)
-    held = other.hold(receipt, check=True)
+    held = other.pin(receipt, check=True)
     assert deleted == ["before", "after"]
     with pa.memory_map(str(held.folder / "blocks.arrow")) as mapped:
         shutil.rmtree(other.cache.folder)
         assert mapped.read() == b"bytes"  # what is mapped stays
-    with other.hold(receipt) as folder:  # and what is needed again is copied again, though `held` is still there
+    with other.pin(receipt) as folder:  # and what is needed again is copied again, though `held` is still there
         (folder / "blocks.arrow").unlink()
         assert (other.local(receipt) / "blocks.arrow").read_bytes() == b"bytes"
 

@@ -14,7 +14,7 @@ from storage import layout
 from storage import maintenance as upkeep
 from storage.artifact import KINDS, Receipt, Ref
 from storage.errors import FatalError, RetryableError
-from storage.lease import Lease, read_on_lease
+from storage.lease import Lease, leased_artifacts
 from storage.maintenance import gc, verify
 from storage.store import Store
 from tests.harness.artifacts import put, ref_of
@@ -275,18 +275,18 @@ def test_the_newest_holder_of_a_lease_wins_and_the_old_one_notices(store: Store)
 
 def test_what_a_run_on_lease_reads_is_known_until_it_is_whole(store: Store) -> None:
     first, second = Lease.take(store, "a", [ref_of("x"), ref_of("y")]), Lease.take(store, "b", [ref_of("z")])
-    assert read_on_lease(store) == {("blocks", ref_of(name).key) for name in "xyz"}
+    assert leased_artifacts(store) == {("blocks", ref_of(name).key) for name in "xyz"}
     first.end()
-    assert read_on_lease(store) == {("blocks", ref_of("z").key)}
-    assert read_on_lease(store, seconds=-1) == set()
+    assert leased_artifacts(store) == {("blocks", ref_of("z").key)}
+    assert leased_artifacts(store, seconds=-1) == set()
     second.renew()
     first.end()
 
 
 def test_notes_are_remembered(store: Store) -> None:
-    assert store.noted("hash", "file:///a b/ü") is None
-    store.note("hash", "file:///a b/ü", {"sha256": "0"})
-    assert store.noted("hash", "file:///a b/ü") == {"sha256": "0"}
+    assert store.recall("hash", "file:///a b/ü") is None
+    store.remember("hash", "file:///a b/ü", {"sha256": "0"})
+    assert store.recall("hash", "file:///a b/ü") == {"sha256": "0"}
 
 
 @pytest.mark.parametrize("key", ["", "../../etc/passwd", "a" * 63, "A" * 64])

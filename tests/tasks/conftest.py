@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from storage.store import Store
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 
 TEXTS = (
     "Le camembert est un fromage de Normandie.\nIl se mange à point.",
@@ -31,9 +31,9 @@ class CorpusFolder:
     path: Path
     texts: tuple[str, ...] = TEXTS
 
-    def settings(self, **changes: Any) -> Corpus:
+    def settings(self, **changes: Any) -> CorpusSettings:
         """The recipe section for this folder; nothing is held out unless asked for."""
-        return Corpus(**({"url": str(self.path), "heldout_per_mille": 0} | changes))
+        return CorpusSettings(**({"url": str(self.path), "heldout_per_mille": 0} | changes))
 
     def write(self, name: str, data: bytes) -> Path:
         """One file of these bytes, packed as its name says."""

@@ -11,7 +11,7 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
-from tasks.lineage import _sample_name, check_teacher, pin_sample, plan_key, plan_run, trace, vocabulary_of
+from tasks.lineage import _sample_name, check_teacher, freeze_sample, plan_training, trace, training_key, vocabulary_of
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tasks.targets.calibration import calibrate
@@ -62,7 +62,7 @@ def make_text(store: Store, recipe: Recipe) -> tuple[Ref, ...]:
 
 def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> None:
     old, new = recipe_of(place, "old"), recipe_of(place, "new")
-    pin_sample(store, old, make_text(store, old)[:2])
+    freeze_sample(store, old, make_text(store, old)[:2])
     make_text(store, new)
     assert trace(store, new).sample == trace(store, old).sample
     assert trace(store, new).calibration == trace(store, old).calibration
@@ -70,7 +70,7 @@ def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> Non
 
 def test_a_refused_source_is_let_in_without_another_sample(place: Path, store: Store) -> None:
     strict = recipe_of(place, "old")
-    pin_sample(store, strict, make_text(store, strict)[2:])
+    freeze_sample(store, strict, make_text(store, strict)[2:])
     corpus = strict.corpus.model_copy(update={"max_bad_lines": 50, "max_unpacked_ratio": 900})
     lenient = trace(store, strict.model_copy(update={"corpus": corpus}))
     assert len(lenient.sample) == 2
@@ -83,7 +83,7 @@ def test_home_and_store_are_in_no_key(place: Path, store: Store) -> None:
     there = here.model_copy(update={"home": "/elsewhere", "store": "/elsewhere/store"})
     lineages = [trace(store, recipe) for recipe in (here, there)]
     assert lineages[0].stages() == lineages[1].stages()
-    assert plan_key(here, lineages[0]) == plan_key(there, lineages[1])
+    assert training_key(here, lineages[0]) == training_key(there, lineages[1])
 
 
 def test_the_name_of_a_pinned_sample_is_for_good(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_the_name_of_a_pinned_sample_is_for_good(place: Path, monkeypatch: pytes
 def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, store: Store) -> None:
     old = recipe_of(place, "old")
     blocks = make_text(store, old)
-    pin_sample(store, old, blocks[2:])
+    freeze_sample(store, old, blocks[2:])
     before = trace(store, old)
     store.withdraw(blocks[3])
     assert trace(store, old).targets == before.targets
@@ -108,7 +108,7 @@ def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, sto
 def test_a_sample_that_is_gone_for_good_serves_as_long_as_its_calibration_is_there(place: Path, store: Store) -> None:
     old, new = recipe_of(place, "old"), recipe_of(place, "new")
     blocks = make_text(store, old)
-    pin_sample(store, old, blocks[:2])
+    freeze_sample(store, old, blocks[:2])
     make_text(store, new)
     capture = open_capture(store, new.teacher, vocabulary_of(new), new.mask, new.targets, device="cpu")
     receipt = calibrate(store, blocks[:2], capture)
@@ -125,9 +125,9 @@ def test_a_run_is_named_without_asking_the_store(place: Path, store: Store) -> N
     receipt = Path(store.path(layout.receipt_path("blocks", blocks[0].key)))
     receipt.write_bytes(replace(store.receipt(blocks[0]), rows=0).to_json())
     lineage = trace(store, recipe)
-    run = plan_run(store, recipe, lineage)
+    run = plan_training(store, recipe, lineage)
     assert len(run.manifest) == len(blocks) - 1
-    assert plan_key(recipe, lineage) == run.run_key
+    assert training_key(recipe, lineage) == run.run_key
 
 
 def test_a_teacher_that_cannot_work_is_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:

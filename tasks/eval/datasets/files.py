@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import FatalError
-from storage.filesystem import client_errors, from_afar, open_url, translated
-from storage.hub import DATA_SET, download, is_hub_id
+from storage.filesystem import client_errors, is_remote_error, open_url, translated
+from storage.hub import DATA_SET, download_repository, is_hub_id
 
 _SPLIT_FILE = re.compile(r"(?:^|/)(train|validation|test)(?:[-.][^/]*)?(?:/[^/]*)?\.parquet$")
 
@@ -45,7 +45,7 @@ def url_of(place: Place, pattern: str) -> str:
         if not is_hub_id(source) or Path(source).exists():
             raise FatalError(f"{source}: no such folder; give a folder, a URL or a hub id such as OWNER/NAME", source)
         wanted = f"{place.folder}/{pattern}" if place.folder else pattern
-        source = str(download(DATA_SET, source, place.revision, (wanted,)))
+        source = str(download_repository(DATA_SET, source, place.revision, (wanted,)))
     return f"{source.rstrip('/')}/{place.folder}" if place.folder else source
 
 
@@ -55,7 +55,7 @@ def reading(source: str) -> Iterator[None]:
     try:
         yield
     except client_errors(ValueError) as error:  # ArrowInvalid is a ValueError
-        ours = translated(error, source) if not isinstance(error, ValueError) and from_afar(error) else None
+        ours = translated(error, source) if not isinstance(error, ValueError) and is_remote_error(error) else None
         if ours:
             raise ours from error
         raise FatalError(f"{source} cannot be read ({error}); check the folder or URL and its files", source) from error

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from flows.home import TYPED
+from flows.home import TYPED_COMMAND
 from flows.pipeline import finished
-from flows.pipeline.finished import Done, all_done, remember, show_done
+from flows.pipeline.finished import Done, all_done, remember_done, show_done
 from flows.views.places import places
 from flows.views.tables import Rows
 from storage.store import Store
@@ -24,7 +24,7 @@ def recipe_of(home: Path) -> Recipe:
 
 @pytest.fixture(autouse=True)
 def nobody_set_up_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "PREFECT_UI_URL", TYPED):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "PREFECT_UI_URL", TYPED_COMMAND):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -52,7 +52,7 @@ def test_a_database_has_no_page_so_the_way_to_one_is_shown(tmp_path: Path, monke
     rows = dict(places(recipe, tmp_path, "postgresql+psycopg2://me:secret@db/mlflow"))
     assert rows["curves, models and runs"] == f"distil up --home '{tmp_path}/my home'"
     assert rows["what is there"] == "distil status RECIPE.toml"
-    monkeypatch.setenv(TYPED, "a.toml train.lr=1")
+    monkeypatch.setenv(TYPED_COMMAND, "a.toml train.lr=1")
     rows = dict(places(recipe, tmp_path, "http://me:secret@mlflow:5000"))
     assert rows["curves and models"] == "http://mlflow:5000"
     assert rows["what is there"] == "distil status a.toml train.lr=1"
@@ -66,11 +66,11 @@ def test_what_is_done_for_one_mlflow_is_not_done_for_another(tmp_path: Path, mon
     monkeypatch.setattr(finished, "trace", lambda store, recipe: lineage)
     monkeypatch.setattr(finished.start, "key", lambda recipe, lineage: run.run_key)
     monkeypatch.setattr(finished, "model_ref", lambda key, name: model)
-    remember(store, recipe, run, {})
+    remember_done(store, recipe, run, {})
     assert all_done(store, recipe)
     assert not all_done(store, recipe_of(tmp_path / "b")), "its own database has nothing of it"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
     assert not all_done(store, recipe)
-    remember(store, recipe, run, {})
+    remember_done(store, recipe, run, {})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:another@mlflow:5000")
     assert all_done(store, recipe_of(tmp_path / "b")), "one server for both, whatever the password"

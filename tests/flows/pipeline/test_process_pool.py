@@ -23,7 +23,7 @@ from storage.errors import FatalError, RetryableError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
-from tasks.recipe.config import Corpus, Run
+from tasks.recipe.config import CorpusSettings, RunSettings
 from tests.harness.tiny import write_oscar
 
 
@@ -50,14 +50,14 @@ def is_alive(pid: int) -> bool:
 
 
 def test_an_error_keeps_its_file_and_line() -> None:
-    with workers(Run(workers=1)) as pool, pytest.raises(FatalError, match="not JSON") as caught:
+    with workers(RunSettings(workers=1)) as pool, pytest.raises(FatalError, match="not JSON") as caught:
         pool.call(60, refuse, "part.jsonl")
     assert (caught.value.file, caught.value.line) == ("part.jsonl", 7)
 
 
 def test_a_hung_worker_is_ended_and_the_next_call_works(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    with workers(Run(workers=1)) as pool:
+    with workers(RunSettings(workers=1)) as pool:
         with pytest.raises(FatalError, match="took longer than 5 seconds"):
             pool.call(5, hang, str(note))
         assert pool.call(60, len, "four") == 4
@@ -65,7 +65,7 @@ def test_a_hung_worker_is_ended_and_the_next_call_works(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_is_a_passing_error() -> None:
-    with workers(Run(workers=1)) as pool, pytest.raises(RetryableError, match="died"):
+    with workers(RunSettings(workers=1)) as pool, pytest.raises(RetryableError, match="died"):
         pool.call(60, die)
 
 
@@ -79,7 +79,7 @@ def test_who_waits_for_a_worker_of_a_stopped_pool_hears_of_it(tmp_path: Path) ->
             heard.append(error)
 
     def stop_while_it_hangs() -> None:
-        with workers(Run(workers=1)) as pool:
+        with workers(RunSettings(workers=1)) as pool:
             thread = threading.Thread(target=wait_in_a_thread, args=(pool,))
             thread.start()
             while not (tmp_path / "pid").exists():
@@ -122,10 +122,10 @@ def test_a_network_fault_is_tried_again_and_a_cut_or_hung_source_is_not(tmp_path
     packed = gzip.compress(cut.read_bytes())
     cut.with_name(cut.name + ".gz").write_bytes(packed[: len(packed) // 2])
     cut.unlink()
-    store, corpus = Store(tmp_path / "store"), Corpus(url=str(tmp_path / "corpus"))
+    store, corpus = Store(tmp_path / "store"), CorpusSettings(url=str(tmp_path / "corpus"))
     good, bad = take_snapshot(corpus).sources
     notes = {name: tmp_path / name for name in ("whole", "cut", "network", "hung")}
-    run = Run(workers=2, retries=2, retry_seconds=0, task_seconds=60)
+    run = RunSettings(workers=2, retries=2, retry_seconds=0, task_seconds=60)
 
     @flow(name="test", persist_result=False)
     def body() -> list[list[Failure]]:

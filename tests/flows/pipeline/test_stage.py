@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from prefect import flow, runtime
 
-from flows.pipeline.stage import Job, go_on, run_stage
+from flows.pipeline.stage import Job, raise_if_stopped, run_stage
 from storage.artifact import Failure, Ref
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.recipe.config import Run
+from tasks.recipe.config import RunSettings
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
-RUN = Run(retries=2, retry_seconds=0, task_seconds=0)
+RUN = RunSettings(retries=2, retry_seconds=0, task_seconds=0)
 SHARED = RUN.model_copy(update={"task_seconds": 60.0})
 
 
@@ -32,7 +32,7 @@ def job(label: str, work: Callable[..., object]) -> Job:
     return Job("blocks", label, ref(label), work)
 
 
-def in_a_flow(jobs: list[Job], store: Store, window: int = 2, run: Run = RUN) -> list[Failure]:
+def in_a_flow(jobs: list[Job], store: Store, window: int = 2, run: RunSettings = RUN) -> list[Failure]:
     @flow(name="test", persist_result=False)
     def body() -> list[list[Failure]]:
         return [run_stage("blocks", "blocks", jobs, store, run, window)]
@@ -41,7 +41,7 @@ def in_a_flow(jobs: list[Job], store: Store, window: int = 2, run: Run = RUN) ->
 
 
 @pytest.mark.parametrize("run", [RUN, SHARED], ids=["each its own task run", "shared task runs"])
-def test_one_bad_shard_stops_nobody(run: Run, tmp_path: Path) -> None:
+def test_one_bad_shard_stops_nobody(run: RunSettings, tmp_path: Path) -> None:
     store = Store(tmp_path)
     calls: dict[str, int] = {}
 
@@ -92,7 +92,7 @@ def test_a_stage_with_nothing_to_do_starts_nothing(tmp_path: Path) -> None:
     assert run_stage("blocks", "blocks", [], Store(tmp_path), RUN, 2) == []
 
 
-def task_run_names(jobs: list[Job], store: Store, run: Run) -> list[str]:
+def task_run_names(jobs: list[Job], store: Store, run: RunSettings) -> list[str]:
     """Names of the task runs that the jobs became, in the order of their start."""
     names: list[str] = []
 
@@ -150,7 +150,7 @@ def test_a_run_that_is_told_to_stop_begins_nothing_more(tmp_path: Path) -> None:
             told.set()
             signal.raise_signal(signal.SIGTERM)  # runs the handler in the main thread, which waits in run_stage
         while told.is_set():
-            go_on()
+            raise_if_stopped()
             time.sleep(0.01)
 
     jobs = [job(str(number), partial(work, str(number))) for number in range(50)]

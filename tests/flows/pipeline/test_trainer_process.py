@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 
-from flows.pipeline.trainer_process import GRACE_SECONDS, Tail, command, end_with_parent, launch
+from flows.pipeline.trainer_process import GRACE_SECONDS, Tail, command, launch_trainer, signal_on_parent_death
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
-from tasks.recipe.config import Blocks, Loss, Mask, Student, Targets, Teacher, Train
+from tasks.recipe.config import (
+    BlockSettings,
+    LossSettings,
+    MaskSettings,
+    StudentSettings,
+    TargetSettings,
+    TeacherSettings,
+    TrainSettings,
+)
 from tasks.recipe.run_spec import Part, RunSpec
 
 
@@ -23,13 +31,13 @@ def a_run(folder: Path, **train: Any) -> RunSpec:
         name="tiny",
         store=str(folder / "store"),
         folder=str(folder / "run"),
-        blocks=Blocks(),
-        mask=Mask(),
-        teacher=Teacher(model=str(folder / "no-such-teacher")),
-        targets=Targets(),
-        student=Student(),
-        loss=Loss(),
-        train=Train(**train),
+        blocks=BlockSettings(),
+        mask=MaskSettings(),
+        teacher=TeacherSettings(model=str(folder / "no-such-teacher")),
+        targets=TargetSettings(),
+        student=StudentSettings(),
+        loss=LossSettings(),
+        train=TrainSettings(**train),
         teacher_fingerprint=key,
         manifest=(Part(label="a", blocks=key, rows=4, tokens=4),),
     )
@@ -46,7 +54,7 @@ def test_several_ranks_go_through_torchrun(tmp_path: Path) -> None:
 
 def test_the_trainers_sentence_is_the_error(tmp_path: Path) -> None:
     with pytest.raises(FatalError, match="no-such-teacher"):
-        launch(a_run(tmp_path), lambda lines, final: None)
+        launch_trainer(a_run(tmp_path), lambda lines, final: None)
 
 
 def test_a_store_that_does_not_answer_is_worth_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +68,7 @@ def test_a_store_that_does_not_answer_is_worth_another_try(tmp_path: Path, monke
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     run = a_run(tmp_path).model_copy(update={"store": "s3://bucket/store"})
     with pytest.raises(RetryableError, match="the store s3://bucket/store did not answer"):
-        launch(run, lambda lines, final: None)
+        launch_trainer(run, lambda lines, final: None)
 
 
 def test_torchrun_gives_ranks_as_long_as_we_give_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +76,7 @@ def test_torchrun_gives_ranks_as_long_as_we_give_torchrun(tmp_path: Path, monkey
     code = "import os; print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']); exit(1)"
     run = a_run(tmp_path, launcher=(sys.executable, "-c", code, "{run}"))
     with pytest.raises(FatalError, match=f"{GRACE_SECONDS:.0f}"):
-        launch(run, lambda lines, final: None)
+        launch_trainer(run, lambda lines, final: None)
 
 
 def test_only_new_lines_are_followed_until_the_file_is_cut_back(tmp_path: Path) -> None:
@@ -95,7 +103,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
         f"open({str(note)!r}, 'w').write(f'{{child.pid}}\\n')\n"
         "time.sleep(600)"
     )
-    assert callable(end_with_parent())
+    assert callable(signal_on_parent_death())
     parent = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: note.exists() and note.read_text().endswith("\n"))
     parent.kill()

@@ -18,10 +18,10 @@ import pytest
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import load_recipe, make_recipe
-from tasks.release.results import Standing
+from tasks.release.results import SetResult
 
 if TYPE_CHECKING:
-    from flows.tracking.runs import Book
+    from flows.tracking.runs import MlflowRuns
 
 pytestmark = pytest.mark.slow
 WAIT = 180.0
@@ -72,17 +72,17 @@ def answer(run: UUID, values: Mapping[str, object]) -> str:
         return str(client.read_flow_run(run).state.type.value)  # type: ignore[union-attr]
 
 
-def scored_version(recipe: Recipe) -> "Book":
+def scored_version(recipe: Recipe) -> "MlflowRuns":
     """The MLflow of a recipe, with one version that the gate lets through."""
-    from flows.release.standings import record_standings
-    from flows.tracking.runs import open_book
+    from flows.release.version_results import record_results
+    from flows.tracking.runs import open_mlflow_runs
 
-    book, name = open_book(recipe), recipe.register_as.name
+    book, name = open_mlflow_runs(recipe), recipe.register_as.name
     run = book.run("chain", sha256_bytes(b"approval"), "tiny")
     book.client.create_registered_model(name)
     book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
-    record_standings(
-        book.registry, book.registry.version(name, "1"), [Standing("heldout", "top1", (0.5,))], {"heldout": "a" * 64}
+    record_results(
+        book.registry, book.registry.version(name, "1"), [SetResult("heldout", "top1", (0.5,))], {"heldout": "a" * 64}
     )
     return book
 
@@ -179,11 +179,11 @@ def test_nobody_in_time_is_a_no_and_a_run_that_is_tried_again_asks_again(recipe:
     from prefect.flow_engine import run_flow
     from prefect.states import Crashed, Pending
 
-    from flows.release.approval import ask
+    from flows.release.approval import ask_for_approval
 
     @flow
     def asking(hours: float) -> str:
-        answer = ask("May it?", ["It may."], hours)
+        answer = ask_for_approval("May it?", ["It may."], hours)
         return f"{answer.approve} by {answer.by}"
 
     state = asking(2 / 3600, return_state=True)

@@ -7,8 +7,8 @@ import pytest
 from prefect import flow
 
 from flows.scoring import finetuned as module
-from flows.scoring.candidates import Candidate, Judged
-from flows.scoring.finetuned import Pairs, tuned_scores
+from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
+from flows.scoring.finetuned import SeedSelection, finetuned_scores
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.eval import seeds as work
@@ -18,7 +18,10 @@ from tasks.recipe.load import make_recipe
 from tests.harness.eval_sets import write_pairs
 
 PROTOCOL = Protocol(name="tiny", sets={"xnli": {"path": "xnli"}, "paws-x": {"path": "absent"}})
-STUDENT, TEACHER = Candidate("student", "a" * 64, Path("student")), Candidate("teacher", "b" * 64, Path("teacher"))
+STUDENT, TEACHER = (
+    EvaluatedModel("student", "a" * 64, Path("student")),
+    EvaluatedModel("teacher", "b" * 64, Path("teacher")),
+)
 
 
 @pytest.fixture
@@ -52,13 +55,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def judged(
-    store: Store, recipe: Recipe, pairs: Pairs = module.EVERY_PAIR, teacher: Candidate | None = TEACHER
-) -> Judged:
+    store: Store, recipe: Recipe, pairs: SeedSelection = module.ALL_SEEDS, teacher: EvaluatedModel | None = TEACHER
+) -> ScoredModels:
     @flow(persist_result=False)
     def run() -> None:
-        found.append(tuned_scores(store, recipe, PROTOCOL, [STUDENT], teacher, pairs))
+        found.append(finetuned_scores(store, recipe, PROTOCOL, [STUDENT], teacher, pairs))
 
-    found: list[Judged] = []
+    found: list[ScoredModels] = []
     run()
     return found[0]
 
@@ -98,11 +101,11 @@ def test_one_pair_alone_and_forced(
     prefect_api: None, recipe: Recipe, asked: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "store")
-    judged(store, recipe, Pairs("xnli seed 0"), teacher=None)
+    judged(store, recipe, SeedSelection("xnli seed 0"), teacher=None)
     assert asked == [("student", 0)]
-    judged(store, recipe, Pairs("xnli seed 0"), teacher=None)
+    judged(store, recipe, SeedSelection("xnli seed 0"), teacher=None)
     assert asked == [("student", 0)]
-    judged(store, recipe, Pairs("xnli seed 0", force=True), teacher=None)
+    judged(store, recipe, SeedSelection("xnli seed 0", force=True), teacher=None)
     assert asked == [("student", 0)] * 2
-    assert judged(store, recipe, Pairs("paws-x"), teacher=None).scores["student"]["xnli"]["status"] == "not run"
+    assert judged(store, recipe, SeedSelection("paws-x"), teacher=None).scores["student"]["xnli"]["status"] == "not run"
     assert asked == [("student", 0)] * 2

@@ -13,7 +13,7 @@ from prefect.events import Event
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.services.deploy import CHECKOUT, PROJECT, Pool, deploy, render
+from flows.services.deploy import CHECKOUT, PROJECT, WorkPool, deploy, render
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import load_recipe
@@ -30,12 +30,12 @@ BUNDLED = sorted(PROJECT.parent.glob("*.toml"))
 # ---- the project file --------------------------------------------------------------------------------------
 
 
-def rendered(pool: Pool) -> dict[str, Any]:
+def rendered(pool: WorkPool) -> dict[str, Any]:
     return render(yaml.safe_load(PROJECT.read_text()), [load_recipe(path) for path in BUNDLED], pool)
 
 
 def test_every_bundled_recipe_gets_every_flow_and_no_brace_is_left() -> None:
-    project = rendered(Pool("my-pool"))
+    project = rendered(WorkPool("my-pool"))
     names = {(entry["entrypoint"], entry["name"]) for entry in project["deployments"]}
     assert len(names) == len(project["deployments"]) == len(FLOWS) * len(BUNDLED)
     assert "{{" not in yaml.safe_dump(project)
@@ -52,14 +52,14 @@ def test_runs_of_a_deployment_get_whole_paths_of_where_it_was_deployed(
     """In an image that is /state, its working folder; a run itself begins in the checkout, which is read-only there."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(BUNDLED[0], ["home=state"])
-    project = render(yaml.safe_load(PROJECT.read_text()), [recipe], Pool())
+    project = render(yaml.safe_load(PROJECT.read_text()), [recipe], WorkPool())
     for entry in project["deployments"]:
         given = entry["parameters"]["recipe"]
         assert (given["home"], given["store"]) == (f"{tmp_path}/state", f"{tmp_path}/state/store")
 
 
 def test_a_snapshot_is_announced_to_the_watcher_of_one_recipe() -> None:
-    entries = rendered(Pool("my-pool"))["deployments"]
+    entries = rendered(WorkPool("my-pool"))["deployments"]
     heard = {
         trigger["match"]["prefect.resource.id"]: (entry["entrypoint"], entry["name"])
         for entry in entries
@@ -70,20 +70,20 @@ def test_a_snapshot_is_announced_to_the_watcher_of_one_recipe() -> None:
 
 
 def test_a_container_pool_gets_the_image() -> None:
-    for entry in rendered(Pool("far", "kubernetes", "registry/distil:1"))["deployments"]:
+    for entry in rendered(WorkPool("far", "kubernetes", "registry/distil:1"))["deployments"]:
         assert entry["work_pool"]["job_variables"]["image"] == "registry/distil:1"
 
 
 @pytest.mark.parametrize(
     ("pool", "times", "said"),
     [
-        (Pool("p", "ecs"), 1, "no pool type 'ecs'"),
-        (Pool("p", "docker"), 1, "--image"),
-        (Pool("p", "process", "image"), 1, "--image"),
-        (Pool(), 2, "named 'demo'"),
+        (WorkPool("p", "ecs"), 1, "no pool type 'ecs'"),
+        (WorkPool("p", "docker"), 1, "--image"),
+        (WorkPool("p", "process", "image"), 1, "--image"),
+        (WorkPool(), 2, "named 'demo'"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused_before_a_server_is_asked(pool: Pool, times: int, said: str) -> None:
+def test_what_cannot_be_deployed_is_refused_before_a_server_is_asked(pool: WorkPool, times: int, said: str) -> None:
     recipes = [load_recipe(PROJECT.parent / "demo.toml")] * times
     with pytest.raises(FatalError, match=said):
         deploy(recipes, pool)

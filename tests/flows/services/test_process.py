@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.services.process import a_port, start, stop, wait_until_up
+from flows.services.process import free_port, start, stop, wait_until_up
 from storage.errors import FatalError
 from tests.harness.up import MARK, left
 
@@ -95,12 +95,12 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path: Path, mar
 def test_a_given_port_is_taken_or_not() -> None:
     import socket
 
-    free = a_port("thing", None)
-    assert a_port("thing", free) == free
+    free = free_port("thing", None)
+    assert free_port("thing", free) == free
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
         with pytest.raises(FatalError, match=f"port {taken} is taken, so thing cannot have it"):
-            a_port("thing", taken)
-        assert a_port("thing", None, taken) != taken
+            free_port("thing", taken)
+        assert free_port("thing", None, taken) != taken

@@ -97,7 +97,7 @@ def test_the_page_of_a_run_is_on_the_server_that_was_started_for_it(
     server.start_server(str(tmp_path))
     assert os.environ["PREFECT_UI_URL"] == kept
     link = f"{kept.rstrip('/')}/runs/flow-run/1"
-    assert server.page_now(link) == "http://127.0.0.1:34567/runs/flow-run/1"
+    assert server.current_link(link) == "http://127.0.0.1:34567/runs/flow-run/1"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_page_on_any_other_server_is_where_that_says(bare: pytest.MonkeyPatc
     bare.setenv("PREFECT_API_URL", api)
     bare.setenv("PREFECT_UI_URL", ui)
     server.start_server("unused")
-    assert server.page_now(f"{ui}/runs/flow-run/1") == f"{ui}/runs/flow-run/1"
+    assert server.current_link(f"{ui}/runs/flow-run/1") == f"{ui}/runs/flow-run/1"
 
 
 @pytest.mark.slow

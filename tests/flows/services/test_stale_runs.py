@@ -14,7 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Cancelling, Completed, Pending, Running, Scheduled
 
-from flows.services.stale_runs import RUN_ID, reconcile, worker_name
+from flows.services.stale_runs import RUN_ID, mark_stale_runs, worker_name
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 HERE = {"prefect.worker.name": worker_name()}
@@ -51,11 +51,11 @@ def state_of(client: SyncPrefectClient, run: UUID) -> str:
 def test_runs_of_this_machine_without_a_process_are_marked(client: SyncPrefectClient) -> None:
     running, pending, cancelling = (made(client, state, HERE) for state in (Running(), Pending(), Running()))
     client.set_flow_run_state(cancelling, Cancelling(), force=True)
-    marked = reconcile(client)
+    marked = mark_stale_runs(client)
     assert sorted(run.state for run in marked) == ["Cancelled", "Crashed", "Crashed"]
     assert [state_of(client, run) for run in (running, pending, cancelling)] == ["Crashed", "Crashed", "Cancelled"]
     assert "Retry goes on" in (client.read_flow_run(running).state.message or "")
-    assert reconcile(client) == []
+    assert mark_stale_runs(client) == []
 
 
 def test_runs_of_other_machines_and_users_and_those_that_wait_or_ended_are_left_alone(
@@ -63,7 +63,7 @@ def test_runs_of_other_machines_and_users_and_those_that_wait_or_ended_are_left_
 ) -> None:
     states = [(Running(), THERE), (Running(), OTHER_USER), (Scheduled(), HERE), (Completed(), HERE)]
     runs = [made(client, state, labels) for state, labels in states]
-    assert reconcile(client) == []
+    assert mark_stale_runs(client) == []
     assert [state_of(client, run) for run in runs] == ["Running", "Running", "Scheduled", "Completed"]
 
 
@@ -76,18 +76,18 @@ def test_a_run_with_a_process_is_left_alone(client: SyncPrefectClient) -> None:
         assert process.stdout
         assert process.stdin
         process.stdout.readline()
-        assert reconcile(client) == []
+        assert mark_stale_runs(client) == []
         assert state_of(client, run) == "Running"
         process.stdin.close()
         process.wait(60)
-    assert [one.state for one in reconcile(client)] == ["Crashed"]
+    assert [one.state for one in mark_stale_runs(client)] == ["Crashed"]
 
 
 def test_a_run_that_nobody_signed_is_marked_after_a_minute(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending, started_by_hand = made(client, Pending()), made(client, Running())
-    assert reconcile(client) == []
+    assert mark_stale_runs(client) == []
     monkeypatch.setattr("flows.services.stale_runs.NAMELESS", timedelta(0))
-    assert len(reconcile(client)) == 1
+    assert len(mark_stale_runs(client)) == 1
     assert [state_of(client, run) for run in (pending, started_by_hand)] == ["Crashed", "Running"]

@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 
 from flows.pipeline import trainer_process as launch
 from flows.services import up
-from flows.services.process import a_port
+from flows.services.process import free_port
 from flows.services.servers import live_up
 from tasks.train.metrics import read_metrics
 from tests.harness.up import Up, ask, flow_processes, kill, launched, left, running, wait_for
@@ -58,8 +58,8 @@ def test_up_ctrl_c_and_up_again(place: Path, environment: dict[str, str], tmp_pa
         assert first.stop(signal.SIGINT) == 0
         assert left(tmp_path / "up") == []
         assert live_up(str(home)) is None
-        assert a_port("Prefect", first.port) == first.port
-        assert a_port("MLflow", first.mlflow_port) == first.mlflow_port
+        assert free_port("Prefect", first.port) == first.port
+        assert free_port("MLflow", first.mlflow_port) == first.mlflow_port
     with running(tmp_path / "up", environment, recipe) as again:
         assert "earlier" in names(again)
         assert again.stop(signal.SIGTERM) == 0

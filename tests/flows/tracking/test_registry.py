@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from flows.tracking import registry
-from flows.tracking.runs import Book
+from flows.tracking.runs import MlflowRuns
 from storage.errors import DistilError, FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.load import make_recipe
@@ -15,7 +15,9 @@ from tests.harness.tiny import make_teacher
 KEY = sha256_bytes(b"run")
 
 
-def test_a_model_is_one_version_and_loads_as_a_pipeline(book: Book, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_model_is_one_version_and_loads_as_a_pipeline(
+    book: MlflowRuns, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     import mlflow
     from transformers import AutoModel, AutoTokenizer
 
@@ -35,7 +37,7 @@ def test_a_model_is_one_version_and_loads_as_a_pipeline(book: Book, tmp_path_fac
 
 
 def test_a_version_that_was_killed_before_its_alias_gets_it_but_takes_it_from_no_newer_one(
-    book: Book, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    book: MlflowRuns, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, run = make_folder(tmp_path_factory), book.run("chain", sha256_bytes(b"half"), "half")
 
@@ -55,7 +57,7 @@ def test_a_version_that_was_killed_before_its_alias_gets_it_but_takes_it_from_no
     assert book.registry.version("half") == newer
 
 
-def test_files_of_a_result_lie_beside_the_weights(book: Book, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_files_of_a_result_lie_beside_the_weights(book: MlflowRuns, tmp_path_factory: pytest.TempPathFactory) -> None:
     import mlflow
 
     run = book.run("chain", sha256_bytes(b"kept"), "kept")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.tracking.runs import Book, flat, open_book
+from flows.tracking.runs import MlflowRuns, flat, open_mlflow_runs
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.load import make_recipe
@@ -23,7 +23,7 @@ def lines(first: int, last: int) -> list[dict[str, float]]:
     ]
 
 
-def test_a_resumed_run_shows_one_curve(book: Book) -> None:
+def test_a_resumed_run_shows_one_curve(book: MlflowRuns) -> None:
     run = book.run("train", KEY, "tiny train")
     book.send(run, lines(1, 300), book.last_steps(run))
     again = book.run("train", KEY, "tiny train")
@@ -33,7 +33,7 @@ def test_a_resumed_run_shows_one_curve(book: Book) -> None:
         assert [metric.step for metric in book.client.get_metric_history(run, name)] == list(range(1, 401))
 
 
-def test_lines_that_mlflow_did_not_get_are_sent_again(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_that_mlflow_did_not_get_are_sent_again(book: MlflowRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     run = book.run("train", sha256_bytes(b"away"), "tiny train")
     last = book.last_steps(run)
     with monkeypatch.context() as away:
@@ -48,7 +48,7 @@ def test_lines_that_mlflow_did_not_get_are_sent_again(book: Book, monkeypatch: p
     assert [metric.step for metric in book.client.get_metric_history(run, "loss")] == list(range(1, 9))
 
 
-def test_settings_become_parameters_in_batches(book: Book) -> None:
+def test_settings_become_parameters_in_batches(book: MlflowRuns) -> None:
     settings = {"train": {f"field{number}": number for number in range(150)}, "note": "x" * 7000}
     run = book.run("chain", KEY, "tiny", settings=settings)
     kept = book.client.get_run(run).data.params
@@ -57,7 +57,7 @@ def test_settings_become_parameters_in_batches(book: Book) -> None:
     assert len(kept["note"]) == 6000
 
 
-def test_a_run_that_was_killed_before_its_settings_gets_those_that_it_lacks(book: Book) -> None:
+def test_a_run_that_was_killed_before_its_settings_gets_those_that_it_lacks(book: MlflowRuns) -> None:
     key = sha256_bytes(b"killed")
     tags = {"distil.run_key": key, "distil.part": "chain"}
     killed = book.client.create_run(book.experiment, tags=tags).info.run_id
@@ -66,7 +66,7 @@ def test_a_run_that_was_killed_before_its_settings_gets_those_that_it_lacks(book
     assert book.client.get_run(killed).data.params == {"run.workers": "1", "train.lr": "0.1"}
 
 
-def test_data_sets_are_noted_once(book: Book) -> None:
+def test_data_sets_are_noted_once(book: MlflowRuns) -> None:
     run = book.run("chain", sha256_bytes(b"other"), "tiny")
     for _ in range(2):
         book.data(run, {"snapshot": ("f" * 64, "/data/oscar")})
@@ -78,14 +78,14 @@ def test_nested_values_become_dotted_names() -> None:
     assert flat({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
 
 
-def test_artifacts_lie_where_the_recipe_says_and_stay_there(book: Book, tmp_path: Path) -> None:
+def test_artifacts_lie_where_the_recipe_says_and_stay_there(book: MlflowRuns, tmp_path: Path) -> None:
     wanted = (tmp_path / "artifacts").as_uri()
     home = book.uri.removeprefix("sqlite:///").removesuffix("/mlflow/mlflow.db")
     values = {"name": "tiny", "home": home, "corpus": {"url": "x"}, "teacher": {"model": "y"}}
 
-    def opened(artifacts: str) -> Book:
+    def opened(artifacts: str) -> MlflowRuns:
         settings = {"experiment": "elsewhere", "artifacts": artifacts}
-        return open_book(make_recipe(values | {"register": settings}, "test"))
+        return open_mlflow_runs(make_recipe(values | {"register": settings}, "test"))
 
     run = opened(wanted).run("chain", KEY, "tiny")
     book.client.log_dict(run, {"a": 1}, "a.json")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.home import TYPED
+from flows.home import TYPED_COMMAND
 from flows.views.tables import CELL_CHARACTERS, all_again, failure_rows, how_to_retry, markdown_sheet, markdown_tables
 from storage.artifact import Failure
 from tasks.recipe.config import Recipe
@@ -20,25 +20,25 @@ def failure(message: str) -> Failure:
 
 
 def test_the_command_is_that_of_the_user_and_of_a_deployed_run_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TYPED, "proof/a.toml 'corpus.url=/my data'")
+    monkeypatch.setenv(TYPED_COMMAND, "proof/a.toml 'corpus.url=/my data'")
     (row,) = failure_rows(recipe("mine"), [failure("bad")])
     assert row["how to retry"] == "distil retry proof/a.toml 'corpus.url=/my data' --stage blocks --shard part-0001"
-    monkeypatch.delenv(TYPED)
+    monkeypatch.delenv(TYPED_COMMAND)
     (row,) = failure_rows(recipe("mine"), [failure("bad")])
     assert "run retry-shard/mine with stage = blocks and shard = part-0001" in row["how to retry"]
 
 
 def test_a_name_that_the_shell_would_take_apart_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TYPED, "mine.toml")
+    monkeypatch.setenv(TYPED_COMMAND, "mine.toml")
     assert how_to_retry(recipe("mine"), "source", "l'an 1") == (
         """distil retry mine.toml --stage source --shard 'l'"'"'an 1'"""
     )
 
 
 def test_what_can_be_done_about_a_table_depends_on_who_started_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TYPED, "mine.toml")
+    monkeypatch.setenv(TYPED_COMMAND, "mine.toml")
     assert "the command in the last column" in all_again(recipe("mine"))
-    monkeypatch.delenv(TYPED)
+    monkeypatch.delenv(TYPED_COMMAND)
     assert "retry-shard/mine" in all_again(recipe("mine"))
 
 

@@ -19,16 +19,16 @@ from storage.artifact import Receipt, Ref
 from storage.errors import FatalError, RetryableError
 from storage.store import Store
 from tasks.corpus.shard import heldout_of, shard_source, shards_of, source_ref
-from tasks.corpus.snapshot import Source, content_of, take_snapshot
-from tasks.recipe.config import Corpus
+from tasks.corpus.snapshot import Source, source_content, take_snapshot
+from tasks.recipe.config import CorpusSettings
 
 
-def only_source(settings: Corpus) -> Source:
+def only_source(settings: CorpusSettings) -> Source:
     (source,) = take_snapshot(settings).sources
     return source
 
 
-def shard(store: Store, settings: Corpus, **options: Any) -> Receipt:
+def shard(store: Store, settings: CorpusSettings, **options: Any) -> Receipt:
     return shard_source(store, only_source(settings), settings, **options)
 
 
@@ -165,7 +165,7 @@ def test_a_2109_pair(corpus: Any, store: Store) -> None:
 
 
 def test_the_tiny_corpus_against_a_plain_count(shared_data: Path, store: Store) -> None:
-    settings = Corpus(url=str(shared_data / "corpus" / "tiny"))
+    settings = CorpusSettings(url=str(shared_data / "corpus" / "tiny"))
     for source in take_snapshot(settings).sources:
         receipt = shard_source(store, source, settings)
         with Path(source.url).open("rb") as file:
@@ -232,7 +232,7 @@ def test_what_changes_the_bytes_changes_the_key(corpus: Any, store: Store) -> No
 
 def test_settings_that_are_newer_than_a_store_do_not_change_its_keys() -> None:
     source = Source("a.jsonl", url="/corpus/a.jsonl", size=1, stamp="", sha256=None, label="a")
-    key = source_ref(source, "c" * 64, Corpus(url="/corpus")).key
+    key = source_ref(source, "c" * 64, CorpusSettings(url="/corpus")).key
     assert key == "d877424993306b2136e5ab41ae67ac5a5d65f0d10a0d18195bfded2bf72ed139"
 
 
@@ -318,7 +318,7 @@ def test_content_is_remembered_after_the_first_read(corpus: Any, store: Store) -
     path = corpus.oscar_2301("part_1.jsonl")
     source = only_source(corpus.settings())
     shard_source(store, source, corpus.settings())
-    assert content_of(store, source) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source_content(store, source) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.corpus.snapshot import content_of, parse_checksums, remember_content, take_snapshot
-from tasks.recipe.config import Corpus
+from tasks.corpus.snapshot import parse_checksums, remember_source_content, source_content, take_snapshot
+from tasks.recipe.config import CorpusSettings
 
 HASH = "ab" * 32
 
 
-def labels(settings: Corpus) -> list[str]:
+def labels(settings: CorpusSettings) -> list[str]:
     return [source.label for source in take_snapshot(settings).sources]
 
 
@@ -110,7 +110,7 @@ def test_any_file_names_give_unique_safe_labels(tmp_path_factory: pytest.TempPat
     for name in names:
         if len(name.encode()) < 200 and name not in (".", ".."):
             (folder / f"x{name}.jsonl").write_text("{}", encoding="utf-8")
-    found = labels(Corpus(url=str(folder)))
+    found = labels(CorpusSettings(url=str(folder)))
     assert len({label.lower() for label in found}) == len(found) == len(list(folder.iterdir()))
     assert all(
         label.replace(".", "").replace("_", "").replace("-", "").isalnum() and label.isascii() for label in found
@@ -181,14 +181,14 @@ def test_an_absent_file_that_a_checksum_file_names(corpus: Any) -> None:
 
 def test_folders_that_cannot_be_a_corpus(tmp_path: Path) -> None:
     with pytest.raises(FatalError, match="no folder that exists"):
-        take_snapshot(Corpus(url=str(tmp_path / "nothing")))
+        take_snapshot(CorpusSettings(url=str(tmp_path / "nothing")))
     with pytest.raises(FatalError, match="holds no source file; correct"):
-        take_snapshot(Corpus(url=str(tmp_path)))
+        take_snapshot(CorpusSettings(url=str(tmp_path)))
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(FatalError, match="a file, not a folder"):
-        take_snapshot(Corpus(url=str(tmp_path / "a.jsonl")))
+        take_snapshot(CorpusSettings(url=str(tmp_path / "a.jsonl")))
     with pytest.raises(FatalError, match="nowhere://x cannot be opened"):
-        take_snapshot(Corpus(url="nowhere://x"))
+        take_snapshot(CorpusSettings(url="nowhere://x"))
 
 
 @pytest.mark.parametrize("target", ["outside.jsonl", "outside", "nothing"])
@@ -235,12 +235,12 @@ def test_fingerprint_follows_content_with_checksums_and_stamps_without(corpus: A
 def test_content_is_remembered_until_the_file_changes(corpus: Any, store: Store) -> None:
     path = corpus.oscar_2301("part_1.jsonl")
     (source,) = take_snapshot(corpus.settings()).sources
-    assert content_of(store, source) is None
-    remember_content(store, source, HASH)
-    assert content_of(store, source) == HASH
+    assert source_content(store, source) is None
+    remember_source_content(store, source, HASH)
+    assert source_content(store, source) == HASH
     os.utime(path, (1, 1))
     (source,) = take_snapshot(corpus.settings()).sources
-    assert content_of(store, source) is None
+    assert source_content(store, source) is None
 
 
 def test_any_fsspec_url(corpus: Any) -> None:
@@ -259,6 +259,6 @@ def test_any_fsspec_url(corpus: Any) -> None:
 
 
 def test_a_real_corpus(shared_data: Path) -> None:
-    snapshot = take_snapshot(Corpus(url=str(shared_data / "corpus" / "2026-09")))
+    snapshot = take_snapshot(CorpusSettings(url=str(shared_data / "corpus" / "2026-09")))
     assert [source.label for source in snapshot.sources] == [f"fr_meta_part_{number}" for number in range(1, 15)]
     assert all(source.sha256 for source in snapshot.sources)

@@ -12,15 +12,15 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.eval import heldout as score
 from tasks.eval.heldout import block_counts, clustered_error, heldout_protocol, score_heldout, score_mask, spread_rows
-from tasks.eval.scores import Trial, make_scores, not_run
+from tasks.eval.scores import ScoreKey, make_scores, not_run
 from tasks.models.student import make_student
-from tasks.recipe.config import Mask
+from tasks.recipe.config import MaskSettings
 from tasks.tokens.blocks import open_blocks
 from tasks.tokens.mask import mask_rows
 from tasks.tokens.vocabulary import load_vocabulary
 from tests.harness.tiny import make_parts, make_teacher
 
-MASK = Mask()
+MASK = MaskSettings()
 KEY = "a" * 64
 
 
@@ -129,10 +129,10 @@ def test_kept_counts_from_the_most_frequent_token():
 def test_masks_are_the_same_for_all_recipes_and_never_those_of_training(scene):
     student, _, vocabulary, blocks = scene
     plain = score_heldout(student, vocabulary, blocks, MASK, 10_000)
-    other = score_heldout(student, vocabulary, blocks, Mask(seed=7, kind="smoothed", variants=3), 10_000)
+    other = score_heldout(student, vocabulary, blocks, MaskSettings(seed=7, kind="smoothed", variants=3), 10_000)
     assert plain == other
     for seed in (0, 7, score.MASK_SEED):
-        assert score_mask(Mask(seed=seed)).seed != seed
+        assert score_mask(MaskSettings(seed=seed)).seed != seed
 
 
 def test_dropout_is_off_while_scoring_and_the_mode_comes_back(scene):
@@ -201,15 +201,15 @@ def test_scores_are_kept_by_model_protocol_set_and_seed(tmp_path):
         asked.append(1)
         return {"top1": 0.25, "by": {"LOC": 1.0}}
 
-    trial = Trial(KEY, {"lr": 1e-3}, "heldout")
+    trial = ScoreKey(KEY, {"lr": 1e-3}, "heldout")
     assert make_scores(store, trial, compute) == {"top1": 0.25, "by": {"LOC": 1.0}}
     assert make_scores(store, trial, compute) == {"top1": 0.25, "by": {"LOC": 1.0}}
     assert len(asked) == 1
     for other in (
-        Trial("b" * 64, {"lr": 1e-3}, "heldout"),
-        Trial(KEY, {"lr": 2e-3}, "heldout"),
-        Trial(KEY, {"lr": 1e-3}, "ner"),
-        Trial(KEY, {"lr": 1e-3}, "heldout", seed=1),
+        ScoreKey("b" * 64, {"lr": 1e-3}, "heldout"),
+        ScoreKey(KEY, {"lr": 2e-3}, "heldout"),
+        ScoreKey(KEY, {"lr": 1e-3}, "ner"),
+        ScoreKey(KEY, {"lr": 1e-3}, "heldout", seed=1),
     ):
         make_scores(store, other, compute)
     assert len(asked) == 5
@@ -218,7 +218,7 @@ def test_scores_are_kept_by_model_protocol_set_and_seed(tmp_path):
 
 
 def test_what_was_not_run_is_not_kept(tmp_path):
-    store, trial = Store(tmp_path), Trial(KEY, {}, "ner")
+    store, trial = Store(tmp_path), ScoreKey(KEY, {}, "ner")
     assert make_scores(store, trial, lambda: not_run("no such set"))["reason"] == "no such set"
     assert not store.has(trial.ref)
     assert make_scores(store, trial, lambda: {"f1": 1.0}) == {"f1": 1.0}
@@ -227,5 +227,5 @@ def test_what_was_not_run_is_not_kept(tmp_path):
 def test_new_heldout_text_makes_new_scores(scene):
     *_, blocks = scene
     settings = [heldout_protocol(part, MASK, 8, "t") for part in (blocks, blocks[:1])]
-    refs = {Trial(KEY, protocol, "heldout").ref for protocol in settings}
+    refs = {ScoreKey(KEY, protocol, "heldout").ref for protocol in settings}
     assert len(refs) == 2

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from tasks.eval import intervals as interval
-from tasks.eval.intervals import against, over_seeds, quotient, summarise
+from tasks.eval.intervals import over_seeds, paired_difference, ratio_interval, summarize_seeds
 
 
 def correct(*rates, rows=400, seed=0):
@@ -27,7 +27,7 @@ def test_over_seeds_is_students_t():
 def test_summaries_go_to_any_depth_and_leave_out_what_is_no_number():
     runs = [{"entity": {"f1": value}, "rows": 10, "note": "x", "odd": 1} for value in (0.2, 0.4, 0.9)]
     del runs[1]["odd"]
-    summary = summarise(runs)
+    summary = summarize_seeds(runs)
     assert summary["entity"]["f1"]["mean"] == pytest.approx(0.5)
     assert summary["rows"] == {"mean": 10, "sd": 0, "seeds": 3, "low": 10, "high": 10}
     assert set(summary) == {"entity", "rows"}
@@ -35,22 +35,22 @@ def test_summaries_go_to_any_depth_and_leave_out_what_is_no_number():
 
 def test_the_bootstrap_is_that_of_a_plain_loop(monkeypatch):
     ours, theirs = correct(0.7, 0.75, seed=1), correct(0.8, 0.85, seed=2)
-    found = against(ours, theirs)
+    found = paired_difference(ours, theirs)
     draw = np.random.default_rng(interval.SEED)
     ratios = []
     for start in range(0, interval.DRAWS, interval.CHUNK):
         for rows in draw.integers(400, size=(min(interval.CHUNK, interval.DRAWS - start), 400)):
-            own, other = (quotient(side[:, rows].sum(axis=1)).mean() for side in (ours, theirs))
+            own, other = (ratio_interval(side[:, rows].sum(axis=1)).mean() for side in (ours, theirs))
             ratios.append(own / other)
     low, high = np.percentile(ratios, (2.5, 97.5))
     assert (found["ratio"]["rows_low"], found["ratio"]["rows_high"]) == pytest.approx((low, high))
-    own, other = quotient(ours.sum(axis=1)), quotient(theirs.sum(axis=1))
+    own, other = ratio_interval(ours.sum(axis=1)), ratio_interval(theirs.sum(axis=1))
     assert found["ratio"]["value"] == pytest.approx(own.mean() / other.mean())
     assert found["difference"]["value"] == pytest.approx(own.mean() - other.mean())
     by_seed = over_seeds(list(own / other))
     assert found["ratio"]["seeds_low"] == pytest.approx(by_seed["low"])
     assert found["ratio"]["low"] == pytest.approx(min(low, by_seed["low"]))
-    assert found == against(ours, theirs)
+    assert found == paired_difference(ours, theirs)
 
 
 def test_pairing_makes_the_interval_small():
@@ -58,8 +58,8 @@ def test_pairing_makes_the_interval_small():
     theirs = correct(0.8, rows=1000)
     ours = theirs.copy()
     ours[0, np.flatnonzero(ours[0, :, 0])[:20], 0] = 0
-    paired = against(ours, theirs)["difference"]
-    loose = against(correct(0.78, rows=1000, seed=9), theirs)["difference"]
+    paired = paired_difference(ours, theirs)["difference"]
+    loose = paired_difference(correct(0.78, rows=1000, seed=9), theirs)["difference"]
     assert paired["rows_high"] < 0
     assert paired["rows_high"] - paired["rows_low"] < 0.5 * (loose["rows_high"] - loose["rows_low"])
     assert "seeds_low" not in paired
@@ -68,7 +68,7 @@ def test_pairing_makes_the_interval_small():
 def test_the_width_is_that_of_theory():
     """The difference of a model to one that is always right: binomial."""
     ours, theirs = correct(0.7, rows=2000), correct(1.1, rows=2000)
-    found = against(ours, theirs)["difference"]
+    found = paired_difference(ours, theirs)["difference"]
     rate = ours[0, :, 0].mean()
     expected = 2 * 1.96 * np.sqrt(rate * (1 - rate) / 2000)
     assert found["rows_high"] - found["rows_low"] == pytest.approx(expected, rel=0.1)
@@ -76,6 +76,6 @@ def test_the_width_is_that_of_theory():
 
 def test_a_ratio_to_nothing_is_left_out_and_equal_models_are_one():
     nothing = correct(0.0)
-    assert "ratio" not in against(correct(0.5), nothing)
-    same = against(correct(0.5, 0.6), correct(0.5, 0.6))["ratio"]
+    assert "ratio" not in paired_difference(correct(0.5), nothing)
+    same = paired_difference(correct(0.5, 0.6), correct(0.5, 0.6))["ratio"]
     assert (same["value"], same["low"], same["high"]) == (1, 1, 1)

@@ -9,8 +9,8 @@ from tasks.eval import seeds as module
 from tasks.eval.datasets.files import Place
 from tasks.eval.datasets.pairs import load_pairs
 from tasks.eval.protocol import Protocol
-from tasks.eval.seeds import compare, missing_seeds, protocol_key, score_seed, set_scores, trial_of
-from tasks.release.results import standings
+from tasks.eval.seeds import compare, missing_seeds, protocol_key, score_key_of, score_seed, set_scores
+from tasks.release.results import set_results
 from tests.harness.eval_sets import write_pairs
 from tests.harness.tiny import make_teacher
 
@@ -64,16 +64,16 @@ def test_the_key_follows_model_tuning_content_and_seed(xnli, tmp_path):
     other_set = load_pairs("xnli", Place(str(write_pairs(tmp_path, train=40, test=20, seed=5))))
     longer = PROTOCOL.model_copy(update={"tuning": PROTOCOL.tuning.model_copy(update={"epochs": 2})})
     trials = [
-        trial_of(KEY, xnli, PROTOCOL, 0),
-        trial_of(OTHER, xnli, PROTOCOL, 0),
-        trial_of(KEY, other_set, PROTOCOL, 0),
-        trial_of(KEY, xnli, longer, 0),
-        trial_of(KEY, xnli, PROTOCOL, 1),
+        score_key_of(KEY, xnli, PROTOCOL, 0),
+        score_key_of(OTHER, xnli, PROTOCOL, 0),
+        score_key_of(KEY, other_set, PROTOCOL, 0),
+        score_key_of(KEY, xnli, longer, 0),
+        score_key_of(KEY, xnli, PROTOCOL, 1),
     ]
     assert len({trial.ref.key for trial in trials}) == 5
     # A seed more, or another set in the protocol, changes no key.
     wider = PROTOCOL.model_copy(update={"seeds": (0, 1, 2, 3), "name": "wider"})
-    assert trial_of(KEY, xnli, wider, 0).ref == trials[0].ref
+    assert score_key_of(KEY, xnli, wider, 0).ref == trials[0].ref
     # For a comparison all seeds count.
     assert len({protocol_key(xnli, one) for one in (PROTOCOL, longer, wider)}) == 3
     assert protocol_key(xnli, PROTOCOL) != protocol_key(other_set, PROTOCOL)
@@ -89,7 +89,7 @@ def test_a_set_has_intervals_and_a_standing(store, xnli, given):
     assert found["summary"]["accuracy"]["low"] < 0.65
     assert (found["metric"], found["lr"]) == ("accuracy", 1e-2)
     assert "predictions" not in str(found)
-    (standing,) = standings({"xnli": found})
+    (standing,) = set_results({"xnli": found})
     assert (standing.set_name, standing.metric) == ("xnli", "accuracy")
     assert standing.values == pytest.approx((0.75, 0.7, 0.65))
     against = compare(store, KEY, OTHER, xnli, PROTOCOL)

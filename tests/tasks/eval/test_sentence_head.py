@@ -12,7 +12,7 @@ from tasks.eval.datasets.pairs import load_pairs
 from tasks.eval.finetune import _arguments, finetune
 from tasks.eval.metrics import unpack
 from tasks.eval.protocol import Tuning
-from tasks.eval.sentence_head import SentenceCraft, give_pair_form
+from tasks.eval.sentence_head import SentenceTask, give_pair_form
 from tests.harness.eval_sets import write_pairs
 from tests.harness.tiny import make_teacher
 
@@ -35,7 +35,7 @@ def pairs(tmp_path_factory):
 
 
 def tune(folder, data, tuning=TUNING, seed=0):
-    return finetune(folder, data, SentenceCraft(data.labels), tuning, seed, tuning.lr, "cpu")
+    return finetune(folder, data, SentenceTask(data.labels), tuning, seed, tuning.lr, "cpu")
 
 
 def test_it_learns_what_can_be_learned_and_measures_like_scikit_learn(folder, pairs):
@@ -68,8 +68,8 @@ def test_training_stops_early_and_goes_back_to_the_best_epoch(folder, pairs, mon
             return super().evaluate(*args, **kwargs)
 
     monkeypatch.setattr(module, "Trainer", Spy)
-    monkeypatch.setattr(SentenceCraft, "scores", lambda *args: {"accuracy": next(figures)})
-    monkeypatch.setattr(SentenceCraft, "test_scores", lambda *args: {})
+    monkeypatch.setattr(SentenceTask, "scores", lambda *args: {"accuracy": next(figures)})
+    monkeypatch.setattr(SentenceTask, "test_scores", lambda *args: {})
     found = tune(folder, pairs, TUNING.model_copy(update={"patience": 1, "lr": (1e-4,)}))
     assert epochs == [1, 2]
     assert (found["choice"]["epochs"], found["choice"]["validation"]) == (1, 0.9)
@@ -103,7 +103,7 @@ def test_the_rows_of_train_may_be_limited(folder, pairs):
 
 def test_a_pair_is_read_as_the_tokenizer_joins_it_or_as_camembert_does(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    one = SentenceCraft(("a", "b"))
+    one = SentenceTask(("a", "b"))
     ids = one.encode([Example("Le juge", "refuse", 1)], tokenizer, 20, False)[0].features["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁Le", "▁juge", "</s>", "</s>", "▁refuse", "</s>"]
     before = str(tokenizer.backend_tokenizer.post_processor)
@@ -121,7 +121,7 @@ def test_bert_is_told_which_text_is_which(folder, pairs, tmp_path):
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     BertForMaskedLM(config).save_pretrained(tmp_path)
-    features = SentenceCraft(("a", "b")).encode([Example("Le juge", "refuse", 1)], tokenizer, 20, True)[0].features
+    features = SentenceTask(("a", "b")).encode([Example("Le juge", "refuse", 1)], tokenizer, 20, True)[0].features
     assert len(features["token_type_ids"]) == len(features["input_ids"])
     assert 0 <= tune(tmp_path, pairs, SHORT)["accuracy"] <= 1
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForMaskedLM, CamembertConfig, pipeline
 
 from storage.errors import FatalError
-from tasks.eval.side_by_side import fill_mask_sheet, latency, load_contender, parameters, size_on_disk
+from tasks.eval.side_by_side import fill_mask_answers, latency, load_model, parameters, size_on_disk
 from tests.harness.tiny import make_teacher
 
 SENTENCES = ("Le maire signe <mask> dossier.", "Un employeur refuse un congé <mask> par écrit.")
@@ -17,11 +17,11 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     make_teacher(folder / "student", "modernbert", layers=2)
     make_teacher(folder / "teacher", "camembert", layers=3)
-    return {name: load_contender(folder / name) for name in ("student", "teacher")}
+    return {name: load_model(folder / name) for name in ("student", "teacher")}
 
 
 def test_answers_are_those_of_the_pipeline(models):
-    sheet = fill_mask_sheet(models, SENTENCES)
+    sheet = fill_mask_answers(models, SENTENCES)
     for name, contender in models.items():
         ask = pipeline("fill-mask", model=str(contender.folder), top_k=5)
         for row in sheet["rows"]:
@@ -37,20 +37,20 @@ def test_answers_are_those_of_the_pipeline(models):
 
 
 def test_agreement_is_counted(models):
-    same = fill_mask_sheet({"a": models["teacher"], "b": models["teacher"]}, SENTENCES)
+    same = fill_mask_answers({"a": models["teacher"], "b": models["teacher"]}, SENTENCES)
     assert same["same_first"] == same["sentences"] == 2
     assert same["shared"] == 5
-    different = fill_mask_sheet(models, SENTENCES)
+    different = fill_mask_answers(models, SENTENCES)
     assert different["same_first"] == sum(
         row["answers"]["student"][0]["token"] == row["answers"]["teacher"][0]["token"] for row in different["rows"]
     )
-    assert "same_first" not in fill_mask_sheet({"alone": models["student"]}, SENTENCES)
+    assert "same_first" not in fill_mask_answers({"alone": models["student"]}, SENTENCES)
 
 
 @pytest.mark.parametrize("sentence", ["Pas de masque.", "<mask> et <mask>.", "un congé " * 200 + "<mask>"])
 def test_a_sentence_needs_one_mask_within_reach(models, sentence):
     with pytest.raises(FatalError, match=r"score\.sentences"):
-        fill_mask_sheet(models, [sentence])
+        fill_mask_answers(models, [sentence])
 
 
 def test_latency_takes_turns_and_reports_every_model_and_batch_size(models):
@@ -96,6 +96,6 @@ def test_size_is_that_of_the_weights(models):
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(FatalError, match="no such model folder"):
-        load_contender(tmp_path / "absent")
+        load_model(tmp_path / "absent")
     with pytest.raises(FatalError, match="not a masked language model"):
-        load_contender(tmp_path)
+        load_model(tmp_path)

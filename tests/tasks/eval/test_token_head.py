@@ -18,7 +18,7 @@ from tasks.eval.datasets.ner import Sentence, load_ner
 from tasks.eval.finetune import finetune, load_for
 from tasks.eval.metrics import LABELS, entity_scores, unpack
 from tasks.eval.protocol import Tuning
-from tasks.eval.token_head import TagCraft, subword_labels, word_tags
+from tasks.eval.token_head import TokenTask, subword_labels, word_tags
 from tests.harness.eval_sets import write_ner
 from tests.harness.tiny import make_teacher
 
@@ -31,7 +31,7 @@ def load(folder):
 
 
 def tune(folder, data, tuning=TUNING, seed=0):
-    return finetune(folder, data, TagCraft(tuning.labelled), tuning, seed, tuning.lr, "cpu")
+    return finetune(folder, data, TokenTask(tuning.labelled), tuning, seed, tuning.lr, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_test_sentences_never_reach_training_or_selection(folders, tmp_path, mon
 def test_the_dropout_of_the_protocol_replaces_that_of_the_model(folders):
     """A student saved with dropout 0 is tuned like its teacher."""
     for family in folders:
-        model, _ = load_for(folders[family], TagCraft(), Tuning(dropout=0.25))
+        model, _ = load_for(folders[family], TokenTask(), Tuning(dropout=0.25))
         rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
         assert rates == {0.25}
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.loader.batch import Batch, Loader, Masking, stretches
-from tasks.loader.dataset import Corpus
-from tasks.loader.order import Order
+from tasks.loader.batch import Batch, BatchLoader, MaskingRule, step_ranges
+from tasks.loader.dataset import BlockDataset
+from tasks.loader.order import DataOrder
 from tasks.loader.prefetch import ReadAhead
-from tasks.recipe.config import Mask
+from tasks.recipe.config import MaskSettings
 from tasks.recipe.run_spec import Part
 from tasks.tokens.vocabulary import Vocabulary, load_vocabulary
 from tests.harness.tiny import make_parts, save_tokenizer
@@ -34,13 +34,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, tuple[Part, 
     return store, parts, load_vocabulary(str(folder / "tokenizer"))
 
 
-def loader_of(place: tuple[Store, tuple[Part, ...], Vocabulary], store: Store, epochs: int = 2) -> Loader:
+def loader_of(place: tuple[Store, tuple[Part, ...], Vocabulary], store: Store, epochs: int = 2) -> BatchLoader:
     _, parts, vocabulary = place
-    order = Order(tuple(part.rows for part in parts), WINDOW, seed=3)
-    corpus, steps = Corpus(store, parts, cached=False), epochs * order.rows // BATCH
+    order = DataOrder(tuple(part.rows for part in parts), WINDOW, seed=3)
+    corpus, steps = BlockDataset(store, parts, cached=False), epochs * order.rows // BATCH
     ahead = ReadAhead(corpus, order, steps * BATCH, variants=1)
-    plan = stretches(0, steps, BATCH, 0, 0, 1)
-    return Loader(corpus, Masking(vocabulary, Mask(), False), order, plan, ahead, prefetch=2, pin=False)
+    plan = step_ranges(0, steps, BATCH, 0, 0, 1)
+    return BatchLoader(
+        corpus, MaskingRule(vocabulary, MaskSettings(), False), order, plan, ahead, prefetch=2, pin=False
+    )
 
 
 def ids_of(batches: Iterator[list[Batch]]) -> list[bytes]:
@@ -75,8 +77,8 @@ def test_the_next_window_is_there_before_it_is_needed(
 ) -> None:
     store, parts, _ = place
     cold = Store(store.root, cache=tmp_path / "cache")
-    order = Order(tuple(part.rows for part in parts), WINDOW, seed=3)
-    corpus = Corpus(cold, parts, cached=False)
+    order = DataOrder(tuple(part.rows for part in parts), WINDOW, seed=3)
+    corpus = BlockDataset(cold, parts, cached=False)
     with ReadAhead(corpus, order, 2 * order.rows, variants=1) as ahead:
         ahead.move(0, 1)
         ahead.settle()
@@ -96,7 +98,7 @@ def test_what_cannot_be_read_ahead_is_said_when_it_is_needed(
 
 
 @given(ORDERS, st.integers(0, 500))
-def test_a_window_is_what_its_rows_come_from(order: Order, row: int) -> None:
+def test_a_window_is_what_its_rows_come_from(order: DataOrder, row: int) -> None:
     window = order.window_at(row)
     assert window.start <= row < window.stop
     parts, _, epochs = order.stretch(window.start, window.stop)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tasks.models.files import fingerprint_of, scored_as
-from tasks.recipe.config import Teacher
+from tasks.models.files import fingerprint_of, model_content_key
+from tasks.recipe.config import TeacherSettings
 from tests.harness.tiny import rewrite_config
 
 
-def named(folder: Path, **changes) -> Teacher:
-    return Teacher(model=str(folder), **changes)
+def named(folder: Path, **changes) -> TeacherSettings:
+    return TeacherSettings(model=str(folder), **changes)
 
 
 def test_a_copy_has_the_same_fingerprint_whoever_saved_it(teacher_folder, folder):
@@ -48,11 +48,11 @@ def test_settings_of_a_run_are_not_part_of_the_fingerprint(folder):
 def test_scores_of_a_model_are_named_by_its_tokenizer_too(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    assert scored_as(other) == scored_as(folder)
+    assert model_content_key(other) == model_content_key(folder)
     changed = tmp_path / "changed"
     shutil.copytree(folder, changed)
     definition = json.loads((changed / "tokenizer.json").read_text())
     definition["normalizer"] = {"type": "Lowercase"}
     (changed / "tokenizer.json").write_text(json.dumps(definition))
     assert fingerprint_of(named(changed)) == fingerprint_of(named(folder))
-    assert scored_as(changed) != scored_as(folder)
+    assert model_content_key(changed) != model_content_key(folder)

@@ -12,12 +12,12 @@ from transformers import AutoModelForMaskedLM
 from storage.errors import FatalError
 from tasks.models.files import fingerprint_of, resolve_model
 from tasks.models.teacher import load_teacher
-from tasks.recipe.config import Teacher
+from tasks.recipe.config import TeacherSettings
 from tests.harness.tiny import rewrite_config
 
 
-def named(folder: Path, **changes) -> Teacher:
-    return Teacher(model=str(folder), **changes)
+def named(folder: Path, **changes) -> TeacherSettings:
+    return TeacherSettings(model=str(folder), **changes)
 
 
 def to_bin(folder: Path, **more) -> None:
@@ -90,7 +90,7 @@ def test_a_pickle_that_is_more_than_weights_is_refused_and_not_run(folder, tmp_p
 
 def refusal(folder: Path | str) -> str:
     with pytest.raises(FatalError) as caught:
-        load_teacher(Teacher(model=str(folder)), "cpu")
+        load_teacher(TeacherSettings(model=str(folder)), "cpu")
     message = str(caught.value)
     assert "\n" not in message
     assert str(folder) in message

@@ -8,8 +8,8 @@ import pytest
 from tasks.models.student import make_student
 from tasks.plan.forecast import Forecast, Prices, make_forecast, runs_to_pay
 from tasks.plan.sample import Sample
-from tasks.plan.sizes import Shape, Stock, shape_of
-from tasks.plan.timing import Machine, Pace
+from tasks.plan.sizes import Inventory, ModelShape, shape_of
+from tasks.plan.timing import Machine, Timings
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tasks.tokens.vocabulary import load_vocabulary
@@ -28,7 +28,7 @@ SAMPLE = Sample(
     read_seconds=0.1,
     block_seconds=2.0,
 )
-STOCK = Stock(
+STOCK = Inventory(
     sources=10,
     source_bytes=100_000,
     unread_bytes=100_000,
@@ -43,7 +43,7 @@ FILES = 10 * (1_900 + 22 * 32)
 """Bytes of ten targets files, one a source, without what is in them."""
 TARGETS = 1_000 * 20 + 15_000 * 34 + FILES
 """int8: width + 2 bytes a position."""
-PACE = Pace("CPU", rows=10, load=0.0, capture=0.5, step=4.0, start=0.0, save=0.0)
+PACE = Timings("CPU", rows=10, load=0.0, capture=0.5, step=4.0, start=0.0, save=0.0)
 """The teacher takes half a second a block; a step has ten blocks."""
 
 
@@ -73,13 +73,15 @@ def recipe_of(teacher: Path, **sections: dict[str, object]) -> Recipe:
     return make_recipe(values, "test")
 
 
-def forecast(recipe: Recipe, stock: Stock = STOCK, free: int | None = 10**12, prices: Prices | None = None) -> Forecast:
-    shape = Shape(width=32, vocab_size=200, parameters=1_000)
+def forecast(
+    recipe: Recipe, stock: Inventory = STOCK, free: int | None = 10**12, prices: Prices | None = None
+) -> Forecast:
+    shape = ModelShape(width=32, vocab_size=200, parameters=1_000)
     return make_forecast(recipe, stock, SAMPLE, shape, PACE, Machine(2, 1.0), free, prices or Prices(3.6, 10.0))
 
 
 def test_bytes_by_stage(teacher: Path) -> None:
-    found = forecast(recipe_of(teacher)).outlook
+    found = forecast(recipe_of(teacher)).sizes
     assert found.text.total == 400_000
     assert found.blocks.total == 1_000
     assert found.tokens.total == 100_000
@@ -102,13 +104,13 @@ def test_what_is_done_is_counted_apart(teacher: Path) -> None:
         kept={"shard": 220_000, "blocks": 102_000, "targets": 0, "model": 0},
     )
     found = forecast(recipe_of(teacher), stock)
-    shard, blocks, targets = (found.outlook.bytes[name] for name in ("shard", "blocks", "targets"))
+    shard, blocks, targets = (found.sizes.bytes[name] for name in ("shard", "blocks", "targets"))
     assert (shard.total, shard.done, shard.left) == pytest.approx((440_000, 220_000, 220_000))
     assert (blocks.total, blocks.left) == pytest.approx((204_000, 102_000))
     assert (targets.total, targets.left) == pytest.approx((TARGETS, TARGETS))
     assert found.seconds["source"].left == pytest.approx(found.seconds["source"].total / 2)
     assert found.seconds["targets"].left == pytest.approx(500)
-    assert found.need == pytest.approx(1.1 * found.outlook.left)
+    assert found.need == pytest.approx(1.1 * found.sizes.left)
 
 
 def test_seconds_by_stage_use_the_cores_that_there_are(teacher: Path) -> None:
@@ -156,7 +158,7 @@ def test_several_epochs_pay_at_once_and_several_masks_do_not(teacher: Path) -> N
     masks = forecast(recipe_of(teacher, train={"epochs": 3.0}, mask={"variants": 3}))
     assert masks.break_even is not None
     assert masks.break_even.runs == 2
-    assert masks.outlook.bytes["targets"].total == pytest.approx(3 * TARGETS)
+    assert masks.sizes.bytes["targets"].total == pytest.approx(3 * TARGETS)
 
 
 def test_an_online_recipe_is_timed_with_its_teacher(teacher: Path) -> None:
@@ -164,7 +166,7 @@ def test_an_online_recipe_is_timed_with_its_teacher(teacher: Path) -> None:
     assert found.break_even is not None
     assert found.break_even.cached == pytest.approx(200 * (4.0 - 5 * 0.5))
     assert found.break_even.online == pytest.approx(200 * 4.0)
-    assert found.outlook.bytes["targets"].total == 0
+    assert found.sizes.bytes["targets"].total == 0
     assert "targets" not in found.seconds
 
 
@@ -179,7 +181,7 @@ def test_every_encoding_and_the_recipe_own(teacher: Path) -> None:
 def test_money_and_rate(teacher: Path) -> None:
     found = forecast(recipe_of(teacher))
     assert found.cost["machine"] == pytest.approx(found.total_seconds.left / 3_600 * 3.6)
-    total = sum(amount.total for amount in found.outlook.bytes.values())
+    total = sum(amount.total for amount in found.sizes.bytes.values())
     assert found.cost["storage_month"] == pytest.approx(total / 1e12 * 10)
     # Ten blocks a step of four seconds: ids, and 15 positions of 34 bytes with 20 a block.
     assert found.read_rate == pytest.approx(10 * (204 + 20 + 15 * 34) / 4.0)
@@ -196,7 +198,7 @@ def test_what_does_not_fit_is_said_with_what_would(teacher: Path) -> None:
 
 def test_json_has_every_amount_three_times(teacher: Path) -> None:
     value = forecast(recipe_of(teacher)).to_json()
-    assert value["outlook"]["bytes"]["shard"] == {
+    assert value["sizes"]["bytes"]["shard"] == {
         "total": pytest.approx(440_000),
         "done": 0,
         "left": pytest.approx(440_000),

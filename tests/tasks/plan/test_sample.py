@@ -11,7 +11,7 @@ from tasks.corpus.shard import heldout_of, shard_source, shards_of
 from tasks.corpus.snapshot import take_snapshot
 from tasks.plan import sample as module
 from tasks.plan.sample import Sample, take_sample
-from tasks.recipe.config import Blocks, Corpus, Mask
+from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings
 from tasks.tokens.vocabulary import load_vocabulary
 from tests.harness.tiny import documents, save_tokenizer
 from tests.tasks.conftest import CorpusFolder
@@ -25,10 +25,12 @@ def tokenizer(tmp_path: Path) -> str:
     return str(save_tokenizer(tmp_path / "tokenizer"))
 
 
-def sampled(store: Store, corpus: Corpus, tokenizer: str, budget: int, *, skip_bad: bool = False) -> Sample:
+def sampled(store: Store, corpus: CorpusSettings, tokenizer: str, budget: int, *, skip_bad: bool = False) -> Sample:
     sources = take_snapshot(corpus).sources
     vocabulary = load_vocabulary(tokenizer)
-    return take_sample(store, corpus, Blocks(length=32), Mask(), vocabulary, sources, budget, skip_bad=skip_bad)
+    return take_sample(
+        store, corpus, BlockSettings(length=32), MaskSettings(), vocabulary, sources, budget, skip_bad=skip_bad
+    )
 
 
 def hexadecimal(seed: int) -> list[str]:

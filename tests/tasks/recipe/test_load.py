@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import FatalError
-from tasks.recipe.load import load_recipe, make_recipe, placed
+from tasks.recipe.load import load_recipe, make_recipe, with_absolute_paths
 from tasks.release.gate import judge
-from tasks.release.results import Standing
+from tasks.release.results import SetResult
 
 BASE = """
 name = "small"
@@ -59,8 +59,8 @@ def test_the_cluster_differs_from_the_laptop_only_in_where(repo: Path) -> None:
 @pytest.mark.parametrize("name", ["demo", "pilot", "oscar-2019", "oscar-2301", "cluster/oscar-2301"])
 def test_the_first_champion_of_a_bundled_recipe_needs_a_score(repo: Path, name: str) -> None:
     rules = load_recipe(repo / "deployments" / f"{name}.toml").gate
-    broken = [Standing(set_name, "top1", (0.01,)) for set_name in rules.needed]
-    fair = [Standing(set_name, "top1", (0.45,)) for set_name in rules.needed]
+    broken = [SetResult(set_name, "top1", (0.01,)) for set_name in rules.needed]
+    fair = [SetResult(set_name, "top1", (0.45,)) for set_name in rules.needed]
     rules = rules.model_copy(update={"optional": ("fine-tuning",)})
     assert "heldout is 0.0100, below its floor" in " ".join(judge(broken, [], rules).reasons)
     assert judge(fair, [], rules).promote
@@ -89,9 +89,9 @@ def test_a_form_may_name_folders_of_the_run_s_own_or_none(tmp_path: Path, monkey
         ("state", "there", (f"{tmp_path}/state", f"{tmp_path}/there")),
         ("/a", "s3://b/c", ("/a", "s3://b/c")),
     ):
-        recipe = placed(make_recipe(given | {"home": home, "store": store}, "form"))
+        recipe = with_absolute_paths(make_recipe(given | {"home": home, "store": store}, "form"))
         assert (recipe.home, recipe.store) == expected
-        assert placed(recipe) == recipe
+        assert with_absolute_paths(recipe) == recipe
 
 
 @pytest.mark.parametrize("name", ["pilot", "oscar-2019", "oscar-2301", "cluster/oscar-2301"])

@@ -8,60 +8,60 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 from PIL import Image
 
-from tasks.release.figure import draw, headline, picture
-from tasks.release.results import Measured, Standing, half_width, kept
+from tasks.release.figure import draw_figure, headline, render_figure
+from tasks.release.results import ModelSummary, SetResult, half_width, kept
 
 NER = (0.871, 0.874, 0.869)
-STUDENT = Measured(
+STUDENT = ModelSummary(
     "student",
     (
-        Standing("heldout", "top1", (0.469,)),
-        Standing("ner", "entity_f1", NER),
-        Standing("cls", "accuracy", (), "score.cls names no set"),
+        SetResult("heldout", "top1", (0.469,)),
+        SetResult("ner", "entity_f1", NER),
+        SetResult("cls", "accuracy", (), "score.cls names no set"),
     ),
     parameters=68_128_261,
     milliseconds={1: 40.0, 32: 1300.0},
 )
-TEACHER = Measured(
+TEACHER = ModelSummary(
     "teacher",
-    (Standing("heldout", "top1", (0.5,)), Standing("ner", "entity_f1", (0.891, 0.895, 0.889))),
+    (SetResult("heldout", "top1", (0.5,)), SetResult("ner", "entity_f1", (0.891, 0.895, 0.889))),
     parameters=110_655_493,
     milliseconds={1: 80.0, 32: 2700.0},
 )
-CONTROL = Measured("contrôle", (Standing("ner", "entity_f1", (0.84, 0.85, 0.83)),), parameters=68_128_261)
+CONTROL = ModelSummary("contrôle", (SetResult("ner", "entity_f1", (0.84, 0.85, 0.83)),), parameters=68_128_261)
 
 
 def pixels(png: bytes) -> "np.typing.NDArray[np.uint8]":
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-@pytest.mark.parametrize("models", [(STUDENT, TEACHER, CONTROL), (STUDENT,), (Measured("student"),)])
-def test_it_is_a_png_of_1200_pixels_and_not_blank(models: tuple[Measured, ...]) -> None:
-    image = pixels(picture("Modèle élève — français, 5 $ de plus_que $x", models))
+@pytest.mark.parametrize("models", [(STUDENT, TEACHER, CONTROL), (STUDENT,), (ModelSummary("student"),)])
+def test_it_is_a_png_of_1200_pixels_and_not_blank(models: tuple[ModelSummary, ...]) -> None:
+    image = pixels(render_figure("Modèle élève — français, 5 $ de plus_que $x", models))
     assert image.shape[1] == 1200
     assert 300 < image.shape[0] < 1200
     assert image.std() > 5
 
 
 def test_the_same_figures_give_the_same_bytes() -> None:
-    assert picture("a", (STUDENT, TEACHER)) == picture("a", (STUDENT, TEACHER))
-    assert picture("a", (STUDENT, TEACHER)) != picture("a", (TEACHER, STUDENT))
+    assert render_figure("a", (STUDENT, TEACHER)) == render_figure("a", (STUDENT, TEACHER))
+    assert render_figure("a", (STUDENT, TEACHER)) != render_figure("a", (TEACHER, STUDENT))
 
 
 def test_means_over_seeds_have_error_bars_and_single_runs_have_none() -> None:
-    scores = draw("a", (STUDENT, TEACHER, CONTROL)).axes[0]
+    scores = draw_figure("a", (STUDENT, TEACHER, CONTROL)).axes[0]
     drawn = [one for one in scores.containers if isinstance(one, ErrorbarContainer)]
     assert len(drawn) == 5  # heldout of two, ner of three
     with_bars = [one for one in drawn if one.has_xerr]
     assert len(with_bars) == 3
     (segment,) = with_bars[0].lines[2][0].get_segments()
-    half = half_width(Standing("ner", "entity_f1", NER))
+    half = half_width(SetResult("ner", "entity_f1", NER))
     assert half == pytest.approx(4.3026527 * np.std(NER, ddof=1) / np.sqrt(3))
     assert segment[:, 0] == pytest.approx([100 * (np.mean(NER) - half), 100 * (np.mean(NER) + half)])
 
 
 def test_every_number_and_every_reason_is_written() -> None:
-    figure = draw("a", (STUDENT, TEACHER, CONTROL))
+    figure = draw_figure("a", (STUDENT, TEACHER, CONTROL))
     written = {text.get_text() for axes in figure.axes for text in axes.texts}
     assert {"46.9", "50.0", "87.1", "84.0", "68.1", "40.0", "2,700", "not measured"} <= written
     assert "not run: score.cls names no set" in written
@@ -72,23 +72,23 @@ def test_the_headline_leaves_out_what_was_not_measured() -> None:
     assert headline((STUDENT, TEACHER)) == (
         "The student keeps 96 % of its teacher's scores, is 2.0 times as fast on a CPU, has 62 % of its parameters"
     )
-    fast = Measured("student", (), milliseconds={1: 40.0})
+    fast = ModelSummary("student", (), milliseconds={1: 40.0})
     assert headline((fast, TEACHER)) == "The student is 2.0 times as fast on a CPU"
-    assert headline((STUDENT,)) == headline((CONTROL, Measured("teacher"))) == ""
-    assert kept(STUDENT, Measured("teacher")) is None
+    assert headline((STUDENT,)) == headline((CONTROL, ModelSummary("teacher"))) == ""
+    assert kept(STUDENT, ModelSummary("teacher")) is None
 
 
 RATIO = {"value": 0.977, "low": 0.961, "high": 0.99}
 
 
 def test_the_share_of_the_teacher_stands_with_its_interval_and_a_single_run_has_that_over_blocks() -> None:
-    student = replace(STUDENT, ratios={"ner": RATIO}, standings=(Standing("heldout", "top1", (0.469,), error=0.01),))
-    assert half_width(student.standings[0]) == pytest.approx(0.0196)
-    axes = draw("a", (student, CONTROL, TEACHER)).axes[0]
+    student = replace(STUDENT, ratios={"ner": RATIO}, standings=(SetResult("heldout", "top1", (0.469,), error=0.01),))
+    assert half_width(student.set_results[0]) == pytest.approx(0.0196)
+    axes = draw_figure("a", (student, CONTROL, TEACHER)).axes[0]
     assert "98 % [96, 99]" in {text.get_text() for text in axes.texts}
     assert headline((student, CONTROL, TEACHER)).startswith("The student keeps 94 % of its teacher's scores")
 
 
 def test_places_of_a_machine_are_not_told() -> None:
-    away = Measured("student", (Standing("cls", "accuracy", (), "/data/marie/sets/cls: no such folder"),))
-    assert "not run: cls: no such folder" in {text.get_text() for text in draw("a", (away,)).axes[0].texts}
+    away = ModelSummary("student", (SetResult("cls", "accuracy", (), "/data/marie/sets/cls: no such folder"),))
+    assert "not run: cls: no such folder" in {text.get_text() for text in draw_figure("a", (away,)).axes[0].texts}

@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.recipe.config import Gate
+from tasks.recipe.config import GateSettings
 from tasks.recipe.load import make_recipe
 from tasks.release.gate import MEAN, Row, Verdict, judge, pooled_sd, tolerance
-from tasks.release.results import Standing
+from tasks.release.results import SetResult
 
-RULES = Gate(needed=("heldout",), deviations=2.0, min_tolerance=0.005)
-
-
-def heldout(*values: float) -> Standing:
-    return Standing("heldout", "top1", values)
+RULES = GateSettings(needed=("heldout",), deviations=2.0, min_tolerance=0.005)
 
 
-def ner(*values: float) -> Standing:
-    return Standing("ner", "entity_f1", values)
+def heldout(*values: float) -> SetResult:
+    return SetResult("heldout", "top1", values)
+
+
+def ner(*values: float) -> SetResult:
+    return SetResult("ner", "entity_f1", values)
 
 
 CHAMPION = (heldout(0.46), ner(0.870, 0.876, 0.873))
@@ -71,8 +71,8 @@ def test_the_standard_error_of_the_mean_is_that_of_a_difference() -> None:
     assert row(verdict, MEAN).tolerance == pytest.approx(seeds / 2)
 
 
-@pytest.mark.parametrize("candidate", [(heldout(0.9),), (heldout(0.9), Standing("ner", "", (), "the set is away"))])
-def test_an_incomplete_one_is_refused_unless_the_set_is_optional(candidate: tuple[Standing, ...]) -> None:
+@pytest.mark.parametrize("candidate", [(heldout(0.9),), (heldout(0.9), SetResult("ner", "", (), "the set is away"))])
+def test_an_incomplete_one_is_refused_unless_the_set_is_optional(candidate: tuple[SetResult, ...]) -> None:
     verdict = judge(candidate, [CHAMPION], RULES)
     assert not verdict.promote
     (reason,) = verdict.reasons
@@ -81,10 +81,10 @@ def test_an_incomplete_one_is_refused_unless_the_set_is_optional(candidate: tupl
 
 
 def test_a_set_that_was_not_run_blocks_a_first_model_too() -> None:
-    assert not judge((heldout(0.9), Standing("ner", "", (), "away")), [], RULES).promote
+    assert not judge((heldout(0.9), SetResult("ner", "", (), "away")), [], RULES).promote
     assert not judge((ner(0.9),), [], RULES).promote  # heldout is needed
     assert not judge((), [], RULES).promote
-    nothing = judge((), [], Gate(needed=(), optional=("ner",)))
+    nothing = judge((), [], GateSettings(needed=(), optional=("ner",)))
     assert nothing.reasons == ("not one set was run",)
 
 
@@ -99,14 +99,14 @@ def test_a_first_model_is_judged_by_floors() -> None:
 
 def test_a_set_that_no_champion_has_goes_by_its_floor() -> None:
     rules = RULES.model_copy(update={"floors": {"xnli": 0.6}})
-    new = Standing("xnli", "accuracy", (0.5, 0.51))
+    new = SetResult("xnli", "accuracy", (0.5, 0.51))
     verdict = judge((*CHAMPION, new), [CHAMPION], rules)
     assert verdict.reasons == ("xnli is 0.5050, below its floor 0.6; no champion has this set",)
 
 
 def test_small_steps_down_do_not_add_up() -> None:
     """Each is within tolerance of the one before, the third is beyond that of the first."""
-    champions: list[tuple[Standing, ...]] = [(heldout(0.500),)]
+    champions: list[tuple[SetResult, ...]] = [(heldout(0.500),)]
     promoted = []
     for value in (0.497, 0.494, 0.491):
         verdict = judge((heldout(value),), champions, RULES)

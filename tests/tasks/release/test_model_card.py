@@ -9,22 +9,22 @@ from huggingface_hub import ModelCard, ModelCardData
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tasks.release.model_card import CardFacts, model_card, plain_name
-from tasks.release.results import Measured, Standing
+from tasks.release.results import ModelSummary, SetResult
 
-STUDENT = Measured(
+STUDENT = ModelSummary(
     "student",
     (
-        Standing("heldout", "top1", (0.469,)),
-        Standing("ner", "entity_f1", (0.871, 0.874, 0.869)),
-        Standing("cls", "accuracy", (), "score.cls names no set"),
+        SetResult("heldout", "top1", (0.469,)),
+        SetResult("ner", "entity_f1", (0.871, 0.874, 0.869)),
+        SetResult("cls", "accuracy", (), "score.cls names no set"),
     ),
     parameters=68_128_261,
     size=272_513_044,
     milliseconds={1: 43.4, 32: 1302.0},
 )
-TEACHER = Measured(
+TEACHER = ModelSummary(
     "teacher",
-    (Standing("heldout", "top1", (0.502,)), Standing("ner", "entity_f1", (0.891, 0.895, 0.889))),
+    (SetResult("heldout", "top1", (0.502,)), SetResult("ner", "entity_f1", (0.891, 0.895, 0.889))),
     parameters=110_655_493,
     milliseconds={1: 88.5, 32: 2750.0},
 )
@@ -87,7 +87,7 @@ def test_figures_stand_beside_those_of_the_teacher() -> None:
 
 def test_ratios_have_their_interval_and_a_control_its_column() -> None:
     student = replace(STUDENT, ratios={"ner": {"value": 0.9765, "low": 0.961, "high": 0.99}})
-    control = Measured("control", (Standing("heldout", "top1", (0.459,), error=0.01),), parameters=68_128_261)
+    control = ModelSummary("control", (SetResult("heldout", "top1", (0.459,), error=0.01),), parameters=68_128_261)
     text = model_card(facts(models=(student, TEACHER, control)))
     assert "| | student | teacher | control | student / teacher |" in text
     assert "| heldout, top1 | 46.9 | 50.2 | 45.9 ± 2.0 |  |" in text
@@ -132,7 +132,7 @@ def test_places_of_a_machine_are_not_told() -> None:
     assert not re.search("marie|bucket|key:word|token=abc", text)
     assert ModelCard(text).data.base_model == "teacher"
     away = "score.ner: /data/marie/wikiner: no such folder; give another, or s3://key:word@bucket/sets/ner?token=abc"
-    text = model_card(facts(models=(Measured("student", (Standing("ner", "entity_f1", (), away),)),)))
+    text = model_card(facts(models=(ModelSummary("student", (SetResult("ner", "entity_f1", (), away),)),)))
     assert "score.ner: wikiner: no such folder; give another, or ner" in text
     assert not re.search("marie|bucket|token=", text)
     assert plain_name("almanach/camembert-base") == "almanach/camembert-base"
@@ -142,7 +142,7 @@ HOSTILE = "x\n---\nlicense: apache-2.0\n# Heading | cell <script>alert(1)</scrip
 
 
 def test_hostile_text_stays_text() -> None:
-    model = Measured("stu|dent\n# no", (Standing("n|er", "f<1>", (), HOSTILE),))
+    model = ModelSummary("stu|dent\n# no", (SetResult("n|er", "f<1>", (), HOSTILE),))
     hostile = recipe(
         corpus={"url": HOSTILE, "language": HOSTILE},
         teacher={"model": HOSTILE, "revision": HOSTILE},

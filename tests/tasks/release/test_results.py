@@ -1,7 +1,7 @@
 """Standings from scores: which sets decide, by which figure and protocol, and what was not run."""
 
 from tasks.eval.scores import not_run
-from tasks.release.results import Standing, protocols, standings
+from tasks.release.results import SetResult, protocol_keys, set_results
 
 
 def test_the_figure_of_every_set():
@@ -14,13 +14,13 @@ def test_the_figure_of_every_set():
         "paws-x": not_run("no such folder"),
         "fine-tuning": not_run("no protocol"),
     }
-    found = standings(scores)
+    found = set_results(scores)
     assert found == (
-        Standing("heldout", "top1", (0.5,), error=0.01),
-        Standing("xnli", "accuracy", (0.7, 0.8)),
-        Standing("ner", "entity_f1", (0.9,)),
-        Standing("paws-x", "accuracy", reason="no such folder"),
-        Standing("fine-tuning", "", reason="no protocol"),
+        SetResult("heldout", "top1", (0.5,), error=0.01),
+        SetResult("xnli", "accuracy", (0.7, 0.8)),
+        SetResult("ner", "entity_f1", (0.9,)),
+        SetResult("paws-x", "accuracy", reason="no such folder"),
+        SetResult("fine-tuning", "", reason="no protocol"),
     )
-    assert protocols(scores) == {one.set_name: "p" if one.set_name == "heldout" else "none" for one in found}
-    assert [Standing.from_json(one.to_json()) for one in found] == list(found)
+    assert protocol_keys(scores) == {one.set_name: "p" if one.set_name == "heldout" else "none" for one in found}
+    assert [SetResult.from_json(one.to_json()) for one in found] == list(found)

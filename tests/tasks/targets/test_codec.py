@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from storage.errors import FatalError
-from tasks.recipe.config import Targets
-from tasks.targets.codec import Calibration, Codec, fit_calibration, make_codec, spread
+from tasks.recipe.config import TargetSettings
+from tasks.targets.codec import Calibration, Codec, fit_calibration, make_codec, topk_logits
 
 HIDDEN = ["int8", "int4", "bf16"]
 NOISE = {"int8": 1e-4, "int4": 1.5e-2, "bf16": 1e-4}
@@ -31,7 +31,7 @@ def calibrated(x_ND: Tensor) -> Calibration:
 
 
 def codec_for(encoding: str, x_ND: Tensor, vocab_size: int = 1000) -> Codec:
-    return make_codec(Targets(encoding=encoding), x_ND.shape[1], calibrated(x_ND), vocab_size)
+    return make_codec(TargetSettings(encoding=encoding), x_ND.shape[1], calibrated(x_ND), vocab_size)
 
 
 @pytest.mark.parametrize(("encoding", "size"), [("int8", 770), ("int4", 408), ("bf16", 1536)])
@@ -45,7 +45,7 @@ def test_bytes_of_a_position_at_width_768(encoding, size):
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(32_005, 2 + 4 * 64), (65_535, 2 + 4 * 64), (65_536, 2 + 6 * 64)])
 def test_bytes_of_a_position_of_topk(vocab_size, size):
-    codec = make_codec(Targets(encoding="topk"), 768, None, vocab_size)
+    codec = make_codec(TargetSettings(encoding="topk"), 768, None, vocab_size)
     assert codec.bytes_per_position == size
     assert codec.encode(torch.randn(2, vocab_size)).shape == (2, size)
 
@@ -109,7 +109,7 @@ def test_unused_slots_of_zero_bytes_decode_to_finite_numbers(encoding):
     codec = codec_for(encoding, hidden_like(8, 32))
     zeros = torch.zeros(3, codec.bytes_per_position, dtype=torch.uint8)
     if encoding == "topk":
-        assert bool(spread(codec.decode_topk(zeros), 0, 3, 1000).isfinite().all())
+        assert bool(topk_logits(codec.decode_topk(zeros), 0, 3, 1000).isfinite().all())
     else:
         assert bool(codec.decode(zeros).isfinite().all())
 
@@ -137,7 +137,7 @@ def test_any_finite_values_come_back_within_a_step(values, encoding):
 def test_topk_keeps_the_best_tokens_and_the_mass_of_the_rest(vocab_size):
     logits_NV = 3 * torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(1))
     logits_NV[:, -1] = 20.0  # the highest id of all, above what two bytes hold in the larger vocabulary
-    codec = make_codec(Targets(encoding="topk", top_k=16), 32, None, vocab_size)
+    codec = make_codec(TargetSettings(encoding="topk", top_k=16), 32, None, vocab_size)
     kept = codec.decode_topk(codec.encode(logits_NV))
     log_p_NV = logits_NV.log_softmax(-1)
     assert torch.equal(kept.ids, log_p_NV.topk(16).indices)
@@ -148,9 +148,9 @@ def test_topk_keeps_the_best_tokens_and_the_mass_of_the_rest(vocab_size):
 
 def test_spread_is_a_distribution_that_agrees_where_it_was_kept():
     logits_NV = 3 * torch.randn(6, 300, generator=torch.Generator().manual_seed(2))
-    codec = make_codec(Targets(encoding="topk", top_k=32), 8, None, 300)
+    codec = make_codec(TargetSettings(encoding="topk", top_k=32), 8, None, 300)
     kept = codec.decode_topk(codec.encode(logits_NV))
-    spread_nV = spread(kept, 2, 5, 300)
+    spread_nV = topk_logits(kept, 2, 5, 300)
     p_nV = F.softmax(logits_NV[2:5], dim=-1)
     torch.testing.assert_close(spread_nV.exp().sum(-1), torch.ones(3), rtol=2e-3, atol=0)
     torch.testing.assert_close(
@@ -162,16 +162,16 @@ def test_spread_is_a_distribution_that_agrees_where_it_was_kept():
 
 def test_topk_of_the_whole_vocabulary_and_of_a_certain_token():
     logits_NV = torch.tensor([[0.0, 90.0, -90.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
-    codec = make_codec(Targets(encoding="topk", top_k=64), 8, None, 4)
+    codec = make_codec(TargetSettings(encoding="topk", top_k=64), 8, None, 4)
     kept = codec.decode_topk(codec.encode(logits_NV))
     assert codec.top_k == 4
-    spread_NV = spread(kept, 0, 2, 4)
+    spread_NV = topk_logits(kept, 0, 2, 4)
     assert bool(spread_NV.isfinite().all())
     torch.testing.assert_close(spread_NV.softmax(-1), logits_NV.softmax(-1), rtol=1e-3, atol=1e-6)
 
 
 def test_topk_has_no_hidden_states_to_decode():
-    codec = make_codec(Targets(encoding="topk"), 8, None, 100)
+    codec = make_codec(TargetSettings(encoding="topk"), 8, None, 100)
     with pytest.raises(ValueError, match="decode_topk"):
         codec.decode(codec.encode(torch.randn(2, 100)))
 
@@ -198,9 +198,9 @@ def test_what_is_no_calibration_is_refused(text):
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
 def test_a_calibrated_encoding_wants_a_calibration_of_its_width(encoding):
     with pytest.raises(FatalError, match=f"targets.encoding = {encoding} needs a calibration of 32 channels"):
-        make_codec(Targets(encoding=encoding), 32, None, 100)
+        make_codec(TargetSettings(encoding=encoding), 32, None, 100)
     with pytest.raises(FatalError, match="has 16"):
-        make_codec(Targets(encoding=encoding), 32, calibrated(hidden_like(5, 16)), 100)
+        make_codec(TargetSettings(encoding=encoding), 32, calibrated(hidden_like(5, 16)), 100)
 
 
 def test_the_fingerprint_tells_codecs_apart():

@@ -14,12 +14,12 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.models.teacher import load_teacher
-from tasks.recipe.config import Blocks, Mask, Recipe, Targets, Teacher
+from tasks.recipe.config import BlockSettings, MaskSettings, Recipe, TargetSettings, TeacherSettings
 from tasks.recipe.run_spec import Part, make_run
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture, masked_inputs
 from tasks.targets.compute import make_targets, open_capture
-from tasks.targets.file import FILE, check_digests, describe, open_targets, read_targets, write_rows
+from tasks.targets.file import FILE, check_digests, file_metadata, open_targets, read_targets, write_rows
 from tasks.targets.keys import targets_ref
 from tasks.targets.parity import LIMIT, fidelity, probe, probe_cache
 from tasks.tokens.blocks import count_tokens, counts_ref, make_blocks, open_blocks
@@ -27,7 +27,7 @@ from tasks.tokens.mask import row_digests
 from tests.harness.tiny import documents, make_parts, save_text_shard
 
 ENCODINGS = ["int8", "int4", "bf16", "topk"]
-NO_CHANGE = Mask()
+NO_CHANGE = MaskSettings()
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,11 +45,11 @@ def capture(store: Store, teacher_folder: Path, parts: tuple[Part, ...]) -> Capt
 
 
 def capture_for(
-    store: Store, folder: Path, parts: tuple[Part, ...], mask: Mask = NO_CHANGE, **targets: object
+    store: Store, folder: Path, parts: tuple[Part, ...], mask: MaskSettings = NO_CHANGE, **targets: object
 ) -> Capture:
-    settings = Targets(calibration_rows=24, **targets)
+    settings = TargetSettings(calibration_rows=24, **targets)
     sample = [part.blocks_ref() for part in parts]
-    model = load_teacher(Teacher(model=str(folder), batch_rows=7), "cpu")  # 7: the last batch is a smaller one
+    model = load_teacher(TeacherSettings(model=str(folder), batch_rows=7), "cpu")  # 7: the last batch is a smaller one
     bare = Capture(model, model.vocabulary, mask, settings)
     receipt = calibrate(store, sample, bare)
     return replace(bare, calibration=read_calibration(store, receipt.ref), calibration_key=receipt.key)
@@ -93,8 +93,8 @@ def test_targets_are_what_the_teacher_says_at_the_masked_positions(store, parts,
 
 def test_all_positions_are_those_of_each_block_without_padding(store, teacher_folder):
     shard = save_text_shard(store, documents(6, seed=3), "short-0000")
-    settings = Blocks(length=48, packing="documents")
-    model = load_teacher(Teacher(model=str(teacher_folder)), "cpu")
+    settings = BlockSettings(length=48, packing="documents")
+    model = load_teacher(TeacherSettings(model=str(teacher_folder)), "cpu")
     blocks_receipt = make_blocks(store, shard, settings, model.vocabulary)
     part = Part(label="short-0000", blocks=blocks_receipt.key, rows=blocks_receipt.rows, tokens=blocks_receipt.tokens)
     capture = capture_for(store, teacher_folder, (part,), positions="all", encoding="bf16")
@@ -154,7 +154,7 @@ def test_what_is_there_is_not_made_again_unless_forced(store, parts, capture, mo
 
 
 def test_mask_variants_are_targets_of_their_own(store, teacher_folder, parts):
-    capture = capture_for(store, teacher_folder, parts, Mask(variants=2))
+    capture = capture_for(store, teacher_folder, parts, MaskSettings(variants=2))
     receipts = [make_targets(store, parts[0].blocks_ref(), capture, variant) for variant in (0, 1)]
     assert [receipt.label for receipt in receipts] == ["part-0000.v0", "part-0000.v1"]
     digests = [open_targets(store, receipt.ref).digests for receipt in receipts]
@@ -163,10 +163,10 @@ def test_mask_variants_are_targets_of_their_own(store, teacher_folder, parts):
 
 def test_smoothed_masks_take_token_counts(store, teacher_folder, parts):
     sample = [part.blocks_ref() for part in parts]
-    teacher = Teacher(model=str(teacher_folder))
+    teacher = TeacherSettings(model=str(teacher_folder))
     counts = count_tokens(store, sample, load_teacher(teacher, "cpu").vocabulary)
     assert counts.ref == counts_ref(sample)
-    settings = (Mask(kind="smoothed"), Targets(encoding="bf16"), counts.ref)
+    settings = (MaskSettings(kind="smoothed"), TargetSettings(encoding="bf16"), counts.ref)
     capture = open_capture(store, teacher, load_teacher(teacher, "cpu").vocabulary, *settings, device="cpu")
     receipt = make_targets(store, sample[0], capture)
     assert receipt.info["probe"]["kl"] < 1e-3
@@ -175,7 +175,7 @@ def test_smoothed_masks_take_token_counts(store, teacher_folder, parts):
 
 def test_a_shard_without_blocks_has_empty_targets(store, parts, capture):
     shard = save_text_shard(store, [], "empty-0000")
-    blocks = make_blocks(store, shard, Blocks(length=32), capture.vocabulary)
+    blocks = make_blocks(store, shard, BlockSettings(length=32), capture.vocabulary)
     receipt = make_targets(store, blocks.ref, capture)
     targets = open_targets(store, receipt.ref)
     assert (receipt.rows, len(targets), receipt.info["positions"]) == (0, 0, 0)
@@ -187,7 +187,7 @@ def test_a_shard_without_blocks_has_empty_targets(store, parts, capture):
 
 def test_calibration_is_mean_and_deviation_over_the_whole_sample(store, teacher_folder, parts):
     capture = capture_for(store, teacher_folder, parts)
-    everything = replace(capture, targets=Targets(calibration_rows=10_000))
+    everything = replace(capture, targets=TargetSettings(calibration_rows=10_000))
     receipt = calibrate(store, [part.blocks_ref() for part in parts], everything)
     assert receipt.rows == sum(part.rows for part in parts)
     vectors = []
@@ -210,7 +210,7 @@ def test_a_calibrated_encoding_without_calibration_is_refused(store, parts, capt
 
 
 def test_there_is_nothing_to_calibrate_on_in_empty_blocks(store, capture):
-    blocks = make_blocks(store, save_text_shard(store, [], "empty-0000"), Blocks(length=32), capture.vocabulary)
+    blocks = make_blocks(store, save_text_shard(store, [], "empty-0000"), BlockSettings(length=32), capture.vocabulary)
     with pytest.raises(FatalError, match="no position to calibrate on"):
         calibrate(store, [blocks.ref], capture)
 
@@ -228,7 +228,7 @@ def test_int8_stays_below_the_limit_with_two_outlier_channels(store, parts, capt
     model.lm_head.dense.weight[:, channels] /= factor
     blocks = open_blocks(store, parts[0].blocks_ref())
     rows = np.arange(0, len(blocks), 3)
-    table = fidelity(capture, blocks, rows, [Targets(encoding=name) for name in ENCODINGS])
+    table = fidelity(capture, blocks, rows, [TargetSettings(encoding=name) for name in ENCODINGS])
     figures = {line.encoding: line for line in table}
     assert figures["int8"].kl <= 1e-4
     assert figures["int8"].cosine <= 1e-4
@@ -250,7 +250,7 @@ def forge(store: Store, capture: Capture, of: Ref, source: Ref, shift_rows: int 
     rows = np.roll(np.arange(len(original)), shift_rows)
     ref = ref_of(capture, of)
     with store.scratch() as folder:
-        with ArrowWriter(folder / FILE, TARGETS, describe(original.codec, ref, {})) as writer:
+        with ArrowWriter(folder / FILE, TARGETS, file_metadata(original.codec, ref, {})) as writer:
             digests = [int(value).to_bytes(8, "little") for value in original.digests[rows]]
             payload = np.roll(original.payload(rows), shift_vectors, axis=0)
             write_rows(writer, digests, original.counts[rows], payload)
@@ -329,7 +329,7 @@ def test_another_mask_is_found_by_the_digests(store, teacher_folder, parts, capt
     make_targets(store, blocks, capture)
     check_all_rows(store, capture, blocks)
     opened, targets = open_blocks(store, blocks), open_targets(store, ref_of(capture, blocks))
-    for other, variant in ((replace(capture, mask=Mask(seed=1)), 0), (capture, 1)):
+    for other, variant in ((replace(capture, mask=MaskSettings(seed=1)), 0), (capture, 1)):
         rows = np.array([4, 2])
         with pytest.raises(FatalError, match="targets part-0000: row 4 was computed from another input"):
             check_digests(targets, rows, masked_inputs(other, opened, rows, variant).digests)
@@ -409,7 +409,7 @@ def test_nan_from_the_teacher_names_shard_and_row(store, teacher_folder, parts, 
 
 def test_blocks_longer_than_the_teacher_reads_are_refused(store, capture):
     shard = save_text_shard(store, documents(4), "long-0000")
-    blocks = make_blocks(store, shard, Blocks(length=256), capture.vocabulary)
+    blocks = make_blocks(store, shard, BlockSettings(length=256), capture.vocabulary)
     with pytest.raises(FatalError, match=r"blocks.length = 256, but the teacher .* reads at most 128 tokens"):
         make_targets(store, blocks.ref, capture)
 
@@ -417,7 +417,9 @@ def test_blocks_longer_than_the_teacher_reads_are_refused(store, capture):
 def test_a_tokenizer_that_does_not_fit_the_teacher_is_refused(store, teacher_folder, capture):
     other = replace(capture.vocabulary, name="other", size=capture.vocabulary.size + 1)
     with pytest.raises(FatalError, match="the tokenizer other has"):
-        open_capture(store, Teacher(model=str(teacher_folder)), other, Mask(), Targets(), device="cpu")
+        open_capture(
+            store, TeacherSettings(model=str(teacher_folder)), other, MaskSettings(), TargetSettings(), device="cpu"
+        )
 
 
 # ---- training opens its cache --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Keys of targets and calibrations: what decides their bytes is in them, and nothing else."""
 
 from storage.artifact import Ref
-from tasks.recipe.config import Mask, Targets, Teacher
+from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
 from tasks.targets.keys import calibration_ref, targets_ref
 
 
@@ -10,9 +10,9 @@ def test_a_key_changes_with_all_that_changes_the_bytes_and_with_nothing_else():
     usual = {
         "blocks": blocks,
         "fingerprint": "f",
-        "teacher": Teacher(model="x"),
-        "mask": Mask(),
-        "targets": Targets(),
+        "teacher": TeacherSettings(model="x"),
+        "mask": MaskSettings(),
+        "targets": TargetSettings(),
         "calibration_key": "c",
         "counts_key": "",
         "variant": 0,
@@ -21,15 +21,15 @@ def test_a_key_changes_with_all_that_changes_the_bytes_and_with_nothing_else():
     others = [
         {"blocks": Ref("blocks", "b" * 64, "part-0000")},
         {"fingerprint": "g"},
-        {"teacher": Teacher(model="x", dtype="bfloat16")},
-        {"teacher": Teacher(model="x", attention="eager")},
-        {"mask": Mask(seed=1)},
-        {"mask": Mask(rate=0.2)},
-        {"mask": Mask(kind="smoothed")},
-        {"targets": Targets(encoding="bf16")},
-        {"targets": Targets(encoding="topk")},
-        {"targets": Targets(encoding="topk", top_k=8)},
-        {"targets": Targets(positions="all")},
+        {"teacher": TeacherSettings(model="x", dtype="bfloat16")},
+        {"teacher": TeacherSettings(model="x", attention="eager")},
+        {"mask": MaskSettings(seed=1)},
+        {"mask": MaskSettings(rate=0.2)},
+        {"mask": MaskSettings(kind="smoothed")},
+        {"targets": TargetSettings(encoding="bf16")},
+        {"targets": TargetSettings(encoding="topk")},
+        {"targets": TargetSettings(encoding="topk", top_k=8)},
+        {"targets": TargetSettings(positions="all")},
         {"calibration_key": "d"},
         {"counts_key": "e"},
         {"variant": 1},
@@ -37,22 +37,22 @@ def test_a_key_changes_with_all_that_changes_the_bytes_and_with_nothing_else():
     keys = {targets_ref(**(usual | other)).key for other in others}
     assert len(keys | {key}) == len(others) + 1
     for same in (
-        {"teacher": Teacher(model="elsewhere/x", batch_rows=9)},
-        {"mask": Mask(variants=4)},
-        {"targets": Targets(top_k=8, calibration_rows=9, on_missing="raise")},
+        {"teacher": TeacherSettings(model="elsewhere/x", batch_rows=9)},
+        {"mask": MaskSettings(variants=4)},
+        {"targets": TargetSettings(top_k=8, calibration_rows=9, on_missing="raise")},
     ):
         assert targets_ref(**(usual | same)).key == key
 
 
 def test_calibration_is_shared_by_encodings_and_keyed_by_its_sample():
     sample = [Ref("blocks", letter * 64, f"part-{letter}") for letter in "ab"]
-    arguments = ("f", Teacher(model="x"), Mask())
-    key = calibration_ref(sample, *arguments, Targets()).key
-    assert calibration_ref(sample, *arguments, Targets(encoding="int4")).key == key
+    arguments = ("f", TeacherSettings(model="x"), MaskSettings())
+    key = calibration_ref(sample, *arguments, TargetSettings()).key
+    assert calibration_ref(sample, *arguments, TargetSettings(encoding="int4")).key == key
     others = [
-        calibration_ref(sample[:1], *arguments, Targets()),
-        calibration_ref(sample, *arguments, Targets(calibration_rows=9)),
-        calibration_ref(sample, *arguments, Targets(positions="all")),
-        calibration_ref(sample, *arguments, Targets(), "counts"),
+        calibration_ref(sample[:1], *arguments, TargetSettings()),
+        calibration_ref(sample, *arguments, TargetSettings(calibration_rows=9)),
+        calibration_ref(sample, *arguments, TargetSettings(positions="all")),
+        calibration_ref(sample, *arguments, TargetSettings(), "counts"),
     ]
     assert len({ref.key for ref in others} | {key}) == 5

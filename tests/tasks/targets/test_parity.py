@@ -20,14 +20,14 @@ from storage.store import Store
 from tasks.models.files import fingerprint_of
 from tasks.models.student import make_student
 from tasks.models.teacher import load_teacher
-from tasks.recipe.config import Targets, Teacher
+from tasks.recipe.config import TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import Part, make_run
 from tasks.targets.compute import make_targets
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.metrics import read_metrics
 from tasks.train.process import StopSignal
-from tasks.train.step import World
+from tasks.train.step import Ranks
 from tasks.train.trainer import train
 from tests.benchmarks.encodings import CORPUS, TEACHER, blocks_of, capture_of, measure
 from tests.harness.tiny import make_parts, make_teacher
@@ -96,10 +96,10 @@ def curves(bench: Bench, source: str, encoding: str = "int8", start: Path | None
         manifest=parts,
         heldout=(),
         teacher_fingerprint=fingerprint_of(recipe.teacher),
-        start=fingerprint_of(Teacher(model=str(start))) if start else "",
+        start=fingerprint_of(TeacherSettings(model=str(start))) if start else "",
         counts="",
     )
-    assert train(run, World(), StopSignal())
+    assert train(run, Ranks(), StopSignal())
     lines = read_metrics(Path(run.folder) / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, bench.steps + 1))
     return np.array([[line[part] for part in PARTS] for line in lines])
@@ -107,7 +107,9 @@ def curves(bench: Bench, source: str, encoding: str = "int8", start: Path | None
 
 def cached(bench: Bench, encoding: str) -> tuple[Part, ...]:
     """The same parts with targets in one encoding."""
-    capture = capture_of(bench.store, bench.refs(), bench.teacher, Targets.model_validate({"encoding": encoding}))
+    capture = capture_of(
+        bench.store, bench.refs(), bench.teacher, TargetSettings.model_validate({"encoding": encoding})
+    )
     keys = [make_targets(bench.store, ref, capture).key for ref in bench.refs()]
     return tuple(part.model_copy(update={"targets": (key,)}) for part, key in zip(bench.parts, keys, strict=True))
 
@@ -117,7 +119,7 @@ def save_student(bench: Bench, units: int) -> Path:
     folder = bench.home / f"student-{units}"
     shutil.copytree(bench.teacher, folder)
     (folder / "model.safetensors").unlink()
-    teacher = load_teacher(Teacher(model=str(bench.teacher), dtype="float32"), "cpu")
+    teacher = load_teacher(TeacherSettings(model=str(bench.teacher), dtype="float32"), "cpu")
     student = make_student(teacher.model, load_vocabulary(str(bench.teacher)), layers=2)
     weight = student.get_input_embeddings().weight.data[load_vocabulary(str(bench.teacher)).mask]
     for _ in range(units):

@@ -17,7 +17,7 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.recipe.config import Blocks as Settings
+from tasks.recipe.config import BlockSettings as Settings
 from tasks.tokens import tokenize_shard as tokens
 from tasks.tokens.blocks import Blocks, blocks_ref, count_tokens, counts_ref, make_blocks, open_blocks, read_counts
 from tasks.tokens.vocabulary import Vocabulary, load_tokenizer, load_vocabulary

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tasks.recipe.config import Mask
-from tasks.tokens.mask import IGNORED, Masked, mask_rows, philox, philox_rows, row_digests
+from tasks.recipe.config import MaskSettings
+from tasks.tokens.mask import IGNORE_INDEX, MaskedRows, mask_rows, philox, philox_rows, row_digests
 from tasks.tokens.vocabulary import Vocabulary
 
 KEY = "ab" * 32
@@ -47,18 +47,18 @@ def blocks(lengths: list[int], length: int, low: int = 5, size: int = 1000) -> t
 def run(
     ids: Array,
     lengths: Array,
-    mask: Mask = Mask(),  # noqa: B008 - frozen
+    mask: MaskSettings = MaskSettings(),  # noqa: B008 - frozen
     rows: Array | None = None,
     counts: Array | None = None,
     variant: int = 0,
     key: str = KEY,
     vocabulary: Vocabulary = VOCABULARY,
-) -> Masked:
+) -> MaskedRows:
     rows = np.arange(len(ids)) if rows is None else rows
     return mask_rows(key, rows, ids, lengths, vocabulary, mask, counts, variant)
 
 
-def is_chosen(masked: Masked) -> npt.NDArray[np.bool_]:
+def is_chosen(masked: MaskedRows) -> npt.NDArray[np.bool_]:
     """[B, L]: which positions were chosen."""
     chosen = np.zeros(masked.input_ids.shape, dtype=bool)
     row, slot = np.nonzero(masked.valid)
@@ -107,12 +107,12 @@ def test_masks_are_frozen() -> None:
     """If this fails, masks changed: every cached target would be stale. Raise the schema of targets, then mend it."""
     ids = np.array([[BOS, *range(100, 118), EOS], [BOS, *range(200, 209), EOS, *[PAD] * 9]])
     lengths = np.array([20, 11])
-    uniform = run(ids, lengths, Mask(seed=3, rate=0.3), rows=np.array([5, 2**33 + 1]), variant=2)
+    uniform = run(ids, lengths, MaskSettings(seed=3, rate=0.3), rows=np.array([5, 2**33 + 1]), variant=2)
     assert uniform.positions.tolist() == GOLDEN_UNIFORM[0]
     assert uniform.labels.tolist() == GOLDEN_UNIFORM[1]
     assert np.take_along_axis(uniform.input_ids, uniform.positions, 1).tolist() == GOLDEN_UNIFORM[2]
     counts = np.arange(1000) ** 2
-    smoothed = run(ids, lengths, Mask(rate=0.3, kind="smoothed"), counts=counts)
+    smoothed = run(ids, lengths, MaskSettings(rate=0.3, kind="smoothed"), counts=counts)
     assert smoothed.positions.tolist() == GOLDEN_SMOOTHED[0]
     assert smoothed.labels.tolist() == GOLDEN_SMOOTHED[1]
     assert np.take_along_axis(smoothed.input_ids, smoothed.positions, 1).tolist() == GOLDEN_SMOOTHED[2]
@@ -128,7 +128,7 @@ def test_each_row_gets_its_share_and_nothing_else_changes(kind: str, rate: float
     ids, lengths = blocks([64, 3, 40, 10, 64, 20] * 20, 64)
     ids[0, 5] = UNK
     before = ids.copy()
-    masked = run(ids, lengths, Mask(rate=rate, kind=kind), counts=np.arange(1000))
+    masked = run(ids, lengths, MaskSettings(rate=rate, kind=kind), counts=np.arange(1000))
     assert (ids == before).all()
     assert masked.positions.shape == (120, -(-64 * rate // 1))
     chosen = is_chosen(masked)
@@ -138,7 +138,7 @@ def test_each_row_gets_its_share_and_nothing_else_changes(kind: str, rate: float
     assert not np.isin(masked.input_ids[chosen], [BOS, PAD, EOS, UNK]).any()
     row, slot = np.nonzero(masked.valid)
     assert (masked.labels[row, slot] == ids[row, masked.positions[row, slot]]).all()
-    assert (masked.labels[~masked.valid] == IGNORED).all()
+    assert (masked.labels[~masked.valid] == IGNORE_INDEX).all()
     assert (masked.positions[~masked.valid] == 0).all()
     for positions, valid in zip(masked.positions, masked.valid, strict=True):
         assert (np.diff(positions[valid]) > 0).all()
@@ -147,13 +147,13 @@ def test_each_row_gets_its_share_and_nothing_else_changes(kind: str, rate: float
 def test_shares_that_are_whole_numbers_stay_whole() -> None:
     # 0.07 x 100 is a little over 7 in binary.
     ids, lengths = blocks([100, 20], 100)
-    assert run(ids, lengths, Mask(rate=0.07)).valid.sum(axis=1).tolist() == [7, 2]
-    assert run(ids, lengths, Mask(rate=0.15)).valid.sum(axis=1).tolist() == [15, 3]
+    assert run(ids, lengths, MaskSettings(rate=0.07)).valid.sum(axis=1).tolist() == [7, 2]
+    assert run(ids, lengths, MaskSettings(rate=0.15)).valid.sum(axis=1).tolist() == [15, 3]
 
 
 def test_rows_with_little_or_nothing_to_mask() -> None:
     ids = np.array([[BOS, EOS, PAD, PAD, PAD, PAD, PAD, PAD], [BOS, UNK, UNK, 9, UNK, EOS, PAD, PAD]])
-    masked = run(ids, np.array([2, 6]), Mask(rate=0.5))
+    masked = run(ids, np.array([2, 6]), MaskSettings(rate=0.5))
     assert masked.valid.sum(axis=1).tolist() == [0, 1]
     assert masked.positions[1, 0] == 3
     assert (masked.input_ids[0] == ids[0]).all()
@@ -178,7 +178,7 @@ def test_seed_blocks_variant_and_row_each_change_the_mask() -> None:
     ids, lengths = blocks([64] * 50, 64)
     masks = [
         run(ids, lengths),
-        run(ids, lengths, Mask(seed=1)),
+        run(ids, lengths, MaskSettings(seed=1)),
         run(ids, lengths, variant=1),
         run(ids, lengths, key="cd" * 32),
         run(ids, lengths, rows=np.arange(50) + 50),
@@ -192,7 +192,7 @@ def test_seed_blocks_variant_and_row_each_change_the_mask() -> None:
 def test_smoothed_masks_need_counts() -> None:
     ids, lengths = blocks([16], 16)
     with pytest.raises(ValueError, match="counts"):
-        run(ids, lengths, Mask(kind="smoothed"))
+        run(ids, lengths, MaskSettings(kind="smoothed"))
 
 
 # ---- fairness ----------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_smoothed_masks_draw_by_count_to_the_power_minus_0_7() -> None:
     counts = np.zeros(1000, dtype=np.int64)
     counts[10:15] = [0, 1, 10, 100, 10_000]
     ids = np.tile([BOS, 10, 11, 12, EOS, 13, 14, PAD], (20_000, 1))
-    masked = run(ids, np.full(20_000, 7), Mask(rate=0.1, kind="smoothed"), counts=counts)
+    masked = run(ids, np.full(20_000, 7), MaskSettings(rate=0.1, kind="smoothed"), counts=counts)
     hits = is_chosen(masked).sum(axis=0)
     weights = np.array([0, 1, 1, 10**-0.7, 0, 100**-0.7, 10_000**-0.7, 0])
     assert hits.sum() == 20_000

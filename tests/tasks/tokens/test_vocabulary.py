@@ -14,8 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from storage.errors import FatalError, RetryableError
-from tasks.recipe.config import Blocks, Teacher
-from tasks.tokens.vocabulary import fits, load_tokenizer, load_vocabulary, vocabulary_for
+from tasks.recipe.config import BlockSettings, TeacherSettings
+from tasks.tokens.vocabulary import check_vocabulary_fits, load_tokenizer, load_vocabulary, vocabulary_for
 
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "le", "chat", "##s"]
 
@@ -110,11 +110,11 @@ def test_the_fingerprint_follows_the_ids_and_nothing_else(tmp_path: Path) -> Non
 
 def test_a_model_has_to_have_a_row_for_every_piece(shared_data: Path) -> None:
     vocabulary = load_vocabulary(str(shared_data / "tokenizer" / "camembert-base"))
-    fits(vocabulary, 32005, "camembert-base")
-    fits(vocabulary, 32064, "padded to a multiple of 64")
+    check_vocabulary_fits(vocabulary, 32005, "camembert-base")
+    check_vocabulary_fits(vocabulary, 32064, "padded to a multiple of 64")
     for rows in (32004, 50265, 8000):
         with pytest.raises(FatalError, match=f"32005 pieces but the model other has {rows} rows; set blocks"):
-            fits(vocabulary, rows, "other")
+            check_vocabulary_fits(vocabulary, rows, "other")
 
 
 def test_what_is_not_a_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -180,4 +180,4 @@ def test_the_teachers_revision_is_not_asked_of_another_tokenizer(
     tokenizer: str, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.tokens.vocabulary.load_vocabulary", lambda *names: names)
-    assert vocabulary_for(Blocks(tokenizer=tokenizer), Teacher(model="bert", revision="v2")) == asked
+    assert vocabulary_for(BlockSettings(tokenizer=tokenizer), TeacherSettings(model="bert", revision="v2")) == asked

@@ -8,7 +8,7 @@ import os
 from storage.store import Store
 from tasks.recipe.run_spec import RunSpec
 from tasks.train import checkpoint
-from tasks.train.__main__ import leave, main
+from tasks.train.__main__ import exit_with_status, main
 from tests.tasks.train.recording_trainer import noting
 
 
@@ -26,4 +26,4 @@ if __name__ == "__main__":
     noting()
     if os.environ["RANK"] != "0":
         lagging()
-    leave(main)
+    exit_with_status(main)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from tasks.train import trainer as train
-from tasks.train.__main__ import leave, main
-from tasks.train.checkpoint import Progress
+from tasks.train.__main__ import exit_with_status, main
+from tasks.train.checkpoint import TrainingProgress
 from tasks.train.trainer import Trainer
 
 FILE = "rows.jsonl"
@@ -34,7 +34,7 @@ def noting() -> None:
         seen[:] = [name for batch in batches for name in row_names(batch.input_ids)]
         return step(distiller, supervision, batches, *rest)
 
-    def advanced(self: Trainer, progress: Progress, tokens: int) -> Progress:
+    def advanced(self: Trainer, progress: TrainingProgress, tokens: int) -> TrainingProgress:
         after = advance(self, progress, tokens)
         line = {"step": after.step, "rank": self.world.rank, "rows": seen}
         with (Path(self.run.folder) / FILE).open("a") as file:
@@ -47,4 +47,4 @@ def noting() -> None:
 
 if __name__ == "__main__":
     noting()
-    leave(main)
+    exit_with_status(main)

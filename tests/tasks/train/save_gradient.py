@@ -15,33 +15,35 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from storage.store import Store
-from tasks.loader.batch import Masking, make_batch
-from tasks.loader.dataset import Corpus
+from tasks.loader.batch import MaskingRule, make_batch
+from tasks.loader.dataset import BlockDataset
 from tasks.models.student import make_student
 from tasks.models.teacher import load_teacher
-from tasks.recipe.config import Loss, Mask, Teacher
+from tasks.recipe.config import LossSettings, MaskSettings, TeacherSettings
 from tasks.recipe.run_spec import Part
-from tasks.train.__main__ import leave
-from tasks.train.step import Distiller, World, gradient_step, sum_counts
-from tasks.train.teacher_signal import Online
+from tasks.train.__main__ import exit_with_status
+from tasks.train.step import Ranks, StudentWithLoss, gradient_step, sum_counts
+from tasks.train.teacher_signal import OnlineTeacher
 
 ROWS = 8
 
 
 def main(store: str, teacher_folder: str, parts_file: str, out: str) -> int:
     dist.init_process_group("gloo")
-    world = World(dist.get_rank(), dist.get_world_size())
+    world = Ranks(dist.get_rank(), dist.get_world_size())
     parts = tuple(Part(**values) for values in json.loads(Path(parts_file).read_text()))
-    teacher = load_teacher(Teacher(model=teacher_folder), "cpu")
+    teacher = load_teacher(TeacherSettings(model=teacher_folder), "cpu")
     student = make_student(teacher.model, teacher.vocabulary, layers=2)
     # Rank 0 takes full blocks and rank 1 the padded tails, so their counts differ.
     rows = np.array([*range(ROWS // 2), *(parts[0].rows - 1 - n for n in range(ROWS // 2))])
     own = np.array_split(rows, world.ranks)[world.rank]
-    masking = Masking(teacher.vocabulary, Mask(), every_position=False)
+    masking = MaskingRule(teacher.vocabulary, MaskSettings(), every_position=False)
     nobody = np.zeros(len(own), np.int64)
-    batch = make_batch(Corpus(Store(store), parts, cached=False), masking, nobody, own, nobody)
-    distiller = DistributedDataParallel(Distiller(student, Loss(), compile_encoder=False))
-    gradient_step(distiller, Online(teacher, Loss()), [batch], sum_counts([batch], False, world), world, None)
+    batch = make_batch(BlockDataset(Store(store), parts, cached=False), masking, nobody, own, nobody)
+    distiller = DistributedDataParallel(StudentWithLoss(student, LossSettings(), compile_encoder=False))
+    gradient_step(
+        distiller, OnlineTeacher(teacher, LossSettings()), [batch], sum_counts([batch], False, world), world, None
+    )
     if world.rank == 0:
         save_file({name: p.grad for name, p in student.named_parameters() if p.grad is not None}, out)
     return 0
@@ -50,4 +52,4 @@ def main(store: str, teacher_folder: str, parts_file: str, out: str) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert "WORLD_SIZE" in os.environ, "start it with torchrun"
-    leave(lambda: main(*sys.argv[1:]))
+    exit_with_status(lambda: main(*sys.argv[1:]))

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from tasks.models.forward import hidden_rows, logits_rows
-from tasks.recipe.config import Loss
+from tasks.recipe.config import LossSettings
 from tasks.train.flops import encoder_work, head_work, matrix_rate, training_work
 
 BLOCKS, LENGTH, ASKED = 3, 24, 5
@@ -48,10 +48,10 @@ def test_a_training_is_three_forwards_and_what_the_teacher_does() -> None:
     student, teacher = tiny("Camembert"), tiny("Camembert")
     body, head, told = encoder_work(student, LENGTH), head_work(student), head_work(teacher)
     own = body.plus(head).times(3)
-    assert training_work(student, LENGTH, Loss(distil=0, cosine=0, mlm=1)) == own
-    assert training_work(student, LENGTH, Loss(), teacher) == own.plus(told)
-    assert training_work(student, LENGTH, Loss(), teacher, online=True) == own.plus(told).plus(body)
-    assert training_work(student, LENGTH, Loss(distil=0, cosine=1, mlm=0), teacher) == body.times(3)
+    assert training_work(student, LENGTH, LossSettings(distil=0, cosine=0, mlm=1)) == own
+    assert training_work(student, LENGTH, LossSettings(), teacher) == own.plus(told)
+    assert training_work(student, LENGTH, LossSettings(), teacher, online=True) == own.plus(told).plus(body)
+    assert training_work(student, LENGTH, LossSettings(distil=0, cosine=1, mlm=0), teacher) == body.times(3)
 
 
 def test_a_matrix_rate_is_measured() -> None:

@@ -13,11 +13,11 @@ from tasks.loader.batch import Batch, make_batch
 from tasks.loader.batch import Corpus as Reader
 from tasks.models.forward import decoder_of, head_features, hidden_rows
 from tasks.models.student import make_student
-from tasks.recipe.config import Loss, Targets, Train
+from tasks.recipe.config import LossSettings, TargetSettings, TrainSettings
 from tasks.train.loss import Losses, Weights, combined_loss
 from tasks.train.optimizer import make_optimizer
-from tasks.train.step import Distiller, World, gradient_step, sum_counts
-from tasks.train.teacher_signal import Online
+from tasks.train.step import Ranks, StudentWithLoss, gradient_step, sum_counts
+from tasks.train.teacher_signal import OnlineTeacher
 from tests.benchmarks.results import CORPUS, TEACHER
 from tests.benchmarks.synthetic import Bench, masking_of, real_bench
 
@@ -29,7 +29,7 @@ LR = 5e-4
 
 def batches_of(bench: Bench) -> list[Batch]:
     """The blocks of the demo corpus in order, masked."""
-    reader, masking = Reader(bench.store, bench.parts, cached=False), masking_of(bench, Targets())
+    reader, masking = Reader(bench.store, bench.parts, cached=False), masking_of(bench, TargetSettings())
     zeros = np.zeros(ROWS, np.int64)
     rows = [np.arange(step * ROWS, (step + 1) * ROWS) for step in range(STEPS)]
     return [make_batch(reader, masking, zeros, some % bench.parts[0].rows, zeros) for some in rows]
@@ -46,7 +46,7 @@ def plain_losses(bench: Bench, student: Any, batch: Batch) -> Losses:
     student_NV, student_ND = rows(student)
     with torch.no_grad():
         teacher_NV, teacher_ND = rows(bench.teacher.model)
-    loss = Loss()
+    loss = LossSettings()
     weights = Weights(loss.distil, loss.cosine, loss.mlm)
     labels_N = batch.labels.flatten()[valid_N]
     return combined_loss(student_NV, teacher_NV, student_ND, teacher_ND, labels_N, weights, loss.temperature)
@@ -55,17 +55,20 @@ def plain_losses(bench: Bench, student: Any, batch: Batch) -> Losses:
 def trained(bench: Bench, batches: list[Batch], fused: bool) -> Tensor:
     """Losses [steps, 4] of a student trained from the same start."""
     student = make_student(bench.teacher.model, bench.teacher.vocabulary, layers=bench.layers).train()
-    optimizer = make_optimizer(student, Train(lr=LR))
-    distiller, supervision = Distiller(student, Loss(), compile_encoder=False), Online(bench.teacher, Loss())
+    optimizer = make_optimizer(student, TrainSettings(lr=LR))
+    distiller, supervision = (
+        StudentWithLoss(student, LossSettings(), compile_encoder=False),
+        OnlineTeacher(bench.teacher, LossSettings()),
+    )
     found = []
     for batch in batches:
         if fused:
-            parts = gradient_step(distiller, supervision, [batch], sum_counts([batch], False, World()), World(), None)
+            parts = gradient_step(distiller, supervision, [batch], sum_counts([batch], False, Ranks()), Ranks(), None)
         else:
             losses = plain_losses(bench, student, batch)
             losses.total.backward()  # type: ignore[no-untyped-call]
             parts = torch.stack([part.detach() for part in losses])
-        nn.utils.clip_grad_norm_(student.parameters(), Train().clip)
+        nn.utils.clip_grad_norm_(student.parameters(), TrainSettings().clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         found.append(parts)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tasks.train.loss import Counts, Losses, Weights, combined_loss, count_rows, decoder_logits, fused_loss, pad_decoder
+from tasks.train.loss import (
+    Losses,
+    RowCounts,
+    Weights,
+    combined_loss,
+    count_rows,
+    decoder_logits,
+    fused_loss,
+    pad_decoder,
+)
 
 WEIGHTS = Weights(distil=0.5, cosine=0.3, mlm=0.2)
 
@@ -322,7 +331,7 @@ def test_plain_mlm_training_needs_no_teacher():
 @pytest.mark.parametrize("weights", [Weights(1, 0, 0), Weights(0, 1, 0)])
 def test_a_part_with_weight_must_have_its_teacher(weights):
     case = Case(rows=2, vocabulary=3, features=2, hidden=2)
-    arguments = {"weights": weights, "temperature": 2.0, "counts": Counts(2, 1)}
+    arguments = {"weights": weights, "temperature": 2.0, "counts": RowCounts(2, 1)}
     with pytest.raises(ValueError, match="needs"):
         fused_loss(case.features, case.weight, case.bias, case.labels, **arguments)
     with pytest.raises(ValueError, match="temperature"):

@@ -15,10 +15,10 @@ from transformers import CamembertConfig, CamembertForMaskedLM
 
 from tasks.loader.batch import Batch
 from tasks.models.forward import decoder_of, head_features
-from tasks.recipe.config import Loss
-from tasks.train.loss import Counts, Weights, decoder_logits, fused_loss
-from tasks.train.step import Distiller
-from tasks.train.teacher_signal import Told
+from tasks.recipe.config import LossSettings
+from tasks.train.loss import RowCounts, Weights, decoder_logits, fused_loss
+from tasks.train.step import StudentWithLoss
+from tasks.train.teacher_signal import TeacherSignal
 from tests.harness.live_tensors import LiveTensors
 
 VOCABULARY, WIDTH, LENGTH = 32_005, 768, 512
@@ -59,12 +59,12 @@ def batch_of(blocks: int) -> Batch:
 def trace(blocks: int, vocabulary: int) -> LiveTensors:
     """Forward, loss and backward of one micro-batch, with hidden states of the teacher as a cache gives them."""
     student, batch = camembert(vocabulary), batch_of(blocks)
-    distiller = Distiller(student, Loss(), compile_encoder=False)
+    distiller = StudentWithLoss(student, LossSettings(), compile_encoder=False)
     hidden_ND = torch.empty(batch.rows, WIDTH)
     with LiveTensors() as live:
         with torch.no_grad():
-            told = Told(decoder_logits(head_features(student, hidden_ND), *decoder_of(student)), hidden_ND)
-        losses = distiller(batch, told, Counts(float(batch.rows), float(batch.masked)))
+            told = TeacherSignal(decoder_logits(head_features(student, hidden_ND), *decoder_of(student)), hidden_ND)
+        losses = distiller(batch, told, RowCounts(float(batch.rows), float(batch.masked)))
         losses.total.backward()
     return live
 
@@ -98,7 +98,7 @@ def test_only_a_few_chunks_of_logits_are_alive_together(rows: int) -> None:
             torch.empty(rows, dtype=torch.int64),
             weights=Weights(0.5, 0.3, 0.2),
             temperature=2.0,
-            counts=Counts(rows, rows),
+            counts=RowCounts(rows, rows),
             teacher_logits=decoder_logits(features.detach(), weight.detach(), bias.detach()),
             student_hidden_ND=hidden,
             teacher_hidden_ND=hidden.detach(),

@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.recipe.config import Blocks, Loss, Mask, Student, Targets, Teacher, Train
+from tasks.recipe.config import (
+    BlockSettings,
+    LossSettings,
+    MaskSettings,
+    StudentSettings,
+    TargetSettings,
+    TeacherSettings,
+    TrainSettings,
+)
 from tasks.recipe.run_spec import Part, RunSpec
-from tasks.train.checkpoint import Progress
+from tasks.train.checkpoint import TrainingProgress
 from tasks.train.flops import Work
-from tasks.train.metrics import Heldout, Meter, read_metrics
-from tasks.train.step import Sums
+from tasks.train.metrics import HeldoutLosses, MetricsWriter, read_metrics
+from tasks.train.step import StepCounts
 
 
 @pytest.fixture
@@ -22,26 +30,26 @@ def run(tmp_path: Path) -> RunSpec:
         name="tiny",
         store=str(tmp_path / "store"),
         folder=str(tmp_path / "run"),
-        blocks=Blocks(),
-        mask=Mask(),
-        teacher=Teacher(),
-        targets=Targets(),
-        student=Student(),
-        loss=Loss(),
-        train=Train(),
+        blocks=BlockSettings(),
+        mask=MaskSettings(),
+        teacher=TeacherSettings(),
+        targets=TargetSettings(),
+        student=StudentSettings(),
+        loss=LossSettings(),
+        train=TrainSettings(),
         teacher_fingerprint="",
         manifest=(Part(label="p", blocks="0" * 64, rows=1, tokens=1),),
     )
 
 
-def take(meter: Meter, step: int, *, due: bool) -> None:
+def take(meter: MetricsWriter, step: int, *, due: bool) -> None:
     """One step whose loss is its number."""
     parts, norm = torch.full((4,), float(step)), torch.tensor(1.0)
-    meter.add(Progress(step=step, tokens=step), parts, norm, 0.1, Sums(2, 1, 1, stop=False), 0.0, due=due)
+    meter.add(TrainingProgress(step=step, tokens=step), parts, norm, 0.1, StepCounts(2, 1, 1, stop=False), 0.0, due=due)
 
 
 def test_a_line_is_the_mean_of_the_steps_since_the_last_one(run: RunSpec) -> None:
-    meter = Meter(run)
+    meter = MetricsWriter(run)
     for step in range(1, 7):
         take(meter, step, due=step % 3 == 0)
     lines = read_metrics(meter.path)
@@ -49,7 +57,7 @@ def test_a_line_is_the_mean_of_the_steps_since_the_last_one(run: RunSpec) -> Non
 
 
 def test_mfu_is_the_arithmetic_of_a_line_over_its_seconds(run: RunSpec) -> None:
-    meter = Meter(run, Work(token=1e9, position=5e8), rate=1e12)
+    meter = MetricsWriter(run, Work(token=1e9, position=5e8), rate=1e12)
     for step in range(1, 5):
         take(meter, step, due=step % 2 == 0)
     for line in read_metrics(meter.path):
@@ -59,20 +67,20 @@ def test_mfu_is_the_arithmetic_of_a_line_over_its_seconds(run: RunSpec) -> None:
 
 def run_without_a_rate(run: RunSpec) -> dict[str, float]:
     """The first line of a meter that does not know what to measure against, as on a CPU."""
-    meter = Meter(run)
+    meter = MetricsWriter(run)
     meter.path.unlink()
     take(meter, 1, due=True)
     return read_metrics(meter.path)[0]
 
 
 def test_on_resume_later_lines_and_a_line_cut_short_are_gone(run: RunSpec) -> None:
-    meter = Meter(run)
+    meter = MetricsWriter(run)
     for step in range(1, 5):
         take(meter, step, due=True)
-        meter.validated(step, Heldout(1.0, 0.5))
+        meter.validated(step, HeldoutLosses(1.0, 0.5))
     with meter.path.open("a", encoding="utf-8") as file:
         file.write('{"step": 5, "lo')
-    resumed = Meter(run)
+    resumed = MetricsWriter(run)
     resumed.cut_back(2)
     take(resumed, 3, due=True)
     assert [(line["step"], "loss" in line) for line in read_metrics(meter.path)] == [
@@ -85,7 +93,7 @@ def test_on_resume_later_lines_and_a_line_cut_short_are_gone(run: RunSpec) -> No
 
 
 def test_a_kill_while_the_file_is_cut_back_loses_no_line(run: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = Meter(run)
+    meter = MetricsWriter(run)
     take(meter, 1, due=True)
     before = meter.path.read_bytes()
 

@@ -12,7 +12,7 @@ from storage.store import Store
 from tasks.models.files import fingerprint_of
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import RunSpec, make_run
-from tasks.train.setup import build
+from tasks.train.setup import set_up_training
 from tests.harness.tiny import make_parts, make_teacher, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def run_of(place: Path, start: str = "", **sections: dict[str, object]) -> RunSp
 
 
 def built(run: RunSpec) -> torch.nn.Module:
-    return build(run, Store(run.store), CPU).student
+    return set_up_training(run, Store(run.store), CPU).student
 
 
 def test_the_student_starts_from_the_saved_weights_whatever_the_teachers_dtype(place: Path) -> None:

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from storage.store import Store
-from tasks.loader.batch import Batch, Masking, make_batch, stretches
-from tasks.loader.dataset import Corpus
+from tasks.loader.batch import Batch, MaskingRule, make_batch, step_ranges
+from tasks.loader.dataset import BlockDataset
 from tasks.models.student import make_student
 from tasks.models.teacher import TeacherModel, load_teacher
-from tasks.recipe.config import Loss, Mask, Teacher
+from tasks.recipe.config import LossSettings, MaskSettings, TeacherSettings
 from tasks.recipe.run_spec import Part
-from tasks.train.step import Distiller, Sums, World, gradient_step, sum_counts
-from tasks.train.teacher_signal import Online
+from tasks.train.step import Ranks, StepCounts, StudentWithLoss, gradient_step, sum_counts
+from tasks.train.teacher_signal import OnlineTeacher
 from tests.harness.tiny import make_parts, make_teacher
 
 ROWS = 8
@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, TeacherModel
     make_teacher(folder / "teacher")
     store = Store(folder / "store")
     parts = make_parts(store, folder / "teacher")
-    return store, load_teacher(Teacher(model=str(folder / "teacher")), "cpu"), parts
+    return store, load_teacher(TeacherSettings(model=str(folder / "teacher")), "cpu"), parts
 
 
 def batches_of(world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int, every_position: bool) -> list[Batch]:
@@ -39,8 +39,8 @@ def batches_of(world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int,
     # The last row of each part is padded, so splits hold unequal numbers of positions.
     part = np.array([0, 1] * (ROWS // 2))
     row = np.array([parts[p].rows - 1 - i // 2 for i, p in enumerate(part)])
-    masking = Masking(teacher.vocabulary, Mask(), every_position)
-    corpus = Corpus(store, parts, cached=False)
+    masking = MaskingRule(teacher.vocabulary, MaskSettings(), every_position)
+    corpus = BlockDataset(store, parts, cached=False)
     return [
         make_batch(corpus, masking, part[chosen], row[chosen], np.zeros(len(chosen), np.int64))
         for chosen in np.array_split(np.arange(ROWS), pieces)
@@ -48,13 +48,13 @@ def batches_of(world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int,
 
 
 def gradient(
-    world: tuple[Store, TeacherModel, tuple[Part, ...]], batches: list[Batch], loss: Loss
+    world: tuple[Store, TeacherModel, tuple[Part, ...]], batches: list[Batch], loss: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, teacher, _ = world
     student = make_student(teacher.model, teacher.vocabulary, layers=2)
-    distiller = Distiller(student, loss, compile_encoder=False)
-    sums = sum_counts(batches, False, World())
-    parts = gradient_step(distiller, Online(teacher, loss), batches, sums, World(), None)
+    distiller = StudentWithLoss(student, loss, compile_encoder=False)
+    sums = sum_counts(batches, False, Ranks())
+    parts = gradient_step(distiller, OnlineTeacher(teacher, loss), batches, sums, Ranks(), None)
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), parts
 
 
@@ -63,8 +63,8 @@ def gradient(
 def test_splitting_a_step_does_not_change_the_gradient(
     world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int, every_position: bool
 ) -> None:
-    whole, loss_whole = gradient(world, batches_of(world, 1, every_position), Loss())
-    split, loss_split = gradient(world, batches_of(world, pieces, every_position), Loss())
+    whole, loss_whole = gradient(world, batches_of(world, 1, every_position), LossSettings())
+    split, loss_split = gradient(world, batches_of(world, pieces, every_position), LossSettings())
     assert (whole - split).norm() / whole.norm() <= 1e-6
     torch.testing.assert_close(loss_split, loss_whole, rtol=1e-5, atol=1e-6)
 
@@ -94,9 +94,9 @@ def test_two_gloo_ranks_give_the_gradient_of_one(
 
 def test_counts_are_of_the_whole_step(world: tuple[Store, TeacherModel, tuple[Part, ...]]) -> None:
     one, four = batches_of(world, 1, False), batches_of(world, 4, False)
-    expected = sum_counts(one, False, World())
-    assert sum_counts(four, False, World()) == expected
-    assert expected == Sums(int(one[0].valid.sum()), int((one[0].labels != -100).sum()), one[0].tokens, False)
+    expected = sum_counts(one, False, Ranks())
+    assert sum_counts(four, False, Ranks()) == expected
+    assert expected == StepCounts(int(one[0].valid.sum()), int((one[0].labels != -100).sum()), one[0].tokens, False)
 
 
 def test_all_positions_carry_loss_only_where_attended(
@@ -112,7 +112,7 @@ def test_all_positions_carry_loss_only_where_attended(
 @pytest.mark.parametrize(("rows", "ranks", "micro"), [(8, 1, 0), (8, 2, 3), (7, 3, 2), (16, 4, 1)])
 def test_ranks_and_micro_batches_take_every_row_once(rows: int, ranks: int, micro: int) -> None:
     steps = 3
-    plans = [list(stretches(1, 1 + steps, rows, micro, rank, ranks)) for rank in range(ranks)]
+    plans = [list(step_ranges(1, 1 + steps, rows, micro, rank, ranks)) for rank in range(ranks)]
     for step in range(steps):
         taken = [row for plan in plans for span in plan[step] for row in span]
         assert sorted(taken) == list(range((1 + step) * rows, (2 + step) * rows))

@@ -20,21 +20,21 @@ from transformers import AutoModelForMaskedLM
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.loader.batch import Masking, make_batch
-from tasks.loader.dataset import Corpus
+from tasks.loader.batch import MaskingRule, make_batch
+from tasks.loader.dataset import BlockDataset
 from tasks.models.files import fingerprint_of
-from tasks.recipe.config import Loss, Recipe, Train
+from tasks.recipe.config import LossSettings, Recipe, TrainSettings
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import RunSpec, make_run, write_run
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.__main__ import main
-from tasks.train.checkpoint import Progress, load_checkpoint, save_checkpoint, steps_kept
+from tasks.train.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint, steps_kept
 from tasks.train.flops import training_work
 from tasks.train.metrics import read_metrics
 from tasks.train.process import StopSignal
-from tasks.train.setup import build
-from tasks.train.step import World
-from tasks.train.trainer import make_meter
+from tasks.train.setup import set_up_training
+from tasks.train.step import Ranks
+from tasks.train.trainer import make_metrics_writer
 from tasks.train.trainer import train as run_training
 from tests.harness.tiny import make_parts, make_teacher
 from tests.tasks.train import recording_trainer as noted
@@ -171,7 +171,7 @@ def test_a_model_that_is_there_gets_its_result_written_again(
     path = Path(run.folder) / "result.json"
     before = path.read_bytes()
     path.unlink()
-    assert run_training(run, World(), StopSignal())
+    assert run_training(run, Ranks(), StopSignal())
     assert path.read_bytes() == before
 
 
@@ -263,8 +263,8 @@ def test_two_ranks_killed_and_resumed_on_one_see_every_block_once(place: Path, t
     kept = [*(line for line in first if line["step"] <= resumed), *second]
     seen = [row for line in sorted(kept, key=lambda line: (line["step"], line["rank"])) for row in line["rows"]]
     assert len(seen) == run.total_steps * 6
-    masking = Masking(load_vocabulary(run.teacher.model), run.mask, every_position=False)
-    corpus = Corpus(Store(run.store), run.manifest, cached=False)
+    masking = MaskingRule(load_vocabulary(run.teacher.model), run.mask, every_position=False)
+    corpus = BlockDataset(Store(run.store), run.manifest, cached=False)
     wanted = []
     for number, part in enumerate(run.manifest):
         rows = np.arange(part.rows)
@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_checkpo
     place: Path, tmp_path: Path
 ) -> None:
     run = run_of(place, tmp_path, lr=1.0, clip=0.0, warmup=0.0, batch_rows=2, max_steps=2000, checkpoint_steps=1)
-    run = run.model_copy(update={"loss": Loss(temperature=1e-40)})  # no float32 holds a logit divided by it
+    run = run.model_copy(update={"loss": LossSettings(temperature=1e-40)})  # no float32 holds a logit divided by it
     process = start(run)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -341,7 +341,7 @@ def test_train_imports_neither_prefect_nor_mlflow() -> None:
 def test_schedules_start_low_and_end_near_zero(total: int) -> None:
     from tasks.train.optimizer import lr_factor
 
-    for train in (Train(schedule="linear"), Train(schedule="wsd")):
+    for train in (TrainSettings(schedule="linear"), TrainSettings(schedule="wsd")):
         factors = [lr_factor(step, total, train) for step in range(total)]
         assert all(0 < factor <= 1 for factor in factors)
         assert max(factors) == 1
@@ -364,13 +364,13 @@ def test_a_full_gpu_is_one_sentence_that_names_the_setting(
 
 def test_on_a_gpu_lines_tell_the_utilisation(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, cpu = run_of(place, tmp_path), torch.device("cpu")
-    built = build(run, Store(run.store), cpu)
+    built = set_up_training(run, Store(run.store), cpu)
     monkeypatch.setattr("tasks.train.trainer.matrix_rate", lambda device: 1e12)
-    meter = make_meter(run, built, torch.device("cuda"), World(0, 2))
+    meter = make_metrics_writer(run, built, torch.device("cuda"), Ranks(0, 2))
     online = built.supervision.teacher.model  # type: ignore[attr-defined]
     assert meter.work == training_work(built.student, run.blocks.length, run.loss, online, online=True)
     assert meter.rate == 2e12
-    assert make_meter(run, built, cpu, World()).work is None
+    assert make_metrics_writer(run, built, cpu, Ranks()).work is None
 
 
 def test_checkpoints_that_cannot_be_read_now_are_kept(
@@ -380,7 +380,7 @@ def test_checkpoints_that_cannot_be_read_now_are_kept(
     student = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(student.parameters())
     for step in (4, 8):
-        save_checkpoint(store, run, student, optimizer, Progress(step=step))
+        save_checkpoint(store, run, student, optimizer, TrainingProgress(step=step))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -22,7 +22,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.pipeline.trainer_process import SET_PARENT_DEATH_SIGNAL, _libc
 from storage.errors import DistilError, RetryableError
-from tasks.recipe.config import Recipe, Run
+from tasks.recipe.config import Recipe, RunSettings
 from tasks.recipe.load import make_recipe
 
 P = ParamSpec("P")
@@ -30,33 +30,33 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-LONGEST_PAUSE = 60.0
+MAX_RETRY_DELAY = 60.0
 
 
-def will_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+def is_retryable(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
     """Only an error that may pass by itself is tried again."""
     return isinstance(state.data, RetryableError)
 
 
-def pauses(run: Run) -> list[float]:
+def retry_delays(run: RunSettings) -> list[float]:
     """Seconds before each retry: they double, up to a minute, since a run that is told to stop waits for the last."""
-    return [min(LONGEST_PAUSE, run.retry_seconds * 2**number) for number in range(run.retries)]
+    return [min(MAX_RETRY_DELAY, run.retry_seconds * 2**number) for number in range(run.retries)]
 
 
-def bound_task(fn: Callable[..., R], verb: str, run: Run) -> Task[..., R]:
+def bound_task(fn: Callable[..., R], verb: str, run: RunSettings) -> Task[..., R]:
     """A task whose runs are named after the verb and its first argument, `label`: `teach fr_meta_part_3-0000`."""
     return task(
         name=verb,
         task_run_name=f"{verb} {{label}}",
         retries=run.retries,
-        retry_delay_seconds=pauses(run),
-        retry_condition_fn=will_pass,
+        retry_delay_seconds=retry_delays(run),
+        retry_condition_fn=is_retryable,
         persist_result=False,
         cache_policy=NO_CACHE,
     )(fn)
 
 
-def run_one(verb: str, label: str, work: Callable[[], R], run: Run) -> R:
+def run_one(verb: str, label: str, work: Callable[[], R], run: RunSettings) -> R:
     """Runs one computation as a task run `verb label`, here and now, and returns what it gives or raises."""
     return cast(R, bound_task(_call, verb, run)(label, work))
 

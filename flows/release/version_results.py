@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from flows.tracking.registry import Registry, Version
-from tasks.release.results import NOT_RUN, Standing
+from flows.tracking.registry import ModelRegistry, Version
+from tasks.release.results import NOT_RUN, SetResult
 
-STANDING = "distil.standing."
+RESULT_TAG = "distil.standing."
 """Tag of a standing: STANDING + set + "." + name of the protocol."""
 
-PROTOCOL = "distil.protocol."
+PROTOCOL_TAG = "distil.protocol."
 """Tag that says by which protocol a set was scored last: PROTOCOL + set."""
 
 PROTOCOL_DIGITS = 12
@@ -19,8 +19,8 @@ PROTOCOL_DIGITS = 12
 # ---- standings ---------------------------------------------------------------------------------------------
 
 
-def record_standings(
-    registry: Registry, version: Version, standings: Sequence[Standing], protocols: Mapping[str, str]
+def record_results(
+    registry: ModelRegistry, version: Version, standings: Sequence[SetResult], protocols: Mapping[str, str]
 ) -> Version:
     """Keeps standings as tags of a version, each under the protocol of its set (any long hash); older ones stay.
 
@@ -28,27 +28,29 @@ def record_standings(
     """
     asked = {standing.set_name for standing in standings}
     lacked = [name for name, protocol in protocols_by_set(version).items() if protocol == NOT_RUN]
-    tags = {f"{PROTOCOL}{name}": "" for name in lacked if name not in asked}
+    tags = {f"{PROTOCOL_TAG}{name}": "" for name in lacked if name not in asked}
     for standing in standings:
         name, protocol = standing.set_name, protocols[standing.set_name][:PROTOCOL_DIGITS]
-        tags[f"{STANDING}{name}.{protocol}"] = json.dumps(standing.to_json(), ensure_ascii=False)
-        tags[f"{PROTOCOL}{name}"] = protocol
+        tags[f"{RESULT_TAG}{name}.{protocol}"] = json.dumps(standing.to_json(), ensure_ascii=False)
+        tags[f"{PROTOCOL_TAG}{name}"] = protocol
     registry.tag_version(version, tags)
     return replace(version, tags={name: value for name, value in {**version.tags, **tags}.items() if value})
 
 
 def protocols_by_set(version: Version) -> dict[str, str]:
     """For each set of a version the protocol by which it was scored last."""
-    return {tag.removeprefix(PROTOCOL): value for tag, value in version.tags.items() if tag.startswith(PROTOCOL)}
+    return {
+        tag.removeprefix(PROTOCOL_TAG): value for tag, value in version.tags.items() if tag.startswith(PROTOCOL_TAG)
+    }
 
 
-def standing_of(version: Version, set_name: str, protocol: str) -> Standing | None:
+def result_on(version: Version, set_name: str, protocol: str) -> SetResult | None:
     """A version's standing on a set by one protocol, or None where it was not scored so."""
-    text = version.tags.get(f"{STANDING}{set_name}.{protocol[:PROTOCOL_DIGITS]}")
-    return Standing.from_json(json.loads(text)) if text else None
+    text = version.tags.get(f"{RESULT_TAG}{set_name}.{protocol[:PROTOCOL_DIGITS]}")
+    return SetResult.from_json(json.loads(text)) if text else None
 
 
-def standings_of(version: Version) -> list[Standing]:
+def newest_results(version: Version) -> list[SetResult]:
     """A version's newest standing on each set."""
-    found = (standing_of(version, name, protocol) for name, protocol in protocols_by_set(version).items())
+    found = (result_on(version, name, protocol) for name, protocol in protocols_by_set(version).items())
     return [standing for standing in found if standing]

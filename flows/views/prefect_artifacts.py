@@ -35,7 +35,7 @@ FAILURE_ROWS = 1000
 
 
 @contextmanager
-def only_a_view() -> Iterator[None]:
+def best_effort() -> Iterator[None]:
     """Keeps a run going when the server that shows it is away for a while."""
     try:
         yield
@@ -50,20 +50,20 @@ def publish_failures(recipe: Recipe, failures: tuple[Failure, ...]) -> None:
     rows = failure_rows(recipe, failures[:FAILURE_ROWS])
     show_failures(rows)
     more = f" (the first {FAILURE_ROWS} are listed)" if failures[FAILURE_ROWS:] else ""
-    with only_a_view():
+    with best_effort():
         about = f"{len(failures)} failed{more}; all others are done. {all_again(recipe)}"
         create_table_artifact(rows, "failures", about)
 
 
 def publish_sheet(sheet: str, mlflow_url: str) -> None:
     """The final table as Markdown, and the way to MLflow where it has a page."""
-    with only_a_view():
+    with best_effort():
         create_markdown_artifact(sheet, "result", "What was made and where it is")
         if mlflow_url:
             create_link_artifact(mlflow_url, "MLflow run", "mlflow-run")
 
 
-class Progress:
+class ProgressArtifact:
     """Percentage of a stage, for stages that last."""
 
     def __init__(self, stage: str, total: int) -> None:
@@ -82,7 +82,7 @@ class Progress:
         if time.monotonic() - self._told < PROGRESS_SECONDS:
             return
         self._told = time.monotonic()
-        with only_a_view():
+        with best_effort():
             if self._artifact is None:
                 about = f"Progress of {self.stage}, {self.total} in all"
                 made = create_progress_artifact(self._percent(), f"progress-{self.stage}", about)
@@ -93,11 +93,11 @@ class Progress:
     def _percent(self) -> float:
         return 100.0 * self.done / self.total
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressArtifact":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # A run that is told to stop has seconds; its progress stays as it was last told.
         if self._artifact is not None and kind is None:
-            with only_a_view():
+            with best_effort():
                 update_progress_artifact(self._artifact, self._percent())

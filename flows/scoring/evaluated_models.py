@@ -9,7 +9,7 @@ from storage.errors import FatalError
 from tasks.eval.protocol import Protocol, load_protocol
 from tasks.eval.scores import Scores
 from tasks.lineage import vocabulary_of
-from tasks.models.files import resolve_model, scored_as
+from tasks.models.files import model_content_key, resolve_model
 from tasks.recipe.config import Recipe
 from tasks.tokens.vocabulary import load_vocabulary
 
@@ -17,7 +17,7 @@ TEACHER, CONTROL = "teacher", "control"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EvaluatedModel:
     """A model to judge: its name for people, the key that its scores are kept under, its folder.
 
     `uri` is models:/NAME/VERSION where it is registered, else "".
@@ -30,7 +30,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredModels:
     """Scores by model and set, each the figures or `not run` with its reason; and one sentence for each that failed."""
 
     scores: dict[str, dict[str, Scores]]
@@ -42,15 +42,17 @@ def protocol_of(recipe: Recipe) -> Protocol | None:
     return load_protocol(recipe.score.protocol) if recipe.score.protocol else None
 
 
-def teacher_of(recipe: Recipe) -> Candidate | None:
+def teacher_of(recipe: Recipe) -> EvaluatedModel | None:
     """The recipe's teacher as a model to compare with, or None when there is none."""
     if not recipe.teacher.model:
         return None
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
-    return Candidate(TEACHER, scored_as(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder)
+    return EvaluatedModel(
+        TEACHER, model_content_key(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder
+    )
 
 
-def control_of(recipe: Recipe) -> Candidate | None:
+def control_of(recipe: Recipe) -> EvaluatedModel | None:
     """The recipe's control as a model to compare with, or None. FatalError: it reads other tokens."""
     if not recipe.score.control:
         return None
@@ -63,11 +65,13 @@ def control_of(recipe: Recipe) -> Candidate | None:
     return replace(control, name=CONTROL)
 
 
-def find_model(recipe: Recipe, model: str) -> Candidate:
+def find_model(recipe: Recipe, model: str) -> EvaluatedModel:
     """A folder, hub id or registered model, under its own name and keyed by its content. FatalError: there is none."""
     uri = open_registry(recipe).named(model).uri if model.startswith(REGISTERED) else ""
     folder = fetch_model(recipe, uri) if uri else resolve_model(model)
-    return Candidate(model, scored_as(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder, uri)
+    return EvaluatedModel(
+        model, model_content_key(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder, uri
+    )
 
 
 def _same_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
