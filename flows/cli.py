@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,41 +19,47 @@ if TYPE_CHECKING:
     from tasks.recipe.config import Recipe
 
 
-DEMO = Path(__file__).resolve().parent.parent / "deployments" / "demo.toml"
+BUNDLED = sorted((Path(__file__).resolve().parent.parent / "deployments").glob("*.toml"))
+"""The recipes of this checkout."""
+
+DEMO = next(path for path in BUNDLED if path.name == "demo.toml")
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Distil large masked language models into small fast ones, on corpora of web size, again and again.\n\n"
-    "Begin with `distil demo`: the whole chain on a bundled corpus and teacher, in a few minutes.",
+    help="Distil large masked language models into small, fast ones on web-scale corpora.\n\n"
+    "Start with `distil demo`: the complete pipeline on a bundled corpus and teacher, in a few minutes.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Recipe file")]
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings over those of the recipe: train.lr=1e-3")
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings that override the recipe's: train.lr=1e-3")
 ]
 
 
 @app.command(epilog="Example:  distil demo train.max_steps=100")
 def demo(overrides: Overrides = None) -> None:
-    """Run the whole chain on the bundled French corpus and teacher, and say where to look."""
-    _run(_recipe(DEMO, overrides))
+    """Run the complete pipeline on the bundled French corpus and teacher, and print where to find the results."""
+    run(DEMO, overrides)
 
 
 @app.command(epilog="Example:  distil run deployments/pilot.toml corpus.url=/data/oscar train.lr=1e-3")
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run the whole chain: shards, blocks, targets, training, registration, scores. Only what is missing is made."""
-    _run(_recipe(recipe, overrides))
+    """Run the pipeline: shards, blocks, targets, training, registration, scores. Only missing artifacts are made."""
+    loaded = _recipe(recipe, overrides)
+    from flows.local_run import run_chain_unless_done
+
+    run_chain_unless_done(loaded, _typed(recipe, overrides))
 
 
 @app.command(epilog="Example:  distil prepare deployments/pilot.toml corpus.pattern='fr_meta_part_1*'")
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Make shards, blocks and targets; train nothing."""
+    """Make text shards, token blocks and teacher targets, without training."""
     loaded = _recipe(recipe, overrides)
-    _flow(loaded, "flows.prepare", "prepare", loaded)
+    _run_flow(loaded, "flows.prepare", "prepare", command=_typed(recipe, overrides))
 
 
 @app.command(epilog="Example:  distil plan deployments/pilot.toml corpus.url=/data/oscar --price-hour 3.5")
@@ -62,25 +67,20 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
-    price_hour: Annotated[float, typer.Option(min=0, help="Price of an hour of this machine")] = 3.5,
-    price_tb_month: Annotated[float, typer.Option(min=0, help="Price of a terabyte kept for a month")] = 23.0,
-    sample_mb: Annotated[float, typer.Option(min=0.1, max=10_000, help="MB of the sources that are read for it")] = 4.0,
-    prepare: Annotated[bool, typer.Option("--prepare", help="What `distil prepare` makes: no training")] = False,
+    price_hour: Annotated[float, typer.Option(min=0, help="Price of this machine per hour")] = 3.5,
+    price_tb_month: Annotated[float, typer.Option(min=0, help="Price of storage per terabyte and month")] = 23.0,
+    sample_mb: Annotated[float, typer.Option(min=0.1, max=10_000, help="MB of the sources to read as the sample")] = 4.0,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Forecast `distil prepare`: no training")] = False,
 ) -> None:
-    """Say what a run will take in bytes, hours and money, from a measured sample; nothing is kept."""
+    """Forecast the bytes, hours and money that a run takes, from a measured sample. Nothing is stored."""
     loaded = _recipe(recipe, overrides)
-    from flows import plan as view
-    from flows.views import forecast as forecast_view
+    from flows.plan import forecast_of
+    from flows.views.forecast import show_forecast
     from tasks.plan.forecast import Prices
 
     prices = Prices(price_hour, price_tb_month)
-    forecast = view.forecast_of(loaded, sample_bytes=int(sample_mb * 1e6), prices=prices, training=not prepare)
-    if as_json:
-        import json
-
-        print(json.dumps(forecast.to_json(), indent=1, ensure_ascii=False))
-    else:
-        forecast_view.show(loaded, forecast)
+    forecast = forecast_of(loaded, sample_bytes=int(sample_mb * 1e6), prices=prices, training=not prepare)
+    show_forecast(loaded, forecast, as_json=as_json)
 
 
 @app.command(epilog="Example:  distil status deployments/pilot.toml --json")
@@ -89,19 +89,13 @@ def status(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")] = False,
 ) -> None:
-    """Show what is done, missing and failed, stage by stage."""
+    """Show what is done, missing and failed in each stage."""
     loaded = _recipe(recipe, overrides)
-    from flows import inventory
-    from flows.home import open_store
-    from flows.views import status as view
+    from flows.home import open_workspace
+    from flows.inventory import stage_rows
+    from flows.views.status import show_status
 
-    rows = inventory.stage_rows(open_store(loaded), loaded)
-    if as_json:
-        import json
-
-        print(json.dumps(view.as_json(rows), indent=1, ensure_ascii=False))
-    else:
-        view.show(loaded, rows)
+    show_status(loaded, stage_rows(open_workspace(loaded)), as_json=as_json)
 
 
 @app.command(epilog="Example:  distil retry deployments/pilot.toml --stage targets --shard fr_meta_part_3-0002")
@@ -109,61 +103,33 @@ def retry(
     recipe: RecipeFile,
     overrides: Overrides = None,
     stage: Annotated[str, typer.Option(help="source, shard, blocks, counts, calibration, targets, or all")] = "all",
-    shard: Annotated[str, typer.Option(help="Label as `distil status` shows it")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Make it again even if it is there")] = False,
+    shard: Annotated[str, typer.Option(help="Label of a shard as `distil status` shows it")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Make it again even if it exists")] = False,
 ) -> None:
-    """Try again all that is missing up to the targets, or one stage, or one shard."""
+    """Retry everything that is missing up to the targets, or one stage, or one shard."""
     loaded = _recipe(recipe, overrides)
-    _flow(loaded, "flows.retry", "retry_shard", loaded, stage, shard, force)
+    command = _typed(recipe, overrides)
+    _run_flow(loaded, "flows.retry", "retry_shard", stage=stage, shard=shard, force=force, command=command)
 
 
 @app.command(epilog="Example:  distil watch deployments/pilot.toml watch.folder=/data/oscar")
 def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Look once for a new snapshot of the corpus, and start a run of the deployment `distill/NAME` for it."""
+    """Check once for a new snapshot of the corpus, and start a run of the deployment `distill/NAME` for it."""
     loaded = _recipe(recipe, overrides)
     from flows.services.servers import find_server
 
     find_server(loaded.home)  # a server that ends with this command would never start the run
-    _flow(loaded, "flows.watch", "watch_snapshots", loaded)
+    _run_flow(loaded, "flows.watch", "watch_snapshots")
 
 
 @app.command(epilog="Example:  distil verify deployments/pilot.toml")
 def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Hash every file of the store again, withdraw what is not whole, and name what the recipe lacks."""
+    """Hash every file of the store again, withdraw damaged artifacts, and list what the recipe lacks."""
     loaded = _recipe(recipe, overrides)
-    from flows import inventory
-    from flows.home import TYPED_COMMAND, open_store
-    from flows.views import status as view
-    from storage.maintenance import verify as check
+    from flows.home import open_workspace
+    from flows.maintenance import verify_store
 
-    store = open_store(loaded)
-    faults = check(store)
-    for fault in faults:
-        print(f"{fault.what:<8} {view.named(fault.ref.kind, fault.ref.label, fault.reason)}")
-    damaged = {(fault.ref.kind, fault.ref.label) for fault in faults}
-    lacking = [
-        (row.stage, label)
-        for row in inventory.stage_rows(store, loaded)
-        for label in (*row.missing, *row.failed)
-        if (row.stage, label) not in damaged
-    ]
-    for kind, label in lacking:
-        print(f"missing  {kind} {label}")
-    withdrawn = sum(fault.withdrawn for fault in faults)
-    if unread := sum(fault.what == "unread" for fault in faults):
-        print(f"{unread} could not be read and are left as they are; give access, or mend the disk, and verify again")
-    if withdrawn or lacking:
-        raise DistilError(
-            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; "
-            f"`distil retry {os.environ[TYPED_COMMAND]}` makes them again"
-        )
-    if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
-        raise DistilError(f"{stuck} damaged, but could not be withdrawn; verify again with the right to write")
-    if unread:
-        raise DistilError(f"{unread} could not be read, so it is not known whether they are whole")
-    if faults:
-        raise DistilError(f"{len(faults)} files in the store are none of its own; delete them")
-    print("all that is there is whole, and nothing is missing")
+    verify_store(open_workspace(loaded), _typed(recipe, overrides))
 
 
 @app.command(epilog="Example:  distil gc deployments/pilot.toml corpus.url=/data/oscar --delete")
@@ -172,42 +138,34 @@ def gc(
         list[str],
         typer.Argument(
             metavar="RECIPE.toml... [a.b=c ...]",
-            help="Recipes whose artifacts are kept, and settings over those of each of them",
+            help="Recipes whose artifacts are kept, and settings that override those of each recipe",
         ),
     ],
-    delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the files instead of listing them")] = False,
 ) -> None:
-    """List (or delete) files older than a day that no given recipe, no model and no training that goes on refers to."""
+    """List (or delete) files older than a day that no given recipe, model or unfinished training refers to."""
     recipes, overrides, others = _sorted_words(words)
     if others or not recipes:
         raise typer.BadParameter("name recipe files and settings only", param_hint="RECIPE.toml...")
     loaded = [_recipe(Path(path), overrides) for path in recipes]
-    from flows import inventory
-    from flows.home import open_store
-    from storage.maintenance import gc as sweep
+    from flows.maintenance import collect_garbage
 
-    if len({recipe.store for recipe in loaded}) > 1:
-        raise DistilError("these recipes keep their artifacts in different stores; call gc once for each store")
-    store = open_store(loaded[0])
-    doomed = sweep(store, inventory.artifacts_to_keep(store, loaded), delete=delete)
-    for path in doomed:
-        print(path)
-    print(f"{len(doomed)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)
+    collect_garbage(loaded, delete=delete)
 
 
 @app.command(epilog="Example:  distil deploy deployments/pilot.toml --notify custom-webhook/on-call")
 def deploy(
     recipes: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipe files; all bundled ones if left out"),
+        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipe files; by default all bundled ones"),
     ] = None,
-    pool: Annotated[str, typer.Option(help="Work pool that starts the runs; made if it is not there")] = "distil",
+    pool: Annotated[str, typer.Option(help="Work pool that starts the runs; created if it does not exist")] = "distil",
     pool_type: Annotated[str, typer.Option(help="process, docker or kubernetes")] = "process",
-    image: Annotated[str, typer.Option(help="Image that a docker or kubernetes pool starts runs in")] = "",
-    notify: Annotated[str, typer.Option(metavar="TYPE/NAME", help="Block that is told of failed runs")] = "",
+    image: Annotated[str, typer.Option(help="Container image of the runs, for a docker or kubernetes pool")] = "",
+    notify: Annotated[str, typer.Option(metavar="TYPE/NAME", help="Prefect block that is notified of failed runs")] = "",
 ) -> None:
-    """Register the flows of recipes with a Prefect server, to be started, scheduled and retried in its UI."""
-    loaded = [_recipe(path, None) for path in recipes or sorted(DEMO.parent.glob("*.toml"))]
+    """Register the flows of recipes with a Prefect server, so that its UI can start, schedule and retry them."""
+    loaded = [_recipe(path, None) for path in recipes or BUNDLED]
     from flows.services.servers import find_server
 
     find_server(loaded[0].home)
@@ -225,20 +183,20 @@ def score(
         list[str],
         typer.Argument(
             metavar="MODEL... [RECIPE.toml] [a.b=c ...]",
-            help="Models: folders, hub ids or models:/NAME@ALIAS. A recipe whose text, teacher and settings are taken; "
-            "the demo's if left out. Settings over those of the recipe",
+            help="Models: folders, hub ids or models:/NAME@ALIAS. A recipe whose text, teacher and settings are used; "
+            "by default the demo's. Settings that override the recipe's",
         ),
     ],
     protocol: Annotated[
         Path | None,
-        typer.Option("--protocol", "--recipe", help="Protocol file of the fine-tuned sets; else the recipe's"),
+        typer.Option("--protocol", "--recipe", help="Protocol file of the fine-tuned sets; by default the recipe's"),
     ] = None,
     only: Annotated[str, typer.Option(help="Compute only this set (xnli) or pair ('xnli seed 1')")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Compute it again even if it is there")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compute it again even if it exists")] = False,
 ) -> None:
     """Score masked language models and the recipe's teacher side by side.
 
-    Held-out text, fill-mask, size, latency, and by a protocol fine-tuned sets; one table with intervals.
+    Scores held-out text, fill-mask, size, latency and, with a protocol, fine-tuned sets, in one table with intervals.
     """
     recipes, overrides, models = _sorted_words(words)
     if not models or len(recipes) > 1:
@@ -247,110 +205,89 @@ def score(
         import json
 
         overrides.append(f"score.protocol={json.dumps(str(protocol.absolute()))}")
-    loaded = _recipe(Path(recipes[0]) if recipes else DEMO, overrides)
-    _flow(loaded, "flows.score", "score", loaded, models[0], tuple(models[1:]), only, force)
+    path = Path(recipes[0]) if recipes else DEMO
+    loaded = _recipe(path, overrides)
+    arguments = {"model": models[0], "others": tuple(models[1:]), "only": only, "force": force}
+    _run_flow(loaded, "flows.score", "score", **arguments, command=_typed(path, overrides))
 
 
 @app.command(epilog="Example:  distil up deployments/pilot.toml --port 4200 --mlflow-port 5000")
 def up(
     recipes: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipes to register; the bundled ones if left out"),
+        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipes to register; by default all bundled ones"),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of Prefect; without it 4200 if free, else any")
+        int | None, typer.Option(min=1, max=65535, help="Port of Prefect; by default 4200 if free, else any")
     ] = None,
     mlflow_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of MLflow; without it 5000 if free, else any")
+        int | None, typer.Option(min=1, max=65535, help="Port of MLflow; by default 5000 if free, else any")
     ] = None,
     home: Annotated[
-        Path | None, typer.Option(help="Folder of all state, over that of the recipes; .distil if none says")
+        Path | None, typer.Option(help="Folder of all state, instead of the recipes' home; by default .distil")
     ] = None,
 ) -> None:
-    """Serve Prefect, MLflow and a worker with all deployments, for the browser, until Ctrl-C.
+    """Serve Prefect, MLflow and a worker with all deployments until Ctrl-C.
 
-    Loopback only, so there is no --host; for more than one machine see docker/.
+    The servers listen on loopback only; for more than one machine see docker/.
     """
     from flows.services.up import serve
     from tasks.recipe.load import load_recipe
 
     overrides = [f"home={home.absolute()}"] if home else []
-    loaded = [load_recipe(path, overrides) for path in recipes or sorted(DEMO.parent.glob("*.toml"))]
-    homes = sorted({recipe.home for recipe in loaded})
-    if len(homes) > 1:
-        raise DistilError(f"these recipes have different homes ({', '.join(homes)}); give one with --home")
-    serve(loaded, homes[0], port, mlflow_port)
+    serve([load_recipe(path, overrides) for path in recipes or BUNDLED], port, mlflow_port)
 
 
-@app.command(epilog='Example:  distil promote deployments/pilot.toml --version 3 --force --reason "the set was mended"')
+@app.command(epilog='Example:  distil promote deployments/pilot.toml --version 3 --force --reason "a wrong label was fixed"')
 def promote(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="Registered model, to make sure; it must be the recipe's own")] = "",
-    version: Annotated[str, typer.Option(help="Number of the version; the challenger if left out")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Whatever the gate says; needs --reason")] = False,
-    reason: Annotated[str, typer.Option(help="Why it is forced; kept with the version")] = "",
+    model: Annotated[str, typer.Option(help="Name of the registered model, as a check: it must be the recipe's own")] = "",
+    version: Annotated[str, typer.Option(help="Number of the version; by default the challenger")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Promote even if the gate refuses; needs --reason")] = False,
+    reason: Annotated[str, typer.Option(help="Why it is forced; stored with the version")] = "",
 ) -> None:
-    """Make a version of the recipe's model champion if the gate lets it through. Refused: status 1, and the reasons."""
+    """Make a version of the recipe's model champion if it passes the gate; if not, print the reasons and exit with 1."""
     loaded = _recipe(recipe, overrides)
     from flows.home import user
 
-    _flow(loaded, "flows.promote", "promote", loaded, model, version, force, reason, user())
+    arguments = {"model": model, "version": version, "force": force, "reason": reason}
+    _run_flow(loaded, "flows.promote", "promote", **arguments, by=user())
 
 
 def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Recipe files, settings and all others, each in their order."""
+    """Splits arguments into recipe files, settings and the rest, each in its order."""
     overrides = [word for word in words if re.match(r"[\w.-]+=", word)]  # runs/lr=1e-3/model is a folder
     recipes = [word for word in words if word.endswith(".toml") and word not in overrides]
     return recipes, overrides, [word for word in words if word not in (*recipes, *overrides)]
 
 
-def _run(recipe: "Recipe") -> None:
-    from flows.home import open_store
-    from flows.pipeline.finished import all_done, show_done
+def _run_flow(recipe: "Recipe", module: str, flow: str, **arguments: Any) -> None:
+    from flows.local_run import run_flow
 
-    store = open_store(recipe)
-    done = all_done(store, recipe)
-    if done:
-        show_done(store, recipe, done)
-        print(done.sentence)
-        return
-    _flow(recipe, "flows.distill", "distill", recipe)
+    run_flow(recipe, module, flow, **arguments)
 
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
-    """The recipe, and the environment that Prefect, MLflow and transformers look at when they are imported."""
-    from flows.home import TYPED_COMMAND, set_environment
+    """Loads the recipe, and sets the environment that Prefect, MLflow and transformers read when they are imported."""
+    from flows.home import set_environment
     from flows.services.servers import join_up
     from tasks.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())
     set_environment(recipe.home)
-    os.environ[TYPED_COMMAND] = shlex.join([os.path.relpath(path) if path == DEMO else str(path), *(overrides or ())])
     if not os.environ.get("PREFECT_API_URL"):
-        join_up(recipe.home)  # also for what asks MLflow without a flow, as a warm start does
+        join_up(recipe.home)  # also for commands that read MLflow outside a flow, such as a warm start
     return recipe
 
 
-def _flow(recipe: "Recipe", module: str, name: str, *arguments: Any) -> None:
-    """Runs a flow here, against the server of PREFECT_API_URL or one of our own; its sentence is ours."""
-    from flows.services.servers import start_server
-
-    wait = start_server(recipe.home)
-    flow = getattr(import_module(module), name)  # takes seconds, while the server starts
-    wait()
-    state = flow(*arguments, return_state=True)
-    if state.is_completed():
-        print(state.message or "done")
-        return
-    cause = state.result(raise_on_failure=False)
-    if isinstance(cause, Exception):
-        raise cause  # a fault of the program keeps its traceback
-    raise DistilError(state.message or f"the run ended {state.name}")
+def _typed(path: Path, overrides: Sequence[str] | None) -> str:
+    """Recipe file and settings as typed, quoted for a shell: the tables print commands with them."""
+    return shlex.join([os.path.relpath(path) if path == DEMO else str(path), *(overrides or ())])
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and status 1, never a traceback."""
+    """Entry point. An expected error is one sentence and exit status 1, without a traceback."""
     try:
         app()
     except DistilError as error:

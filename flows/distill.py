@@ -1,9 +1,10 @@
-"""The whole chain as one Prefect flow: corpus to targets, training, registration, scores, gate.
+"""The complete pipeline as one Prefect flow: corpus to targets, training, registration, scores, gate.
 
     distil run RECIPE.toml                          from the command line
     flows/distill.py:distill                        entry point of the deployments `distill/NAME`
 
-Running it again computes only what is missing; a run that was killed goes on where it was.
+Running it again computes only what is missing; a killed run resumes from the store and its newest
+checkpoint.
 """
 
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from prefect import State, get_run_logger, runtime
 from prefect.states import Completed
 
-from flows.home import link_model, open_store
+from flows.home import link_model, open_workspace
 from flows.inventory import planned_training
 from flows.pipeline.finished import all_done, remember_done, show_done
 from flows.pipeline.preparation import Prepared, failed_state, prepare_corpus, silently_missing
@@ -33,12 +34,13 @@ from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels, control
 from flows.scoring.record import record_scores
 from flows.tracking.registry import Version
 from flows.tracking.runs import MlflowRuns, open_mlflow_runs
-from flows.views.prefect_artifacts import publish_failures, publish_sheet
-from flows.views.summary import RunSummary, sections
-from flows.views.tables import bar, markdown_sheet, show_sheet
+from flows.views.prefect_artifacts import publish_failures, publish_result
+from flows.views.summary import RunSummary, summary_sections
+from flows.views.tables import Table, bar, show_table
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
+from tasks.lineage import Workspace
 from tasks.models.files import model_content_key
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
@@ -47,43 +49,46 @@ from tasks.release.results import protocol_keys, set_results
 from tasks.train.metrics import read_metrics
 
 SEND_SECONDS = 5.0
-"""Curves are sent to MLflow this often."""
+"""Seconds between two uploads of the training curves to MLflow."""
 
 
-def run_chain(recipe: Recipe) -> State[Any]:
-    """Distils a student of a teacher: shards, blocks and targets, then training, registration and scores.
+def run_chain(recipe: Recipe, command: str = "") -> State[Any]:
+    """Distils a student from a teacher: text shards, token blocks, teacher targets, training, registration, scores, gate.
+
+    Artifacts that the store has are reused; only missing ones are made. With nothing left to do, the run shows the
+    stored result.
 
     Args:
-        recipe: Everything that the run needs to know, section by section as in a recipe file.
+        recipe: All settings of the run, by section, as in a recipe file.
+        command: Recipe file and settings as typed at the command line. Leave it empty for a run of a deployment.
     """
     recipe = with_absolute_paths(recipe)
-    store = open_store(recipe)
-    done = all_done(store, recipe)
+    workspace = open_workspace(recipe)
+    done = all_done(workspace)
     if done:
-        show_done(store, recipe, done)
+        show_done(workspace, done, command)
         return Completed(message=done.sentence)
-    protocol_of(recipe)  # a protocol or control that cannot be used is refused before hours of other work
+    protocol_of(recipe)  # an unusable protocol or control fails here, before hours of other work
     control_of(recipe)
     start = time.monotonic()
-    prepare_text_remotely(store, recipe)
-    prepared = prepare_corpus(store, recipe, training=True)
-    publish_failures(recipe, prepared.failures)
-    if prepared.too_many_failed(recipe):
+    prepared = prepare_corpus(prepare_text_remotely(workspace), training=True)
+    publish_failures(recipe, prepared.failures, command)
+    if prepared.too_many_failed:
         return failed_state(prepared.failures)
-    _refuse_gaps(store, recipe, prepared)
-    course = _train_and_score(store, recipe, prepared)
-    _show(store, course, time.monotonic() - start)
-    failed = f"; {len(prepared.failures)} failed before it, see the table" if prepared.failures else ""
-    return Completed(message=f"{course.mlflow_model}{failed}")
+    _refuse_gaps(prepared)
+    summary = _train_and_score(prepared, command)
+    _show(summary, time.monotonic() - start)
+    failed = f"; {len(prepared.failures)} artifacts failed before the training, see the table" if prepared.failures else ""
+    return Completed(message=f"{summary.mlflow_model}{failed}")
 
 
 distill = bound_flow(run_chain, "distill", run_name="{name}")
 
 
-def _refuse_gaps(store: Store, recipe: Recipe, prepared: Prepared) -> None:
-    """FatalError if something is missing that nobody reported: a model must not lack text in silence."""
-    lacking = silently_missing(store, prepared)
-    if lacking and recipe.targets.on_missing == "compute":
+def _refuse_gaps(prepared: Prepared) -> None:
+    """FatalError if an artifact is missing without a reported failure: no model may silently lack training text."""
+    lacking = silently_missing(prepared)
+    if lacking and prepared.workspace.recipe.targets.on_missing == "compute":
         first = lacking[0]
         raise FatalError(
             f"{len(lacking)} artifacts are missing although nothing failed, the first is {first.kind} {first.label}; "
@@ -91,61 +96,63 @@ def _refuse_gaps(store: Store, recipe: Recipe, prepared: Prepared) -> None:
         )
 
 
-def _train_and_score(store: Store, recipe: Recipe, prepared: Prepared) -> RunSummary:
+def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
     """Trains, registers and scores, under one MLflow run."""
-    run = planned_training(store, recipe, prepared.lineage)
-    book = open_mlflow_runs(recipe)
-    parent = _parent_run(book, recipe, run, prepared)
+    workspace = prepared.workspace
+    store, recipe = workspace.store, workspace.recipe
+    run = planned_training(workspace)
+    mlflow_runs = open_mlflow_runs(recipe)
+    parent = _parent_run(mlflow_runs, workspace, run)
     seconds = {stage.stage: stage.seconds for stage in prepared.stages}
-    with book.ending(parent):
+    with mlflow_runs.ending(parent):
         with _timed(seconds, "train"):
-            run_one("train", recipe.name, partial(_train, store, book, parent, run), recipe.run)
+            run_one("train", recipe.name, partial(_train, store, mlflow_runs, parent, run), recipe.run)
         model = EvaluatedModel("student", run.model_ref.key, store.check(store.receipt(run.model_ref)))
         with _timed(seconds, "register"):
-            version = run_one("register", recipe.name, partial(_register, book, parent, recipe, model), recipe.run)
+            register = partial(_register, mlflow_runs, parent, recipe, model)
+            version = run_one("register", recipe.name, register, recipe.run)
         with _timed(seconds, "score"):
-            judged = _score(store, recipe, model, prepared)
-            record_scores(book, parent, run.run_key, judged)
-            if judged.failures:
-                raise FatalError(failure_sentence(judged))
+            scored = _score(workspace, model)
+            record_scores(mlflow_runs, parent, run.run_key, scored)
+            if scored.failures:
+                raise FatalError(failure_sentence(scored))
     with _timed(seconds, "card and gate"):
-        judgement = _publish_and_gate(
-            store, book, parent, TrainedModel(recipe, prepared.lineage, run, version, judged.scores)
-        )
+        decision = _publish_and_gate(mlflow_runs, parent, TrainedModel(workspace, run, version, scored.scores))
+    aliases = ", ".join(mlflow_runs.registry.aliases_of(version))
     return RunSummary(
-        recipe=recipe,
-        lineage=prepared.lineage,
+        workspace=workspace,
         run=run,
         model_folder=link_model(recipe, model.folder),
-        mlflow_model=", alias ".join(filter(None, [str(version), ", ".join(book.registry.aliases_of(version))])),
-        mlflow_uri=book.uri,
+        mlflow_model=", alias ".join(filter(None, [str(version), aliases])),
+        mlflow_uri=mlflow_runs.uri,
         mlflow_run=parent,
-        mlflow_url=book.url(parent),
-        scores=judged.scores[model.name],
+        mlflow_url=mlflow_runs.url(parent),
+        scores=scored.scores[model.name],
         stage_seconds=seconds,
-        gate=gate_rows(judgement),
+        gate=gate_rows(decision),
+        command=command,
     )
 
 
-def _score(store: Store, recipe: Recipe, student: EvaluatedModel, prepared: Prepared) -> ScoredModels:
-    """Scores of the student and of the recipe's control, beside the teacher."""
-    # By its content, as `distil score` names any folder: what is scored here is not scored again there.
+def _score(workspace: Workspace, student: EvaluatedModel) -> ScoredModels:
+    """Scores the student and the recipe's control, next to the teacher."""
+    recipe = workspace.recipe
+    # Keyed by content, as in `distil score`, so that neither repeats the scores of the other.
     student = replace(
         student, key=model_content_key(student.folder, trust_remote_code=recipe.teacher.trust_remote_code)
     )
     control = control_of(recipe)
     models = [student, *([control] if control else [])]
-    heldout = {model.name: (recipe, prepared.lineage.heldout_blocks) for model in models}
-    return score_models(store, recipe, models, heldout)
+    return score_models(workspace, models, {model.name: workspace for model in models})
 
 
-def _publish_and_gate(store: Store, book: MlflowRuns, parent: str, result: TrainedModel) -> GateDecision:
-    """Standings, card and picture beside the version, then the gate, which may wait for a person: nothing else does."""
-    recipe, own = result.recipe, next(iter(result.scores.values()))
-    version = record_results(book.registry, result.version, set_results(own), protocol_keys(own))
-    run_one("card", recipe.name, partial(publish_card, store, book, parent, result), recipe.run)
-    score_champion(store, book.registry, result)
-    return decide_in_flow(recipe, book.registry, version)
+def _publish_and_gate(mlflow_runs: MlflowRuns, parent: str, result: TrainedModel) -> GateDecision:
+    """Stores results, card and figure with the version, then asks the gate, which may wait for a person's approval."""
+    recipe, own = result.workspace.recipe, next(iter(result.scores.values()))
+    version = record_results(mlflow_runs.registry, result.version, set_results(own), protocol_keys(own))
+    run_one("card", recipe.name, partial(publish_card, mlflow_runs, parent, result), recipe.run)
+    score_champion(mlflow_runs.registry, result)
+    return decide_in_flow(recipe, mlflow_runs.registry, version)
 
 
 @contextmanager
@@ -155,13 +162,14 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.monotonic() - start
 
 
-def _parent_run(book: MlflowRuns, recipe: Recipe, run: RunSpec, prepared: Prepared) -> str:
-    """The MLflow run of this result, with settings, data sets and the way back to Prefect."""
-    parent = book.run("chain", run.run_key, recipe.name, settings=recipe.model_dump(mode="json", by_alias=True))
-    book.tag(parent, _prefect_tags())
+def _parent_run(mlflow_runs: MlflowRuns, workspace: Workspace, run: RunSpec) -> str:
+    """The MLflow run of this result, with settings, data sets and the link to Prefect."""
+    recipe, snapshot = workspace.recipe, workspace.lineage.snapshot
+    settings = recipe.model_dump(mode="json", by_alias=True)
+    parent = mlflow_runs.run("chain", run.run_key, recipe.name, settings=settings)
+    mlflow_runs.tag(parent, _prefect_tags())
     manifest = sha256_bytes(canonical_json([part.model_dump() for part in run.manifest]))
-    snapshot = prepared.lineage.snapshot
-    book.data(parent, {"snapshot": (snapshot.fingerprint, snapshot.url), "manifest": (manifest, recipe.store)})
+    mlflow_runs.data(parent, {"snapshot": (snapshot.fingerprint, snapshot.url), "manifest": (manifest, recipe.store)})
     return parent
 
 
@@ -172,30 +180,30 @@ def _prefect_tags() -> dict[str, str]:
     }
 
 
-def _train(store: Store, book: MlflowRuns, parent: str, run: RunSpec) -> None:
-    """Trains unless the model is there, with a bar and the curves on their way to MLflow."""
-    child = book.run("train", run.run_key, f"{run.name} train", parent=parent)
+def _train(store: Store, mlflow_runs: MlflowRuns, parent: str, run: RunSpec) -> None:
+    """Trains unless the store has the model; shows a progress bar and sends the curves to MLflow."""
+    child = mlflow_runs.run("train", run.run_key, f"{run.name} train", parent=parent)
     if store.has(run.model_ref):
-        # A run that was killed right after its training may still owe MLflow the end of the curve.
-        book.send(child, read_metrics(Path(run.folder) / METRICS), book.last_steps(child))
-        book.end(child)
+        # A run killed right after its training may not have sent the end of the curves.
+        mlflow_runs.send(child, read_metrics(Path(run.folder) / METRICS), mlflow_runs.last_steps(child))
+        mlflow_runs.end(child)
         return
-    with book.ending(child), bar("train", run.total_steps) as advance:
-        launch_trainer(run, _MetricsFollower(book, child, advance).follow)
+    with mlflow_runs.ending(child), bar("train", run.total_steps) as advance:
+        launch_trainer(run, _MetricsFollower(mlflow_runs, child, advance).follow)
 
 
 class _MetricsFollower:
-    """Takes the lines of metrics.jsonl to the bar at once and to MLflow now and then."""
+    """Passes lines of metrics.jsonl to the progress bar at once, and to MLflow every SEND_SECONDS."""
 
-    def __init__(self, book: MlflowRuns, run_id: str, advance: Any) -> None:
-        self.book, self.run_id, self.advance = book, run_id, advance
-        self.last = book.last_steps(run_id)
+    def __init__(self, mlflow_runs: MlflowRuns, run_id: str, advance: Any) -> None:
+        self.mlflow_runs, self.run_id, self.advance = mlflow_runs, run_id, advance
+        self.last = mlflow_runs.last_steps(run_id)
         self.step = 0
         self.owed: list[Line] = []
         self.sent = 0.0
 
     def follow(self, lines: list[Line], final: bool = False) -> None:
-        """`lines` are new ones; `final`: nothing comes after them."""
+        """Takes new lines; `final` marks the last ones."""
         self.owed += lines
         trained = [line for line in lines if "loss" in line]
         if trained:
@@ -206,22 +214,23 @@ class _MetricsFollower:
         if final or time.monotonic() - self.sent > SEND_SECONDS:
             self.sent = time.monotonic()
             try:
-                self.book.send(self.run_id, self.owed, self.last)
+                self.mlflow_runs.send(self.run_id, self.owed, self.last)
                 self.owed = []
             except RetryableError as error:
-                # The lines are kept and are sent again; a training does not end because MLflow is away.
+                # The lines are sent with the next ones: an MLflow that does not answer must not end a training.
                 get_run_logger().warning(error.message)
 
 
-def _register(book: MlflowRuns, parent: str, recipe: Recipe, model: EvaluatedModel) -> Version:
+def _register(mlflow_runs: MlflowRuns, parent: str, recipe: Recipe, model: EvaluatedModel) -> Version:
     sentence = recipe.score.sentences[0] if recipe.score.sentences else "<mask>"
     name, trusted = recipe.register_as.name, recipe.teacher.trust_remote_code
-    return book.registry.register(parent, name, model.key, model.folder, sentence, _prefect_tags(), trusted)
+    return mlflow_runs.registry.register(parent, name, model.key, model.folder, sentence, _prefect_tags(), trusted)
 
 
-def _show(store: Store, course: RunSummary, seconds: float) -> None:
-    """The final table: printed, as an artifact in Prefect, and remembered for a second run with nothing to do."""
-    sheet = sections(store, course, seconds)
-    show_sheet(course.recipe.name, sheet)
-    publish_sheet(markdown_sheet(course.recipe.name, sheet), course.mlflow_url)
-    remember_done(store, course.recipe, course.run, sheet)
+def _show(summary: RunSummary, seconds: float) -> None:
+    """Prints the final table, publishes it in Prefect, and stores it for later runs with nothing to do."""
+    sections = summary_sections(summary, seconds)
+    table = Table(summary.workspace.recipe.name, sections)
+    show_table(table)
+    publish_result(table, summary.mlflow_url)
+    remember_done(summary.workspace, summary.run, sections)

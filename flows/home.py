@@ -1,11 +1,17 @@
-"""Local state of one machine: one folder with store/, prefect/, mlflow/ and run/; and what Prefect and MLflow must be
-told through the environment before they are imported. Imports neither of them, so the command line starts fast.
+"""Local state of one machine: one folder (`home`) with store/, prefect/, mlflow/ and run/, and the environment variables
+that Prefect and MLflow read when they are imported.
+
+    set_environment(recipe.home)            # before the first import of Prefect or MLflow
+    workspace = open_workspace(recipe)
+
+Imports neither of them, so the command line starts fast.
 """
 
 import getpass
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
@@ -13,11 +19,11 @@ from storage.disk import writing
 from storage.store import Store
 from tasks.recipe.config import Recipe
 
-TYPED_COMMAND = "DISTIL_RECIPE"
-"""Environment variable: recipe file and overrides as the user typed them, for the commands that we tell him."""
+if TYPE_CHECKING:
+    from tasks.lineage import Workspace
 
 REGISTERED = "models:/"
-"""How the name of a registered model begins: models:/NAME@ALIAS or models:/NAME/VERSION."""
+"""Prefix of a registered model: models:/NAME@ALIAS or models:/NAME/VERSION."""
 
 
 def open_store(recipe: Recipe) -> Store:
@@ -25,10 +31,17 @@ def open_store(recipe: Recipe) -> Store:
     return Store(recipe.store, cache=Path(recipe.home) / "cache", cache_bytes=recipe.run.cache_bytes)
 
 
+def open_workspace(recipe: Recipe) -> "Workspace":
+    """The recipe together with its store."""
+    from tasks.lineage import Workspace  # deferred: `distil up` runs for days and never needs it
+
+    return Workspace(open_store(recipe), recipe)
+
+
 def set_environment(home: str) -> None:
     """Prepares this process and its children for Prefect, MLflow and transformers. Call before importing them.
 
-    What the user has set already is left alone. Nothing is reported to anybody outside. FatalError: the disk is full.
+    Variables that are already set stay. Telemetry is off. FatalError: the disk is full.
     """
     folder = Path(home)
     with writing(f"the home {folder}"):
@@ -37,10 +50,10 @@ def set_environment(home: str) -> None:
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # The tables and sentences of this program are what people read; Prefect's own lines go to its server only.
+        # Users read the tables and sentences of this program; Prefect's own log lines go to its server only.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-        # Who calls a flow from Python gets Prefect's embedded server; on two busy cores its 20 seconds are too short.
+        # A flow called from Python starts Prefect's embedded server; on two busy cores the default of 20 s is too short.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -60,12 +73,12 @@ def set_environment(home: str) -> None:
 
 
 def tracking_uri(recipe: Recipe) -> str:
-    """Where MLflow records: the recipe's server, else MLFLOW_TRACKING_URI, else the database of this home."""
+    """The MLflow to record in: the recipe's server, else MLFLOW_TRACKING_URI, else the database of this home."""
     return recipe.register_as.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or mlflow_database(recipe.home)
 
 
 def registry_name(recipe: Recipe) -> str:
-    """What names a recipe's MLflow for good, without passwords: the server of a `distil up` is the home's database."""
+    """A lasting name of a recipe's MLflow, without passwords: the server of `distil up` counts as the home's database."""
     uri, up = tracking_uri(recipe), _last_up(recipe.home)
     return _without_userinfo(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
 
@@ -86,13 +99,13 @@ def _without_userinfo(uri: str) -> str:
 
 
 def mlflow_database(home: str) -> str:
-    """The database that `distil run` writes to and the server of `distil up` serves: that of MLFLOW_BACKEND_STORE_URI,
-    else SQLite below home."""
+    """The database that `distil run` writes to and `distil up` serves: MLFLOW_BACKEND_STORE_URI, else SQLite in the
+    home."""
     return os.environ.get("MLFLOW_BACKEND_STORE_URI") or f"sqlite:///{Path(home).absolute()}/mlflow/mlflow.db"
 
 
 def user() -> str:
-    """Who calls: the name, or the number where the system has no name for it, as in containers."""
+    """The user's name, or number where the system has no name for it, as in containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -100,12 +113,12 @@ def user() -> str:
 
 
 def up_file(home: str) -> Path:
-    """Where a `distil up` says where its servers are."""
+    """The file in which `distil up` stores the addresses of its servers."""
     return Path(home) / "run" / "up.json"
 
 
 def _last_up(home: str) -> dict[str, str] | None:
-    """What the last `distil up` of this home said, alive or not."""
+    """The addresses that the last `distil up` of this home stored; it may have ended since."""
     try:
         up: dict[str, str] = json.loads(up_file(home).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -114,7 +127,7 @@ def _last_up(home: str) -> dict[str, str] | None:
 
 
 def link_model(recipe: Recipe, folder: Path) -> Path:
-    """A short path to the newest model of a recipe, HOME/models/NAME; a link, so that the store stays the keeper."""
+    """Links HOME/models/NAME to the newest model of a recipe, which stays in the store; returns the link."""
     link = Path(recipe.home) / "models" / recipe.name
     link.parent.mkdir(parents=True, exist_ok=True)
     fresh = link.with_name(f".{recipe.name}-{os.getpid()}")

@@ -1,4 +1,8 @@
-"""Wanted, there, missing; what gc keeps."""
+"""A recipe's artifacts against the store: planned training run, wanted and missing artifacts, artifacts that gc keeps.
+
+    run = planned_training(workspace)
+    rows = stage_rows(workspace)            # per stage: wanted, done, bytes, missing, failed
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,41 +12,41 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.lease import leased_artifacts
 from storage.store import Store
-from tasks.lineage import Lineage, plan_training, trace, training_key
+from tasks.lineage import Workspace, plan_training, training_key
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_spec import RunSpec
 from tasks.recipe.run_spec import model_ref as ref_of_model
 
 
-def planned_training(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
+def planned_training(workspace: Workspace) -> RunSpec:
     """The training run of a recipe. FatalError: train.warm_start names no model."""
-    return plan_training(store, with_local_start(recipe), lineage)
+    return plan_training(with_local_start(workspace))
 
 
-def planned_key(recipe: Recipe, lineage: Lineage) -> str:
-    """The key of that run where nothing of the lineage is missing. The same error."""
-    return training_key(with_local_start(recipe), lineage)
+def planned_key(workspace: Workspace) -> str:
+    """Key of the run that `planned_training` returns if no artifact is missing. The same error."""
+    return training_key(with_local_start(workspace))
 
 
-def planned_model(recipe: Recipe, lineage: Lineage) -> Ref:
-    """Names the model that it ends with. The same error."""
-    return ref_of_model(planned_key(recipe, lineage), recipe.name)
+def planned_model(workspace: Workspace) -> Ref:
+    """Reference to the model of that run. The same error."""
+    return ref_of_model(planned_key(workspace), workspace.recipe.name)
 
 
-def with_local_start(recipe: Recipe) -> Recipe:
-    """The recipe, with a registered model in train.warm_start replaced by its folder."""
+def with_local_start(workspace: Workspace) -> Workspace:
+    """The workspace, with a registered model in train.warm_start replaced by its folder."""
+    recipe = workspace.recipe
     if not recipe.train.warm_start.startswith(REGISTERED):
-        return recipe
+        return workspace
     # Deferred: it imports MLflow, which takes seconds and which most recipes do not need here.
     from flows.tracking.registry import fetch_model
 
-    folder = fetch_model(recipe, recipe.train.warm_start)
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"warm_start": str(folder)})})
+    return workspace.with_warm_start(str(fetch_model(recipe, recipe.train.warm_start)))
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: how many artifacts are wanted and done, labels of the missing, label and reason of the failed."""
+    """One stage: numbers of wanted and done artifacts, bytes of the done, labels of the missing, reasons of the failed."""
 
     stage: str
     wanted: int
@@ -52,19 +56,20 @@ class StageRow:
     failed: Mapping[str, str]
 
 
-def stage_rows(store: Store, recipe: Recipe) -> list[StageRow]:
-    """One row a stage of the chain, from two listings a kind. What has no key before
-    something else is made is not in."""
-    lineage = trace(store, recipe)
+def stage_rows(workspace: Workspace) -> list[StageRow]:
+    """One row per stage, from two listings per kind.
+
+    Artifacts whose keys depend on artifacts that do not exist yet are not counted.
+    """
+    store, lineage = workspace.store, workspace.lineage
     unread = tuple(source.label for source, ref in lineage.sources if ref is None)
     rows = [_row(store, stage, refs, unread if stage == "source" else ()) for stage, refs in lineage.stages().items()]
-    whole = lineage.shards and all(row.done == row.wanted for row in rows)
-    found = planned_model(recipe, lineage) if whole else None
-    return [*rows, _row(store, "model", (found,) if found else (), ())]
+    complete = lineage.shards and all(row.done == row.wanted for row in rows)
+    return [*rows, _row(store, "model", (planned_model(workspace),) if complete else (), ())]
 
 
 def _row(store: Store, stage: str, refs: Iterable[Ref], unread: tuple[str, ...]) -> StageRow:
-    """`unread` are labels of sources that have no key yet."""
+    """`unread` holds labels of sources that have no key yet."""
     wanted = {ref.key: ref.label for ref in refs}
     there = store.sizes(stage)
     done = there.keys() & wanted.keys()
@@ -80,23 +85,26 @@ def _row(store: Store, stage: str, refs: Iterable[Ref], unread: tuple[str, ...])
     )
 
 
-def model_ref(store: Store, recipe: Recipe, lineage: Lineage) -> Ref | None:
-    """The model that the recipe ends with, once all that it is made of is there."""
-    if not lineage.shards or lineage.lacks(store):
+def model_ref(workspace: Workspace) -> Ref | None:
+    """Reference to the recipe's model, or None while an artifact that it is made from is missing."""
+    if not workspace.lineage.shards or workspace.lineage.lacks(workspace.store):
         return None
-    return planned_model(recipe, lineage)
+    return planned_model(workspace)
 
 
 def artifacts_to_keep(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
-    """What `gc` must keep: all that the recipes want, their samples, every model and score, the checkpoints of
-    trainings that have not ended, and what those read that go on, of whatever snapshot."""
+    """(kind, key) of every artifact that `gc` must keep.
+
+    These are the recipes' artifacts and samples, all models and scores, the checkpoints of unfinished trainings, and
+    what running trainings read, from any snapshot. FatalError: a source of a recipe is not done.
+    """
     from tasks.train.checkpoint import unfinished_checkpoints  # deferred: torch takes seconds to import
 
     keep = {(kind, key) for kind in ("model", "scores") for key in store.keys(kind)}
     keep |= {("checkpoint", key) for key in unfinished_checkpoints(store)}
     keep |= leased_artifacts(store)
     for recipe in recipes:
-        lineage = trace(store, recipe)
+        lineage = Workspace(store, recipe).lineage
         unread = [source.label for source, ref in lineage.sources if ref is None or not store.has(ref)]
         if unread:
             raise FatalError(

@@ -1,34 +1,34 @@
-"""From a corpus folder to the teacher's targets: sources, shards, blocks, token counts, calibration, targets.
+"""Prepares the training data of a corpus: sources, shards, blocks, token counts, calibration, targets.
 
-    prepare(recipe)        a flow of its own (deployment `prepare`), and the first half of `distill`
+    distil prepare RECIPE.toml                      from the command line
+    flows/prepare.py:prepare                        entry point of the deployments `prepare/NAME`
 
-Each stage asks the store what is missing and submits only that; a shard that fails holds back only what is made of it.
+The flow `distill` begins with the same stages. Each stage submits only artifacts that the store lacks; a shard that
+fails holds back only the artifacts made from it.
 """
 
 from typing import Any, Literal
 
 from prefect import State
 
-from flows.home import open_store
+from flows.home import open_workspace
 from flows.pipeline.preparation import finish_state, prepare_corpus, prepare_text
 from flows.pipeline.task_policy import bound_flow
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 
-# ---- flow and failures -------------------------------------------------------------------------------------
 
-
-def run_prepare(recipe: Recipe, until: Literal["blocks", "targets"] = "targets") -> State[Any]:
-    """Makes shards, blocks and targets of a corpus, as far as they are missing; trains nothing.
+def run_prepare(recipe: Recipe, until: Literal["blocks", "targets"] = "targets", command: str = "") -> State[Any]:
+    """Makes the missing text shards, token blocks and teacher targets of a corpus, without training.
 
     Args:
-        recipe: Everything that the run needs to know, section by section as in a recipe file.
-        until: blocks stops before the teacher is needed, for a machine without a GPU.
+        recipe: All settings of the run, by section, as in a recipe file.
+        until: The last stage: targets, or blocks to stop before the teacher is needed (no GPU).
+        command: Recipe file and settings as typed at the command line. Leave it empty for a run of a deployment.
     """
-    recipe = with_absolute_paths(recipe)
-    store = open_store(recipe)
-    prepared = prepare_corpus(store, recipe) if until == "targets" else prepare_text(store, recipe)
-    return finish_state(recipe, prepared)
+    workspace = open_workspace(with_absolute_paths(recipe))
+    prepared = prepare_corpus(workspace) if until == "targets" else prepare_text(workspace)
+    return finish_state(prepared, command)
 
 
 prepare = bound_flow(run_prepare, "prepare", run_name="{name}")

@@ -1,10 +1,10 @@
-"""Scores of models side by side: held-out text, fill-mask, size and speed, fine-tuned sets. One flow and its parts.
+"""Scores models side by side: held-out text, fill-mask, size and speed, fine-tuned sets.
 
-    score(recipe, model, others)     flow: scores any folders, hub ids or registered models by the recipe's protocol
-    score_models(store, recipe, …)   the same inside `distill`, after training
-    deciding_scores(store, …)        only what the gate looks at, of a champion
+    distil score MODEL... [RECIPE.toml]             from the command line: folders, hub ids or registered models
+    flows/score.py:score                            entry point of the deployments `score/NAME`
 
-Scores are artifacts by (model, protocol, set, seed): what is there is not computed again. What cannot be run says so.
+Scores are artifacts keyed by model, protocol, set and seed, so none is computed twice. A score that cannot be computed
+is reported as `not run` with its reason.
 """
 
 import re
@@ -17,31 +17,30 @@ from prefect import State
 from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, Failed
 
-from flows.home import REGISTERED, open_store
+from flows.home import REGISTERED, open_workspace
 from flows.pipeline.preparation import failed_state, prepare_heldout
 from flows.pipeline.task_policy import bound_flow
-from flows.release.card import PICTURE
+from flows.release.card import FIGURE
 from flows.release.version_results import record_results
 from flows.scoring.compute import failure_sentence, score_models
 from flows.scoring.evaluated_models import (
     TEACHER,
     EvaluatedModel,
     ScoredModels,
-    _same_tokenizer,
     find_model,
     protocol_of,
     teacher_of,
+    with_tokenizer_of,
 )
 from flows.scoring.finetuned import SeedSelection
 from flows.scoring.record import record_scores
 from flows.tracking.runs import open_mlflow_runs
 from flows.views.comparison import comparison_table, fill_mask_table, notes
 from flows.views.prefect_artifacts import best_effort, publish_failures
-from flows.views.tables import TextTable, markdown_tables, show_table
-from storage.artifact import Ref
+from flows.views.tables import Table, markdown, show_table
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
-from tasks.lineage import teacher_key
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 from tasks.release.figure import render_figure
@@ -51,47 +50,47 @@ from tasks.release.results import protocol_keys, set_results, summarize_models
 
 
 def run_score(
-    recipe: Recipe, model: str, others: tuple[str, ...] = (), only: str = "", force: bool = False
+    recipe: Recipe, model: str, others: tuple[str, ...] = (), only: str = "", force: bool = False, command: str = ""
 ) -> State[Any]:
     """Scores masked language models side by side by a recipe's protocol, on the recipe's held-out text.
 
     Args:
-        recipe: Whose text, teacher and score settings are taken.
+        recipe: The recipe with the held-out text, the teacher and the score settings.
         model: A folder, a hub id, or a registered model such as models:/distilled@challenger.
-        others: More models to compare, by the same protocol.
+        others: More models to compare, scored by the same protocol.
         only: Compute only this fine-tuned set (xnli) or pair (xnli seed 1); empty means all that are missing.
-        force: With only, compute it again even if it is there.
+        force: Compute the scores of `only` again even if they exist.
+        command: Recipe file and settings as typed at the command line. Leave it empty for a run of a deployment.
     """
     if force and not only:
         raise FatalError(
             "force needs only, a set or a pair such as `xnli seed 1`, so that not everything is made again"
         )
     recipe = with_absolute_paths(recipe)
-    protocol_of(recipe)  # refused before anything is computed
-    store = open_store(recipe)
-    models = _candidates(recipe, (model, *others))
-    heldout: dict[str, tuple[Recipe, Sequence[Ref]]] = {}
-    for candidate in models:
-        own = _same_tokenizer(recipe, candidate.folder)
-        prepared = prepare_heldout(store, own)
-        publish_failures(recipe, prepared.failures)
-        if prepared.too_many_failed(recipe):
+    protocol_of(recipe)  # an unusable protocol fails before anything is computed
+    workspace = open_workspace(recipe)
+    models = _evaluated_models(recipe, (model, *others))
+    heldout: dict[str, Workspace] = {}
+    for one in models:
+        prepared = prepare_heldout(Workspace(workspace.store, with_tokenizer_of(recipe, one.folder)))
+        publish_failures(recipe, prepared.failures, command)
+        if prepared.too_many_failed:
             return failed_state(prepared.failures)
-        heldout[candidate.name] = (own, prepared.lineage.heldout_blocks)
-    judged = score_models(store, recipe, models, heldout, SeedSelection(only, force))
-    title = ", ".join(candidate.name for candidate in models)
-    _show(title, judged)
-    record(recipe, models, judged)
-    if judged.failures:
-        return Failed(message=failure_sentence(judged))
+        heldout[one.name] = prepared.workspace
+    scored = score_models(workspace, models, heldout, SeedSelection(only, force))
+    title = ", ".join(one.name for one in models)
+    _show(title, scored)
+    record(workspace, models, scored)
+    if scored.failures:
+        return Failed(message=failure_sentence(scored))
     return Completed(message=f"{title} scored")
 
 
 score = bound_flow(run_score, "score", run_name="{model}")
 
 
-def _candidates(recipe: Recipe, models: Sequence[str]) -> list[EvaluatedModel]:
-    """Every model once, with a short name of its own; the recipe's teacher only where nothing else is scored."""
+def _evaluated_models(recipe: Recipe, models: Sequence[str]) -> list[EvaluatedModel]:
+    """Every model once, with a unique short name. The recipe's teacher is in the list only if no other model is."""
     found: dict[str, EvaluatedModel] = {}
     for model in models:
         one = find_model(recipe, model)
@@ -102,7 +101,7 @@ def _candidates(recipe: Recipe, models: Sequence[str]) -> list[EvaluatedModel]:
 
 
 def _short_name(model: str, taken: set[str]) -> str:
-    """`distil-demo-challenger` for models:/distil-demo@challenger, `camembert-base` for a folder or hub id so named.
+    """`distil-demo-challenger` for models:/distil-demo@challenger; for a folder or hub id its last part.
 
     It becomes part of names in MLflow, which allow no @.
     """
@@ -115,40 +114,42 @@ def _short_name(model: str, taken: set[str]) -> str:
     return unique
 
 
-def _show(title: str, judged: ScoredModels) -> None:
-    """The table of all models and the fill-mask sheet, printed and as an artifact."""
-    sheet = fill_mask_table(judged.scores)
-    tables: dict[str, TextTable] = {title: comparison_table(judged.scores)}
-    tables |= {"Fill-mask": sheet} if sheet else {}
-    tables |= {"Notes": (["about", "note"], notes(judged.scores))}
-    for heading, table in tables.items():
-        show_table(heading, table)
+def _show(title: str, scored: ScoredModels) -> None:
+    """Prints the tables of all models and publishes them as a Prefect artifact."""
+    answers = fill_mask_table(scored.scores)
+    notes_table = Table("Notes", {"": notes(scored.scores)}, ("about", "note"))
+    tables = [comparison_table(title, scored.scores), *([answers] if answers else []), notes_table]
+    for table in tables:
+        show_table(table)
     with best_effort():
-        create_markdown_artifact(markdown_tables(tables), "scores", f"Scores of {title}")
+        create_markdown_artifact(markdown(*tables), "scores", f"Scores of {title}")
 
 
-def record(recipe: Recipe, models: Sequence[EvaluatedModel], judged: ScoredModels) -> None:
-    """One MLflow run for the comparison, with its picture and a child run for each model and set.
+def record(workspace: Workspace, models: Sequence[EvaluatedModel], scored: ScoredModels) -> None:
+    """Records the comparison as one MLflow run with a figure, and a child run per model and set.
 
-    A registered model of this recipe keeps its standings too, so that the gate can compare it with others.
+    Results of this recipe's registered models are also stored with their versions, where the gate reads them.
     """
-    book = open_mlflow_runs(recipe)
+    recipe = workspace.recipe
+    mlflow_runs = open_mlflow_runs(recipe)
     protocol = protocol_of(recipe)
     settings = protocol.model_dump(mode="json") if protocol else {}
-    key = sha256_bytes(canonical_json([[model.key for model in models], teacher_key(recipe), settings]))
+    key = sha256_bytes(canonical_json([[model.key for model in models], workspace.teacher_key, settings]))
     names = ", ".join(model.name for model in models)
-    parent = book.run("scores", key, f"scores {names}", settings={"models": names, "protocol": settings})
-    with book.ending(parent):
-        record_scores(book, parent, key, judged)
-        book.keep(parent, {PICTURE: render_figure(names, summarize_models(judged.scores))})
+    parent = mlflow_runs.run("scores", key, f"scores {names}", settings={"models": names, "protocol": settings})
+    with mlflow_runs.ending(parent):
+        record_scores(mlflow_runs, parent, key, scored)
+        mlflow_runs.keep(parent, {FIGURE: render_figure(names, summarize_models(scored.scores))})
     for model in models:
         if is_own(recipe, model.uri):
-            own = judged.scores[model.name]
-            record_results(book.registry, book.registry.named(model.uri), set_results(own), protocol_keys(own))
+            own, registry = scored.scores[model.name], mlflow_runs.registry
+            record_results(registry, registry.named(model.uri), set_results(own), protocol_keys(own))
 
 
 def is_own(recipe: Recipe, uri: str) -> bool:
-    """Whether a registered model is one of this recipe. Standings by the held-out text of another recipe would say
-    nothing of it, and take the place of its own."""
+    """True if a registered model belongs to this recipe.
+
+    Results on the held-out text of another recipe say nothing about a model and would replace its own.
+    """
     name = re.split("[@/]", uri.removeprefix(REGISTERED), maxsplit=1)[0]
     return uri.startswith(REGISTERED) and name == recipe.register_as.name

@@ -1,10 +1,10 @@
-"""A new snapshot of the corpus starts one run of `distill/RECIPE`, once, and only when it is whole.
+"""Starts one run of `distill/RECIPE` for each new snapshot of the corpus, once the snapshot is complete.
 
-    distil watch RECIPE.toml                        one look, from the command line
+    distil watch RECIPE.toml                        one check, from the command line
     flows/watch.py:watch_snapshots                  entry point of the deployments `watch-snapshots/RECIPE`
 
-Only this flow starts runs for snapshots, be it called by the clock or by the event `corpus.snapshot.published`. What it
-saw and what it took is remembered in the store; two of them at once ask the server for the same run and get one.
+Only this flow starts runs for snapshots, on a schedule or on the event `corpus.snapshot.published`. The store remembers
+which listings it saw and which runs it started. Two watchers at the same time request the same run and get one.
 """
 
 import time
@@ -19,28 +19,32 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
-from flows.home import open_store
+from flows.home import open_workspace
 from flows.pipeline.finished import all_done
 from flows.pipeline.task_policy import bound_flow, run_one
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.corpus.listing import Folder, list_folder, subfolders
+from tasks.corpus.listing import FolderListing, list_folder, subfolders
 from tasks.corpus.snapshot import snapshot_of
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 
-LOOKS = "looks"
-"""Topic in the store: since when the files of a folder have been what they are."""
+CHECKS = "looks"
+"""Topic in the store: since when the files of a folder have been unchanged."""
 
 TAKEN = "taken"
-"""Topic in the store: which listing of a snapshot which run was started for."""
+"""Topic in the store: the run that was started for a listing of a snapshot."""
 
 
 @dataclass(frozen=True)
 class SnapshotCheck:
-    """What one look at a snapshot saw: a fingerprint of all its files, for how many seconds they have been the same,
-    and what it lacks to be whole ("" if nothing)."""
+    """Result of one check of a snapshot.
+
+    `listing` is the fingerprint of its files, `age` the seconds for which they have been unchanged, and `lacking` why
+    the snapshot is incomplete ("" if it is complete).
+    """
 
     url: str
     listing: str
@@ -49,7 +53,7 @@ class SnapshotCheck:
 
     @property
     def name(self) -> str:
-        """The snapshot's own name."""
+        """Last part of the URL."""
         return _last_part(self.url)
 
     def __str__(self) -> str:
@@ -57,72 +61,73 @@ class SnapshotCheck:
 
 
 def run_watch(recipe: Recipe) -> State[Any]:
-    """Looks once for a new snapshot of the corpus and starts a run of `distill` for it, if it is whole and new.
+    """Checks once for a new snapshot of the corpus, and starts a run of `distill` for it if it is complete.
 
     Args:
-        recipe: Its section `watch` says where to look; the run that is started gets the whole recipe.
+        recipe: The recipe of the run to start. Its section `watch` names the folder of the snapshots.
     """
     recipe = with_absolute_paths(recipe)
-    store = open_store(recipe)
-    said: list[str] = []
+    workspace = open_workspace(recipe)
+    outcomes: list[str] = []
     for url in _snapshots(recipe):
-        look = _settled_check(store, recipe, url)
-        if not look.lacking:
-            said.append(_take(store, recipe, look))
-            break  # what is older than a whole snapshot is history
-        said.append(f"{look.name} is not whole yet: {look.lacking}")
-    return Completed(message="; ".join(said) or f"nothing new: {recipe.watch.folder} holds no snapshot yet")
+        check = _settled_check(_at(workspace, url))
+        if not check.lacking:
+            outcomes.append(_take(_at(workspace, url), check))
+            break  # snapshots older than a complete one are history
+        outcomes.append(f"{check.name} is not complete yet: {check.lacking}")
+    return Completed(message="; ".join(outcomes) or f"nothing new: {recipe.watch.folder} holds no snapshot yet")
 
 
 watch_snapshots = bound_flow(run_watch, "watch-snapshots", run_name="{name}")
 
 
-# ---- looking -----------------------------------------------------------------------------------------------
+# ---- checking ----------------------------------------------------------------------------------------------
 
 
 def _snapshots(recipe: Recipe) -> list[str]:
-    """URLs of all snapshots, the newest first."""
+    """URLs of all snapshots, newest first."""
     folder = recipe.watch.folder
     if not folder:
         return [recipe.corpus.url]
-    return run_one("look", _last_part(folder), partial(subfolders, folder), recipe.run)[::-1]
+    return run_one("check", _last_part(folder), partial(subfolders, folder), recipe.run)[::-1]
 
 
 def _last_part(url: str) -> str:
     return url.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _at(recipe: Recipe, url: str) -> Recipe:
-    """The recipe, with one snapshot as its corpus."""
-    return recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"url": url})})
+def _at(workspace: Workspace, url: str) -> Workspace:
+    """The workspace, with one snapshot as its corpus."""
+    return workspace.with_changes({"corpus.url": url})
 
 
-def _settled_check(store: Store, recipe: Recipe, url: str) -> SnapshotCheck:
-    """A look that another, `watch.settle_seconds` earlier, agrees with; waits for it where nobody has looked before."""
-    look = _check(store, recipe, url)
-    wait = recipe.watch.settle_seconds - look.age
-    if look.lacking or wait <= 0 or _taken(store, recipe, look):
-        return look
-    get_run_logger().info(f"{look} looks whole; looking again in {wait:.0f} seconds")
+def _settled_check(workspace: Workspace) -> SnapshotCheck:
+    """A check whose files have been unchanged for `watch.settle_seconds`; waits for that time where it has to."""
+    check = _check(workspace)
+    wait = workspace.recipe.watch.settle_seconds - check.age
+    if check.lacking or wait <= 0 or _taken(workspace, check):
+        return check
+    get_run_logger().info(f"{check} seems complete; checking again in {wait:.0f} seconds")
     time.sleep(wait)
-    again = _check(store, recipe, url)
-    if again.lacking or again.listing == look.listing:
+    again = _check(workspace)
+    if again.lacking or again.listing == check.listing:
         return again
     return replace(again, lacking="its files are still changing")
 
 
-def _check(store: Store, recipe: Recipe, url: str) -> SnapshotCheck:
-    return run_one("look", _last_part(url), partial(check_snapshot, store, _at(recipe, url)), recipe.run)
+def _check(workspace: Workspace) -> SnapshotCheck:
+    recipe = workspace.recipe
+    return run_one("check", _last_part(recipe.corpus.url), partial(check_snapshot, workspace), recipe.run)
 
 
-def check_snapshot(store: Store, recipe: Recipe) -> SnapshotCheck:
-    """One look at the folder `corpus.url`, remembered for the next one.
+def check_snapshot(workspace: Workspace) -> SnapshotCheck:
+    """Checks the folder `corpus.url` once; the store remembers the listing for the next check.
 
-    FatalError: it cannot be listed, or holds what no snapshot may hold and is no copy in progress.
+    FatalError: the folder cannot be listed, or holds invalid files and is no copy in progress.
     """
-    start = time.time()
+    recipe, start = workspace.recipe, time.time()
     folder = list_folder(recipe.corpus.url)
-    age = max(0.0, start - _unchanged_since(store, folder))
+    age = max(0.0, start - _unchanged_since(workspace.store, folder))
     try:
         lacking = _lacking(folder, recipe)
     except FatalError as error:
@@ -132,56 +137,56 @@ def check_snapshot(store: Store, recipe: Recipe) -> SnapshotCheck:
     return SnapshotCheck(folder.url, folder.fingerprint, age, lacking)
 
 
-def _unchanged_since(store: Store, folder: Folder) -> float:
-    """When (seconds since 1970) the files of a folder were first seen as they are now."""
-    noted = store.recall(LOOKS, folder.url)
-    if noted is not None and noted["listing"] == folder.fingerprint:
-        return float(noted["since"])
+def _unchanged_since(store: Store, folder: FolderListing) -> float:
+    """Time (seconds since 1970) at which the present files of a folder were first seen."""
+    known = store.recall(CHECKS, folder.url)
+    if known is not None and known["listing"] == folder.fingerprint:
+        return float(known["since"])
     since = time.time()
-    store.remember(LOOKS, folder.url, {"url": folder.url, "listing": folder.fingerprint, "since": since})
+    store.remember(CHECKS, folder.url, {"url": folder.url, "listing": folder.fingerprint, "since": since})
     return since
 
 
-def _lacking(folder: Folder, recipe: Recipe) -> str:
-    """Why the folder cannot be whole, or "". FatalError as `snapshot_of`; half a checksum file gives that too."""
+def _lacking(folder: FolderListing, recipe: Recipe) -> str:
+    """Why the folder is incomplete, or "". FatalError as `snapshot_of`, also for half a checksum file."""
     if not folder.files:
         return "it is empty"
     absent = snapshot_of(folder, recipe.corpus, partial=True).absent
     if not absent:
         return ""
-    more = f", and so are {len(absent) - 1} others" if absent[1:] else ""
-    return f"{absent[0]} is named in a checksum file but not there{more}"
+    more = f", as do {len(absent) - 1} others" if absent[1:] else ""
+    return f"{absent[0]} is named in a checksum file but does not exist{more}"
 
 
-# ---- taking ------------------------------------------------------------------------------------------------
+# ---- starting the run --------------------------------------------------------------------------------------
 
 
-def _key(recipe: Recipe, look: SnapshotCheck) -> str:
-    """One run for this recipe, store and listing, for ever; the server holds to it too."""
-    return sha256_bytes(canonical_json([recipe.name, recipe.store, look.listing]))
+def _key(recipe: Recipe, check: SnapshotCheck) -> str:
+    """Idempotency key of the one run for this recipe, store and listing; the server enforces it too."""
+    return sha256_bytes(canonical_json([recipe.name, recipe.store, check.listing]))
 
 
-def _taken(store: Store, recipe: Recipe, look: SnapshotCheck) -> dict[str, Any] | None:
-    return store.recall(TAKEN, _key(recipe, look))
+def _taken(workspace: Workspace, check: SnapshotCheck) -> dict[str, Any] | None:
+    return workspace.store.recall(TAKEN, _key(workspace.recipe, check))
 
 
-def _take(store: Store, recipe: Recipe, look: SnapshotCheck) -> str:
-    """Starts the run for a whole snapshot, unless it was taken or processed before; says which."""
-    taken = _taken(store, recipe, look)
+def _take(workspace: Workspace, check: SnapshotCheck) -> str:
+    """Starts the run for a complete snapshot, unless it was taken or processed before; returns what it did."""
+    store, recipe, key = workspace.store, workspace.recipe, _key(workspace.recipe, check)
+    taken = _taken(workspace, check)
     if taken is not None:
-        return f"nothing new: {look} taken already{', run ' + taken['run'] if taken['run'] else ''}"
-    recipe = _at(recipe, look.url)
-    if all_done(store, recipe):
-        store.remember(TAKEN, _key(recipe, look), {"url": look.url, "run": ""})
-        return f"nothing new: {look} is processed already"
-    run = run_one("start", look.name, partial(_start, _warm(recipe), _key(recipe, look)), recipe.run)
-    # After the run is there: who dies in between asks for the same run again.
-    store.remember(TAKEN, _key(recipe, look), {"url": look.url, "run": f"{run.name} ({run.id})"})
-    return f"snapshot {look} taken: run {run.name} ({run.id})"
+        return f"nothing new: {check} taken already{', run ' + taken['run'] if taken['run'] else ''}"
+    if all_done(workspace):
+        store.remember(TAKEN, key, {"url": check.url, "run": ""})
+        return f"nothing new: {check} is processed already"
+    run = run_one("start", check.name, partial(_start, _warm(recipe), key), recipe.run)
+    # Only after the server has the run: a watcher that dies in between requests the same run again.
+    store.remember(TAKEN, key, {"url": check.url, "run": f"{run.name} ({run.id})"})
+    return f"snapshot {check} taken: run {run.name} ({run.id})"
 
 
 def _warm(recipe: Recipe) -> Recipe:
-    """The recipe, with today's champion to start from if it wants one; by number, so that a Retry gets the same."""
+    """The recipe, warm-started from the present champion if it says so; by version, so that a Retry gets the same."""
     if not recipe.watch.warm_start:
         return recipe
     from flows.tracking.registry import champion_of  # deferred: MLflow takes seconds to import
@@ -189,11 +194,11 @@ def _warm(recipe: Recipe) -> Recipe:
     champion = champion_of(recipe)
     if champion is None:
         return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"warm_start": champion.uri})})
+    return recipe.with_changes({"train.warm_start": champion.uri})
 
 
 def _start(recipe: Recipe, key: str) -> FlowRun:
-    """Asks the server for the run of this key; whoever asks first makes it."""
+    """Requests the run of this key from the server, which creates it only once."""
     name = f"distill/{recipe.name}"
     try:
         run = run_deployment(
@@ -211,7 +216,7 @@ def _start(recipe: Recipe, key: str) -> FlowRun:
         if error.response.is_server_error:
             raise RetryableError(f"the Prefect server could not start {name}: {error}", name) from error
         raise FatalError(
-            f"the deployment {name} does not take this recipe; run `distil deploy` again ({error})", name
+            f"the deployment {name} does not accept this recipe; run `distil deploy` again ({error})", name
         ) from error
     except HTTPError as error:
         raise RetryableError(f"the Prefect server did not answer: {error}", name) from error

@@ -1,7 +1,9 @@
-"""Arrow files: the schemas, one writer, one reader. Every file opens as a Hugging Face dataset too.
+"""Arrow files of artifacts: names, schemas, one writer, one reader. Each file opens as a Hugging Face dataset too.
 
-from datasets import load_dataset
-load_dataset("arrow", data_files="…/blocks.arrow")
+with ArrowWriter(folder / TEXT_FILE, TEXT_SCHEMA) as writer:
+    writer.write({"text": ["Un.", "Deux."], "line": [1, 2]})
+open_arrow(folder / TEXT_FILE).read_all()
+datasets.load_dataset("arrow", data_files="…/blocks.arrow")
 """
 
 import os
@@ -14,27 +16,30 @@ import pyarrow as pa
 
 from storage.errors import FatalError
 
-TEXT = pa.schema([("text", pa.large_string()), ("line", pa.int64())])
-"""One document a row; `line` is the first line of it in its source (1-based)."""
+TEXT_FILE, BLOCKS_FILE, TARGETS_FILE = "text.arrow", "blocks.arrow", "targets.arrow"
+"""The one Arrow file in an artifact of kind shard, blocks or targets."""
+
+TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("line", pa.int64())])
+"""One document per row; `line` is the number of its first line in the source (from 1)."""
 
 WIDE_VOCABULARY = 65_536
-"""From so many pieces on, a token id needs four bytes."""
+"""Vocabulary size from which a token id takes four bytes instead of two."""
 
 
 def blocks_schema(length: int, vocabulary_size: int) -> pa.Schema:
-    """Token ids as one fixed-size list of `length` a row, and how many of them are not padding."""
+    """One block per row: `input_ids` of fixed `length`, and the number of them that are not padding."""
     token = pa.uint32() if vocabulary_size >= WIDE_VOCABULARY else pa.uint16()
     return pa.schema([("input_ids", pa.list_(token, length)), ("length", pa.int32())])
 
 
-TARGETS = pa.schema([("digest", pa.binary(8)), ("positions", pa.int32()), ("payload", pa.large_binary())])
-"""One block a row: digest of the teacher's input, number of positions kept, `positions` encoded vectors end to end."""
+TARGETS_SCHEMA = pa.schema([("digest", pa.binary(8)), ("positions", pa.int32()), ("payload", pa.large_binary())])
+"""One block per row: digest of the teacher's input, number of positions kept, their encoded vectors concatenated."""
 
 
 class ArrowWriter:
-    """Writes record batches into an Arrow IPC file, so that memory is bounded by one batch.
+    """Writes record batches into an Arrow IPC file; memory is bounded by one batch. Use as a context manager.
 
-    Use as a context manager. `metadata` goes into the file's schema (strings only).
+    `metadata` (strings only) is stored in the file's schema.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> None:
@@ -55,7 +60,7 @@ class ArrowWriter:
         self.rows += batch.num_rows
 
     def close(self) -> None:
-        """Writes the footer; without it the file does not open."""
+        """Writes the footer; a file without it cannot be opened."""
         self._writer.close()
         self._file.close()
 
@@ -69,18 +74,15 @@ class ArrowWriter:
 
 
 def open_arrow(path: str | os.PathLike[str]) -> pa.ipc.RecordBatchFileReader:
-    """Memory-maps an Arrow IPC file. FatalError if it is not one or is cut short."""
+    """Memory-maps an Arrow IPC file. FatalError if it is not one or is truncated."""
     try:
         return pa.ipc.open_file(pa.memory_map(os.fspath(path), "r"))
     except (pa.ArrowInvalid, OSError) as error:
-        raise FatalError(f"{path} is not a whole Arrow file ({error}); run `distil verify`", os.fspath(path)) from error
-
-
-def read_table(path: str | os.PathLike[str]) -> pa.Table:
-    """The whole file as a memory-mapped table (no copy until a column is touched)."""
-    return open_arrow(path).read_all()
+        raise FatalError(
+            f"{path} is not a complete Arrow file ({error}); run `distil verify`", os.fspath(path)
+        ) from error
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
-    """The file's own metadata as strings."""
+    """Metadata of an Arrow file as strings."""
     return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}

@@ -1,11 +1,19 @@
-"""Frozen values that pass along: references, receipts, failures. The bytes themselves stay in the store."""
+"""Values that describe artifacts: references, receipts, failures and faults. The bytes stay in the store.
+
+ref = Ref("blocks", key, "fr_meta_part_3-0002")
+receipt = receipt_from_json(path.read_bytes(), str(path))
+failure = Failure.from_error(ref.kind, ref.key, ref.label, error)
+"""
 
 import json
+import os
 import re
+import socket
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Self
 
-from storage.errors import DamagedError, FatalError
+from storage.errors import DamagedError, DistilError, FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
 
 KINDS = (
@@ -22,23 +30,39 @@ KINDS = (
 
 _KEY = re.compile(r"[0-9a-f]{64}(-[0-9]{9})?")
 
-_TYPES = {
+NODE = "DISTIL_NODE"
+"""Environment variable: receipts and failures name this node instead of the host, where a host runs several nodes."""
+
+_FIELD_TYPES = {
     int: ("schema", "rows", "tokens"),
     str: ("label", "host", "created"),
     list: ("files", "parents"),
     dict: ("settings", "info", "versions", "timings"),
 }
-"""What JSON has in the fields of a receipt."""
+"""Types of a receipt's fields in JSON."""
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def host_name() -> str:
+    """The node that runs this process, as receipts and failures record it."""
+    return os.environ.get(NODE) or socket.gethostname()
 
 
 def is_key(text: str) -> bool:
-    """True for what can be the key of an artifact."""
+    """True if `text` has the form of a key: a hex sha256, for a checkpoint followed by its step."""
     return _KEY.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
 class Ref:
-    """Names one artifact: its kind, its key, and a label for people (`fr_meta_part_3-0002`)."""
+    """Identifies one artifact by kind and key; the label (`fr_meta_part_3-0002`) is for display.
+
+    ValueError: unknown kind, or a key of another form.
+    """
 
     kind: str
     key: str
@@ -62,10 +86,10 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Says that an artifact exists, and of which bytes; written last, so no receipt means no artifact.
+    """Proves that an artifact is complete and lists its files; it is written last, so no receipt means no artifact.
 
-    `settings` are those in its key, `info` is what was found on the way (counts, digests, the parity probe),
-    `timings` are seconds. `seal` is the sha256 of everything else, so that an edited receipt is noticed.
+    `settings` are those in its key, `info` holds results of the computation (counts, digests, the parity probe),
+    `timings` are seconds. `seal` is the sha256 of all other fields, so that an edited receipt is detected.
     """
 
     kind: str
@@ -86,7 +110,7 @@ class Receipt:
 
     @property
     def ref(self) -> Ref:
-        """The reference that this receipt answers."""
+        """The reference of this artifact."""
         return Ref(self.kind, self.key, self.label)
 
     @property
@@ -96,7 +120,7 @@ class Receipt:
 
     @property
     def content(self) -> str:
-        """Names the folder of its data: 16 hex digits of the hash over its files."""
+        """Name of its data folder: 16 hex digits of a hash over its files."""
         return digest_of_files(self.files)
 
     def to_json(self) -> bytes:
@@ -107,7 +131,11 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an artifact could not be made; lies beside where its receipt would be, until it succeeds."""
+    """Why an artifact could not be made; stored next to the place of its receipt until a later commit succeeds.
+
+    `key` is "" while the content of a source is not known. `error` is the class name; `file` and `line` are those of
+    the input that caused it ("" and None if unknown).
+    """
 
     kind: str
     key: str
@@ -120,12 +148,29 @@ class Failure:
     host: str
     created: str
 
+    @classmethod
+    def from_error(cls, kind: str, key: str, label: str, error: Exception) -> Self:
+        """The failure of an artifact on this host, now. Every error except FatalError counts as retryable."""
+        return cls(
+            kind=kind,
+            key=key,
+            label=label,
+            error=type(error).__name__,
+            message=str(error),
+            retryable=not isinstance(error, FatalError),
+            file=error.file if isinstance(error, DistilError) else "",
+            line=error.line if isinstance(error, DistilError) else None,
+            host=host_name(),
+            created=now(),
+        )
+
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that `verify` found wrong with a finished artifact; `withdrawn`: it does not exist any more.
+    """A problem that `verify` found in a committed artifact; `withdrawn`: its receipt was removed.
 
-    `what`: "damaged", "stray" (whole, with a file too many) or "unread" (it could not be looked at, so nobody knows).
+    `what`: "damaged", "stray" (complete, plus a file that the receipt does not name) or "unread" (the store could not
+    read it, so its state is unknown).
     """
 
     ref: Ref
@@ -135,21 +180,22 @@ class Fault:
 
 
 def digest_of_files(files: tuple[DataFile, ...]) -> str:
-    """16 hex digits that name these very bytes."""
+    """16 hex digits of a hash over names, sizes and hashes of the files."""
     return sha256_bytes(canonical_json([asdict(file) for file in files]))[:16]
 
 
 def receipt_from_json(data: bytes, where: str) -> Receipt:
-    """Parses a receipt strictly. DamagedError if it is not JSON, not the very bytes that `to_json` gives, its seal does
-    not fit, fields are missing or of another type, or a file would lie outside the artifact: a seal only says that a
-    receipt is as it was written.
+    """Parses a receipt; `where` names it in errors.
+
+    DamagedError if the bytes differ from those of `to_json`, the seal is wrong, a field is missing or of another type,
+    or a file name leads out of the artifact's folder (a valid seal does not rule that out).
     """
     body = _parse(data, where)
     seal = body.pop("seal", None)
     if not _is_sealed(body, seal, data):
         raise DamagedError(f"{where}: the receipt was changed after it was written; run `distil verify`", where)
     try:
-        wrong = [name for kind, names in _TYPES.items() for name in names if not isinstance(body[name], kind)]
+        wrong = [name for kind, names in _FIELD_TYPES.items() for name in names if not isinstance(body[name], kind)]
         files = tuple(DataFile(**file) for file in body.pop("files"))
         if wrong or not files:
             raise TypeError(f"{(*wrong, 'files')[0]} is of another type")
@@ -163,7 +209,7 @@ def receipt_from_json(data: bytes, where: str) -> Receipt:
 
 
 def _check_file(file: DataFile) -> None:
-    """ValueError unless the name is a plain path below the artifact's folder, with a size and a hash."""
+    """ValueError unless the name is a printable relative path inside the artifact's folder, with a size and a hash."""
     parts = file.name.split("/") if isinstance(file.name, str) else []
     if not parts or not file.name.isprintable() or "\\" in file.name or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"the file name {file.name!r} leads out of its folder or has odd characters")
@@ -172,7 +218,7 @@ def _check_file(file: DataFile) -> None:
 
 
 def failure_from_json(data: bytes, where: str) -> Failure:
-    """Parses a failure note. FatalError if it is not one."""
+    """Parses a failure; `where` names it in errors. FatalError if it is not one."""
     try:
         return Failure(**_parse(data, where))
     except TypeError as error:
@@ -181,9 +227,9 @@ def failure_from_json(data: bytes, where: str) -> Failure:
 
 def _is_sealed(body: dict[str, Any], seal: object, data: bytes) -> bool:
     try:
-        whole = canonical_json(body | {"seal": seal})
-        return data == whole and seal == sha256_bytes(canonical_json(body))
-    except ValueError:  # NaN, or half a character
+        sealed = canonical_json(body | {"seal": seal})
+        return data == sealed and seal == sha256_bytes(canonical_json(body))
+    except ValueError:  # NaN, or a lone surrogate
         return False
 
 

@@ -1,20 +1,18 @@
-"""A bounded folder of copies: what a remote store holds, kept on this machine while it is read.
+"""A bounded folder of local copies of a remote store's files, shared by all processes of this machine.
 
     cache = Cache(Path(".distil/cache"), limit=50_000_000_000)
-    held = cache.pin("ab12/data/blocks/KEY/CONTENT", receipt.files, fetch)   # copies what is missing
-    held.folder / "blocks.arrow"                                              # stays while `held` lives
+    pinned = cache.pin("ab12/data/blocks/KEY/CONTENT", receipt.files, fetch)    # copies the missing files
+    pinned.folder / "blocks.arrow"                                              # exists as long as `pinned` does
 
-What was used longest ago goes first, and never what somebody holds: a holder has a shared lock on a file in the folder,
-which ends with its process at the latest. Several processes share one cache, and one of them copies what all of them
-need. The whole of it may be deleted at any moment: what is mapped into memory stays there, the rest is copied again.
+Least recently used folders are evicted first; pinned folders never are: a reader holds a shared lock on a file in the
+folder, which the kernel releases if the process dies. One process copies a folder while the others wait for it. The
+cache may be deleted at any moment: files that are mapped into memory stay readable, the rest is copied again.
 """
 
-import fcntl
 import os
 import shutil
 import threading
 import uuid
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,27 +21,30 @@ from typing import Any, NamedTuple
 from storage.artifact import DataFile
 from storage.disk import writing
 from storage.errors import DamagedError, RetryableError
+from storage.lock import FileLock, acquire, try_acquire
 
-LIMIT = 50_000_000_000
-"""Bytes, where nobody says otherwise."""
+DEFAULT_CACHE_BYTES = 50_000_000_000
 
 _USE = ".use"
-"""Locked by who holds a folder (shared) or deletes it; its time of change is when the folder was last used."""
+"""Locked by the readers of a folder (shared) and by its eviction (exclusive); its mtime is the time of the last use."""
 
 _FETCH = ".fetch"
-"""Locked by who copies files into a folder."""
+"""Locked by the process that copies files into the folder."""
 
-_TRIES = 20
+_ATTEMPTS = 20
 
 
 class PinnedFolder:
-    """A local folder of one artifact, which nobody evicts until `release` is called or this object is let go of."""
+    """The local folder of one artifact; it is not evicted before `release` is called or this object is deleted."""
 
-    def __init__(self, folder: Path, descriptor: int | None = None) -> None:
+    def __init__(self, folder: Path, lock: FileLock | None = None) -> None:
         self.folder = folder
-        self.release: Callable[[], object] = (
-            (lambda: None) if descriptor is None else weakref.finalize(self, os.close, descriptor)
-        )
+        self._lock = lock
+
+    def release(self) -> None:
+        """Lets the folder be evicted; a second call does nothing."""
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Path:
         return self.folder
@@ -59,68 +60,67 @@ class _Entry(NamedTuple):
 
 
 class Cache:
-    """`limit` bounds, in bytes, what is kept beyond that which is in use at the same time."""
+    """Copies under `folder`, up to `limit` bytes; pinned folders may exceed the limit, permanent ones do not count."""
 
-    def __init__(self, folder: Path, limit: int = LIMIT) -> None:
+    def __init__(self, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
         self.folder, self.limit = folder, limit
         self._lock = threading.Lock()
-        self._room = 0
+        self._unused = 0  # bytes that this process may add before it measures the cache again
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, (self.folder, self.limit)
 
     def pin(
-        self, name: str, files: Sequence[DataFile], fetch: Callable[[str, Path], None], *, keep: bool = False
+        self, name: str, files: Sequence[DataFile], fetch: Callable[[str, Path], None], *, permanent: bool = False
     ) -> PinnedFolder:
-        """The folder `name` with all these files, copied by `fetch(file, path)` as far as they are not there.
+        """The folder `name` with all these files; `fetch(file, path)` copies those that are missing.
 
-        With `keep` it is never evicted, nor counted. DamagedError: a copy has another size than `files` say.
-        FatalError: the disk is full. Whatever `fetch` raises.
+        A `permanent` folder is neither evicted nor counted. DamagedError: a copy has another size than `files` say.
+        FatalError: the disk is full. Errors of `fetch` pass through.
         """
         folder = self.folder / name
-        for _ in range(_TRIES):
-            with self.filling():
-                held = _keep(folder) if keep else _share(folder)
-                missing = [file for file in files if not _is_whole(folder / file.name, file.size)]
+        for _ in range(_ATTEMPTS):
+            with self.disk_errors():
+                pinned = _pin(folder, permanent)
+                missing = [file for file in files if not _has_size(folder / file.name, file.size)]
                 if not missing:
-                    return held
-                self.make_room(sum(file.size for file in missing))
-                with suppress(FileNotFoundError), _alone(folder):  # somebody deleted the cache meanwhile: once more
+                    return pinned
+                self.evict_for(sum(file.size for file in missing))
+                with suppress(FileNotFoundError), acquire(folder / _FETCH):  # the cache was deleted: try again
                     for file in missing:
-                        if not _is_whole(folder / file.name, file.size):
+                        if not _has_size(folder / file.name, file.size):
                             _copy(folder, file, fetch)
         raise RetryableError(f"the cache {self.folder} is deleted faster than it is filled")
 
-    def adopt(self, name: str, folder: Path, files: Sequence[DataFile], *, keep: bool = False) -> None:
-        """Moves files that were just written to the store here, since they are likely to be read next."""
+    def adopt(self, name: str, folder: Path, files: Sequence[DataFile], *, permanent: bool = False) -> None:
+        """Moves files that were just uploaded from `folder` into the cache: they are likely to be read next."""
         size = sum(file.size for file in files)
         if size > self.limit:
             return
-        self.make_room(size)
-        with suppress(OSError):  # else they are copied when they are needed
-            here = _keep(self.folder / name) if keep else _share(self.folder / name)
-            with here as target, _alone(target):
-                for file in files:
-                    (target / file.name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.move(folder / file.name, target / file.name)
+        self.evict_for(size)
+        # After an error the files are copied from the store when they are read.
+        with suppress(OSError, RetryableError), _pin(self.folder / name, permanent) as target, acquire(target / _FETCH):
+            for file in files:
+                (target / file.name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(folder / file.name, target / file.name)
 
     @contextmanager
-    def filling(self) -> Iterator[None]:
-        """FatalError that names the cache if its disk is full inside."""
+    def disk_errors(self) -> Iterator[None]:
+        """FatalError that names the cache if its disk is full or read-only."""
         with writing(f"the cache {self.folder}", ", or lower run.cache_bytes"):
             yield
 
     def drop(self, name: str) -> None:
-        """Deletes a folder, unless it is in use."""
+        """Deletes a folder unless it is pinned or permanent."""
         _evict(self.folder / name)
 
-    def make_room(self, size: int) -> None:
-        """Deletes what was used longest ago until `size` bytes more are within the limit, or all the rest is in use."""
+    def evict_for(self, size: int) -> None:
+        """Evicts least recently used folders until `size` more bytes fit the limit or all that remain are pinned."""
         with self._lock:
-            self._room -= size
-            if self._room >= 0:
+            self._unused -= size
+            if self._unused >= 0:
                 return
-            # Others fill it too, so it is looked at again long before all that is free now is used.
+            # At most 1 % of the limit is added between two measurements, since other processes fill the cache too.
             slack = self.limit // 100
             entries = sorted(self.entries())
             total = sum(entry.size for entry in entries) + size
@@ -128,102 +128,66 @@ class Cache:
                 for entry in entries:
                     if total > self.limit - slack and _evict(entry.folder):
                         total -= entry.size
-            self._room = max(0, min(slack, self.limit - total))
+            self._unused = max(0, min(slack, self.limit - total))
 
     def entries(self) -> Iterator[_Entry]:
-        """Every folder that may be evicted, as it is now: when it was last used, bytes of its files, path."""
-        # os.walk and not rglob, which stumbles over folders that are deleted meanwhile.
-        for place, _, names in os.walk(self.folder):
-            folder = Path(place)
+        """Every folder that is not permanent: time of its last use, bytes of its files, path."""
+        # os.walk, because rglob raises if a folder is deleted meanwhile.
+        for parent, _, names in os.walk(self.folder):
+            folder = Path(parent)
             if _USE in names:
                 with suppress(FileNotFoundError):
-                    below = (Path(inner, name) for inner, _, files in os.walk(folder) for name in files)
-                    yield _Entry((folder / _USE).stat().st_mtime, sum(path.stat().st_size for path in below), folder)
+                    paths = (Path(inner, name) for inner, _, files in os.walk(folder) for name in files)
+                    yield _Entry((folder / _USE).stat().st_mtime, sum(path.stat().st_size for path in paths), folder)
 
 
 def _copy(folder: Path, file: DataFile, fetch: Callable[[str, Path], None]) -> None:
-    """One file under a temporary name first, so that a cut-off copy is never taken for whole."""
+    """Copies one file under a temporary name and renames it, so that an interrupted copy is never read."""
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".part-{path.name}")
+    partial = path.with_name(f".part-{path.name}")
     try:
-        fetch(file.name, fresh)
-        if fresh.stat().st_size != file.size:
+        fetch(file.name, partial)
+        if partial.stat().st_size != file.size:
             raise DamagedError(
                 f"{file.name} is gone or has another size in the store than its receipt says ({file.size:,} bytes); "
                 "run `distil verify`",
                 os.fspath(path),
             )
-        os.replace(fresh, path)
+        os.replace(partial, path)
     finally:
-        fresh.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _is_whole(path: Path, size: int) -> bool:
+def _has_size(path: Path, size: int) -> bool:
     try:
         return path.stat().st_size == size
     except FileNotFoundError:
         return False
 
 
-# ---- locks -------------------------------------------------------------------------------------------------
-
-
-def _share(folder: Path) -> PinnedFolder:
-    """Marks a folder, which is made if need be, as used now and in use."""
-    while True:
-        with suppress(FileNotFoundError):  # deleted between these lines: once more
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / _USE, os.O_RDWR | os.O_CREAT, 0o600)
-            held = PinnedFolder(folder, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if _is_same(descriptor, folder / _USE):
-                os.utime(descriptor)
-                return held
-
-
-def _keep(folder: Path) -> PinnedFolder:
-    """Makes a folder that nobody evicts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return PinnedFolder(folder)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until nobody else copies files into the folder."""
-    descriptor = os.open(folder / _FETCH, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _pin(folder: Path, permanent: bool) -> PinnedFolder:
+    """Creates the folder if it does not exist, and marks it as used now; a permanent one has no file of that mark."""
+    if permanent:
+        folder.mkdir(parents=True, exist_ok=True)
+        return PinnedFolder(folder)
+    lock = acquire(folder / _USE, shared=True)
+    lock.touch()
+    return PinnedFolder(folder, lock)
 
 
 def _evict(folder: Path) -> bool:
-    """Deletes a folder; False if somebody holds it, or it is gone already."""
-    try:
-        descriptor = os.open(folder / _USE, os.O_RDWR)
-    except FileNotFoundError:
+    """Deletes a folder; False if it is pinned, permanent or gone."""
+    lock = try_acquire(folder / _USE, create=False)
+    if lock is None:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_same(descriptor, folder / _USE):
+    with lock:
+        evicted = folder.with_name(f".gone-{uuid.uuid4().hex}")
+        try:
+            folder.rename(evicted)
+        except FileNotFoundError:
             return False
-        doomed = folder.with_name(f".gone-{uuid.uuid4().hex}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        with suppress(OSError):  # other bytes of the same key lie there
+        shutil.rmtree(evicted, ignore_errors=True)
+        with suppress(OSError):  # the key has another content in the cache
             folder.parent.rmdir()
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    finally:
-        os.close(descriptor)
     return True
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    """True if the open file is still the one that is found there."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

@@ -1,7 +1,12 @@
-"""Files on a local disk, whole or not at all: after a function here returns, a power cut loses nothing.
+"""Atomic and durable writes to a local disk.
 
-with writing("the home /data/distil"):      # a full or read-only disk is one sentence
-    write_file(path, data)
+    with writing("the home /data/distil"):      # a full or read-only disk becomes a FatalError
+        write_file(path, data)
+
+Failures that each step covers:
+- temporary name, then rename: after a crash a file is complete or absent, and a reader never sees a part of it.
+- fsync of the file before the rename: after a power cut the new name does not refer to an empty or partial file.
+- fsync of the folder after the rename: a power cut does not undo a write that a function here has returned from.
 """
 
 import errno
@@ -13,30 +18,30 @@ from pathlib import Path
 
 from storage.errors import FatalError
 
-FULL = {
+DISK_ERRORS = {
     errno.ENOSPC: "is full; make space there or name another one",
     errno.EDQUOT: "is over its quota; make space there or name another one",
     errno.EROFS: "is read-only; make it writable or name another one",
 }
-"""Of a local disk: what trying again does not change."""
+"""Errors of a local disk that a retry does not fix, and their remedy."""
 
 
 @contextmanager
 def writing(where: str, instead: str = "") -> Iterator[None]:
-    """FatalError where a disk of this machine is full or read-only; all else belongs to whoever writes inside.
+    """Raises FatalError if the body finds its disk full or read-only; other errors pass through.
 
-    `where` names it in the sentence, `instead` what else than more space would help.
+    `where` names the disk in the message, `instead` is another remedy, such as ", or lower run.cache_bytes".
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_ERRORS:
             raise
-        raise FatalError(f"{where} {FULL[error.errno]}{instead} ({error})") from error
+        raise FatalError(f"{where} {DISK_ERRORS[error.errno]}{instead} ({error})") from error
 
 
 def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
-    """Renames files of `folder`, given by their names in it, into `target` and forces them to disk."""
+    """Moves files of `folder`, given by relative names, into `target` on the same file system, and flushes them."""
     names = list(names)
     for name in names:
         source, final = folder / name, target / name
@@ -48,7 +53,7 @@ def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
+    """Writes a file atomically and flushes it; creates its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".write-", dir=path.parent)
     try:

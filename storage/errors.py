@@ -1,25 +1,27 @@
-"""The two kinds of error that this project raises on purpose.
+"""The two types of error that this project raises on purpose.
 
-`FatalError` is the user's to mend (a wrong field, a broken file, a full disk): trying again changes nothing.
-`RetryableError` passes by itself (a network that resets, a store that says slow down): trying again is right.
-Anything else that is raised is a fault of the program and keeps its traceback.
+    raise FatalError("part_1.gz is truncated; download it again", "part_1.gz", line=12)
+
+`FatalError`: the user has to fix the cause (a wrong setting, a broken file, a full disk); a retry changes nothing.
+`RetryableError`: the cause is temporary (a connection reset, a throttled request); the same call may succeed later.
+Any other exception is a bug and keeps its traceback.
 """
 
 
 def printable(text: str) -> str:
-    """Any text with what is not to be printed, but for newlines, shown as \\x1b and the like; twice is as once."""
+    """The text with unprintable characters, except newlines, escaped as in \\x1b; idempotent."""
     return "".join(
         mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode() for mark in text
     )
 
 
 class DistilError(Exception):
-    """One clear sentence, and where known the file and the line that it is about."""
+    """One sentence (cause, remedy), with the input file and line that it is about if they are known."""
 
     def __init__(self, message: str, file: str = "", line: int | None = None) -> None:
-        # Names and excerpts come from outside; escaped here, none of them can command a terminal or break an encoder.
+        # Names and excerpts are untrusted input: escaped, they cannot control a terminal or break an encoder.
         message, file = printable(message), printable(file)
-        # All three go to Exception so that the error survives the way back from a worker process.
+        # Exception.args holds all three, so that the error survives pickling between processes.
         super().__init__(message, file, line)
         self.message = message
         self.file = file
@@ -30,12 +32,14 @@ class DistilError(Exception):
 
 
 class FatalError(DistilError):
-    """Trying again without changing something cannot help."""
+    """A retry fails again until the user fixes the cause."""
 
 
 class DamagedError(FatalError):
-    """What the store holds is not what was put there: bytes, sizes, files or a receipt are others. Nothing else is
-    damage, so that whoever takes damaged things away never takes one that merely could not be read just now.
+    """The store's files or receipts differ from those that were committed.
+
+    Raised for nothing else: `verify` withdraws damaged artifacts, and must not withdraw one that is merely unreadable
+    at the moment.
     """
 
 

@@ -1,6 +1,6 @@
-"""Downloads from the Hugging Face hub, with errors that say what to do.
+"""Downloads from the Hugging Face hub, with errors that name the remedy.
 
-For tasks.vocabulary, tasks.model_files and tasks.set_files.
+folder = download_repository("model", "almanach/camembert-base", "", ("*.json", "*.safetensors"))
 """
 
 import re
@@ -10,24 +10,25 @@ from pathlib import Path
 from storage.errors import FatalError, RetryableError
 
 DATA_SET = "data set"
+"""The `kind` of a data set; every other kind is a model on the hub."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """True if `name` could be a model or data set on the hub: `owner/name` or `name`."""
+    """True if `name` has the form of a hub id: `owner/name` or `name`."""
     return _ID.fullmatch(name) is not None
 
 
 @lru_cache(maxsize=8)
 def download_repository(kind: str, name: str, revision: str, patterns: tuple[str, ...]) -> Path:
-    """The local folder of a hub id with the files that fit `patterns`.
+    """The local folder of a hub repository, with the files that match the glob `patterns`; "" is the newest revision.
 
-    `kind` opens the sentences: model, tokenizer, or data set, which is looked for among the hub's data sets.
+    `kind` is used in messages: model, tokenizer or DATA_SET.
 
     FatalError: no such id or revision, or offline and not cached. RetryableError: the hub does not answer.
     """
-    # Deferred: who names a folder needs no HTTP stack.
+    # Deferred: local folders need no HTTP client.
     from httpx import HTTPError
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -39,9 +40,9 @@ def download_repository(kind: str, name: str, revision: str, patterns: tuple[str
     )
 
     try:
-        sort = "dataset" if kind == DATA_SET else "model"
-        files = list(patterns)
-        return Path(snapshot_download(name, repo_type=sort, revision=revision or None, allow_patterns=files))
+        repo_type = "dataset" if kind == DATA_SET else "model"
+        folder = snapshot_download(name, repo_type=repo_type, revision=revision or None, allow_patterns=list(patterns))
+        return Path(folder)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         wanted = f"{name} at revision {revision}" if revision else name
         raise FatalError(
@@ -52,7 +53,7 @@ def download_repository(kind: str, name: str, revision: str, patterns: tuple[str
     except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
         if constants.HF_HUB_OFFLINE:
             raise FatalError(
-                f"{kind} {name}: no such folder here, not in the hub's local cache, and HF_HUB_OFFLINE forbids to ask; "
+                f"{kind} {name}: no such folder here, not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; "
                 "name a local folder or unset HF_HUB_OFFLINE",
                 name,
             ) from error

@@ -1,12 +1,12 @@
-"""The only place that spells a path inside a store.
+"""Paths inside a store; no other module builds them.
 
-receipts/KIND/KEY.receipt.json   says that the artifact exists; one listing of KIND answers `status`
-receipts/KIND/KEY.failure.json   why it does not, until it does
-data/KIND/KEY/CONTENT/NAME       the bytes; CONTENT is a hash of them, so different bytes never share a name
-notes/TOPIC/NAME.json            small facts worth remembering (the hash of a source, two looks at a folder)
-leases/KEY.json                  who trains this run now
-leases/KEY.reads.json            what it reads, for as long as it goes on
-scratch/                         work in progress on a local store
+receipts/KIND/KEY.receipt.json   the artifact's receipt; one listing of KIND finds all of them
+receipts/KIND/KEY.failure.json   why the artifact could not be made, until it is
+data/KIND/KEY/CONTENT/NAME       its files; CONTENT is a hash of them, so different bytes never share a path
+notes/TOPIC/NAME.json            small JSON objects (the hash of a source, the last listings of a folder)
+leases/KEY.json                  the process that trains this run now
+leases/KEY.reads.json            the artifacts that the run reads, until it ends
+scratch/                         work in progress of a local store
 """
 
 RECEIPT = ".receipt.json"
@@ -38,10 +38,6 @@ def key_folder(kind: str, key: str) -> str:
 
 def content_folder(kind: str, key: str, content: str) -> str:
     return f"data/{kind}/{key}/{content}"
-
-
-def data_path(kind: str, key: str, content: str, name: str) -> str:
-    return f"data/{kind}/{key}/{content}/{name}"
 
 
 def note_path(topic: str, name: str) -> str:

@@ -1,12 +1,14 @@
-"""A heartbeat lease on a training run: the newest holder may write checkpoints, an older one notices and stops.
+"""A lease on a training run: the newest holder writes checkpoints; an older holder detects it and stops.
 
     lease = Lease.take(store, run_key)     # generation = the last one + 1
-    lease.renew()                          # before each checkpoint; raises if someone took over
-    lease.end()                            # the run is whole
-    read_on_lease(store)                   # what all runs that go on read, so that gc spares it
+    lease.renew()                          # before each checkpoint; raises if another process took over
+    lease.end()                            # the run is complete
+    leased_artifacts(store)                # artifacts that unfinished runs read, which gc keeps
 
-Object stores have no compare-and-set, so this is no lock: it is a generation number that a stale writer can see.
-Checkpoints themselves are whole whoever writes them, and the data of two writers never share a name.
+Failures that it covers: a trainer that lost its scheduler and still runs after its replacement started, and a `gc` that
+would delete the inputs of a running training. Object stores share no compare-and-set, so the lease is not a lock: two
+processes may both write for up to one checkpoint interval. That is safe, because a store keeps the data of two
+writers apart, and each checkpoint is complete.
 """
 
 import os
@@ -26,7 +28,7 @@ WEEK = 7 * 86_400.0
 
 @dataclass(frozen=True)
 class Lease:
-    """Who trains `key` now."""
+    """The claim of `holder` (host:pid:random) on the training run `key`."""
 
     store: Store
     key: str
@@ -35,25 +37,26 @@ class Lease:
 
     @staticmethod
     def take(store: Store, key: str, reads: Iterable[Ref] = ()) -> "Lease":
-        """Takes the run over from whoever had it, and notes what it reads for `read_on_lease`."""
-        before = store.read_json(layout.lease_path(key)) or {"generation": 0}
+        """Takes the run over from an earlier holder, and records what it reads for `leased_artifacts`."""
+        previous = store.read_json(layout.lease_path(key)) or {"generation": 0}
         holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        lease = Lease(store, key, int(before["generation"]) + 1, holder)
+        lease = Lease(store, key, int(previous["generation"]) + 1, holder)
         store.write_json(layout.reads_path(key), {"reads": [[ref.kind, ref.key] for ref in reads]})
         lease._write()
         return lease
 
     def renew(self) -> None:
-        """Says "still here". FatalError if a newer holder took the run over."""
-        now = self.store.read_json(layout.lease_path(self.key))
-        if now is not None and (int(now["generation"]), now["holder"]) != (self.generation, self.holder):
+        """Renews the time of the lease. FatalError if a newer holder took the run over."""
+        current = self.store.read_json(layout.lease_path(self.key))
+        if current is not None and (int(current["generation"]), current["holder"]) != (self.generation, self.holder):
             raise FatalError(
-                f"training run {self.key[:12]} was taken over by {now['holder']}; this process ({self.holder}) stops"
+                f"training run {self.key[:12]} was taken over by {current['holder']}; "
+                f"this process ({self.holder}) stops"
             )
         self._write()
 
     def end(self) -> None:
-        """The run is whole and reads no more. The generation stays."""
+        """Ends the protection of what the run reads. The generation stays, for a later holder."""
         self.store.remove(layout.reads_path(self.key))
 
     def _write(self) -> None:
@@ -62,7 +65,7 @@ class Lease:
 
 
 def leased_artifacts(store: Store, seconds: float = WEEK) -> set[tuple[str, str]]:
-    """(kind, key) of all that is read by runs that are not whole and had their lease renewed within so many seconds."""
+    """(kind, key) of artifacts that unfinished runs read, if their lease was renewed within the last `seconds`."""
     found: set[tuple[str, str]] = set()
     for path in store.find(layout.leases_folder()):
         name = path.rsplit("/", 1)[-1]

@@ -1,10 +1,10 @@
-"""Files under one root, local or remote: paths, listings, reading, writing and deleting, with our two error types.
+"""Files under one local or remote root: paths, listings, reading, writing and deleting.
 
     files = Files("s3://bucket/prefix")
     files.find("receipts")                       # every file below a folder
-    files.each(files.remove, paths)              # of a remote root several requests at a time
+    files.write_json("notes/x.json", {"a": 1})
 
-What passes by itself is tried again on a remote root. storage/store.py keeps artifacts in it.
+Errors are FatalError or RetryableError; requests to a remote root are retried first. Base of storage.store.Store.
 """
 
 import json
@@ -25,13 +25,15 @@ S = TypeVar("S")
 
 T = TypeVar("T")
 
-READERS = 16
-"""Files of a remote store that are read or deleted at a time: each is a round trip of milliseconds, and there may be
-20,000."""
+PARALLEL_REQUESTS = 16
+"""Parallel requests to a remote store: each takes a round trip of milliseconds, and there may be 20,000."""
 
 
 class Files:
-    """One root. FatalError: it cannot be opened, because its package is not installed or it holds a password."""
+    """One root; paths are relative to it.
+
+    FatalError: the root cannot be opened, because its package is not installed or the URL holds a password.
+    """
 
     def __init__(self, root: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
         self.root = os.fspath(root)
@@ -39,44 +41,44 @@ class Files:
         self.is_local = on_this_machine(self.fs)
 
     def path(self, relative: str) -> str:
-        """The path that the file system knows for a path below the root."""
+        """The path in the file system of a path relative to the root."""
         return f"{self._base.rstrip('/')}/{relative}"
 
     @contextmanager
-    def access(self) -> Iterator[None]:
-        """Turns what a file system raises into the two error types; FileNotFoundError of one file passes."""
+    def translate_errors(self) -> Iterator[None]:
+        """Raises the file system's errors as FatalError or RetryableError; FileNotFoundError passes through."""
         with translate_errors(f"the store {self.root}"):
             yield
 
     def find(self, relative: str) -> dict[str, dict[str, Any]]:
-        """Every file below a folder: path below the root -> size, mtime… as the file system says."""
+        """Every file below a folder: its path relative to the root -> size, modification time and other details."""
         self.fs.invalidate_cache()
-        found = self.patiently(partial(files_below, self.fs, self.path(relative)))
+        found = self.request(partial(files_below, self.fs, self.path(relative)))
         base = len(self.path(""))
         return {path[base:]: detail for path, detail in found.items()}
 
     def remove(self, relative: str) -> None:
-        """Deletes one file, if it is there."""
+        """Deletes a file; does nothing if it does not exist."""
         self._remove(relative)
 
     def remove_all(self, relatives: Iterable[str]) -> None:
-        """Deletes files, as far as they are there.
+        """Deletes files; ignores those that do not exist.
 
-        One a request: servers do not agree on requests for a thousand, and s3fs says nothing of what is refused in one.
+        One request per file: servers differ in bulk deletion, and s3fs does not report the files that one refused.
         """
-        for _ in self.each(self._remove, relatives):
+        for _ in self.parallel_map(self._remove, relatives):
             pass
 
-    def each(self, call: Callable[[S], T], things: Iterable[S]) -> Iterator[T]:
-        """`call` of each thing, in their order; of a remote store READERS of them at a time."""
+    def parallel_map(self, call: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+        """`call` of each item, in order; of a remote store PARALLEL_REQUESTS of them in parallel."""
         if self.is_local:
-            yield from map(call, things)
+            yield from map(call, items)
         else:
-            with ThreadPoolExecutor(READERS, thread_name_prefix="store") as pool:
-                yield from pool.map(call, things)
+            with ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="store") as pool:
+                yield from pool.map(call, items)
 
     def read_json(self, relative: str) -> dict[str, Any] | None:
-        """A JSON object at a path below the root, or None where there is no file."""
+        """The JSON object in a file, or None if it does not exist. FatalError if it is not one."""
         path = self.path(relative)
         try:
             value = json.loads(self._read(path))
@@ -89,14 +91,14 @@ class Files:
         return value
 
     def write_json(self, relative: str, value: Mapping[str, Any]) -> None:
-        """Writes a JSON object whole or not at all."""
+        """Writes a JSON object atomically."""
         self._write(relative, canonical_json(dict(value)))
 
-    def patiently(self, call: Callable[[], T]) -> T:
-        """`call` with the errors of `access`; of a remote store again after a pause if the error may pass."""
+    def request(self, call: Callable[[], T]) -> T:
+        """Result of `call`, with errors as of `translate_errors`; a remote store is retried after a RetryableError."""
 
         def once() -> T:
-            with self.access():
+            with self.translate_errors():
                 return call()
 
         return once() if self.is_local else with_retries(once)
@@ -104,24 +106,24 @@ class Files:
     def _names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache()
         try:
-            paths = self.patiently(partial(self.fs.ls, self.path(folder), detail=False))
+            paths = self.request(partial(self.fs.ls, self.path(folder), detail=False))
         except FileNotFoundError:
             return []
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
 
     def _read(self, path: str) -> bytes:
-        data: bytes = self.patiently(partial(self.fs.cat_file, path))
+        data: bytes = self.request(partial(self.fs.cat_file, path))
         return data
 
     def _write(self, relative: str, data: bytes) -> None:
         path = self.path(relative)
         if self.is_local:
-            self.patiently(partial(write_file, Path(path), data))
+            self.request(partial(write_file, Path(path), data))
         else:
-            self.patiently(partial(write_object, self.fs, path, data))
+            self.request(partial(write_object, self.fs, path, data))
 
     def _remove(self, relative: str) -> None:
         try:
-            self.patiently(partial(self.fs.rm_file, self.path(relative)))
+            self.request(partial(self.fs.rm_file, self.path(relative)))
         except FileNotFoundError:
             return

@@ -1,7 +1,7 @@
 """What a recipe wants, as keys: the chain from snapshot to targets without computing any of it.
 
-    lineage = trace(store, recipe)
-    store.missing(lineage.blocks.values())
+    workspace = Workspace(store, recipe)
+    store.missing(workspace.lineage.blocks.values())
 
 Called by the flows (what to submit), `distil status`, `verify`, `retry` and `gc`. What a source holds is known once its
 receipt is there; until then its shards, and all that comes from them, are not in the lineage.
@@ -22,7 +22,8 @@ from tasks.models.files import fingerprint_of, vocabulary_rows
 from tasks.recipe.config import CorpusSettings, Recipe, TeacherSettings
 from tasks.recipe.run_spec import Part, RunSpec, key_of_run, make_run
 from tasks.targets.keys import calibration_ref, needs_calibration, targets_ref
-from tasks.tokens.blocks import blocks_ref, counts_ref
+from tasks.tokens.blocks import blocks_ref
+from tasks.tokens.token_counts import counts_ref
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, vocabulary_for
 
 SAMPLE_SHARDS = 4
@@ -94,7 +95,7 @@ class Workspace:
     @cached_property
     def lineage(self) -> Lineage:
         """Every artifact that the recipe names now."""
-        return trace(self.store, self.recipe)
+        return _trace(self)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -114,9 +115,20 @@ class Workspace:
         """The same store with a changed recipe: `{"train.lr": 1e-3}`."""
         return replace(self, recipe=self.recipe.with_changes(changes))
 
+    def with_warm_start(self, model: str) -> "Workspace":
+        """The same workspace, with training started from another model; the lineage does not depend on it and stays."""
+        changed = self.with_changes({"train.warm_start": model})
+        vars(changed)["lineage"] = self.lineage  # where cached_property keeps it
+        return changed
+
 
 def trace(store: Store, recipe: Recipe) -> Lineage:
     """Names everything from the snapshot to the targets, as far as the sources' receipts tell; computes nothing."""
+    return Workspace(store, recipe).lineage
+
+
+def _trace(workspace: Workspace) -> Lineage:
+    store, recipe = workspace.store, workspace.recipe
     snapshot = take_snapshot(recipe.corpus)
     sources = []
     for source in snapshot.sources:
@@ -125,10 +137,8 @@ def trace(store: Store, recipe: Recipe) -> Lineage:
     receipts = _receipts(store, [ref for _, ref in sources if ref])
     shards = tuple(ref for receipt in receipts for ref in shards_of(receipt))
     heldout = tuple(ref for receipt in receipts for ref in heldout_of(receipt))
-    vocabulary = vocabulary_of(recipe)
-    blocks = {shard: blocks_ref(shard, recipe.blocks, vocabulary) for shard in (*shards, *heldout)}
-    lineage = Lineage(snapshot, tuple(sources), shards, heldout, blocks)
-    return _with_targets(store, recipe, lineage, vocabulary)
+    blocks = {shard: blocks_ref(shard, recipe.blocks, workspace.vocabulary) for shard in (*shards, *heldout)}
+    return _with_targets(workspace, Lineage(snapshot, tuple(sources), shards, heldout, blocks))
 
 
 def vocabulary_of(recipe: Recipe) -> Vocabulary:
@@ -157,12 +167,13 @@ def teacher_key(recipe: Recipe) -> str:
     return fingerprint_of(recipe.teacher) if recipe.teacher.model else ""
 
 
-def plan_training(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
+def plan_training(workspace: Workspace) -> RunSpec:
     """The training run over everything that is there. What is missing by now is left out, or refused, by policy.
 
     Reads the receipt of each of its blocks. FatalError when targets.on_missing = raise and some are missing, or when
     train.warm_start is no folder or hub id of a model: a registered one is a folder by now.
     """
+    store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
     kept = store.keys("targets")
     wanted = []
     for ref, targets in _parts(lineage):
@@ -177,19 +188,24 @@ def plan_training(store: Store, recipe: Recipe, lineage: Lineage) -> RunSpec:
         recipe,
         manifest=tuple(_part(receipts[ref.key], targets) for ref, targets in wanted if ref.key in receipts),
         heldout=tuple(_part(receipts[ref.key], ()) for ref in lineage.heldout_blocks if ref.key in receipts),
-        teacher_fingerprint=teacher_key(recipe),
+        teacher_fingerprint=workspace.teacher_key,
         start=_start(recipe),
         counts=lineage.counts.key if lineage.counts else "",
     )
 
 
-def training_key(recipe: Recipe, lineage: Lineage) -> str:
-    """Key of the run that `plan_run` gives where nothing is missing; asks no store. FatalError: no such warm start."""
+def training_key(workspace: Workspace) -> str:
+    """Key of the run that `plan_training` gives where nothing is missing; reads nothing but the lineage.
+
+    FatalError: train.warm_start is no model.
+    """
+    lineage = workspace.lineage
     return key_of_run(
-        recipe,
+        workspace.recipe,
         [(ref.key, *(target.ref.key for target in targets)) for ref, targets in _parts(lineage)],
-        teacher_fingerprint=teacher_key(recipe),
-        start=_start(recipe),
+        heldout=[ref.key for ref in lineage.heldout_blocks],
+        teacher_fingerprint=workspace.teacher_key,
+        start=_start(workspace.recipe),
         counts=lineage.counts.key if lineage.counts else "",
     )
 
@@ -207,26 +223,26 @@ def _parts(lineage: Lineage) -> list[tuple[Ref, list[Target]]]:
     return [(ref, targets.get(ref.key, [])) for ref in lineage.training_blocks]
 
 
-def freeze_sample(store: Store, recipe: Recipe, sample: Sequence[Ref]) -> None:
+def freeze_sample(workspace: Workspace, sample: Sequence[Ref]) -> None:
     """Freezes which blocks calibration and token counts come from, for this and all later snapshots."""
+    store, name = workspace.store, _sample_name(workspace)
     value = {"blocks": [{"key": ref.key, "label": ref.label} for ref in sample]}
-    if store.recall("sample", _sample_name(recipe)) != value:  # a run with nothing to do writes nothing
-        store.remember("sample", _sample_name(recipe), value)
+    if store.recall("sample", name) != value:  # a run with nothing to do writes nothing
+        store.remember("sample", name, value)
 
 
-def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vocabulary) -> Lineage:
-    sample = _sample(store, recipe, lineage)
+def _with_targets(workspace: Workspace, lineage: Lineage) -> Lineage:
+    recipe, sample = workspace.recipe, _sample(workspace, lineage)
     if not sample:
         return lineage
-    counts, calibration = _estimates(recipe, sample)
+    counts, calibration = _estimates(workspace, sample)
     targets: list[Target] = []
     if caches_targets(recipe):
-        fingerprint = teacher_key(recipe)
         for blocks in lineage.training_blocks:
             for variant in range(recipe.mask.variants):
                 ref = targets_ref(
                     blocks,
-                    fingerprint,
+                    workspace.teacher_key,
                     recipe.teacher,
                     recipe.mask,
                     recipe.targets,
@@ -235,53 +251,45 @@ def _with_targets(store: Store, recipe: Recipe, lineage: Lineage, vocabulary: Vo
                     variant,
                 )
                 targets.append(Target(blocks, variant, ref))
-    return Lineage(
-        lineage.snapshot,
-        lineage.sources,
-        lineage.shards,
-        lineage.heldout_shards,
-        lineage.blocks,
-        tuple(sample),
-        counts,
-        calibration,
-        tuple(targets),
-    )
+    return replace(lineage, sample=tuple(sample), counts=counts, calibration=calibration, targets=tuple(targets))
 
 
-def _estimates(recipe: Recipe, sample: Sequence[Ref]) -> tuple[Ref | None, Ref | None]:
+def _estimates(workspace: Workspace, sample: Sequence[Ref]) -> tuple[Ref | None, Ref | None]:
     """Token counts and calibration from this sample; None for what the recipe does not need."""
+    recipe = workspace.recipe
     counts = counts_ref(sample) if recipe.mask.kind == "smoothed" else None
     if not caches_targets(recipe) or not needs_calibration(recipe.targets):
         return counts, None
     counts_key = counts.key if counts else ""
     teacher, mask, targets = recipe.teacher, recipe.mask, recipe.targets
-    return counts, calibration_ref(sample, teacher_key(recipe), teacher, mask, targets, counts_key)
+    return counts, calibration_ref(sample, workspace.teacher_key, teacher, mask, targets, counts_key)
 
 
-def _sample(store: Store, recipe: Recipe, lineage: Lineage) -> list[Ref]:
+def _sample(workspace: Workspace, lineage: Lineage) -> list[Ref]:
     """The pinned sample, or, where there is none or it is of no more use, the first shards of this snapshot.
 
     Another sample means other keys for all targets. So blocks that are gone change nothing while they can be made
     again, or while what was estimated from them is there.
     """
-    pinned = store.recall("sample", _sample_name(recipe))
+    store = workspace.store
+    pinned = store.recall("sample", _sample_name(workspace))
     if pinned is not None:
         refs = [Ref("blocks", item["key"], item["label"]) for item in pinned["blocks"]]
         wanted = {ref.key for ref in lineage.training_blocks}
         lost = [ref for ref in store.missing(refs) if ref.key not in wanted]
-        if not lost or not store.missing(ref for ref in _estimates(recipe, refs) if ref):
+        if not lost or not store.missing(ref for ref in _estimates(workspace, refs) if ref):
             return refs
     return list(lineage.training_blocks[:SAMPLE_SHARDS])
 
 
-def _sample_name(recipe: Recipe) -> str:
-    vocabulary = vocabulary_of(recipe)
+def _sample_name(workspace: Workspace) -> str:
+    recipe = workspace.recipe
     # As by default, so that a source that was refused may be let in without another calibration of all the others.
     limits = {name: CorpusSettings.model_fields[name].default for name in ("max_bad_lines", "max_unpacked_ratio")}
     settings = {
         "corpus": recipe.corpus.in_key({"url", "pattern"}) | limits,
         "blocks": recipe.blocks.model_dump(mode="json", exclude={"tokenizer"}),
-        "tokenizer": vocabulary.fingerprint,
+        "tokenizer": workspace.vocabulary.fingerprint,
     }
     return sha256_bytes(canonical_json(settings))
 

@@ -1,17 +1,47 @@
-"""Fixtures that every room's tests share."""
+"""Fixtures that the tests of all packages share, how tests are grouped onto workers, and how results are recorded."""
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.hard import reliability
 from tests.harness.postgres import postgres
 from tests.harness.s3 import s3
 
 __all__ = ["postgres", "s3"]
 
 REPO = Path(__file__).resolve().parent.parent
+HISTORY = "tests/end_to_end/"
+"""The default suite's tests in this folder share a history of runs that takes half a minute to make."""
+
+
+@pytest.hookimpl(optionalhook=True)  # a hook of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As `--dist loadfile`: one file, one worker. In the default suite all HISTORY files are in one worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            shared = nodeid.startswith(HISTORY) and config.option.markexpr == "not slow"
+            return HISTORY if shared else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Records for tests/RELIABILITY.md how many tests of each file passed, failed and were skipped."""
+    if hasattr(terminalreporter.config, "workerinput"):
+        return  # a worker of xdist; the main process has its results too
+    results: dict[str, Counter[str]] = defaultdict(Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            results[report.nodeid.split("::")[0]][outcome] += 1
+    for file, counts in results.items():
+        reliability.record(file, counts)
 
 
 @pytest.fixture

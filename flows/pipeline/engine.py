@@ -1,8 +1,9 @@
-"""Who makes a recipe's artifacts: worker processes here, this process, or Ray; `run.engine` says which.
+"""Chooses where a recipe's artifacts are made: local worker processes, this process, or Ray (`run.engine`).
 
-with text_pool(recipe) as pool:         # shards and blocks
-with teacher_pool(recipe) as pool:      # calibration and targets
-    pool.call(3600, make_blocks, store, shard, ...)
+    with text_pool(recipe) as pool:         # shards and blocks
+        pool.call(3600, make_blocks, store, shard, ...)
+    with teacher_pool(recipe) as pool:      # calibration and targets
+        pool.call(3600, with_capture, calibrate, ...)
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ R = TypeVar("R")
 
 @contextmanager
 def text_pool(recipe: Recipe) -> Iterator[Pool]:
-    """For work on CPUs: outside this process, and a time-out ends what hangs."""
+    """The pool for work on CPUs: other processes, which are killed at the time-out of their call."""
     if recipe.run.engine == "ray":
         from flows.pipeline.ray_pool import ray_workers
 
@@ -30,7 +31,7 @@ def text_pool(recipe: Recipe) -> Iterator[Pool]:
 
 @contextmanager
 def teacher_pool(recipe: Recipe) -> Iterator[Pool]:
-    """For work with the teacher, which every process loads once: the cluster's, or this one with its GPU."""
+    """The pool for work with the teacher: Ray tasks, or this process with its GPU. Each process loads the teacher once."""
     if recipe.run.engine == "ray":
         from flows.pipeline.ray_pool import ray_workers
 
@@ -41,7 +42,7 @@ def teacher_pool(recipe: Recipe) -> Iterator[Pool]:
 
 
 class _InProcess:
-    """A `Pool` that is this process: no time-out, and one call at a time is best."""
+    """A `Pool` that calls in this process, one call at a time, without a time-out."""
 
     is_here = True
     width = 1

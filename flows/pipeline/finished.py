@@ -1,44 +1,45 @@
-"""Whether a recipe has anything left to do, asked of the store alone: no server, no MLflow, within seconds.
+"""Checks within seconds whether a recipe has anything left to do, from the store alone: no server, no MLflow.
 
-    done = all_done(store, recipe)          # None, or the sentence and the table of then
-    show_done(store, recipe, done)          # prints the table as it is here and now
+    done = all_done(workspace)              # None, or the final sentence and table of the earlier run
+    show_done(workspace, done)              # prints the table with the paths and addresses of this machine
 
-Called by `distil run` before anything is started, and by the flow `distill`.
+Called by `distil run` before it starts anything, and by the flow `distill`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from flows import inventory as start
 from flows.home import link_model, registry_name, tracking_uri
+from flows.inventory import planned_key
 from flows.views.places import LOOK, MADE, MODEL, places
-from flows.views.tables import Rows, number, show_sheet
+from flows.views.tables import Rows, Table, number, show_table
 from storage.artifact import Ref
 from storage.fingerprint import canonical_json, sha256_bytes
-from storage.store import Store
 from tasks.eval.protocol import load_protocol
-from tasks.lineage import trace
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_spec import RunSpec, model_ref
 
 TOPIC = "finished-2"
-"""The second: a note of the first form does not say how many blocks there were."""
+"""Topic of the notes in the store. The first version lacks the number of blocks."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A run with nothing left to do: the sentence that says so, the final table of when it was done, its model."""
+    """A finished recipe: a sentence for the user, the sections of its final table, and its model."""
 
     sentence: str
-    sheet: dict[str, Rows]
+    sections: Mapping[str, Rows]
     model: Ref
 
 
-def all_done(store: Store, recipe: Recipe) -> Done | None:
-    """What to say when everything that the recipe asks for is there already, else None."""
-    lineage = trace(store, recipe)
+def all_done(workspace: Workspace) -> Done | None:
+    """The finished recipe, or None if any artifact, score or registration is missing."""
+    store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
     if not lineage.shards or lineage.lacks(store):
         return None
-    run_key = start.planned_key(recipe, lineage)
+    run_key = planned_key(workspace)
     model = model_ref(run_key, recipe.name)
     noted = store.recall(TOPIC, _name(recipe, run_key))
     if noted is None or store.missing([model]):
@@ -47,31 +48,40 @@ def all_done(store: Store, recipe: Recipe) -> Done | None:
         f"nothing to do: {number(len(lineage.shards))} shards, {number(noted['rows'])} blocks, "
         f"{number(len(lineage.targets))} targets, model {model.label} ({model.key[:12]}) already there"
     )
-    sheet: dict[str, Rows] = {heading: [(name, text) for name, text in rows] for heading, rows in noted["sheet"]}
-    return Done(sentence, sheet, model)
+    sections = {heading: [(name, text) for name, text in rows] for heading, rows in _table_of(noted)}
+    return Done(sentence, sections, model)
 
 
-def show_done(store: Store, recipe: Recipe, done: Done) -> None:
-    """Prints the table with the folders and servers of this home: on a shared store another user may have made it all,
-    or the run of another model since then. HOME/models/NAME leads to this model again.
+def show_done(workspace: Workspace, done: Done, command: str = "") -> None:
+    """Prints the table with the folders and servers of this home, and links HOME/models/NAME to the model again.
 
-    FatalError: the model is not whole.
+    Both may differ from those of the run that made it: another user of a shared store, or another model since then.
+    FatalError: the model is incomplete.
     """
+    store, recipe = workspace.store, workspace.recipe
     folder = link_model(recipe, store.check(store.receipt(done.model)))
     here = {(MADE, MODEL): str(folder)}
-    sheet: dict[str, Rows] = {
+    sections: dict[str, Rows] = {
         heading: [(name, here.get((heading, name), text)) for name, text in rows]
-        for heading, rows in done.sheet.items()
+        for heading, rows in done.sections.items()
     }
-    show_sheet(recipe.name, sheet | {LOOK: places(recipe, folder, tracking_uri(recipe))})
+    sections[LOOK] = places(recipe, folder, tracking_uri(recipe), command)
+    show_table(Table(recipe.name, sections))
 
 
-def remember_done(store: Store, recipe: Recipe, run: RunSpec, sheet: dict[str, Rows]) -> None:
-    """Notes that training, registration and scores of this run are done."""
-    store.remember(TOPIC, _name(recipe, run.run_key), {"rows": run.rows, "sheet": list(sheet.items())})
+def remember_done(workspace: Workspace, run: RunSpec, sections: Mapping[str, Rows]) -> None:
+    """Remembers in the store that training, registration and scores of this run are done."""
+    value = {"rows": run.rows, "table": list(sections.items())}
+    workspace.store.remember(TOPIC, _name(workspace.recipe, run.run_key), value)
+
+
+def _table_of(noted: Mapping[str, Any]) -> Any:
+    """The final table of a note; notes of earlier versions have it under another name."""
+    return next(value for name, value in noted.items() if name != "rows")
 
 
 def _name(recipe: Recipe, run_key: str) -> str:
+    """Name of the note: a hash of everything that decides whether work is left."""
     protocol = load_protocol(recipe.score.protocol) if recipe.score.protocol else None
     settings = {
         "run": run_key,

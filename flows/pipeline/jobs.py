@@ -1,4 +1,11 @@
-"""The jobs of each preparation stage: one per artifact that a recipe needs."""
+"""Lists the jobs of each preparation stage, one per artifact that a recipe needs.
+
+    with text_pool(recipe) as pool:
+        jobs = list(block_jobs(workspace, workspace.lineage.shards, pool))
+        run_stage("blocks", "blocks", jobs, workspace.store, recipe.run, window=4)
+
+Which of them are missing is decided in preparation.py.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -6,97 +13,99 @@ from itertools import zip_longest
 
 from flows.pipeline.process_pool import Pool
 from flows.pipeline.stage import Job, raise_if_stopped
+from flows.pipeline.task_policy import job_timeout
 from storage.artifact import Ref
 from storage.errors import DistilError
 from storage.store import Store
 from tasks.corpus.shard import heldout_of, shard_source, shards_of, source_ref
 from tasks.corpus.snapshot import Source, source_content
-from tasks.lineage import Lineage, vocabulary_of
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.targets.calibration import calibrate
 from tasks.targets.capture import Capture
 from tasks.targets.compute import make_targets, open_capture, with_capture
-from tasks.tokens.blocks import count_tokens, make_blocks
+from tasks.tokens.blocks import make_blocks
+from tasks.tokens.token_counts import count_tokens
 
-# ---- jobs of each stage ------------------------------------------------------------------------------------
-
-
-def _source_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: Pool) -> Iterator[Job]:
-    """One job a source: hash, read, cut into shards. A source of which a shard was lost is read again."""
+def source_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
+    """One job per source: hash it, read it, cut it into shards. A source with a lost shard is read again."""
+    store, lineage = workspace.store, workspace.lineage
     absent = {ref.key for ref in store.missing((*lineage.shards, *lineage.heldout_shards))}
     read = store.receipts_of(ref for _, ref in lineage.sources if ref) if absent else []
-    # By key: a source that was renamed since keeps its shards under their old labels.
+    # Compared by key: after a source was renamed its shards keep their old labels.
     lacking = {one.key for one in read if absent & {shard.key for shard in (*shards_of(one), *heldout_of(one))}}
     for source, ref in lineage.sources:
         lost = ref is not None and ref.key in lacking
-        yield Job("source", source.label, ref, partial(_read_source, pool, store, source, recipe), lost)
+        yield Job("source", source.label, ref, partial(_read_source, pool, store, source, workspace.recipe), lost)
 
 
 def _read_source(pool: Pool, store: Store, source: Source, recipe: Recipe, *, force: bool) -> None:
     try:
-        pool.call(recipe.run.shard_timeout, shard_source, store, source, recipe.corpus, force=force)
+        pool.call(job_timeout(recipe.run), shard_source, store, source, recipe.corpus, force=force)
     except DistilError as error:
-        # A source without checksum has no key before it was read once; now it may have one to note the failure under.
+        # The failure is stored by key; a source without checksum has a key only after its content was hashed.
         content = source_content(store, source)
         if content:
             store.fail(source_ref(source, content, recipe.corpus), error)
         raise
 
 
-def _block_jobs(store: Store, recipe: Recipe, lineage: Lineage, shards: Iterable[Ref], pool: Pool) -> Iterator[Job]:
-    """One job a shard that is there."""
-    vocabulary = vocabulary_of(recipe)
+def block_jobs(workspace: Workspace, shards: Iterable[Ref], pool: Pool) -> Iterator[Job]:
+    """One job per shard that exists."""
+    store, recipe = workspace.store, workspace.recipe
     absent = {ref.key for ref in store.missing(shards)}
     for shard in shards:
         if shard.key not in absent:
-            timeout = recipe.run.shard_timeout
-            work = partial(pool.call, timeout, make_blocks, store, shard, recipe.blocks, vocabulary)
-            yield Job("blocks", shard.label, (lineage.blocks or {})[shard], work)
+            timeout = job_timeout(recipe.run)
+            work = partial(pool.call, timeout, make_blocks, store, shard, recipe.blocks, workspace.vocabulary)
+            yield Job("blocks", shard.label, (workspace.lineage.blocks or {})[shard], work)
 
 
-def _count_jobs(store: Store, recipe: Recipe, lineage: Lineage) -> Iterator[Job]:
-    """Token counts of the sample, where masks are smoothed by them."""
+def count_jobs(workspace: Workspace) -> Iterator[Job]:
+    """One job for the token counts of the sample, if the masks are smoothed by token frequency."""
+    lineage = workspace.lineage
     if lineage.counts:
-        work = partial(count_tokens, store, lineage.sample, vocabulary_of(recipe))
+        work = partial(count_tokens, workspace.store, lineage.sample, workspace.vocabulary)
         yield Job("counts", lineage.counts.label, lineage.counts, work)
 
 
-def _calibration_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: Pool) -> Iterator[Job]:
-    """The teacher's channel statistics over the sample, where the encoding needs them."""
+def calibration_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
+    """One job for the teacher's channel statistics over the sample, if the target encoding needs them."""
+    lineage = workspace.lineage
     if lineage.calibration:
-        opened = _opened(store, recipe, lineage, None, pool)
-        timeout = recipe.run.shard_timeout
-        work = partial(pool.call, timeout, with_capture, calibrate, opened, store, lineage.sample)
+        opened = _capture_opener(workspace, None, pool)
+        timeout = job_timeout(workspace.recipe.run)
+        work = partial(pool.call, timeout, with_capture, calibrate, opened, workspace.store, lineage.sample)
         yield Job("calibration", lineage.calibration.label, lineage.calibration, work)
 
 
-def _target_jobs(store: Store, recipe: Recipe, lineage: Lineage, pool: Pool) -> Iterator[Job]:
-    """One job a shard and mask variant whose blocks are there."""
+def target_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
+    """One job per shard and mask variant, for the shards whose blocks exist."""
+    store, lineage = workspace.store, workspace.lineage
     absent = {ref.key for ref in store.missing(lineage.training_blocks)}
-    opened = _opened(store, recipe, lineage, lineage.calibration, pool)
-    timeout = recipe.run.shard_timeout
-    there = [target for target in lineage.targets if target.blocks.key not in absent]
-    for target, after in zip_longest(there, there[1:]):
-        teach = partial(with_capture, make_targets, opened, store, target.blocks, variant=target.variant)
-        if pool.is_here and after:  # elsewhere nobody knows which shard comes next
-            teach = partial(teach, following=after.blocks)
-        yield Job("targets", target.ref.label, target.ref, partial(pool.call, timeout, teach))
+    opened = _capture_opener(workspace, lineage.calibration, pool)
+    timeout = job_timeout(workspace.recipe.run)
+    ready = [target for target in lineage.targets if target.blocks.key not in absent]
+    for target, following in zip_longest(ready, ready[1:]):
+        work = partial(with_capture, make_targets, opened, store, target.blocks, variant=target.variant)
+        if pool.is_here and following:  # in a pool of processes the next shard of each is not known
+            work = partial(work, following=following.blocks)
+        yield Job("targets", target.ref.label, target.ref, partial(pool.call, timeout, work))
 
 
-def _opened(
-    store: Store, recipe: Recipe, lineage: Lineage, calibration: Ref | None, pool: Pool
-) -> Callable[[], Capture]:
-    """Opens what the teacher's work needs, in whatever process calls it; the teacher is loaded once in each."""
+def _capture_opener(workspace: Workspace, calibration: Ref | None, pool: Pool) -> Callable[[], Capture]:
+    """A picklable function that opens the teacher in the process that calls it; each process loads it once."""
+    recipe = workspace.recipe
     opened = partial(
         open_capture,
-        store,
+        workspace.store,
         recipe.teacher,
-        vocabulary_of(recipe),
+        workspace.vocabulary,
         recipe.mask,
         recipe.targets,
-        lineage.counts,
+        workspace.lineage.counts,
         calibration,
         recipe.train.device,
     )
-    # In this process a shard looks now and then whether the run was told to stop; others are ended from here.
+    # Work in this process has to poll for a stop of the run; other processes are killed by the pool.
     return partial(opened, raise_if_stopped) if pool.is_here else opened

@@ -1,4 +1,11 @@
-"""Stages from sources to targets."""
+"""Runs the preparation stages of a recipe, from sources to targets, for whatever the store lacks.
+
+    prepared = prepare_corpus(workspace)                        # sources, blocks, counts, calibration, targets
+    prepared = prepare_corpus(workspace, Selection("blocks", "fr_meta_part_2-0000", force=True))
+    return finish_state(prepared, command)                      # the Prefect state of a flow without training
+
+Each stage asks the store what is missing before it begins; jobs.py lists its jobs and stage.py runs them.
+"""
 
 import time
 from collections.abc import Iterable
@@ -10,25 +17,23 @@ from prefect.states import Completed, Failed
 
 from flows.inventory import model_ref
 from flows.pipeline.engine import teacher_pool, text_pool
-from flows.pipeline.jobs import _block_jobs, _calibration_jobs, _count_jobs, _source_jobs, _target_jobs
+from flows.pipeline.jobs import block_jobs, calibration_jobs, count_jobs, source_jobs, target_jobs
 from flows.pipeline.stage import Job, run_stage
 from flows.views.prefect_artifacts import publish_failures
 from storage.artifact import Failure, Ref
 from storage.maintenance import free_bytes
-from storage.store import Store
-from tasks.lineage import SAMPLE_SHARDS, Lineage, check_teacher, freeze_sample, trace
+from tasks.lineage import SAMPLE_SHARDS, Lineage, Workspace, check_teacher, freeze_sample
 from tasks.plan.free_space import check_store_has_space
-from tasks.recipe.config import Recipe
 
 VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration": "calibrate", "targets": "teach"}
-"""Stage, as in the store and in `distil status`, and the word that its task runs are named after."""
+"""Stage, as in the store and in `distil status`, and the verb in the names of its task runs."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a retry is about: a stage, a shard of it, both or (all empty) whatever is missing.
+    """The jobs of a retry: those of a stage, of a shard, of a shard in a stage, or (both empty) all.
 
-    `force` makes again what is there already.
+    Of these the missing artifacts are made; with `force` also those that exist.
     """
 
     stage: str = ""
@@ -36,7 +41,7 @@ class Selection:
     force: bool = False
 
     def takes(self, job: Job) -> bool:
-        """True if the job is meant. A shard of text belongs to the job of its source, a mask variant to its shard."""
+        """True if the job is selected. A shard of text selects the job of its source, a shard all its mask variants."""
         if (self.stage or job.stage) not in (job.stage, "shard" if job.stage == "source" else job.stage):
             return False
         if job.stage == "source":
@@ -44,7 +49,7 @@ class Selection:
         return not self.shard or self.shard in (job.label, job.label.rsplit(".v", 1)[0])
 
     def named(self, lineage: Lineage) -> bool:
-        """True if the shard is one of this lineage, done or not."""
+        """True if the selected shard or source exists in this lineage, done or not."""
         labels = {ref.label for refs in lineage.stages().values() for ref in refs}
         return self.shard in labels | {source.label for source, _ in lineage.sources}
 
@@ -54,7 +59,7 @@ SELECT_ALL = Selection()
 
 @dataclass(frozen=True)
 class StageDone:
-    """What one stage did in this run: jobs that it was about, failures among them, seconds."""
+    """The result of one stage in this run: number of jobs, the failures among them, seconds."""
 
     stage: str
     jobs: int
@@ -64,50 +69,50 @@ class StageDone:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The lineage after all stages, and what each of them did. Stages with nothing to do are not listed."""
+    """The workspace after all stages, and the result of each stage that had something to do."""
 
-    lineage: Lineage
+    workspace: Workspace
     stages: tuple[StageDone, ...]
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """All failures, in the order of the chain."""
+        """All failures, in the order of the stages."""
         return tuple(failure for stage in self.stages for failure in stage.failures)
 
-    def too_many_failed(self, recipe: Recipe) -> bool:
-        """True if the run must end Failed; without counts or calibration nothing can follow at all."""
+    @property
+    def too_many_failed(self) -> bool:
+        """True if the run must end Failed: more than `run.max_failed` failures, or no counts or calibration."""
         vital = any(failure.kind in ("counts", "calibration") for failure in self.failures)
-        return vital or len(self.failures) > recipe.run.max_failed
+        return vital or len(self.failures) > self.workspace.recipe.run.max_failed
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
 
 
-def prepare_corpus(store: Store, recipe: Recipe, only: Selection = SELECT_ALL, *, training: bool = False) -> Prepared:
-    """Makes what is missing from sources to targets (or what `only` names). A shard's error never ends it early.
+def prepare_corpus(workspace: Workspace, selection: Selection = SELECT_ALL, *, training: bool = False) -> Prepared:
+    """Makes the missing (or the selected) artifacts from sources to targets. The failure of one shard stops no other.
 
-    FatalError before anything is made if the teacher cannot be used, the tokenizer does not fit it, or the store cannot
-    hold all that is missing (with `training`, the checkpoints and the model that come after it too).
+    FatalError before anything is made if the teacher cannot be used, the tokenizer does not fit it, or the store has
+    too little free space for all that is missing (with `training` also for the checkpoints and the model).
     """
-    check_teacher(recipe)
-    lineage = trace(store, recipe)
-    if only == SELECT_ALL:
-        check_free_space(store, recipe, lineage, training=training)
-    lineage, stages = _text_stages(store, recipe, lineage, only)
-    if _freeze_sample(store, recipe, lineage) != lineage.sample:
-        lineage = trace(store, recipe)
-    stages += _stage(store, recipe, only, _count_jobs(store, recipe, lineage))
-    if recipe.targets.on_missing == "compute":
-        stages += _teacher_stages(store, recipe, lineage, only)
-    return Prepared(lineage, tuple(stages))
+    check_teacher(workspace.recipe)
+    if selection == SELECT_ALL:
+        check_free_space(workspace, training=training)
+    workspace, stages = _text_stages(workspace, selection)
+    if _freeze_sample(workspace) != workspace.lineage.sample:
+        workspace = workspace.refreshed()
+    stages += _stage(workspace, selection, count_jobs(workspace))
+    if workspace.recipe.targets.on_missing == "compute":
+        stages += _teacher_stages(workspace, selection)
+    return Prepared(workspace, tuple(stages))
 
 
-def silently_missing(store: Store, prepared: Prepared) -> list[Ref]:
-    """Blocks and targets that are not there although nothing that they are made from failed in this run."""
-    lineage = prepared.lineage
+def silently_missing(prepared: Prepared) -> list[Ref]:
+    """Blocks and targets that do not exist although nothing that they are made from failed in this run."""
+    lineage = prepared.workspace.lineage
     excused = {plain_label(failure.label) for failure in prepared.failures}
     wanted = (*lineage.training_blocks, *(target.ref for target in lineage.targets))
-    return [ref for ref in store.missing(wanted) if plain_label(ref.label) not in excused]
+    return [ref for ref in prepared.workspace.store.missing(wanted) if plain_label(ref.label) not in excused]
 
 
 def plain_label(label: str) -> str:
@@ -115,59 +120,64 @@ def plain_label(label: str) -> str:
     return label.rsplit(".v", 1)[0]
 
 
-def prepare_text(store: Store, recipe: Recipe) -> Prepared:
+def prepare_text(workspace: Workspace) -> Prepared:
     """Makes shards and blocks only."""
-    lineage, stages = _text_stages(store, recipe, trace(store, recipe), SELECT_ALL)
-    return Prepared(lineage, tuple(stages))
+    workspace, stages = _text_stages(workspace, SELECT_ALL)
+    return Prepared(workspace, tuple(stages))
 
 
-def prepare_heldout(store: Store, recipe: Recipe) -> Prepared:
+def prepare_heldout(workspace: Workspace) -> Prepared:
     """Makes held-out blocks only, for a score."""
-    lineage, stages = _text_stages(store, recipe, trace(store, recipe), SELECT_ALL, heldout_only=True)
-    return Prepared(lineage, tuple(stages))
+    workspace, stages = _text_stages(workspace, SELECT_ALL, heldout_only=True)
+    return Prepared(workspace, tuple(stages))
 
 
 def _text_stages(
-    store: Store, recipe: Recipe, lineage: Lineage, only: Selection, *, heldout_only: bool = False
-) -> tuple[Lineage, list[StageDone]]:
-    """Sources, then blocks, outside this process; and the lineage as it is then."""
-    with text_pool(recipe) as pool:
-        stages = _stage(store, recipe, only, _source_jobs(store, recipe, lineage, pool), pool.width)
+    workspace: Workspace, selection: Selection, *, heldout_only: bool = False
+) -> tuple[Workspace, list[StageDone]]:
+    """Runs sources, then blocks, in other processes; returns the refreshed workspace and the results."""
+    with text_pool(workspace.recipe) as pool:
+        stages = _stage(workspace, selection, source_jobs(workspace, pool), pool.width)
         if stages:
-            lineage = trace(store, recipe)
+            workspace = workspace.refreshed()
+        lineage = workspace.lineage
         shards = lineage.heldout_shards if heldout_only else (*lineage.shards, *lineage.heldout_shards)
-        stages += _stage(store, recipe, only, _block_jobs(store, recipe, lineage, shards, pool), pool.width)
-    return lineage, stages
+        stages += _stage(workspace, selection, block_jobs(workspace, shards, pool), pool.width)
+    return workspace, stages
 
 
-def _teacher_stages(store: Store, recipe: Recipe, lineage: Lineage, only: Selection) -> list[StageDone]:
-    """Calibration, then targets, where the teacher is."""
-    with teacher_pool(recipe) as pool:
-        stages = _stage(store, recipe, only, _calibration_jobs(store, recipe, lineage, pool))
-        if not store.missing(ref for ref in (lineage.counts, lineage.calibration) if ref):
-            stages += _stage(store, recipe, only, _target_jobs(store, recipe, lineage, pool), pool.width)
+def _teacher_stages(workspace: Workspace, selection: Selection) -> list[StageDone]:
+    """Runs calibration, then targets, in the pool that has the teacher."""
+    estimates = (workspace.lineage.counts, workspace.lineage.calibration)
+    with teacher_pool(workspace.recipe) as pool:
+        stages = _stage(workspace, selection, calibration_jobs(workspace, pool))
+        if not workspace.store.missing(ref for ref in estimates if ref):
+            stages += _stage(workspace, selection, target_jobs(workspace, pool), pool.width)
     return stages
 
 
-def _stage(store: Store, recipe: Recipe, only: Selection, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
-    """Runs those of one stage's jobs that are missing (or forced). Empty if there are none."""
-    meant = [job for job in jobs if only.takes(job)]
-    missing = {ref.key for ref in store.missing(job.ref for job in meant if job.ref)}
-    chosen = [replace(job, force=job.force or only.force) for job in meant]
+def _stage(workspace: Workspace, selection: Selection, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
+    """Runs the jobs of one stage whose artifacts are missing (or forced). An empty list if there are none."""
+    store, run = workspace.store, workspace.recipe.run
+    selected = [job for job in jobs if selection.takes(job)]
+    missing = {ref.key for ref in store.missing(job.ref for job in selected if job.ref)}
+    chosen = [replace(job, force=job.force or selection.force) for job in selected]
     chosen = [job for job in chosen if job.force or job.ref is None or job.ref.key in missing]
     if not chosen:
         return []
     stage = chosen[0].stage
     start = time.monotonic()
-    failures = run_stage(stage, VERBS[stage], chosen, store, recipe.run, min(width, recipe.run.window))
+    failures = run_stage(stage, VERBS[stage], chosen, store, run, min(width, run.window))
     return [StageDone(stage, len(chosen), tuple(failures), time.monotonic() - start)]
 
 
-def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> tuple[Ref, ...]:
-    """Pins, and returns, what counts and calibration are estimated from: the first shards whose blocks are there.
+def _freeze_sample(workspace: Workspace) -> tuple[Ref, ...]:
+    """Pins and returns the sample for counts and calibration: the blocks of the first shards that exist.
 
-    Once there is an estimate its sample stays, even when the blocks are gone: another one would rename all targets.
+    Once counts or calibration exist the sample stays, even if its blocks are lost: with another sample all targets would
+    have other keys.
     """
+    store, lineage = workspace.store, workspace.lineage
     blocks = lineage.sample
     if store.missing(blocks):
         estimates = [ref for ref in (lineage.counts, lineage.calibration) if ref]
@@ -176,39 +186,39 @@ def _freeze_sample(store: Store, recipe: Recipe, lineage: Lineage) -> tuple[Ref,
         absent = {ref.key for ref in store.missing(lineage.training_blocks)}
         blocks = tuple(ref for ref in lineage.training_blocks if ref.key not in absent)[:SAMPLE_SHARDS]
     if blocks:
-        freeze_sample(store, recipe, blocks)
+        freeze_sample(workspace, blocks)
     return blocks
 
 
-def finish_state(recipe: Recipe, prepared: Prepared) -> State[Any]:
-    """Shows the failures and gives the state that a flow without training ends in."""
-    publish_failures(recipe, prepared.failures)
-    if prepared.too_many_failed(recipe):
+def finish_state(prepared: Prepared, command: str) -> State[Any]:
+    """Publishes the failures and returns the final state of a flow without training."""
+    publish_failures(prepared.workspace.recipe, prepared.failures, command)
+    if prepared.too_many_failed:
         return failed_state(prepared.failures)
     jobs = sum(stage.jobs for stage in prepared.stages)
     return Completed(message=f"{jobs - len(prepared.failures)} artifacts made" if jobs else "nothing to do")
 
 
 def failed_state(failures: tuple[Failure, ...]) -> State[Any]:
-    """Failed, with a sentence that names the first failure."""
+    """The state Failed, with a message that names the first failure."""
     first = failures[0]
     others = f" and {len(failures) - 1} more" if failures[1:] else ""
     return Failed(
         message=f"{first.kind} {first.label} failed{others}: {first.message}; all others are done, "
-        "mend the cause and start the same run again"
+        "fix the cause and start the same run again"
     )
 
 
-def check_free_space(store: Store, recipe: Recipe, lineage: Lineage, *, training: bool) -> None:
-    """FatalError if what is missing does not fit. Where nothing is, nothing is asked; an object store does not tell."""
-    free = free_bytes(store)
-    if free is not None and _lacks(store, recipe, lineage, training=training):
-        check_store_has_space(store, recipe, lineage, free, training=training)
+def check_free_space(workspace: Workspace, *, training: bool) -> None:
+    """FatalError if the missing artifacts do not fit. No check if none is missing or an object store has no limit."""
+    free = free_bytes(workspace.store)
+    if free is not None and _lacks(workspace, training=training):
+        check_store_has_space(workspace, free, training=training)
 
 
-def _lacks(store: Store, recipe: Recipe, lineage: Lineage, *, training: bool) -> bool:
-    """True if anything is still to be made."""
+def _lacks(workspace: Workspace, *, training: bool) -> bool:
+    """True if any artifact is missing."""
     if not training:
-        return lineage.lacks(store)
-    model = model_ref(store, recipe, lineage)
-    return model is None or not store.has(model)
+        return workspace.lineage.lacks(workspace.store)
+    model = model_ref(workspace)
+    return model is None or not workspace.store.has(model)

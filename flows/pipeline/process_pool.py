@@ -7,11 +7,9 @@ Outside the interpreter lock, and a time-out really ends what hangs. Imports no 
 module. Bytes do not depend on who makes them, or on how many there are.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as OutOfTime
 from concurrent.futures import wait
@@ -22,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from storage.errors import FatalError, RetryableError
+from tasks.parent_death import set_parent_death_signal
 from tasks.recipe.config import RunSettings
 
 R = TypeVar("R")
@@ -111,7 +110,4 @@ def _begin(threads: int, parent: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     # Ctrl-C in a terminal and Prefect's SIGTERM go to the whole group; the flow decides what they mean.
     os.setsid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+    set_parent_death_signal(signal.SIGKILL, parent)

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from flows.pipeline.process_pool import LOOK_SECONDS, StoppedError, time_out_error
+from storage.artifact import NODE
 from storage.errors import FatalError, RetryableError
-from storage.store import NODE
 from tasks.recipe.config import RaySettings
 
 R = TypeVar("R")

@@ -1,6 +1,6 @@
 """Shards and blocks on another work pool: a run on machines with GPUs leaves the text to a deployment on CPUs.
 
-    make_text_elsewhere(store, recipe)      # run.text_on = "prepare/text": started with this recipe, and waited for
+    workspace = prepare_text_remotely(workspace)    # run.text_on = "prepare/text": starts it with the recipe and waits
 
 Both share only the store, which is asked before and after.
 """
@@ -13,23 +13,21 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
 from storage.errors import FatalError, RetryableError
-from storage.store import Store
-from tasks.lineage import trace
-from tasks.recipe.config import Recipe
+from tasks.lineage import Workspace
 
 POLL_SECONDS = 5.0
 
 
-def prepare_text_remotely(store: Store, recipe: Recipe) -> None:
-    """Starts the deployment if shards or blocks are missing, and waits for its end.
+def prepare_text_remotely(workspace: Workspace) -> Workspace:
+    """Starts the deployment if shards or blocks are missing, waits for its end and returns the workspace as it is then.
 
     FatalError if there is no such deployment, or if its run failed: the sentence is that run's. RetryableError if it
     was cancelled or crashed.
     """
-    name = recipe.run.text_on
-    if not name or not trace(store, recipe).lacks(store, "source", "shard", "blocks"):
-        return
-    values = recipe.model_dump(mode="json", by_alias=True)
+    name = workspace.recipe.run.text_on
+    if not name or not workspace.lineage.lacks(workspace.store, "source", "shard", "blocks"):
+        return workspace
+    values = workspace.recipe.model_dump(mode="json", by_alias=True)
     try:
         parameters = {"recipe": values | {"home": _home_of(name)}, "until": "blocks"}
         run = cast(FlowRun, run_deployment(name, parameters=parameters, poll_interval=POLL_SECONDS))
@@ -41,6 +39,7 @@ def prepare_text_remotely(store: Store, recipe: Recipe) -> None:
     if state is None or not state.is_completed():
         said = f"run {run.name} of {name} ended {state.name if state else 'nowhere'}: {state.message if state else ''}"
         raise FatalError(said) if state and state.is_failed() else RetryableError(said)
+    return workspace.refreshed()
 
 
 def _home_of(deployment: str) -> str:

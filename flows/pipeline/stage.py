@@ -24,8 +24,8 @@ from flows.pipeline.task_policy import bound_task
 from flows.views.prefect_artifacts import ProgressArtifact
 from flows.views.tables import bar
 from storage.artifact import Failure, Ref
-from storage.errors import DistilError, FatalError, RetryableError
-from storage.store import Store, now
+from storage.errors import DistilError, RetryableError
+from storage.store import Store
 from tasks.recipe.config import RunSettings
 
 LOOK_SECONDS = 5.0
@@ -66,8 +66,8 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
             advance(1)
             progress.add()
 
-        pace = _GroupSize(run.task_seconds, window, len(jobs), done)
-        groups = _groups(jobs, pace, store, stop)
+        group_size = _GroupSize(run.task_seconds, window, len(jobs), done)
+        groups = _groups(jobs, group_size, store, stop)
         start = monotonic()
         try:
             # A call, not the loop itself: Python 3.11 skips `finally` for a signal that strikes as a loop at the very
@@ -78,7 +78,7 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
             stop.set()
     get_run_logger().info(
         f"{stage}: {len(jobs)} jobs in {submitted} task runs, {monotonic() - start:.2f} seconds, "
-        f"in jobs {pace.seconds:.2f}, at once {min(window, len(jobs))}"
+        f"in jobs {group_size.seconds:.2f}, at once {min(window, len(jobs))}"
     )
     return [failure for _, failure in sorted(failures, key=lambda one: one[0])]
 
@@ -141,8 +141,10 @@ class _Group:
     A plain object: Prefect looks for futures inside dataclasses and models, at a cost.
     """
 
-    def __init__(self, first: int, jobs: Sequence[Job], pace: _GroupSize, store: Store, stop: threading.Event) -> None:
-        self.first, self.jobs, self.pace, self.store, self.stop = first, jobs, pace, store, stop
+    def __init__(
+        self, first: int, jobs: Sequence[Job], group_size: _GroupSize, store: Store, stop: threading.Event
+    ) -> None:
+        self.first, self.jobs, self.group_size, self.store, self.stop = first, jobs, group_size, store, stop
         self.errors: dict[int, Exception] = {}
         self._open = list(range(len(jobs)))
         self._spent = [0.0] * len(jobs)
@@ -158,7 +160,7 @@ class _Group:
         for number in list(self._open):
             if not self.stop.is_set() and not isinstance(self._make(number), RetryableError):
                 self._open.remove(number)
-                self.pace.ended(self._spent[number])
+                self.group_size.ended(self._spent[number])
         if self.stop.is_set():
             return Cancelled(message="the run was told to stop")
         # A passing error goes first: Prefect tries the task run again for it, and then only what is open.
@@ -192,27 +194,15 @@ def _put(ended: "SimpleQueue[_Group]", group: _Group, _future: object) -> None:
     ended.put(group)
 
 
-def _groups(jobs: Sequence[Job], pace: _GroupSize, store: Store, stop: threading.Event) -> Iterator[_Group]:
+def _groups(jobs: Sequence[Job], group_size: _GroupSize, store: Store, stop: threading.Event) -> Iterator[_Group]:
     """All jobs in their order; the size of a group is decided when a slot is free for it."""
     first = 0
     while first < len(jobs):
-        size = pace.size(len(jobs) - first)
-        yield _Group(first, jobs[first : first + size], pace, store, stop)
+        size = group_size.size(len(jobs) - first)
+        yield _Group(first, jobs[first : first + size], group_size, store, stop)
         first += size
 
 
 def _failure(job: Job, error: Exception) -> Failure:
     get_run_logger().error(f"{job.stage} {job.label}: {error}")
-    about = error if isinstance(error, DistilError) else DistilError(str(error))
-    return Failure(
-        kind=job.stage,
-        key=job.ref.key if job.ref else "",
-        label=job.label,
-        error=type(error).__name__,
-        message=str(error),
-        retryable=not isinstance(error, FatalError),
-        file=about.file,
-        line=about.line,
-        host="",
-        created=now(),
-    )
+    return Failure.from_error(job.stage, job.ref.key if job.ref else "", job.label, error)

@@ -9,6 +9,7 @@ is NO_CACHE everywhere; a cache would bring a deleted artifact back as "Cached".
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -20,8 +21,8 @@ from prefect.futures import PrefectFuture
 from prefect.states import Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.pipeline.trainer_process import SET_PARENT_DEATH_SIGNAL, _libc
 from storage.errors import DistilError, RetryableError
+from tasks.parent_death import set_parent_death_signal
 from tasks.recipe.config import Recipe, RunSettings
 from tasks.recipe.load import make_recipe
 
@@ -106,9 +107,9 @@ def end_with_worker(flow_run: str | None) -> None:
     Else nobody could cancel it any more. Does nothing where no worker did: in a terminal, in a test, under process 1.
     """
     by_worker = flow_run is not None and os.environ.get("PREFECT__FLOW_RUN_ID") == flow_run
-    if _libc is not None and by_worker and os.getppid() > 1:
+    if sys.platform == "linux" and by_worker and os.getppid() > 1:
         signal.signal(signal.SIGHUP, _left_alone)
-        _libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGHUP)
+        set_parent_death_signal(signal.SIGHUP)
 
 
 def _left_alone(*_: object) -> None:

@@ -6,7 +6,6 @@ The trainer has its own process group and is told to stop when this process dies
 this process is asked to stop, the trainer gets SIGTERM and time to write a checkpoint.
 """
 
-import ctypes
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 from flows.services.process import with_repo_on_path
 from storage.errors import FatalError, RetryableError
+from tasks.parent_death import signal_on_parent_death
 from tasks.recipe.run_spec import EXIT_RETRYABLE, METRICS, RunSpec, write_run
 
 GRACE_SECONDS = 60.0
@@ -28,10 +28,6 @@ GRACE_SECONDS = 60.0
 
 
 POLL_SECONDS = 0.5
-
-SET_PARENT_DEATH_SIGNAL = 1
-
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 Line = dict[str, Any]
 
@@ -89,22 +85,6 @@ def _start(run: RunSpec, path: Path, output: Any) -> subprocess.Popen[bytes]:
         start_new_session=True,
         preexec_fn=signal_on_parent_death(),
     )
-
-
-def signal_on_parent_death() -> Callable[[], None]:
-    """What a child runs before it begins, so that it gets SIGTERM when this process dies, by whatever death.
-
-    It only calls a C function that is loaded already: after a fork in a process with threads, little else is safe.
-    """
-    parent = os.getpid()
-
-    def ask_kernel() -> None:
-        if _libc is not None:
-            _libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return ask_kernel
 
 
 class Tail:

@@ -1,6 +1,6 @@
 """Card and picture of a result: gathers the figures, has tasks make them, and puts them where people look.
 
-    describe(store, book, mlflow_run, result)
+    publish_card(mlflow_runs, run_id, result)
 
 They go into three places: the MLflow run (the browser shows the picture), `model/` of the registered version (so that
 whoever downloads it has its README.md), and HOME/models/NAME-card beside the link to the newest model. The model in the
@@ -14,10 +14,8 @@ from pathlib import Path
 
 from flows.tracking.registry import Version
 from flows.tracking.runs import MlflowRuns
-from storage.store import Store
 from tasks.eval.scores import Scores
-from tasks.lineage import Lineage
-from tasks.recipe.config import Recipe
+from tasks.lineage import Workspace
 from tasks.recipe.run_spec import METRICS, RunSpec
 from tasks.release.figure import render_figure
 from tasks.release.model_card import CardFacts, model_card
@@ -26,27 +24,28 @@ from tasks.train.metrics import read_metrics
 
 CARD = "README.md"
 
+FIGURE = "scores.png"
+
 
 @dataclass(frozen=True)
 class TrainedModel:
     """A student that was trained, registered and scored; `scores` are its own, first, and those of all beside it."""
 
-    recipe: Recipe
-    lineage: Lineage
+    workspace: Workspace
     run: RunSpec
     version: Version
     scores: Mapping[str, Mapping[str, Scores]]
 
 
-def publish_card(store: Store, book: MlflowRuns, run_id: str, result: TrainedModel) -> Path:
+def publish_card(mlflow_runs: MlflowRuns, run_id: str, result: TrainedModel) -> Path:
     """Makes both, keeps them with the run and the version, and returns the folder below the recipe's home."""
-    facts = card_facts(store, result)
+    recipe, facts = result.workspace.recipe, card_facts(result)
     files = {
         CARD: model_card(facts).encode("utf-8"),
-        PICTURE: render_figure(str(result.version), facts.models),
+        FIGURE: render_figure(str(result.version), facts.models),
     }
-    book.keep(run_id, files, result.version)
-    folder = Path(result.recipe.home) / "models" / f"{result.recipe.name}-card"
+    mlflow_runs.keep(run_id, files, result.version)
+    folder = Path(recipe.home) / "models" / f"{recipe.name}-card"
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         fresh = folder / f".{name}-{os.getpid()}"
@@ -55,9 +54,10 @@ def publish_card(store: Store, book: MlflowRuns, run_id: str, result: TrainedMod
     return folder
 
 
-def card_facts(store: Store, result: TrainedModel) -> CardFacts:
+def card_facts(result: TrainedModel) -> CardFacts:
     """What the card tells, from recipe, receipts, metrics and scores."""
-    recipe, lineage, run = result.recipe, result.lineage, result.run
+    store, recipe, lineage = result.workspace.store, result.workspace.recipe, result.workspace.lineage
+    run = result.run
     model = store.receipt(run.model_ref)
     shards = store.receipts_of(lineage.shards)
     heldout = store.receipts_of(lineage.heldout_shards)
@@ -83,8 +83,5 @@ def card_facts(store: Store, result: TrainedModel) -> CardFacts:
         run_key=run.run_key,
         model_key=run.model_ref.key,
         versions=model.versions,
-        picture=PICTURE,
+        figure=FIGURE,
     )
-
-
-PICTURE = "scores.png"

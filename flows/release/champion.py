@@ -1,6 +1,6 @@
 """Has the champion scored by the candidate's protocol, so that the gate compares figures of one kind.
 
-    score_champion(store, registry, result)
+    score_champion(registry, result)
 
 A new snapshot brings other held-out text, and a recipe may change what is scored: then the champion's older figures say
 nothing. What was scored before is read from the store, not computed again.
@@ -14,14 +14,12 @@ from flows.scoring.compute import deciding_scores, failure_sentence
 from flows.scoring.evaluated_models import find_model
 from flows.tracking.registry import ModelRegistry
 from storage.errors import FatalError
-from storage.store import Store
-from tasks.lineage import vocabulary_of
 from tasks.release.results import protocol_keys, set_results
 from tasks.tokens.vocabulary import load_vocabulary
 
 
-def score_champion(store: Store, registry: ModelRegistry, result: TrainedModel) -> None:
-    """Scores the present champion and keeps its standings, unless it has them, is the candidate or reads other tokens.
+def score_champion(registry: ModelRegistry, result: TrainedModel) -> None:
+    """Scores the present champion and keeps its results, unless it has them, is the candidate or reads other tokens.
 
     Without them the gate refuses the candidate and says that the two cannot be compared. FatalError if a score failed.
     """
@@ -29,15 +27,16 @@ def score_champion(store: Store, registry: ModelRegistry, result: TrainedModel) 
     if champion is None or champion == result.version:
         return
     candidate = next(iter(result.scores.values()))
-    by = protocol_keys(candidate)
+    protocols = protocol_keys(candidate)
     wanted = [one.set_name for one in set_results(candidate) if one.was_run]
-    if all(result_on(champion, name, by[name]) for name in wanted):
+    if all(result_on(champion, name, protocols[name]) for name in wanted):
         return
-    model = replace(find_model(result.recipe, champion.uri), name="champion")
-    if load_vocabulary(str(model.folder)).fingerprint != vocabulary_of(result.recipe).fingerprint:
+    workspace = result.workspace
+    model = replace(find_model(workspace.recipe, champion.uri), name="champion")
+    if load_vocabulary(str(model.folder)).fingerprint != workspace.vocabulary.fingerprint:
         return
-    judged = deciding_scores(store, result.recipe, model, result.lineage.heldout_blocks)
-    if judged.failures:
-        raise FatalError(failure_sentence(judged))
-    own = judged.scores[model.name]
+    scored = deciding_scores(workspace, model)
+    if scored.failures:
+        raise FatalError(failure_sentence(scored))
+    own = scored.scores[model.name]
     record_results(registry, champion, [one for one in set_results(own) if one.was_run], protocol_keys(own))

@@ -1,6 +1,5 @@
 """Decides whether a version becomes champion, records the decision and its reasons, and moves the alias."""
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from flows.pipeline.task_policy import run_one
 from flows.release.approval import ask_for_approval
 from flows.release.version_results import newest_results, protocols_by_set, result_on
 from flows.tracking.registry import ModelRegistry, Version
-from flows.views.tables import Rows, TextTable, markdown_sheet, markdown_table
+from flows.views.tables import Rows, Table, markdown
+from storage.lock import acquire
 from tasks.recipe.config import GateSettings, Recipe
-from tasks.release.gate import Row, Verdict, judge
+from tasks.release.promotion_rule import Verdict, VerdictRow, promotion_verdict
 from tasks.release.results import SetResult
 
 PROMOTED, FORCED, REFUSED, DECLINED, ALREADY_CHAMPION = "promoted", "forced", "refused", "declined", "champion already"
@@ -27,23 +27,26 @@ PROMOTED, FORCED, REFUSED, DECLINED, ALREADY_CHAMPION = "promoted", "forced", "r
 
 @dataclass(frozen=True)
 class GateDecision:
-    """What was decided about a version, against which champion ("" for none), and why."""
+    """What was decided about a version, against which champion ("" for none), and why.
+
+    `outcome` is one of PROMOTED, FORCED, REFUSED, DECLINED, ALREADY_CHAMPION.
+    """
 
     version: Version
     against: str
-    decision: str
+    outcome: str
     reasons: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[VerdictRow, ...]
 
     @property
     def is_champion(self) -> bool:
         """Whether the version has the alias now."""
-        return self.decision in (PROMOTED, FORCED, ALREADY_CHAMPION)
+        return self.outcome in (PROMOTED, FORCED, ALREADY_CHAMPION)
 
     @property
     def sentence(self) -> str:
         """For people."""
-        return f"{self.version}: {self.decision}: {'; '.join(self.reasons)}"
+        return f"{self.version}: {self.outcome}: {'; '.join(self.reasons)}"
 
 
 @dataclass(frozen=True)
@@ -64,42 +67,40 @@ def examine(registry: ModelRegistry, version: Version, rules: GateSettings) -> t
     wanted = protocols_by_set(version)
     now = registry.champion(version.name)
     past = [_comparable(one, wanted, strict=one == now) for one in champions]
-    return judge(newest_results(version), past, rules), now
+    return promotion_verdict(newest_results(version), past, rules), now
 
 
 def _comparable(champion: Version, wanted: Mapping[str, str], *, strict: bool) -> list[SetResult]:
-    """A champion's standings by the protocols of the candidate; the newest on sets that the candidate has not.
+    """A champion's results by the protocols of the candidate; the newest on sets that the candidate has not.
 
     What was not run cannot be compared with and is left out. `strict`, for the present champion: a set that it was
     never scored on by this protocol stays, without values, and blocks.
     """
     found = []
     for name, protocol in {**protocols_by_set(champion), **wanted}.items():
-        standing = result_on(champion, name, protocol)
-        if standing is None and strict:
+        result = result_on(champion, name, protocol)
+        if result is None and strict:
             reason = (
                 f"{champion}, the champion, has no score by this protocol; "
                 f"score it by the same recipe (`distil score {champion.uri} RECIPE.toml`), or force"
             )
             found.append(SetResult(name, "", (), reason))
-        elif standing is not None and standing.was_run:
-            found.append(standing)
+        elif result is not None and result.was_run:
+            found.append(result)
     return found
 
 
 @contextmanager
 def promotion_lock(recipe: Recipe, model: str) -> Iterator[None]:
-    """Waits until nobody else below this home decides about the model, and keeps others out."""
-    path = Path(recipe.home) / "run" / f"promote-{model}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the system lets go when the file is closed or the process dies
+    """Only one process below this home decides about the model at a time; the others wait."""
+    with acquire(Path(recipe.home) / "run" / f"promote-{model}.lock"):
         yield
 
 
-def decide(recipe: Recipe, registry: ModelRegistry, version: Version, order: PromotionRequest) -> GateDecision:
-    """Judges, records the decision and moves the alias, in turn. RetryableError if MLflow is away or somebody
-    else moved the alias meanwhile: then it is judged anew.
+def decide(recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest) -> GateDecision:
+    """Decides by the gate, records the decision and moves the alias, one process at a time.
+
+    RetryableError if MLflow is away, or another process moved the alias meanwhile: the retry decides again.
     """
     with promotion_lock(recipe, version.name):
         version = registry.version(version.name, version.version)
@@ -107,58 +108,58 @@ def decide(recipe: Recipe, registry: ModelRegistry, version: Version, order: Pro
         against = champion.version if champion else ""
         if champion == version:
             return GateDecision(version, against, ALREADY_CHAMPION, ("it has the alias already",), verdict.rows)
-        forced = order.force and not verdict.promote
-        decision = PROMOTED if verdict.promote else FORCED if forced else REFUSED
-        reasons = (f"{order.reason} (against the gate: {'; '.join(verdict.reasons)})",) if forced else verdict.reasons
-        judgement = GateDecision(version, against, decision, reasons, verdict.rows)
+        forced = request.force and not verdict.promote
+        outcome = PROMOTED if verdict.promote else FORCED if forced else REFUSED
+        reasons = (f"{request.reason} (against the gate: {'; '.join(verdict.reasons)})",) if forced else verdict.reasons
+        decision = GateDecision(version, against, outcome, reasons, verdict.rows)
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        record_decision(registry, judgement, order, now)
+        record_decision(registry, decision, request, now)
         # The tags come first: killed in between, the version is not champion and the next call decides again.
-        if judgement.is_champion:
+        if decision.is_champion:
             registry.set_champion(version, now, champion)
-        return judgement
+        return decision
 
 
-def record_decision(registry: ModelRegistry, judgement: GateDecision, order: PromotionRequest, when: str) -> None:
+def record_decision(registry: ModelRegistry, decision: GateDecision, request: PromotionRequest, when: str) -> None:
     """Keeps a decision as tags of the version; the newest replaces the one before."""
     tags = {
-        "decision": judgement.decision,
-        "reason": "; ".join(judgement.reasons),
-        "table": json.dumps([row.to_json() for row in judgement.rows], ensure_ascii=False),
-        "protocol": json.dumps(protocols_by_set(judgement.version)),
-        "against": judgement.against or "no champion",
-        "by": order.by,
+        "decision": decision.outcome,
+        "reason": "; ".join(decision.reasons),
+        "table": json.dumps([row.to_json() for row in decision.rows], ensure_ascii=False),
+        "protocol": json.dumps(protocols_by_set(decision.version)),
+        "against": decision.against or "no champion",
+        "by": request.by,
         "at": when,
         "prefect_run_url": str(runtime.flow_run.ui_url or ""),
     }
-    registry.tag_version(judgement.version, {f"distil.gate.{name}": value for name, value in tags.items()})
+    registry.tag_version(decision.version, {f"distil.gate.{name}": value for name, value in tags.items()})
 
 
 # ---- in a flow ---------------------------------------------------------------------------------------------
 
 
 def decide_in_flow(
-    recipe: Recipe, registry: ModelRegistry, version: Version, order: PromotionRequest | None = None
+    recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest | None = None
 ) -> GateDecision:
     """Decides about a version inside a flow; where the recipe says so, a person is asked before it is promoted.
 
-    Nobody waits in turn for that person: afterwards it is judged again, against the champion of that moment.
+    The lock is not held while that person decides; afterwards the gate decides again, against the champion of then.
     """
-    order = order or PromotionRequest(by=_who())
-    if recipe.gate.approval and not order.force:
-        judgement = _ask_for_approval(recipe, registry, version, order)
-        if judgement:
-            publish_decision(judgement)
-            return judgement
-    judgement = run_one("gate", str(version), partial(decide, recipe, registry, version, order), recipe.run)
-    publish_decision(judgement)
-    return judgement
+    request = request or PromotionRequest(by=requester())
+    if recipe.gate.approval and not request.force:
+        decision = _ask_for_approval(recipe, registry, version, request)
+        if decision:
+            publish_decision(decision)
+            return decision
+    decision = run_one("gate", str(version), partial(decide, recipe, registry, version, request), recipe.run)
+    publish_decision(decision)
+    return decision
 
 
 def _ask_for_approval(
-    recipe: Recipe, registry: ModelRegistry, version: Version, order: PromotionRequest
+    recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest
 ) -> GateDecision | None:
-    """Pauses the flow for a person's word if the gate would promote; the judgement if that word is no."""
+    """Pauses the flow for a person's word if the gate would promote; the decision if that word is no."""
     version = registry.version(version.name, version.version)
     verdict, champion = examine(registry, version, recipe.gate)
     if not verdict.promote or champion == version:
@@ -169,42 +170,39 @@ def _ask_for_approval(
         return None
     reason = f"declined by {answer.by or 'nobody named'}: {answer.reason or 'no reason given'}"
     against = champion.version if champion else ""
-    judgement = GateDecision(version, against, DECLINED, (reason,), verdict.rows)
-    record_decision(registry, judgement, order, datetime.now(UTC).isoformat(timespec="microseconds"))
-    return judgement
+    decision = GateDecision(version, against, DECLINED, (reason,), verdict.rows)
+    record_decision(registry, decision, request, datetime.now(UTC).isoformat(timespec="microseconds"))
+    return decision
 
 
-def publish_decision(judgement: GateDecision) -> None:
+def publish_decision(decision: GateDecision) -> None:
     """The decision with its table as a Prefect artifact of this run."""
-    create_markdown_artifact(
-        markdown_sheet(f"{judgement.version}: {judgement.decision}", {"Gate": gate_rows(judgement)})
-        + "\n\n"
-        + markdown_table(decision_table(judgement.rows)),
-        "gate",
-        judgement.sentence[:250],
-    )
+    title = f"{decision.version}: {decision.outcome}"
+    text = markdown(Table(title, {"Gate": gate_rows(decision)}), decision_table(decision.rows))
+    create_markdown_artifact(text, "gate", decision.sentence[:250])
 
 
-def gate_rows(judgement: GateDecision) -> Rows:
-    """The decision as rows of a sheet."""
-    against = f"against version {judgement.against}" if judgement.against else "there was no champion"
-    return [("decision", f"{judgement.decision}, {against}"), ("because", "; ".join(judgement.reasons))]
+def gate_rows(decision: GateDecision) -> Rows:
+    """The decision as rows of a table."""
+    against = f"against version {decision.against}" if decision.against else "there was no champion"
+    return [("decision", f"{decision.outcome}, {against}"), ("because", "; ".join(decision.reasons))]
 
 
-def decision_table(rows: Sequence[Row]) -> TextTable:
+def decision_table(rows: Sequence[VerdictRow]) -> Table:
     """Set by set."""
     lines = []
     for row in rows:
         figures = [f"{value:.4f}" if value is not None else "–" for value in (row.candidate, row.best, row.tolerance)]
         lines.append([row.set_name, row.metric, *figures, "passed" if row.passed else "refused"])
-    return ["set", "metric", "candidate", "best so far", "tolerance", ""], lines
+    return Table("Sets", {"": lines}, ("set", "metric", "candidate", "best so far", "tolerance", ""))
 
 
-def _who() -> str:
+def requester() -> str:
+    """Who asks for a promotion: this flow run, or the user where there is none."""
     run = runtime.flow_run.id
     return f"Prefect flow run {run}" if run else user()
 
 
-def set_rows(rows: Sequence[Row]) -> Rows:
-    """Set by set as rows of a sheet."""
+def set_rows(rows: Sequence[VerdictRow]) -> Rows:
+    """Set by set as rows of a table."""
     return [(row.set_name, f"{'passed' if row.passed else 'refused'}: {row.note}") for row in rows]

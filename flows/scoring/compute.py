@@ -6,14 +6,14 @@ from functools import partial
 from flows.pipeline.task_policy import run_one
 from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels, protocol_of, teacher_of
 from flows.scoring.finetuned import ALL_SEEDS, NO_PROTOCOL, SeedSelection, finetuned_scores
-from storage.artifact import Ref
 from storage.fingerprint import canonical_json, sha256_bytes
-from storage.store import Store
+from tasks.eval.fill_mask import fill_mask_answers
 from tasks.eval.heldout import block_counts, heldout_protocol, score_heldout
 from tasks.eval.intervals import paired_difference
-from tasks.eval.scores import ScoreKey, Scores, make_scores, not_run, teachers_own
-from tasks.eval.side_by_side import LoadedModel, fill_mask_answers, latency, load_model, parameters, size_on_disk
-from tasks.lineage import teacher_key, vocabulary_of
+from tasks.eval.loaded_model import LoadedModel, load_model
+from tasks.eval.scores import ScoreKey, Scores, make_scores, not_run, teacher_figures
+from tasks.eval.size_and_speed import latency, parameter_counts, size_on_disk
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.tokens.blocks import open_blocks
 
@@ -21,17 +21,17 @@ OWN_TOKENIZER = "by its own tokenizer: other pieces, so not comparable with mode
 
 
 def score_models(
-    store: Store,
-    recipe: Recipe,
+    workspace: Workspace,
     models: Sequence[EvaluatedModel],
-    heldout: Mapping[str, tuple[Recipe, Sequence[Ref]]],
-    pairs: SeedSelection = ALL_SEEDS,
+    heldout: Mapping[str, Workspace],
+    seeds: SeedSelection = ALL_SEEDS,
 ) -> ScoredModels:
-    """All scores of all models, each a task run of its own, beside those of the recipe's teacher.
+    """All scores of all models, each a task run of its own, and those of the recipe's teacher.
 
-    `heldout`: by model the recipe that its held-out blocks were made with, and those blocks. What compares models side
-    by side (fill-mask, size and speed) stands among the scores of the first.
+    `heldout`: by model the workspace whose held-out blocks it is scored on. Comparisons of all models at once
+    (fill-mask, size and speed) are among the scores of the first.
     """
+    recipe = workspace.recipe
     protocol = protocol_of(recipe)
     teacher = teacher_of(recipe)
     if teacher and teacher.key in {model.key for model in models}:
@@ -39,32 +39,31 @@ def score_models(
     first = models[0]
     scores: dict[str, dict[str, Scores]] = {model.name: {} for model in models}
     for model in models:
-        own, blocks = heldout[model.name]
-        scores[model.name]["heldout"] = _heldout(store, own, model, blocks)
-        if own is not recipe:
+        scores[model.name]["heldout"] = _heldout(heldout[model.name], model)
+        if heldout[model.name].recipe is not recipe:
             scores[model.name]["heldout"]["note"] = OWN_TOKENIZER
-    _add_heldout_intervals([scores[model.name]["heldout"] for model in models if heldout[model.name][0] is recipe])
-    for part, compare in _side_by_side(store, recipe, [*models, *([teacher] if teacher else [])]):
+    _add_heldout_intervals([scores[model.name]["heldout"] for model in models if heldout[model.name].recipe is recipe])
+    for part, compare in _side_by_side(workspace, [*models, *([teacher] if teacher else [])]):
         scores[first.name][part] = run_one(f"score {part}", first.name, compare, recipe.run)
     if protocol is None:
         scores[first.name]["fine-tuning"] = not_run(NO_PROTOCOL)
         return ScoredModels(scores)
     if teacher:
         scores[teacher.name] = {
-            "heldout": teachers_own(scores[first.name]["heldout"])
+            "heldout": teacher_figures(scores[first.name]["heldout"])
             or not_run("no model was compared with the teacher on held-out text")
         }
-    tuned = finetuned_scores(store, recipe, protocol, models, teacher, pairs)
+    tuned = finetuned_scores(workspace, protocol, models, teacher, seeds)
     return ScoredModels({name: scores[name] | tuned.scores[name] for name in scores}, tuned.failures)
 
 
-def deciding_scores(store: Store, recipe: Recipe, model: EvaluatedModel, heldout: Sequence[Ref]) -> ScoredModels:
+def deciding_scores(workspace: Workspace, model: EvaluatedModel) -> ScoredModels:
     """What the gate compares of a model that reads the recipe's tokens: held-out text and the fine-tuned sets."""
-    protocol = protocol_of(recipe)
-    scores = {"heldout": _heldout(store, recipe, model, heldout)}
+    protocol = protocol_of(workspace.recipe)
+    scores = {"heldout": _heldout(workspace, model)}
     if protocol is None:
         return ScoredModels({model.name: scores | {"fine-tuning": not_run(NO_PROTOCOL)}})
-    tuned = finetuned_scores(store, recipe, protocol, [model])
+    tuned = finetuned_scores(workspace, protocol, [model])
     return ScoredModels({model.name: scores | tuned.scores[model.name]}, tuned.failures)
 
 
@@ -81,36 +80,36 @@ def _add_heldout_intervals(figures: Sequence[Scores]) -> None:
             }
 
 
-def _heldout(store: Store, recipe: Recipe, model: EvaluatedModel, heldout: Sequence[Ref]) -> Scores:
+def _heldout(workspace: Workspace, model: EvaluatedModel) -> Scores:
+    store, recipe, heldout = workspace.store, workspace.recipe, workspace.lineage.heldout_blocks
     rows, masks = recipe.score.heldout_rows, recipe.score.heldout_masks
-    protocol = heldout_protocol(heldout, recipe.mask, rows, teacher_key(recipe), masks)
+    protocol = heldout_protocol(heldout, recipe.mask, rows, workspace.teacher_key, masks)
 
     def compute() -> Scores:
         teacher = teacher_of(recipe)
         theirs = _loaded(recipe, teacher).model if teacher else None
         own = _loaded(recipe, model).model
         blocks = [open_blocks(store, ref) for ref in heldout]
-        return score_heldout(own, vocabulary_of(recipe), blocks, recipe.mask, rows, theirs, masks)
+        return score_heldout(own, workspace.vocabulary, blocks, recipe.mask, rows, theirs, masks)
 
     work = partial(make_scores, store, ScoreKey(model.key, protocol, "heldout"), compute)
     figures: Scores = run_one("score heldout", model.name, work, recipe.run)
     return figures | {"protocol": sha256_bytes(canonical_json(protocol))}
 
 
-def _side_by_side(
-    store: Store, recipe: Recipe, models: Sequence[EvaluatedModel]
-) -> Iterator[tuple[str, Callable[[], Scores]]]:
+def _side_by_side(workspace: Workspace, models: Sequence[EvaluatedModel]) -> Iterator[tuple[str, Callable[[], Scores]]]:
     """What needs all models at once; kept under the first, with the names and keys of all in the protocol."""
+    store, recipe = workspace.store, workspace.recipe
     names = {"models": [[model.name, model.key] for model in models]}
     sentences, runs = recipe.score.sentences, recipe.score.latency_runs
-    load = partial(_contenders, recipe, models)
-    asked = ScoreKey(models[0].key, names | {"sentences": list(sentences)}, "fill-mask")
-    yield "fill-mask", partial(make_scores, store, asked, lambda: fill_mask_answers(load(), sentences))
+    load = partial(_load_all, recipe, models)
+    filled = ScoreKey(models[0].key, names | {"sentences": list(sentences)}, "fill-mask")
+    yield "fill-mask", partial(make_scores, store, filled, lambda: fill_mask_answers(load(), sentences))
     timed = ScoreKey(models[0].key, names | {"runs": runs}, "size-and-speed")
     yield "size-and-speed", partial(make_scores, store, timed, lambda: _size_and_speed(load(), runs))
 
 
-def _contenders(recipe: Recipe, models: Sequence[EvaluatedModel]) -> dict[str, LoadedModel]:
+def _load_all(recipe: Recipe, models: Sequence[EvaluatedModel]) -> dict[str, LoadedModel]:
     return {model.name: _loaded(recipe, model) for model in models}
 
 
@@ -120,13 +119,13 @@ def _loaded(recipe: Recipe, model: EvaluatedModel) -> LoadedModel:
 
 def _size_and_speed(models: Mapping[str, LoadedModel], runs: int) -> Scores:
     return {
-        "parameters": {name: parameters(one.model) for name, one in models.items()},
+        "parameters": {name: parameter_counts(one.model) for name, one in models.items()},
         "bytes": {name: size_on_disk(one.folder) for name, one in models.items()},
         "latency": latency(models, runs=runs),
     }
 
 
-def failure_sentence(judged: ScoredModels) -> str:
+def failure_sentence(scored: ScoredModels) -> str:
     """One sentence about the scores that failed."""
-    more = f" and {len(judged.failures) - 1} more" if judged.failures[1:] else ""
-    return f"scoring failed: {judged.failures[0]}{more}; the same command computes only what is missing"
+    more = f" and {len(scored.failures) - 1} more" if scored.failures[1:] else ""
+    return f"scoring failed: {scored.failures[0]}{more}; the same command computes only what is missing"

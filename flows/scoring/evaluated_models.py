@@ -18,7 +18,7 @@ TEACHER, CONTROL = "teacher", "control"
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to judge: its name for people, the key that its scores are kept under, its folder.
+    """A model to score: its name for people, the key that its scores are kept under, its folder.
 
     `uri` is models:/NAME/VERSION where it is registered, else "".
     """
@@ -57,7 +57,7 @@ def control_of(recipe: Recipe) -> EvaluatedModel | None:
     if not recipe.score.control:
         return None
     control = find_model(recipe, recipe.score.control)
-    if _same_tokenizer(recipe, control.folder) is not recipe:
+    if with_tokenizer_of(recipe, control.folder) is not recipe:
         raise FatalError(
             f"score.control: {recipe.score.control} has another tokenizer than the student, so their scores on "
             "held-out text cannot be compared; give a model with the same one"
@@ -74,9 +74,8 @@ def find_model(recipe: Recipe, model: str) -> EvaluatedModel:
     )
 
 
-def _same_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
+def with_tokenizer_of(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe itself, or, for a model with another tokenizer, one with that tokenizer and no teacher to compare."""
     if load_vocabulary(str(folder)).fingerprint == vocabulary_of(recipe).fingerprint:
         return recipe
-    blocks = recipe.blocks.model_copy(update={"tokenizer": str(folder)})
-    return recipe.model_copy(update={"blocks": blocks, "teacher": recipe.teacher.model_copy(update={"model": ""})})
+    return recipe.with_changes({"blocks.tokenizer": str(folder), "teacher.model": ""})

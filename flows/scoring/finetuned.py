@@ -1,6 +1,6 @@
 """The fine-tuned sets of a protocol as task runs: one a set, seed and model, `score xnli seed 1 student`.
 
-    tuned = tuned_scores(store, recipe, protocol, models, teacher)
+    scored = finetuned_scores(workspace, protocol, models, teacher)
 
 What is in the store is not computed again, so a run that was killed goes on with the pairs that are missing. A set that
 cannot be loaded is `not run` with its reason; a seed that fails leaves its set `not run`, holds back nothing else, and
@@ -18,10 +18,10 @@ from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
 from storage.errors import DistilError
 from storage.store import Store
 from tasks.eval.datasets.load import AnySet, load_set
+from tasks.eval.finetuned_scores import compare_models, missing_seeds, score_seed, set_scores
 from tasks.eval.protocol import Protocol
 from tasks.eval.scores import Scores, not_run, was_run
-from tasks.eval.seeds import compare, missing_seeds, score_seed, set_scores
-from tasks.recipe.config import Recipe
+from tasks.lineage import Workspace
 
 NO_PROTOCOL = "score.protocol names no protocol file"
 
@@ -45,27 +45,27 @@ ALL_SEEDS = SeedSelection()
 
 
 def finetuned_scores(
-    store: Store,
-    recipe: Recipe,
+    workspace: Workspace,
     protocol: Protocol,
     models: Sequence[EvaluatedModel],
     teacher: EvaluatedModel | None = None,
-    pairs: SeedSelection = ALL_SEEDS,
+    seeds: SeedSelection = ALL_SEEDS,
 ) -> ScoredModels:
     """All sets of the protocol for all models and the teacher; every model's figures also against the teacher's
     (`against_teacher`) and, from the second model on, against the first's (`against_first`)."""
-    contenders = [*models, *([teacher] if teacher else [])]
-    scores: dict[str, dict[str, Scores]] = {model.name: {} for model in contenders}
+    store, recipe = workspace.store, workspace.recipe
+    everyone = [*models, *([teacher] if teacher else [])]
+    scores: dict[str, dict[str, Scores]] = {model.name: {} for model in everyone}
     failures: list[str] = []
     for name in protocol.sets:
         try:
             data = run_one("load", name, partial(load_set, name, protocol.sets[name], recipe.score.sets), recipe.run)
         except DistilError as error:
-            for model in contenders:
+            for model in everyone:
                 scores[model.name][name] = not_run(error.message)
             continue
-        for model in contenders:
-            failures += _tune(store, recipe, protocol, data, model, pairs)
+        for model in everyone:
+            failures += _tune(workspace, protocol, data, model, seeds)
             scores[model.name][name] = _figures(store, protocol, data, model)
         if teacher:
             _compare(store, protocol, data, models, teacher, scores, "against_teacher")
@@ -74,17 +74,18 @@ def finetuned_scores(
 
 
 def _tune(
-    store: Store, recipe: Recipe, protocol: Protocol, data: AnySet, model: EvaluatedModel, pairs: SeedSelection
+    workspace: Workspace, protocol: Protocol, data: AnySet, model: EvaluatedModel, seeds: SeedSelection
 ) -> list[str]:
     """Computes the missing (or forced) seeds of one set and model; sentences about those that failed."""
+    store, recipe = workspace.store, workspace.recipe
     failures: list[str] = []
     missing = missing_seeds(store, model.key, data, protocol)
     for seed in protocol.seeds:
-        if not pairs.takes(data.name, seed) or not (pairs.force or seed in missing):
+        if not seeds.takes(data.name, seed) or not (seeds.force or seed in missing):
             continue
         device = recipe.train.device
         work = partial(
-            score_seed, store, model.key, model.folder, data, protocol, seed, device=device, force=pairs.force
+            score_seed, store, model.key, model.folder, data, protocol, seed, device=device, force=seeds.force
         )
         try:
             run_one("score", f"{data.name} seed {seed} {model.name}", work, recipe.run)
@@ -117,4 +118,4 @@ def _compare(
     if was_run(scores[other.name][data.name]):
         for model in models:
             if was_run(scores[model.name][data.name]):
-                scores[model.name][data.name][part] = compare(store, model.key, other.key, data, protocol)
+                scores[model.name][data.name][part] = compare_models(store, model.key, other.key, data, protocol)

@@ -1,6 +1,6 @@
 """Scores in MLflow: a child run for each set of each model, which its page compares side by side.
 
-    record_scores(book, parent, key, judged)
+    record_scores(mlflow_runs, parent, key, scored)
 
 Called by the flows `distill` and `score` under the run that they opened.
 """
@@ -15,23 +15,24 @@ from tasks.eval.scores import Scores, was_run
 AGAINST = ("against_teacher", "against_first")
 
 
-def record_scores(book: MlflowRuns, parent: str, key: str, judged: ScoredModels) -> None:
+def record_scores(mlflow_runs: MlflowRuns, parent: str, key: str, scored: ScoredModels) -> None:
     """Each set of each model as a child run, figures under the same names; what was run, and why not, as tags."""
-    first = next(iter(judged.scores))
-    for model, scores in judged.scores.items():
+    first = next(iter(scored.scores))
+    for model, scores in scored.scores.items():
         suffix = "" if model == first else f"-{model}"
-        said = {
+        outcomes = {
             part: "run" if was_run(figures) else f"not run: {figures['reason']}" for part, figures in scores.items()
         }
-        book.tag(parent, {f"distil.score.{part}{suffix}": text for part, text in said.items()})
+        mlflow_runs.tag(parent, {f"distil.score.{part}{suffix}": text for part, text in outcomes.items()})
         for part, figures in scores.items():
             if not was_run(figures):
                 continue
             settings = {"model": model, "set": part}
-            child = book.run(f"score-{part}{suffix}", key, f"{model} {part}", parent=parent, settings=settings)
-            book.figures(child, plain_figures(figures))
-            book.file(child, f"{part}.json", figures)
-            book.end(child)
+            name = f"score-{part}{suffix}"
+            child = mlflow_runs.run(name, key, f"{model} {part}", parent=parent, settings=settings)
+            mlflow_runs.figures(child, plain_figures(figures))
+            mlflow_runs.file(child, f"{part}.json", figures)
+            mlflow_runs.end(child)
 
 
 def plain_figures(figures: Scores) -> Scores:

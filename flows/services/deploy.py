@@ -1,6 +1,6 @@
 """Registers the deployments FLOW/RECIPE with a Prefect server: `distil deploy [RECIPE.toml ...]`.
 
-    deploy([load_recipe("deployments/demo.toml")], Pool("distil"))
+    deploy([load_recipe("deployments/demo.toml")], WorkPool("distil"))
 
 deployments/prefect.yaml says once what the deployment of each flow is; here its braces are filled in for each recipe,
 and Prefect's own `prefect deploy` registers the result. Deploying again changes what differs and adds nothing.
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.templating import apply_values
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
@@ -77,7 +78,7 @@ def deploy(recipes: Sequence[Recipe], pool: WorkPool, notify: str = "") -> list[
         mark_dead_runs(client)
         if notify:
             notify_of_failures(client, notify)
-        _make_pool(client, pool)
+        ensure_work_pool(client, pool)
         _register(render(yaml.safe_load(PROJECT.read_text(encoding="utf-8")), recipes, pool))
         ours = _ours(client, {recipe.name for recipe in recipes})
         _finish_forms(client, ours)
@@ -126,21 +127,29 @@ def _check(recipes: Sequence[Recipe], pool: WorkPool) -> None:
         raise FatalError("--image goes with --pool-type docker or kubernetes, which need one")
 
 
-def _make_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
-    """Makes the work pool and its queues unless they are there; what a user set on them stays."""
+def ensure_work_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
+    """Creates the work pool and its queues unless they exist; settings of existing ones stay as they are.
+
+    Any number of processes may call it at once, and a starting worker creates its pool too: the first one wins.
+    FatalError if the pool is of another type.
+    """
     try:
         kind = client.read_work_pool(pool.name).type
     except ObjectNotFound:
-        kind = pool.kind
-        template = asyncio.run(get_default_base_job_template_for_infrastructure_type(kind))
-        client.create_work_pool(WorkPoolCreate(name=pool.name, type=kind, base_job_template=template or {}))
+        template = asyncio.run(get_default_base_job_template_for_infrastructure_type(pool.kind))
+        settings = WorkPoolCreate(name=pool.name, type=pool.kind, base_job_template=template or {})
+        try:
+            kind = client.create_work_pool(settings).type
+        except ObjectAlreadyExists:
+            kind = client.read_work_pool(pool.name).type
     if kind != pool.kind:
         raise FatalError(f"the work pool {pool.name!r} is of type {kind}, not {pool.kind}; name another with --pool")
     for queue in ONE_AT_A_TIME:
         try:
             client.read_work_queue_by_name(queue, pool.name)
         except ObjectNotFound:
-            client.create_work_queue(queue, concurrency_limit=1, work_pool_name=pool.name)
+            with suppress(ObjectAlreadyExists):
+                client.create_work_queue(queue, concurrency_limit=1, work_pool_name=pool.name)
 
 
 def _register(project: dict[str, Any]) -> None:
@@ -171,13 +180,14 @@ def _ours(client: SyncPrefectClient, recipes: set[str]) -> list[DeploymentRespon
 
 
 def _finish_forms(client: SyncPrefectClient, deployments: Sequence[DeploymentResponse]) -> None:
-    """Two things that Prefect's schemas of our flows lack.
+    """Three things that Prefect's schemas of our flows lack.
 
-    Unknown parameters are refused; they would be let through and crash the run. And the recipe, a page of fields, comes
-    after the two or three that are a flow's own.
+    Unknown parameters are refused; they would be let through and crash the run. The recipe, a page of fields, comes
+    after the two or three that are a flow's own. And `command` is for the command line, so it is in no form.
     """
     for one in deployments:
         schema = deepcopy(one.parameter_openapi_schema or {}) | {"additionalProperties": False}
+        schema["properties"].pop("command", None)
         schema["properties"]["recipe"]["position"] = len(schema["properties"])
         client.update_deployment(one.id, DeploymentUpdate(parameter_openapi_schema=schema))
 

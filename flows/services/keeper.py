@@ -7,7 +7,6 @@ parent ends them. On Linux the keeper is the reaper of all its descendants: they
 parent dies, so it always knows them. Started by service.py. Imports little: one runs beside each server.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,13 +17,9 @@ from contextlib import suppress
 
 import psutil
 
+from tasks.parent_death import become_subreaper, signal_on_parent_death
+
 POLL_SECONDS = 0.1
-
-SET_PARENT_DEATH_SIGNAL = 1
-
-SET_CHILD_SUBREAPER = 36
-
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,19 +28,13 @@ def main(arguments: Sequence[str]) -> int:
     told: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda given, _frame: told.append(given))
-    if _libc is not None:
-        _libc.prctl(SET_CHILD_SUBREAPER, 1)
-    child = subprocess.Popen(command, preexec_fn=_end_with_keeper)
+    become_subreaper()
+    # If the keeper itself is killed, the command still gets a SIGTERM.
+    child = subprocess.Popen(command, preexec_fn=signal_on_parent_death())
     status = _watch(child.pid, parent, told, grace)
     _sweep(0.0 if status is None else grace)
     child.returncode = -signal.SIGKILL if status is None else status  # it was waited for already
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
-
-
-def _end_with_keeper() -> None:
-    """Only for a keeper that is killed itself: then the command at least gets a SIGTERM."""
-    if _libc is not None:
-        _libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _watch(child: int, parent: int, told: list[int], grace: float) -> int | None:

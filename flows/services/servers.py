@@ -8,7 +8,6 @@ serves the UI while the run lasts, and ends with this process, however that ends
 """
 
 import atexit
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from flows.services.auth import mlflow_access, prefect_access
 from flows.services.process import Service, free_port, is_healthy, start, stop, wait_until_up
 from storage.disk import writing
 from storage.errors import FatalError
+from storage.lock import acquire
 
 
 def live_up(home: str) -> dict[str, str] | None:
@@ -61,11 +61,8 @@ def start_server(home: str) -> Callable[[], None]:
     if os.environ.get("PREFECT_API_URL") or join_up(home):
         return lambda: None
     # One after the other: two servers that fill an empty database at the same time spoil it.
-    lock = Path(home) / "run" / "prefect.lock"
     with writing(f"the home {home}"):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        turn = lock.open("w")
-    fcntl.flock(turn, fcntl.LOCK_EX)
+        lock = acquire(Path(home) / "run" / "prefect.lock")
     server = prefect_server(home, free_port("Prefect", None))
     # Registered before Prefect's own exit hooks, so it runs after they have sent what they still hold.
     atexit.register(stop, server)
@@ -74,7 +71,7 @@ def start_server(home: str) -> Callable[[], None]:
     os.environ.setdefault("PREFECT_UI_URL", LATER)
 
     def wait() -> None:
-        with turn:
+        with lock:
             wait_until_up(server)
 
     return wait

@@ -1,12 +1,11 @@
 """`distil up`: Prefect server, MLflow server and a worker with all deployments, until Ctrl-C.
 
-    serve(recipes, home, port=None, mlflow_port=None)
+    serve(recipes, port=None, mlflow_port=None)
 
 Each part is a process under a keeper (service.py): whatever happens to this one, none of them is left. All state is
 below `home` and is there again at the next start.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from flows.services.auth import check_mlflow
 from flows.services.process import STOP_SECONDS, Service, finish, free_port, start, stop, wait_until_up
 from flows.services.servers import MLFLOW_PORT, PREFECT_PORT, mlflow_server, prefect_server, verbose_environment
 from storage.errors import FatalError
+from storage.lock import try_acquire
 from tasks.recipe.config import Recipe
 
 POOL = "distil"
@@ -40,9 +40,13 @@ class StopRequested(BaseException):
     """Ctrl-C or SIGTERM. Not an Exception: nothing on its way may take it for a failure."""
 
 
-def serve(recipes: Sequence[Recipe], home: str, port: int | None = None, mlflow_port: int | None = None) -> None:
-    """Serves until it is told to stop. FatalError if another one serves this home, if a port is taken, if a part does
-    not start or ends by itself."""
+def serve(recipes: Sequence[Recipe], port: int | None = None, mlflow_port: int | None = None) -> None:
+    """Serves the home of these recipes until it is told to stop.
+
+    FatalError if the recipes have several homes, another `distil up` serves this one, a port is taken, or a part does
+    not start or ends by itself.
+    """
+    home = _home_of(recipes)
     services: list[Service] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _raise_stop_requested)
@@ -56,20 +60,24 @@ def serve(recipes: Sequence[Recipe], home: str, port: int | None = None, mlflow_
     print("all stopped")
 
 
+def _home_of(recipes: Sequence[Recipe]) -> str:
+    homes = sorted({recipe.home for recipe in recipes})
+    if len(homes) > 1:
+        raise FatalError(f"these recipes have different homes ({', '.join(homes)}); give one with --home")
+    return homes[0]
+
+
 def _raise_stop_requested(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise StopRequested
 
 
 @contextmanager
 def _alone(home: str) -> Iterator[None]:
-    """Holds the lock of this home; the kernel gives it back however we end."""
-    path = up_file(home).with_name("up.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FatalError(f"another `distil up` serves {home}; stop it, or give another --home") from error
+    """Holds the lock of this home; the kernel releases it however this process ends."""
+    lock = try_acquire(up_file(home).with_name("up.lock"))
+    if lock is None:
+        raise FatalError(f"another `distil up` serves {home}; stop it, or give another --home")
+    with lock:
         yield
 
 

@@ -1,6 +1,6 @@
-"""What MLflow raises, as our two error types.
+"""Translates the exceptions of MLflow, its database and its artifact store into FatalError and RetryableError.
 
-with answering():                           # or @answering() around a function
+with translate_errors():                    # or @translate_errors() on a function
     client.create_experiment("distil")
 """
 
@@ -15,39 +15,39 @@ from storage.errors import FatalError, RetryableError
 from storage.filesystem import client_errors, is_remote_error, translated
 
 REFUSED = (400, 401, 403, 404)
-"""Statuses of what MLflow does not take however often it is asked."""
+"""HTTP statuses that no retry changes."""
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """What MLflow raises becomes one of our two errors: FatalError for what it refuses, else its server or database may
-    be back in a moment."""
+    """Raises FatalError for a request that MLflow refuses or a database that is full, RetryableError for a server,
+    database or artifact store that does not answer."""
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError) as error:
-        said = _sentence(error)
+        sentence = _sentence(error)
         if _database_is_full(error):
-            raise FatalError(f"MLflow's database cannot be written; make space there: {said}") from error
+            raise FatalError(f"MLflow's database cannot be written; make space there: {sentence}") from error
         refused = isinstance(error, MlflowException) and error.get_http_status_code() in REFUSED  # type: ignore[no-untyped-call]
         if refused:
-            raise FatalError(f"MLflow refused: {said}") from error
-        raise RetryableError(f"MLflow did not answer: {said}") from error
+            raise FatalError(f"MLflow refused: {sentence}") from error
+        raise RetryableError(f"MLflow did not answer: {sentence}") from error
     except client_errors() as error:
-        ours = translated(error, "MLflow's artifacts") if is_remote_error(error) else None
-        if ours is None:
+        translation = translated(error, "MLflow's artifacts") if is_remote_error(error) else None
+        if translation is None:
             raise
-        raise ours from error
+        raise translation from error
 
 
 def _sentence(error: BaseException) -> str:
-    """What is said in one line; SQLAlchemy says first, in brackets, how it came to ask, and last the statement."""
+    """The line of the message that names the fault; SQLAlchemy puts the context of the call first, in brackets."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = (line for line in lines if not line.startswith("(raised as a result"))
-    return next(told, type(error).__name__)
+    faults = (line for line in lines if not line.startswith("(raised as a result"))
+    return next(faults, type(error).__name__)
 
 
 def _database_is_full(error: BaseException) -> bool:
-    """True if SQLite says that its disk is full or read-only, which no second try changes."""
+    """True if SQLite reports a full or read-only disk, which no retry changes."""
     cause: BaseException | None = error
     while cause is not None:
         name = getattr(getattr(cause, "orig", cause), "sqlite_errorname", "")

@@ -1,11 +1,11 @@
 """MLflow's model registry: versions of a model, their tags, and the aliases `challenger` and `champion`.
 
     registry = open_registry(recipe)
-    version = registry.register(run_id, name, model_key, folder, ...)     # one a model key, alias `challenger`
+    version = registry.register(run_id, name, model_key, folder, ...)     # one per model key, alias `challenger`
     registry.named("models:/NAME@ALIAS"), registry.version("NAME", "3"), registry.champion("NAME")
-    registry.set_champion(version, when)                                         # flows/promote.py decides who gets it
+    registry.set_champion(version, when, expected)          # flows/promote.py decides which version
 
-The runs that versions come from are in flows/tracking/runs.py.
+The runs that log the models are in flows/tracking/runs.py.
 """
 
 import shutil
@@ -34,18 +34,20 @@ CHALLENGER = "challenger"
 CHAMPION = "champion"
 
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's codes for a model, alias or version that is not there, or whose name cannot be one."""
+"""MLflow's error codes for a model, alias or version that does not exist or has an invalid name."""
 
 CHAMPION_SINCE = "distil.champion_since"
-"""Tag of every version that was ever champion: when it became one (UTC)."""
+"""Tag of every present or past champion: the time (UTC) at which it became champion."""
 
 HALF_REGISTERED = "distil.half_registered"
-"""Tag of a version until it has the alias `challenger`. Only then: later the alias may belong to a newer version."""
+"""Tag of a version whose registration is incomplete: it has not received the alias `challenger` yet.
+
+Without the tag a repeated registration would move the alias back from a newer version."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered model."""
+    """One version of a registered model."""
 
     name: str
     version: str
@@ -55,7 +57,7 @@ class Version:
 
     @property
     def uri(self) -> str:
-        """What `mlflow.transformers.load_model` takes."""
+        """The URI that `mlflow.transformers.load_model` accepts."""
         return f"models:/{self.name}/{self.version}"
 
     def __str__(self) -> str:
@@ -79,7 +81,10 @@ class ModelRegistry:
         tags: Mapping[str, str],
         trust_remote_code: bool = False,
     ) -> Version:
-        """Registers a model folder as a new version with alias `challenger`, once for each model key."""
+        """Registers a model folder as a new version with the alias `challenger`, once per model key.
+
+        `example` is a sentence with `<mask>`. A call after an interrupted one completes the registration.
+        """
         known = self.version_of(name, model_key)
         if known is None:
             logged = _log_model(self.client, run_id, folder, example, trust_remote_code)
@@ -92,10 +97,10 @@ class ModelRegistry:
                 logged.model_uri,
                 run_id=run_id,
                 tags=kept,
-                model_id=logged.model_id,  # a server asks for it, a database does not
+                model_id=logged.model_id,  # required by a server, optional with a database
             )
             known = _version(made)
-        if HALF_REGISTERED in known.tags:  # by us, or by a run that was killed here
+        if HALF_REGISTERED in known.tags:  # new, or left by a process that was killed at this point
             self.client.set_registered_model_alias(name, CHALLENGER, known.version)
             self.tag_version(known, {HALF_REGISTERED: ""})
             known = self.version(name, known.version)
@@ -103,7 +108,7 @@ class ModelRegistry:
 
     @translate_errors()
     def version_of(self, name: str, model_key: str) -> Version | None:
-        """The version that this model key was registered as, or None."""
+        """The version with this model key, or None."""
         query = f"name = '{name}' and tags.`distil.model_key` = '{model_key}'"
         for found in self.client.search_model_versions(query, max_results=1):
             return _version(found)
@@ -111,7 +116,7 @@ class ModelRegistry:
 
     @translate_errors()
     def version(self, name: str, version: str = "") -> Version:
-        """A version with its tags, the challenger if no number is given. FatalError where there is none."""
+        """A version with its tags; the challenger if no number is given. FatalError if it does not exist."""
         try:
             number = version or self._aliases(name).get(CHALLENGER, "")
             if not number:
@@ -127,18 +132,18 @@ class ModelRegistry:
 
     @translate_errors()
     def named(self, uri: str) -> Version:
-        """The version that `models:/NAME/NUMBER` or `models:/NAME@ALIAS` means. FatalError where there is none."""
+        """The version that `models:/NAME/NUMBER` or `models:/NAME@ALIAS` names. FatalError if it does not exist."""
         return _version(_find(self.client, uri))
 
     @translate_errors()
     def champion(self, name: str) -> Version | None:
-        """The version that has the alias `champion` now."""
+        """The version with the alias `champion`, or None."""
         number = self._aliases(name).get(CHAMPION)
         return _version(self.client.get_model_version(name, number)) if number else None
 
     @translate_errors()
     def champions(self, name: str) -> list[Version]:
-        """All versions that were ever champion, oldest first; the one that is champion now is the last."""
+        """Past champions, oldest first, then the present one."""
         now = self.champion(name)
         found, token = [], None
         while True:
@@ -152,12 +157,12 @@ class ModelRegistry:
 
     @translate_errors()
     def aliases_of(self, version: Version) -> list[str]:
-        """The aliases that the version has now; a newer one may have taken `challenger`."""
+        """The present aliases of the version, sorted; a newer version may have taken `challenger`."""
         return sorted(alias for alias, number in self._aliases(version.name).items() if number == version.version)
 
     @translate_errors()
     def tag_version(self, version: Version, tags: Mapping[str, str]) -> None:
-        """Sets tags of a version; an empty value takes the tag away."""
+        """Sets tags of a version; an empty value removes the tag."""
         for name, value in tags.items():
             if value:
                 self.client.set_model_version_tag(version.name, version.version, name, value)
@@ -165,16 +170,21 @@ class ModelRegistry:
                 self.client.delete_model_version_tag(version.name, version.version, name)
 
     @translate_errors()
-    def set_champion(self, version: Version, when: str, judged_against: Version | None) -> None:
-        """Moves the alias `champion` to this version. RetryableError if somebody else moved it meanwhile."""
+    def set_champion(self, version: Version, when: str, expected: Version | None) -> None:
+        """Moves the alias `champion` to this version; `when` is the time in UTC.
+
+        RetryableError if the champion is not the `expected` version, or changes during the call.
+        """
         before = self.champion(version.name)
-        if before != judged_against:
-            raise RetryableError(f"the champion of {version.name} was changed by somebody else while it was judged")
+        if before != expected:
+            raise RetryableError(
+                f"the champion of {version.name} was changed by another process while the gate decided"
+            )
         if before and before != version and CHAMPION_SINCE not in before.tags:
-            self.tag_version(before, {CHAMPION_SINCE: when})  # a person gave it the alias in MLflow
+            self.tag_version(before, {CHAMPION_SINCE: when})  # the alias was set by hand in MLflow
         self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
         if self.champion(version.name) != version:
-            raise RetryableError(f"the champion of {version.name} was changed by somebody else at the same time")
+            raise RetryableError(f"the champion of {version.name} was changed by another process at the same time")
         self.tag_version(version, {CHAMPION_SINCE: when})
 
     def _aliases(self, name: str) -> dict[str, str]:
@@ -188,9 +198,9 @@ def open_registry(recipe: Recipe) -> ModelRegistry:
 
 @translate_errors()
 def connect(recipe: Recipe) -> tuple[MlflowClient, str]:
-    """A client of the recipe's MLflow, and where that is; the folder of a local database is made.
+    """A client of the recipe's MLflow and its URI; creates the folder of a local database.
 
-    FatalError: the driver of its database is not installed. RetryableError: a database does not answer.
+    FatalError: the driver of its database is not installed. RetryableError: the database does not answer.
     """
     uri = tracking_uri(recipe)
     if uri.startswith("sqlite:"):
@@ -207,21 +217,22 @@ def connect(recipe: Recipe) -> tuple[MlflowClient, str]:
 
 @translate_errors()
 def fetch_model(recipe: Recipe, uri: str) -> Path:
-    """The folder of a registered model, as AutoModel and AutoTokenizer load it; kept below the recipe's home.
+    """Downloads a registered model and returns its folder, which AutoModel and AutoTokenizer load.
 
-    `uri` is models:/NAME@ALIAS or models:/NAME/VERSION. FatalError: there is none.
+    `uri` is models:/NAME@ALIAS or models:/NAME/VERSION. The folder is cached below the recipe's home. FatalError if the
+    model does not exist.
     """
     client, server = connect(recipe)
     found = _find(client, uri)
-    # With its time: in a new database the numbers of versions begin again.
-    named = sha256_bytes(canonical_json([server, found.name, str(found.version), found.creation_timestamp]))
-    folder = Path(recipe.home) / "cache" / "registered" / named[:16]
+    # The creation time is part of the key: in a new database version numbers start at 1 again.
+    cache_key = sha256_bytes(canonical_json([server, found.name, str(found.version), found.creation_timestamp]))
+    folder = Path(recipe.home) / "cache" / "registered" / cache_key[:16]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         exact = f"{REGISTERED}{found.name}/{found.version}"
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as fresh:
             copy = mlflow.artifacts.download_artifacts(exact, dst_path=f"{fresh}/whole")
-            # Under its name only when it is whole; where another process was faster, its copy is the same.
+            # Renamed once complete; if another process was faster, its copy is the same.
             with suppress(OSError):
                 Path(copy).rename(folder)
     return folder / "model"
@@ -229,7 +240,7 @@ def fetch_model(recipe: Recipe, uri: str) -> Path:
 
 @translate_errors()
 def champion_of(recipe: Recipe) -> Version | None:
-    """The version of the recipe's registered model that has the alias `champion`, or None."""
+    """The champion of the recipe's registered model, or None."""
     client, _ = connect(recipe)
     try:
         return _version(_find(client, f"{REGISTERED}{recipe.register_as.name}@{CHAMPION}"))
@@ -238,7 +249,7 @@ def champion_of(recipe: Recipe) -> Version | None:
 
 
 def _find(client: MlflowClient, uri: str) -> ModelVersion:
-    """The version that a models:/ URI names. FatalError if there is none."""
+    """The version that a models:/ URI names. FatalError if it does not exist."""
     name, at, alias = uri.removeprefix(REGISTERED).partition("@")
     try:
         if at:
@@ -256,7 +267,7 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def _version(found: ModelVersion) -> Version:
-    # The registry keeps no id of the logged model, only where the version came from: models:/m-...
+    # The registry does not return the id of the logged model; the source of the version has it: models:/m-...
     source = found.source or ""
     logged = source.removeprefix(REGISTERED) if source.startswith(f"{REGISTERED}m-") else ""
     return Version(found.name, str(found.version), found.run_id or "", logged, dict(found.tags))
@@ -265,8 +276,8 @@ def _version(found: ModelVersion) -> Version:
 def _log_model(client: MlflowClient, run_id: str, folder: Path, example: str, trust_remote_code: bool) -> ModelInfo:
     """Logs the folder in the transformers flavour.
 
-    MLflow keeps the tokenizer apart from the model; its files are put beside the weights as well, so that `model/` of
-    the version is what AutoModel and AutoTokenizer expect.
+    MLflow stores the tokenizer in another folder than the weights. Its files are copied into `model/` as well, which
+    AutoModel and AutoTokenizer then load.
     """
     import transformers
 
@@ -279,7 +290,7 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, example: str, tr
             name="model",
             signature=ModelSignature(inputs=text, outputs=text),
             input_example=example.replace("<mask>", mask),
-            # Given, so that MLflow does not load the model in another process to find out.
+            # Explicit: otherwise MLflow loads the model in another process to infer them.
             pip_requirements=[f"transformers=={transformers.__version__}", "torch"],
         )
     with tempfile.TemporaryDirectory() as extra:

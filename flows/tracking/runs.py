@@ -1,12 +1,12 @@
-"""MLflow's runs: settings, data sets, curves, files and scores of what was done. Models are in registry.py.
+"""Records a recipe's work as MLflow runs: settings, data sets, training curves, files and scores.
 
-    book = open_book(recipe)
-    run = book.run("train", run_key, ...)              # found again by its tags after a crash
-    book.send(run, lines, book.last_steps(run))        # metrics.jsonl, never a step twice
-    version = book.registry.register(run, name, ...)
+    mlflow_runs = open_mlflow_runs(recipe)
+    run_id = mlflow_runs.run("train", run_key, ...)                     # after a crash: the same run, found by its tags
+    mlflow_runs.send(run_id, lines, mlflow_runs.last_steps(run_id))     # new lines of metrics.jsonl only
+    version = mlflow_runs.registry.register(run_id, name, ...)
 
-One result has one parent run with child runs for training and scores. A run that was killed and goes on is the same
-run here too, so it shows one curve.
+One result has one parent run with child runs for training and scores. A training that was killed and resumed is one
+MLflow run with one curve. Models and their versions are in registry.py.
 """
 
 import json
@@ -36,14 +36,18 @@ PARAM_CHARACTERS = 6000
 DIGEST_CHARACTERS = 36
 
 UNITS = ("step", "time")
+"""Fields of a line of metrics.jsonl that are axes, not metrics."""
+
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+"""Tag by which the UI of MLflow 3 opens an experiment in its mode "Model training"."""
 
 CURVES = ("loss", "heldout_loss")
-"""Training lines have the first, held-out lines the second; each kind is sent from its own last step on."""
+"""Metric that marks a training line and a held-out line. The last step sent is tracked separately for each."""
 
 
 @dataclass(frozen=True)
 class MlflowRuns:
-    """One MLflow experiment. `uri` is the server or database."""
+    """The runs of one MLflow experiment. `experiment` is its id, `uri` the server or database."""
 
     client: MlflowClient
     experiment: str
@@ -51,17 +55,17 @@ class MlflowRuns:
 
     @property
     def registry(self) -> ModelRegistry:
-        """The models of the same MLflow."""
+        """The registered models of the same MLflow."""
         return ModelRegistry(self.client)
 
     @translate_errors()
     def run(
         self, part: str, key: str, name: str, *, parent: str = "", settings: Mapping[str, Any] | None = None
     ) -> str:
-        """Id of the run of this part (`chain`, `train`, `score-…`) of this run key; made on the first call.
+        """Id of the MLflow run of one part (`chain`, `train`, `score-…`) of a run key; created on the first call.
 
-        `settings` become parameters when it is made, or later if a kill came between. A run that had ended is running
-        again.
+        `settings` become its parameters; those that it has already stay as they are. A run that had ended gets the
+        status RUNNING again.
         """
         query = f"tags.`distil.run_key` = '{key}' and tags.`distil.part` = '{part}'"
         found = self.client.search_runs([self.experiment], query, max_results=1)
@@ -86,19 +90,19 @@ class MlflowRuns:
 
     @translate_errors()
     def data(self, run_id: str, digests: Mapping[str, tuple[str, str]]) -> None:
-        """Notes the data sets of a run: name -> (digest, where it is). The same one twice is one."""
+        """Logs the data sets of a run: name -> (digest, URI). Logging one twice has no effect."""
         inputs = [
             DatasetInput(
-                Dataset(name, digest[:DIGEST_CHARACTERS], "uri", json.dumps({"uri": place})),
+                Dataset(name, digest[:DIGEST_CHARACTERS], "uri", json.dumps({"uri": uri})),
                 [InputTag("mlflow.data.context", "training")],
             )
-            for name, (digest, place) in digests.items()
+            for name, (digest, uri) in digests.items()
         ]
         self.client.log_inputs(run_id, datasets=inputs)
 
     @translate_errors()
     def last_steps(self, run_id: str) -> dict[str, int]:
-        """For each kind of line the last step that MLflow has, or -1."""
+        """The last step that MLflow has of each metric in CURVES, or -1."""
         return {
             name: max((metric.step for metric in self.client.get_metric_history(run_id, name)), default=-1)
             for name in CURVES
@@ -106,9 +110,9 @@ class MlflowRuns:
 
     @translate_errors()
     def send(self, run_id: str, lines: Sequence[Mapping[str, Any]], last: dict[str, int]) -> None:
-        """Sends those lines of metrics.jsonl that lie after `last` (see `last_steps`) and then moves it on.
+        """Sends the lines of metrics.jsonl that come after `last` (see `last_steps`), then updates `last` in place.
 
-        RetryableError: MLflow is away; the same lines may be sent again.
+        RetryableError: MLflow does not answer; `last` is unchanged and the same lines may be sent again.
         """
         batch: list[Metric] = []
         reached = dict(last)
@@ -117,43 +121,43 @@ class MlflowRuns:
             if line["step"] <= reached[kind]:
                 continue
             reached[kind] = line["step"]
-            stamp = int(line["time"] * 1000)
-            figures = {name: value for name, value in line.items() if name not in UNITS}
-            batch += [Metric(name, float(value), stamp, line["step"]) for name, value in figures.items()]
+            milliseconds = int(line["time"] * 1000)
+            values = {name: value for name, value in line.items() if name not in UNITS}
+            batch += [Metric(name, float(value), milliseconds, line["step"]) for name, value in values.items()]
         for start in range(0, len(batch), BATCH_METRICS):
             self.client.log_batch(run_id, metrics=batch[start : start + BATCH_METRICS])
         last.update(reached)
 
     @translate_errors()
     def figures(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Records final figures; what is not a number is left out (it is in the score artifact)."""
-        stamp = int(time.time() * 1000)
+        """Logs final metrics at step 0. Values that are not numbers are left out; the score artifact has them."""
+        now = int(time.time() * 1000)
         numbers = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
-        self.client.log_batch(run_id, metrics=[Metric(name, float(v), stamp, 0) for name, v in numbers.items()])
+        self.client.log_batch(run_id, metrics=[Metric(name, float(v), now, 0) for name, v in numbers.items()])
 
     @translate_errors()
     def file(self, run_id: str, name: str, values: Mapping[str, Any]) -> None:
-        """Keeps plain values with a run, as a JSON file."""
+        """Logs plain values as a JSON file of a run."""
         self.client.log_dict(run_id, dict(values), name)
 
     def url(self, run_id: str) -> str:
-        """Where a browser finds the run, or "" when there is only a database."""
+        """The page of the run, or "" for a database without a server."""
         if not self.uri.startswith("http"):
             return ""
         return f"{without_credentials(self.uri).rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
 
     @translate_errors()
     def end(self, run_id: str, status: str = "FINISHED") -> None:
-        """FINISHED, FAILED or KILLED."""
+        """Ends a run with the status FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
 
     @contextmanager
     def ending(self, run_id: str) -> Iterator[None]:
-        """Ends the run with the block: FINISHED, FAILED after an error, KILLED when the flow was told to stop."""
+        """Ends the run with the block: FINISHED, FAILED after an error, KILLED after an interrupt."""
         try:
             yield
         except BaseException as error:
-            # That MLflow is away as well must not hide why it ended; the next try ends the run.
+            # An MLflow that does not answer must not replace the first error; the next attempt ends the run.
             with suppress(RetryableError):
                 self.end(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
@@ -161,24 +165,26 @@ class MlflowRuns:
 
     @translate_errors()
     def keep(self, run_id: str, files: Mapping[str, bytes], version: Version | None = None) -> None:
-        """Keeps files with a run, and beside the weights in `model/` of a version that was made here."""
+        """Logs files with a run, and into `model/` of a version whose logged model is known."""
         with tempfile.TemporaryDirectory() as folder:
-            beside = Path(folder) / "model"
-            beside.mkdir()
+            model_folder = Path(folder) / "model"
+            model_folder.mkdir()
             for name, data in files.items():
-                (beside / name).write_bytes(data)
-                self.client.log_artifact(run_id, str(beside / name))
+                (model_folder / name).write_bytes(data)
+                self.client.log_artifact(run_id, str(model_folder / name))
             if version and version.model_id:
                 self.client.log_model_artifacts(version.model_id, folder)
 
 
 @translate_errors()
 def open_mlflow_runs(recipe: Recipe) -> MlflowRuns:
-    """Opens (and on first use makes) the recipe's experiment, with its artifacts where the recipe says.
+    """Opens the recipe's experiment, or creates it with its artifacts at `register.artifacts`.
 
-    FatalError if the experiment has them elsewhere. RetryableError if a server does not answer.
+    An experiment without a kind gets that of model training. FatalError if an existing experiment keeps its artifacts
+    elsewhere. RetryableError if the server does not answer.
     """
     client, uri = connect(recipe)
+    kind, model_training = EXPERIMENT_KIND
     name, wanted = recipe.register_as.experiment, recipe.register_as.artifacts.rstrip("/")
     found = client.get_experiment_by_name(name)
     if found is not None:
@@ -187,14 +193,17 @@ def open_mlflow_runs(recipe: Recipe) -> MlflowRuns:
                 f"MLflow's experiment {name} keeps its artifacts in {found.artifact_location} for good, not in "
                 f"register.artifacts = {wanted}; name another register.experiment"
             )
+        if kind not in found.tags:
+            client.set_experiment_tag(found.experiment_id, kind, model_training)
         return MlflowRuns(client, found.experiment_id, uri)
-    served = uri.startswith("http")  # then the server knows where artifacts lie
-    beside = None if served else (Path(recipe.home) / "mlflow" / "artifacts").absolute().as_uri()
-    return MlflowRuns(client, client.create_experiment(name, artifact_location=wanted or beside), uri)
+    served = uri.startswith("http")  # a server has its own default location
+    default = None if served else (Path(recipe.home) / "mlflow" / "artifacts").absolute().as_uri()
+    experiment = client.create_experiment(name, artifact_location=wanted or default, tags={kind: model_training})
+    return MlflowRuns(client, experiment, uri)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.field` -> value."""
+    """Flattens nested settings: `section.field` -> value."""
     return dict(_flat(values, prefix))
 
 

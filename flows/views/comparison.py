@@ -1,6 +1,6 @@
 """Several models side by side as tables of text, from their scores: one column a model. Pure functions.
 
-    header, rows = comparison_table(judged.scores)
+    table = comparison_table("small, large", scored.scores)
 
 A cell with ± is a mean and half of its 95 % interval: over seeds by Student's t, on held-out text by the standard
 error over blocks. Ratios and differences are paired by test row (by held-out block); their interval is the wider of a
@@ -8,11 +8,11 @@ bootstrap over those and t over seeds.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from flows.views.tables import Rows, number, size
-from tasks.eval.intervals import NORMAL
-from tasks.eval.scores import teachers_own
+from flows.views.tables import Rows, Table, number, size
+from tasks.eval.intervals import Z_95
+from tasks.eval.scores import teacher_figures
 
 Scores = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("as_published", "entity_f1"),
     ),
 }
-"""Figures of a fine-tuned set that have a row, by the figure that it is judged by; the rest is in MLflow."""
+"""Figures of a fine-tuned set that have a row, by the figure that decides; the rest is in MLflow."""
 
 WORDS = {
     ("macro_f1",): "macro F1",
@@ -42,14 +42,7 @@ WORDS = {
 }
 
 
-class Table(NamedTuple):
-    """Heading cells and rows of cells, all as long."""
-
-    header: list[str]
-    rows: list[list[str]]
-
-
-def comparison_table(models: Models) -> Table:
+def comparison_table(title: str, models: Models) -> Table:
     """Held-out text, fine-tuned sets, size and speed. The last column is the first model's ratio to the teacher."""
     first = next(iter(models))
     ratio = "teacher" in models or "teacher_top1" in models[first].get("heldout", {})
@@ -58,21 +51,21 @@ def comparison_table(models: Models) -> Table:
         shown["teacher"] = {}
     rows = [*_heldout_rows(shown, first), *_set_rows(shown, first), *_size_rows(shown, models[first])]
     header = ["", *shown, *([f"{first} / teacher"] if ratio else [])]
-    return Table(header, [row[: len(header)] for row in rows])
+    return Table(title, {"": [row[: len(header)] for row in rows]}, header)
 
 
 def fill_mask_table(models: Models) -> Table | None:
     """What every model puts in the place of the mask, five tokens each, and how often it agrees with the last one."""
-    sheet = next(iter(models.values())).get("fill-mask", {})
-    if not sheet.get("rows"):
+    figures = next(iter(models.values())).get("fill-mask", {})
+    if not figures.get("rows"):
         return None
-    names = _in_order(models, sheet["rows"][0]["answers"])
+    names = _in_order(models, figures["rows"][0]["answers"])
     rows = [
-        [row["sentence"], *("\n".join(map(_answer, row["answers"][name])) for name in names)] for row in sheet["rows"]
+        [row["sentence"], *("\n".join(map(_answer, row["answers"][name])) for name in names)] for row in figures["rows"]
     ]
     if len(names) > 1:
-        rows.append([f"same first token as {names[-1]}", *(agreement(sheet, name, names[-1]) for name in names)])
-    return Table(["sentence", *names], rows)
+        rows.append([f"same first token as {names[-1]}", *(agreement(figures, name, names[-1]) for name in names)])
+    return Table("Fill-mask", {"": rows}, ["sentence", *names])
 
 
 def _in_order(models: Models, values: Mapping[str, Any]) -> list[str]:
@@ -80,14 +73,16 @@ def _in_order(models: Models, values: Mapping[str, Any]) -> list[str]:
     return [name for name in dict.fromkeys([*models, "teacher"]) if name in values]
 
 
-def agreement(sheet: Scores, one: str, other: str) -> str:
+def agreement(figures: Scores, one: str, other: str) -> str:
     """In how many sentences two models' first tokens are the same, and how many of their five they share on average."""
     if one == other:
         return ""
-    tokens = [[[answer["token"] for answer in row["answers"][name]] for name in (one, other)] for row in sheet["rows"]]
+    tokens = [
+        [[answer["token"] for answer in row["answers"][name]] for name in (one, other)] for row in figures["rows"]
+    ]
     same = sum(ours[0] == theirs[0] for ours, theirs in tokens)
     shared = sum(len(set(ours) & set(theirs)) for ours, theirs in tokens) / len(tokens)
-    return f"{same} of {len(tokens)}, {shared:.1f} of {sheet['top']} tokens shared"
+    return f"{same} of {len(tokens)}, {shared:.1f} of {figures['top']} tokens shared"
 
 
 def notes(models: Models) -> Rows:
@@ -158,7 +153,7 @@ def counted(counts: Mapping[str, Mapping[str, int]]) -> str:
 def _heldout_rows(models: Models, first: str) -> Iterator[list[str]]:
     figures = {name: dict(scores.get("heldout", {})) for name, scores in models.items()}
     if figures.get("teacher") == {}:
-        figures["teacher"] = teachers_own(figures[first])
+        figures["teacher"] = teacher_figures(figures[first])
 
     def row(title: str, text: Callable[[Scores], str]) -> list[str]:
         return [title, *(text(one) for one in figures.values())]
@@ -174,7 +169,7 @@ def _heldout_rows(models: Models, first: str) -> Iterator[list[str]]:
 def _top1(figures: Scores) -> str:
     if "top1" not in figures:
         return "not run" if figures else ""
-    return f"{100 * figures['top1']:.1f} ± {100 * NORMAL * figures['top1_se']:.1f}"
+    return f"{100 * figures['top1']:.1f} ± {100 * Z_95 * figures['top1_se']:.1f}"
 
 
 def _set_rows(models: Models, first: str) -> Iterator[list[str]]:

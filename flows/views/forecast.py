@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flows.views.tables import Rows, TextTable, number, show_sheet, show_table
+from flows.views.tables import Rows, Table, number, show_json, show_table
 from flows.views.tables import seconds as duration
 from flows.views.tables import size as amount_of_bytes
 from tasks.plan.forecast import Forecast, summed
@@ -12,16 +12,19 @@ from tasks.recipe.config import Recipe
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
-def show(recipe: Recipe, forecast: Forecast) -> None:
-    """Prints everything."""
-    show_table(f"{forecast.recipe}: what it makes", made_table(forecast))
-    show_table(f"Time, on {forecast.pace.device or 'this machine'}", time_table(forecast))
+def show_forecast(recipe: Recipe, forecast: Forecast, *, as_json: bool = False) -> None:
+    """Prints all tables, or the same numbers as JSON."""
+    if as_json:
+        show_json(forecast.to_json())
+        return
+    show_table(made_table(forecast))
+    show_table(time_table(forecast))
     if forecast.choices:
-        show_table("Targets of the whole corpus", choice_table(recipe, forecast))
-    show_sheet("Plan", {"": plan_rows(recipe, forecast)})
+        show_table(choice_table(recipe, forecast))
+    show_table(Table("Plan", {"": plan_rows(recipe, forecast)}))
 
 
-def made_table(forecast: Forecast) -> TextTable:
+def made_table(forecast: Forecast) -> Table:
     """Counts of the training text, and bytes by stage: in all, there already, still to be made."""
     found = forecast.sizes
     counts = {"tokens": found.tokens, "blocks": found.blocks, "masked positions": found.positions}
@@ -30,18 +33,18 @@ def made_table(forecast: Forecast) -> TextTable:
     sizes = {f"{name} (bytes)": one for name, one in found.bytes.items()}
     rows += [(name, *_three(one, amount_of_bytes)) for name, one in sizes.items()]
     rows.append(("together (bytes)", *_three(summed(found.bytes), amount_of_bytes)))
-    return ("", "total", "done already", "remaining"), rows
+    return Table(f"{forecast.recipe}: what it makes", {"": rows}, ("", "total", "done already", "remaining"))
 
 
-def time_table(forecast: Forecast) -> TextTable:
+def time_table(forecast: Forecast) -> Table:
     """Durations by stage."""
     stages = {**forecast.seconds, "together": forecast.total_seconds}
-    return ("stage", "total", "done already", "remaining"), [
-        (name, *_three(one, duration)) for name, one in stages.items()
-    ]
+    rows = [(name, *_three(one, duration)) for name, one in stages.items()]
+    title = f"Time, on {forecast.timings.device or 'this machine'}"
+    return Table(title, {"": rows}, ("stage", "total", "done already", "remaining"))
 
 
-def choice_table(recipe: Recipe, forecast: Forecast) -> TextTable:
+def choice_table(recipe: Recipe, forecast: Forecast) -> Table:
     """Bytes of every encoding, for masked and for all positions; the recipe's own is marked."""
     sizes = {
         (one.encoding, one.positions): amount_of_bytes(one.bytes) + (" (recipe)" if one.chosen else "")
@@ -49,12 +52,13 @@ def choice_table(recipe: Recipe, forecast: Forecast) -> TextTable:
     }
     payload = {one.encoding: number(one.a_position) for one in forecast.choices}
     rows = [(name, size, sizes[name, "masked"], sizes[name, "all"]) for name, size in payload.items()]
-    return ("encoding", "bytes a position", "masked positions", "all positions"), rows
+    header = ("encoding", "bytes per position", "masked positions", "all positions")
+    return Table("Targets of the whole corpus", {"": rows}, header)
 
 
 def plan_rows(recipe: Recipe, forecast: Forecast) -> Rows:
     """What was measured, what is needed, what it costs, what to do."""
-    sample, pace, free = forecast.sample, forecast.pace, forecast.free
+    sample, timings, free = forecast.sample, forecast.timings, forecast.free
     documents = max(1, sample.documents)
     rows = [
         (
@@ -65,11 +69,11 @@ def plan_rows(recipe: Recipe, forecast: Forecast) -> Rows:
             f"{sample.tokens / max(1.0, sample.source_bytes):.2f} tokens a byte of source",
         )
     ]
-    if pace.capture:
-        rows.append(("teacher", f"{number(recipe.blocks.length / pace.capture)} tokens/s"))
-    if pace.step:
+    if timings.capture:
+        rows.append(("teacher", f"{number(recipe.blocks.length / timings.capture)} tokens/s"))
+    if timings.step:
         tokens = recipe.blocks.length * recipe.train.batch_rows
-        rows.append(("training", f"{number(tokens / pace.step)} tokens/s, by steps of {pace.rows} blocks"))
+        rows.append(("training", f"{number(tokens / timings.step)} tokens/s, by steps of {timings.rows} blocks"))
         rows.append(("the trainer reads", f"{forecast.read_rate / 1e6:.2f} MB/s"))
     room = "unknown (the store does not tell)" if free is None else amount_of_bytes(free)
     rows += [

@@ -1,13 +1,13 @@
 """Where people look after a run: the store, the servers or what starts them, the model.
 
-places(recipe, folder, mlflow_uri)      # rows of the final table, true on the machine and at the time of asking
+places(recipe, folder, mlflow_uri, command)     # rows of the final table, true on this machine at this time
 """
 
 import os
 import shlex
 from pathlib import Path
 
-from flows.home import TYPED_COMMAND, without_credentials
+from flows.home import without_credentials
 from flows.views.tables import Rows
 from tasks.recipe.config import Recipe
 
@@ -18,8 +18,8 @@ LOOK = "Where to look"
 """Heading of the rows that `places` gives."""
 
 
-def places(recipe: Recipe, model_folder: Path, mlflow_uri: str) -> Rows:
-    """Rows of (what, where)."""
+def places(recipe: Recipe, model_folder: Path, mlflow_uri: str, command: str = "") -> Rows:
+    """Rows of (what, where). `command` is the recipe file and settings as typed, where there are any."""
     seen = [("curves, models and runs", f"distil up --home {shlex.quote(recipe.home)}")]
     if mlflow_uri.startswith("http"):  # else a database, which has no page of its own
         seen = [("curves and models", without_credentials(mlflow_uri)), ("runs", os.environ.get("PREFECT_UI_URL", ""))]
@@ -27,5 +27,5 @@ def places(recipe: Recipe, model_folder: Path, mlflow_uri: str) -> Rows:
         ("store", recipe.store),
         *seen,
         ("the model", f"pipeline('fill-mask', model='{model_folder}')"),
-        ("what is there", f"distil status {os.environ.get(TYPED_COMMAND, 'RECIPE.toml')}"),
+        ("what is there", f"distil status {command or 'RECIPE.toml'}"),
     ]

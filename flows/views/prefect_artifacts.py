@@ -1,7 +1,7 @@
 """What a run shows of itself in Prefect, as artifacts: progress, failed shards, the result and the way to MLflow.
 
-    with Progress("blocks", 2000) as progress: progress.add(); progress.tell()
-    publish_failures(recipe, failures)
+    with ProgressArtifact("blocks", 2000) as progress: progress.add(); progress.tell()
+    publish_failures(recipe, failures, command)
 
 All of it is a view: where Prefect's server does not answer, a warning goes to the log and the work goes on.
 """
@@ -23,7 +23,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.views.tables import all_again, failure_rows, show_failures
+from flows.views.tables import Table, failure_rows, failure_table, how_to_retry_all, markdown, show_table
 from storage.artifact import Failure
 from tasks.recipe.config import Recipe
 
@@ -43,22 +43,22 @@ def best_effort() -> Iterator[None]:
         get_run_logger().warning(f"Prefect's server did not take an artifact: {error}")
 
 
-def publish_failures(recipe: Recipe, failures: tuple[Failure, ...]) -> None:
-    """The failure table on the screen and as an artifact of the flow run."""
+def publish_failures(recipe: Recipe, failures: tuple[Failure, ...], command: str = "") -> None:
+    """The failure table on the screen and as an artifact of the flow run; `command` as in `how_to_retry`."""
     if not failures:
         return
-    rows = failure_rows(recipe, failures[:FAILURE_ROWS])
-    show_failures(rows)
+    rows = failure_rows(recipe, failures[:FAILURE_ROWS], command)
+    show_table(failure_table(rows))
     more = f" (the first {FAILURE_ROWS} are listed)" if failures[FAILURE_ROWS:] else ""
     with best_effort():
-        about = f"{len(failures)} failed{more}; all others are done. {all_again(recipe)}"
+        about = f"{len(failures)} failed{more}; all others are done. {how_to_retry_all(recipe, command)}"
         create_table_artifact(rows, "failures", about)
 
 
-def publish_sheet(sheet: str, mlflow_url: str) -> None:
+def publish_result(table: Table, mlflow_url: str) -> None:
     """The final table as Markdown, and the way to MLflow where it has a page."""
     with best_effort():
-        create_markdown_artifact(sheet, "result", "What was made and where it is")
+        create_markdown_artifact(markdown(table), "result", "What was made and where it is")
         if mlflow_url:
             create_link_artifact(mlflow_url, "MLflow run", "mlflow-run")
 

@@ -1,48 +1,46 @@
 """What a recipe wants, what the store holds of it, what failed.
 
-    rows = stage_rows(store, recipe)        # by stage: wanted, done, missing, failed, bytes
+    rows = stage_rows(workspace)            # by stage: wanted, done, missing, failed, bytes
 
 For `distil status`, `verify` and `gc`. Starts no server and imports no Prefect.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from flows.inventory import StageRow
-from flows.views.tables import plain, size
+from flows.views.tables import Table, console, plain, show_json, show_table, size
 from tasks.recipe.config import Recipe
 
 NAMES_SHOWN = 20
 
 
-def as_json(rows: Iterable[StageRow]) -> dict[str, object]:
-    """The rows as plain values, by stage."""
-    return {row.stage: {name: value for name, value in asdict(row).items() if name != "stage"} for row in rows}
-
-
-def show(recipe: Recipe, rows: Iterable[StageRow]) -> None:
-    """Prints the table, then the names of what is missing or failed."""
-    rows = list(rows)
-    console = Console()
-    table = Table(title=f"{recipe.name}: {recipe.store}", title_justify="left")
-    table.add_column("stage")
-    for name in ("wanted", "done", "missing", "failed", "bytes"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        counts = (row.wanted, row.done, len(row.missing), len(row.failed))
-        table.add_row(row.stage, *(str(count) for count in counts), size(row.bytes))
-    console.print(table)
+def show_status(recipe: Recipe, rows: Sequence[StageRow], *, as_json: bool = False) -> None:
+    """Prints the table, then the labels of missing and failed artifacts; or all of it as JSON, by stage."""
+    if as_json:
+        show_json({row.stage: {name: value for name, value in asdict(row).items() if name != "stage"} for row in rows})
+        return
+    show_table(status_table(f"{recipe.name}: {recipe.store}", rows))
+    output = console()
     for row in rows:
         for label, reason in row.failed.items():
-            console.print(f"failed   {escape(named(row.stage, label, reason))}", soft_wrap=True, highlight=False)
+            output.print(f"failed   {escape(named(row.stage, label, reason))}", soft_wrap=True, highlight=False)
         for label in row.missing[:NAMES_SHOWN]:
-            console.print(f"missing  {row.stage} {escape(label)}", soft_wrap=True, highlight=False)
+            output.print(f"missing  {row.stage} {escape(label)}", soft_wrap=True, highlight=False)
         if len(row.missing) > NAMES_SHOWN:
-            console.print(f"missing  {row.stage} and {len(row.missing) - NAMES_SHOWN} more")
+            output.print(f"missing  {row.stage} and {len(row.missing) - NAMES_SHOWN} more")
+
+
+def status_table(title: str, rows: Iterable[StageRow]) -> Table:
+    """Counts and bytes by stage."""
+    header = ("stage", "wanted", "done", "missing", "failed", "bytes")
+    lines = []
+    for row in rows:
+        counts = (row.wanted, row.done, len(row.missing), len(row.failed))
+        lines.append((row.stage, *map(str, counts), size(row.bytes)))
+    return Table(title, {"": lines}, header, right_aligned=True)
 
 
 def named(kind: str, label: str, reason: str) -> str:

@@ -1,6 +1,6 @@
 """The final table of a run: what was made, how good it is, where to look, how long it took.
 
-sheet = sections(store, course, seconds)       # heading -> rows of (name, text); report.py prints it
+sections = summary_sections(summary, seconds)       # heading -> rows of (name, text)
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,7 @@ from typing import Any
 from flows.views.comparison import FIGURES, WORDS, agreement, counted, not_run_parts, ratio_text, spread_text
 from flows.views.places import LOOK, MADE, MODEL, places
 from flows.views.tables import Rows, number, seconds, size
-from storage.store import Store
-from tasks.lineage import Lineage
-from tasks.recipe.config import Recipe
+from tasks.lineage import Workspace
 from tasks.recipe.run_spec import METRICS, RunSpec
 from tasks.train.metrics import read_metrics
 
@@ -25,8 +23,7 @@ Scores = Mapping[str, Any]
 class RunSummary:
     """Everything that the table tells of."""
 
-    recipe: Recipe
-    lineage: Lineage
+    workspace: Workspace
     run: RunSpec
     model_folder: Path
     mlflow_model: str
@@ -36,22 +33,23 @@ class RunSummary:
     scores: Mapping[str, Scores]
     stage_seconds: Mapping[str, float]
     gate: Rows
+    command: str = ""
 
 
-def sections(store: Store, course: RunSummary, total: float) -> dict[str, Rows]:
+def summary_sections(summary: RunSummary, total: float) -> dict[str, Rows]:
     """All rows by heading; `total` is the wall time of the run in seconds."""
     return {
-        MADE: _made(store, course),
-        "Scores": score_rows(course.scores),
-        "Fill-mask": fill_mask_rows(course.scores.get("fill-mask", {})),
-        "Gate": course.gate,
-        LOOK: places(course.recipe, course.model_folder, course.mlflow_uri),
-        "Time": [(name, seconds(value)) for name, value in course.stage_seconds.items()] + [("total", seconds(total))],
+        MADE: _made(summary),
+        "Scores": score_rows(summary.scores),
+        "Fill-mask": fill_mask_rows(summary.scores.get("fill-mask", {})),
+        "Gate": summary.gate,
+        LOOK: places(summary.workspace.recipe, summary.model_folder, summary.mlflow_uri, summary.command),
+        "Time": [(name, seconds(value)) for name, value in summary.stage_seconds.items()] + [("total", seconds(total))],
     }
 
 
-def _made(store: Store, course: RunSummary) -> Rows:
-    lineage, run = course.lineage, course.run
+def _made(summary: RunSummary) -> Rows:
+    store, lineage, run = summary.workspace.store, summary.workspace.lineage, summary.run
     model = store.receipt(run.model_ref)
     lines = [line for line in read_metrics(Path(run.folder) / METRICS) if "tokens_per_second" in line]
     shards = store.receipts_of(lineage.shards)
@@ -65,12 +63,14 @@ def _made(store: Store, course: RunSummary) -> Rows:
         ("blocks", f"{number(run.rows)} of {run.blocks.length} tokens"),
         ("tokens", number(sum(part.tokens for part in run.manifest))),
         ("training", f"{number(run.total_steps)} steps, {number(model.tokens)} tokens{speed}"),
-        (MODEL, str(course.model_folder)),
-        ("MLflow run", course.mlflow_url or course.mlflow_run),
-        ("MLflow model", course.mlflow_model),
+        (MODEL, str(summary.model_folder)),
+        ("MLflow run", summary.mlflow_url or summary.mlflow_run),
+        ("MLflow model", summary.mlflow_model),
     ]
     if targets:
-        rows.insert(6, ("targets", f"{size_of(targets)}, {course.recipe.targets.encoding}, {run.targets.positions}"))
+        rows.insert(
+            6, ("targets", f"{size_of(targets)}, {summary.workspace.recipe.targets.encoding}, {run.targets.positions}")
+        )
     return rows
 
 

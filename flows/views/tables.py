@@ -4,30 +4,43 @@ Tables go to standard output, bars to standard error.
 """
 
 import html
-import os
+import json
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from flows.home import TYPED_COMMAND
 from storage.artifact import Failure
 from tasks.recipe.config import Recipe
 
 Rows = Sequence[tuple[str, str]]
-
-TextTable = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Cells of the heading, and rows of cells."""
+"""Names and values."""
 
 CELL_CHARACTERS = 2000
 """A longer error is cut in the tables; the store keeps it whole."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: rows of cells under the heading of their section ("" shows none); empty sections are left out.
+
+    A table without `header` lists names and values. `ruled`: a line between any two rows on the console.
+    `right_aligned`: all columns but the first, on the console.
+    """
+
+    title: str
+    sections: Mapping[str, Sequence[Sequence[str]]]
+    header: Sequence[str] = ()
+    ruled: bool = False
+    right_aligned: bool = False
 
 
 @contextmanager
@@ -50,8 +63,8 @@ def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def failure_rows(recipe: Recipe, failures: Sequence[Failure]) -> list[dict[str, Any]]:
-    """The failure table as plain values, with the command that tries one shard again.
+def failure_rows(recipe: Recipe, failures: Sequence[Failure], command: str = "") -> list[dict[str, Any]]:
+    """The failure table as plain values, with the command that tries one shard again (see `how_to_retry`).
 
     File names and messages come from the corpus: what is not to be printed is shown as \\x1b and the like.
     """
@@ -62,7 +75,7 @@ def failure_rows(recipe: Recipe, failures: Sequence[Failure]) -> list[dict[str, 
             "file": plain(failure.file),
             "line": "" if failure.line is None else failure.line,
             "error": plain(failure.message),
-            "how to retry": how_to_retry(recipe, failure.kind, failure.label),
+            "how to retry": how_to_retry(recipe, failure.kind, failure.label, command),
         }
         for failure in failures
     ]
@@ -74,17 +87,17 @@ def plain(text: str) -> str:
     return shown if len(shown) <= CELL_CHARACTERS else f"{shown[:CELL_CHARACTERS]}…"
 
 
-def how_to_retry(recipe: Recipe, stage: str, shard: str) -> str:
-    """The command with the recipe and overrides of this run; of a run that came from a deployment, the deployment."""
-    typed = os.environ.get(TYPED_COMMAND)
-    if typed:
-        return f"distil retry {typed} --stage {stage} --shard {shlex.quote(shard)}"
+def how_to_retry(recipe: Recipe, stage: str, shard: str, command: str = "") -> str:
+    """How one shard is tried again: by the recipe file and overrides of this run, which `command` holds as they were
+    typed, or, where a deployment started the run and `command` is empty, by that recipe's deployment."""
+    if command:
+        return f"distil retry {command} --stage {stage} --shard {shlex.quote(shard)}"
     return f"Retry on this run, or run retry-shard/{recipe.name} with stage = {stage} and shard = {shard}"
 
 
-def all_again(recipe: Recipe) -> str:
-    """What to do about a whole failure table; only a run that came from a deployment has Retry in the UI."""
-    if os.environ.get(TYPED_COMMAND):
+def how_to_retry_all(recipe: Recipe, command: str = "") -> str:
+    """How everything in a failure table is tried again; only the run of a deployment has Retry in the UI."""
+    if command:
         return (
             "Mend the cause, then run the command in the last column, or the same run again, which makes all of them."
         )
@@ -94,69 +107,56 @@ def all_again(recipe: Recipe) -> str:
     )
 
 
-def show_failures(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the failure table."""
-    table = Table(title="Failed", title_justify="left", show_lines=True)
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(value)) for value in row.values()))
-    _console().print(table)
+def failure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `failure_rows`, of which there is at least one."""
+    return Table("Failed", {"": [[str(value) for value in row.values()] for row in rows]}, list(rows[0]), ruled=True)
 
 
-def show_sheet(title: str, sections: Mapping[str, Rows]) -> None:
-    """Prints a two-column table with a heading for every section that has rows."""
-    table = Table(title=_shown(title), title_justify="left", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for heading, rows in sections.items():
+def show_table(table: Table) -> None:
+    """Prints a table."""
+    cells = [cell for rows in table.sections.values() for row in rows for cell in row]
+    shown = RichTable(
+        title=_shown(table.title),
+        title_justify="left",
+        show_header=bool(table.header),
+        show_lines=table.ruled or (bool(table.header) and any("\n" in cell for cell in cells)),
+    )
+    name, *others = table.header or ("", "")
+    shown.add_column(_shown(name), overflow="fold", style="bold", no_wrap=not table.header)
+    for other in others:
+        shown.add_column(_shown(other), overflow="fold", justify="right" if table.right_aligned else "left")
+    for heading, rows in table.sections.items():
         if rows:
-            table.add_section()
-            table.add_row(f"[u]{heading}[/u]", "")
-            for name, value in rows:
-                table.add_row(_shown(name), _shown(value))
-    _console().print(table)
+            shown.add_section()
+            if heading:
+                shown.add_row(f"[u]{_shown(heading)}[/u]")
+            for row in rows:
+                shown.add_row(*(_shown(cell) for cell in row))
+    console().print(shown)
 
 
-def markdown_sheet(title: str, sections: Mapping[str, Rows]) -> str:
-    """The same table as Markdown, for the Prefect artifact."""
-    lines = [f"# {_literal(title)}"]
-    for heading, rows in sections.items():
-        if rows:
-            lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-            lines += [f"| {_literal(name)} | {_cell(value)} |" for name, value in rows]
-    return "\n".join(lines)
+def show_json(value: object) -> None:
+    """Prints plain values as JSON."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def markdown(*tables: Table) -> str:
+    """The same tables as Markdown, one below the other, for a Prefect artifact."""
+    parts: list[str] = []
+    for table in tables:
+        parts.append(f"# {_literal(table.title)}")
+        header = table.header or ("", "")
+        for heading, rows in table.sections.items():
+            if rows:
+                parts += [f"## {_literal(heading)}"] if heading else []
+                lines = [header, ["---"] * len(header), *rows]
+                parts.append("\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
+    return "\n\n".join(parts)
 
 
 def _literal(text: str) -> str:
     """Text that Markdown shows as it is: no tags (Prefect's page takes raw HTML), links, images or new cells."""
     return re.sub(r"([\\`*_\[\]|!])", r"\\\1", html.escape(plain(text), quote=False))
-
-
-def show_table(title: str, table: TextTable) -> None:
-    """Prints a table with a heading line: header cells, rows of cells."""
-    header, rows = table
-    shown = Table(
-        title=_shown(title), title_justify="left", show_lines=any("\n" in cell for row in rows for cell in row)
-    )
-    for number, name in enumerate(header):
-        shown.add_column(_shown(name), overflow="fold", style="bold" if number == 0 else "")
-    for row in rows:
-        shown.add_row(*(_shown(cell) for cell in row))
-    _console().print(shown)
-
-
-def markdown_tables(tables: Mapping[str, TextTable]) -> str:
-    """The same tables as Markdown, each below its title."""
-    return "\n\n".join(f"# {_literal(title)}\n\n{markdown_table(table)}" for title, table in tables.items())
-
-
-def markdown_table(table: TextTable) -> str:
-    """One table as Markdown."""
-    header, rows = table
-    lines = [[_cell(cell) for cell in line] for line in (header, *rows)]
-    lines.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(text: str) -> str:
@@ -169,7 +169,7 @@ def _shown(text: str) -> str:
     return escape("\n".join(map(plain, text.split("\n"))))
 
 
-def _console() -> Console:
+def console() -> Console:
     """Standard output; wider than rich's 80 columns where it is no terminal but a log."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 

@@ -1,6 +1,7 @@
-"""The bytes of a source on local disk, hashed, or its first bytes. Called by shard.py and tasks/plan/sample.py.
+"""Fetches a source to local disk and hashes it, or reads its first bytes. Called by shard.py and tasks/plan/sample.py.
 
 with fetched(source, folder) as (path, content): ...
+head = read_head(source, 1 << 20)
 """
 
 import os
@@ -18,11 +19,12 @@ from tasks.corpus.snapshot import Source
 
 @contextmanager
 def fetched(source: Source, folder: Path) -> Iterator[tuple[Path, str]]:
-    """(local path, hex sha256) of a source: local ones stay where they are, others are copied while they are hashed.
+    """Yields (local path, hex sha256) of a source. Local files stay in place; others are copied and hashed in one pass.
 
-    FatalError: empty, or not of the checksum that its folder gives. RetryableError: changed while it was read.
+    FatalError: empty, missing, or its hash differs from the checksum file. RetryableError: it changed during the
+    read, or the server did not answer.
     """
-    before = _look(source)
+    before = _size_and_mtime(source)
     if not source.size:
         raise FatalError(f"{source.name} is empty; fetch it again or leave it out", source.name)
     path, content = (Path(source.url), _hash(source)) if source.is_local else _copy(source, folder)
@@ -33,33 +35,33 @@ def fetched(source: Source, folder: Path) -> Iterator[tuple[Path, str]]:
             source.name,
         )
     yield path, content
-    if _look(source) != before:
+    if _size_and_mtime(source) != before:
         raise RetryableError(f"{source.name} was changed while it was read", source.name)
     if not source.is_local:
         path.unlink()
 
 
-def beginning(source: Source, size: int) -> bytes:
-    """The first `size` bytes of a source, or all where it has fewer. Errors as `fetched`; no checksum is looked at."""
+def read_head(source: Source, size: int) -> bytes:
+    """The first `size` bytes of a source, or all if it has fewer. Errors as `fetched`, but no checksum is verified."""
     parts: list[bytes] = []
-    have = 0
+    received = 0
     for chunk in _download(source):
         parts.append(chunk)
-        have += len(chunk)
-        if have >= size:
+        received += len(chunk)
+        if received >= size:
             break
     return b"".join(parts)[:size]
 
 
-def _look(source: Source) -> tuple[int, int]:
-    """(size, time of change) of a local file now; of others nothing, since they were copied whole."""
+def _size_and_mtime(source: Source) -> tuple[int, int]:
+    """(size in bytes, modification time in ns) of a local file; (0, 0) of a remote one, which is copied in full."""
     if not source.is_local:
         return 0, 0
     try:
-        found = os.stat(source.url)
+        stat = os.stat(source.url)
     except OSError as error:
         raise reading_error(error, source.name) from error
-    return found.st_size, found.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _hash(source: Source) -> str:
@@ -70,14 +72,14 @@ def _hash(source: Source) -> str:
 
 
 def _copy(source: Source, folder: Path) -> tuple[Path, str]:
-    """Copies a remote file into `folder` and hashes it on the way."""
+    """Copies a remote file into `folder` and hashes it in the same pass."""
     digest = sha256()
     path = folder / f"{source.label}-{len(list(folder.iterdir()))}"
     with path.open("wb") as out:
         for chunk in _download(source):
             digest.update(chunk)
             out.write(chunk)
-            if out.tell() > source.size:  # else a server that never ends would fill the disk
+            if out.tell() > source.size:  # a response without end would fill the disk
                 raise RetryableError(f"{source.name} has more than the {source.size:,} bytes listed", source.name)
     if path.stat().st_size != source.size:
         raise RetryableError(f"{source.name} has {path.stat().st_size:,} bytes, not {source.size:,}", source.name)

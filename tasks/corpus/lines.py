@@ -1,11 +1,10 @@
-"""Lines out of packed or plain files, with bounded memory. Called by tasks/corpus/reader.py.
+"""Splits plain, gzip or zstd files into lines, with bounded memory. Called by tasks/corpus/reader.py.
 
     for line in split_lines(chunks_of(path, name), max_line_bytes): ...
 
-The packing is recognised by the first bytes, not by the name. Files of several gzip members or zstd frames are read
-to their end; one that is cut short or damaged is a FatalError, and so is one that unpacks to far more than text does.
-Nothing longer than a line is ever held, and a line that is too long is not held either: only its beginning is kept
-while the rest is skipped.
+The compression is recognised by the first bytes, not by the name. Files of several gzip members or zstd frames are
+read to their end. A truncated or damaged file is a FatalError, and so is one that unpacks to far more than text does.
+Memory holds at most one line; of a line longer than the limit, only the first bytes are kept.
 """
 
 import os
@@ -18,36 +17,36 @@ import pyarrow as pa
 from storage.errors import FatalError, RetryableError
 
 CHUNK = 1 << 16
-"""Unpacked bytes read at once: stays in the processor's cache while it is split and parsed."""
+"""Unpacked bytes per read; a chunk stays in the CPU cache while it is split and parsed."""
 
-HEAD = 400
+HEAD_BYTES = 400
 """Bytes kept of a line that is too long."""
 
-ENDLESS = 64
-"""A line this many times longer than allowed ends the source: such a file is no text, or packed to do harm."""
+ENDLESS_FACTOR = 64
+"""A line this many times longer than the limit ends the source: it is not text, or a decompression bomb."""
 
-RATIO = 200
-"""A source that unpacks to more than so many times its size was made to do harm (text: 3 to 30 times); see HARMLESS."""
+DEFAULT_UNPACKED_RATIO = 200
+"""Default limit of unpacked bytes per packed byte; text reaches 3 to 30, more is a decompression bomb."""
 
-HARMLESS = 1 << 28
-"""Unpacked bytes up to which no ratio is looked at: even a small file of one repeated line is no danger there."""
+UNCHECKED_BYTES = 1 << 28
+"""Unpacked bytes up to which the ratio is not checked: a small file of one repeated line does no harm."""
 
 _GZIP = b"\x1f\x8b"
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
-_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte 50 to 5f; pzstd writes such a frame first
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte 0x50 to 0x5f; pzstd writes such a frame first
 
 
 class LongLine(NamedTuple):
-    """A line that was skipped: its first bytes and its length in bytes."""
+    """A line that was skipped because of its length: its first bytes and its size in bytes."""
 
     head: bytes
     size: int
 
 
 def packing_of(head: bytes) -> str:
-    """`gzip`, `zstd` or empty, by the first four bytes of a file."""
+    """Compression of a file by its first four bytes: "gzip", "zstd" or ""."""
     if head.startswith(_GZIP):
         return "gzip"
     if head.startswith(_ZSTD) or (head[1:4] == _ZSTD_SKIPPABLE and 0x50 <= head[0] <= 0x5F):
@@ -55,63 +54,64 @@ def packing_of(head: bytes) -> str:
     return ""
 
 
-class UnpackedSize:
-    """Watches how much comes out of a file of `size` bytes: FatalError beyond `ratio` times that (and HARMLESS)."""
+class UnpackedSizeLimit:
+    """Limits the unpacked bytes of a file of `size` bytes to `ratio` times that, but at least UNCHECKED_BYTES."""
 
     def __init__(self, name: str, size: int, ratio: int) -> None:
         self.name, self.size, self.ratio = name, size, ratio
-        self.left = max(HARMLESS, ratio * size)
+        self.remaining = max(UNCHECKED_BYTES, ratio * size)
 
     def add(self, unpacked: int) -> None:
-        """Counts bytes that came out."""
-        self.left -= unpacked
-        if self.left < 0:
+        """Counts unpacked bytes. FatalError: more than the limit."""
+        self.remaining -= unpacked
+        if self.remaining < 0:
             raise FatalError(
                 f"{self.name} unpacks to more than {self.ratio} times its {self.size:,} bytes, as no text does; "
-                "leave it out, or raise corpus.max_unpacked_ratio if it is meant to",
+                "leave it out, or raise corpus.max_unpacked_ratio if it is genuine",
                 self.name,
             )
 
 
-def chunks_of(path: Path, name: str, ratio: int = RATIO) -> Iterator[bytes]:
-    """The unpacked bytes of a local file in pieces of at most CHUNK; `name` is what errors call it.
+def chunks_of(path: Path, name: str, ratio: int = DEFAULT_UNPACKED_RATIO) -> Iterator[bytes]:
+    """Yields the unpacked bytes of a local file in chunks of at most CHUNK bytes; errors cite it as `name`.
 
-    FatalError: cut short, damaged, or a packed file that unpacks to more than `ratio` times its size (and HARMLESS).
-    Arrow's streams do the unpacking because they raise at a frame or member that is cut short, where zstandard's own
-    reader just ends, and because they never unpack more than they are asked for.
+    Arrow's streams unpack because they raise at a truncated frame or member, where the reader of zstandard ends
+    silently, and because they never unpack more than requested.
+
+    FatalError: missing, truncated, damaged, or unpacks to more than `ratio` times its size (and UNCHECKED_BYTES).
     """
     try:
         with pa.OSFile(os.fspath(path), "rb") as file:
             packing = packing_of(file.read(4))
             file.seek(0)
             stream = pa.CompressedInputStream(file, packing) if packing else file
-            growth = UnpackedSize(name, file.size(), ratio)
+            unpacked = UnpackedSizeLimit(name, file.size(), ratio)
             while chunk := stream.read(CHUNK):
                 if packing:
-                    growth.add(len(chunk))
+                    unpacked.add(len(chunk))
                 yield chunk
     except OSError as error:
         raise reading_error(error, name) from error
 
 
 def reading_error(error: Exception, name: str) -> FatalError | RetryableError:
-    """What a failed read means: an archive that is cut short or damaged, a file that is gone, or passing trouble."""
+    """The error for a failed read. FatalError: missing, forbidden, truncated or damaged; else RetryableError."""
     if isinstance(error, FileNotFoundError):
         return FatalError(f"{name} is gone; put it back or take a new snapshot", name)
     if isinstance(error, PermissionError):
         return FatalError(f"{name} may not be read: {error}; change its permissions", name)
     if isinstance(error, OSError) and error.errno is not None:
         return RetryableError(f"{name} could not be read: {error}", name)
-    what = " ".join(str(error).split())[:200]
-    if "runcated" in what:
-        return FatalError(f"{name} is cut short ({what}); fetch it again", name)
-    return FatalError(f"{name} is damaged or cut short ({what}); fetch it again", name)
+    detail = " ".join(str(error).split())[:200]
+    if "runcated" in detail:
+        return FatalError(f"{name} is cut short ({detail}); fetch it again", name)
+    return FatalError(f"{name} is damaged or cut short ({detail}); fetch it again", name)
 
 
 def split_lines(chunks: Iterable[bytes], limit: int, name: str = "") -> Iterator[bytes | LongLine]:
-    """Lines without their newline, in order; one of more than `limit` bytes as a LongLine.
+    """Yields lines in order, without their newline; a line of more than `limit` bytes as a LongLine.
 
-    FatalError at a line of more than ENDLESS times `limit`.
+    FatalError: a line of more than ENDLESS_FACTOR times `limit` bytes.
     """
     parts: list[bytes] = []
     size = 0
@@ -121,15 +121,15 @@ def split_lines(chunks: Iterable[bytes], limit: int, name: str = "") -> Iterator
             parts.append(first)
         size += len(first)
         if size > limit:
-            parts = [b"".join(parts)[:HEAD]]
+            parts = [b"".join(parts)[:HEAD_BYTES]]
         if not rest:
-            if size > ENDLESS * limit:
+            if size > ENDLESS_FACTOR * limit:
                 raise FatalError(f"{name}: a line does not end after {size:,} bytes; this is no text file", name)
             continue
         yield b"".join(parts) if size <= limit else LongLine(parts[0], size)
         last = rest.pop()
         for line in rest:
-            yield line if len(line) <= limit else LongLine(line[:HEAD], len(line))
+            yield line if len(line) <= limit else LongLine(line[:HEAD_BYTES], len(line))
         parts, size = [last], len(last)
     if size:
-        yield b"".join(parts) if size <= limit else LongLine(parts[0][:HEAD], size)
+        yield b"".join(parts) if size <= limit else LongLine(parts[0][:HEAD_BYTES], size)

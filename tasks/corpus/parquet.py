@@ -1,7 +1,9 @@
-"""Documents out of a parquet file: the {id, text} export of OSCAR 2019, or any with a column `text` or `content`.
+"""Reads the documents of a parquet file: the {id, text} export of OSCAR 2019, or any with a column `text` or `content`.
 
-Called by reader.py. Memory is bounded by a few pages and what parquet_pages.py allows to be decoded at once, whatever
-the size of the row groups.
+    for document in read_parquet(path, chunks, name, counts, folder, recipe.corpus): ...
+
+Called by reader.py. Memory is limited to a few pages plus the rows that parquet_pages.py allows to be decoded at once,
+for row groups of any size.
 """
 
 import os
@@ -13,21 +15,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import FatalError
-from tasks.corpus.document import FIELDS, Document, Tally, labels_of, unknown_schema_error
-from tasks.corpus.lines import UnpackedSize, packing_of, reading_error
+from tasks.corpus.document import FIELDS, Document, labels_of, unknown_schema_error
+from tasks.corpus.filters import text_reason
+from tasks.corpus.lines import UnpackedSizeLimit, packing_of, reading_error
 from tasks.corpus.parquet_pages import batch_rows, row_groups
+from tasks.corpus.quarantine import DocumentCounts
 from tasks.recipe.config import CorpusSettings
 
-_METADATA = ("metadata", "meta")
+_METADATA_COLUMNS = ("metadata", "meta")
 
 
-def rows_of_parquet(
-    path: Path, chunks: Iterable[bytes], name: str, tally: Tally, folder: Path, corpus: CorpusSettings
+def read_parquet(
+    path: Path, chunks: Iterable[bytes], name: str, counts: DocumentCounts, folder: Path, corpus: CorpusSettings
 ) -> Iterator[Document]:
-    """Every row as a document, `line` being its row; null, wrong UTF-8 and longer than a line may be are quarantined.
+    """Yields every row as a document whose `line` is the number of the row, from 1; bad rows go to `counts`.
 
-    Parquet has its footer at the end, so a packed file is unpacked into `folder` first; `chunks` is it unpacked.
-    FatalError: no text column, damaged or cut short, pages or a text of a size that is no text's.
+    Parquet has its footer at the end, so a compressed file is first unpacked into `folder`, from its unpacked `chunks`.
+
+    FatalError: no text column, damaged or truncated, or pages or texts far larger than text is.
     """
     with path.open("rb") as file:
         packed = bool(packing_of(file.read(4)))
@@ -37,8 +42,8 @@ def rows_of_parquet(
             out.writelines(chunks)
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet, path.open("rb") as file:
-            yield from _rows(parquet, file, name, tally, corpus)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of the name of a column
+            yield from _rows(parquet, file, name, counts, corpus)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: the name of a column
         raise reading_error(error, name) from error
     finally:
         if packed:
@@ -46,41 +51,42 @@ def rows_of_parquet(
 
 
 def _rows(
-    parquet: pq.ParquetFile, file: BinaryIO, name: str, tally: Tally, corpus: CorpusSettings
+    parquet: pq.ParquetFile, file: BinaryIO, name: str, counts: DocumentCounts, corpus: CorpusSettings
 ) -> Iterator[Document]:
     schema = parquet.schema_arrow
     field = next((field for field in FIELDS if field in schema.names and _is_text(schema.field(field).type)), "")
     if not field:
         raise unknown_schema_error(
-            name, f"parquet columns {', '.join(one[:40] for one in schema.names[:8])} without {' or '.join(FIELDS)}"
+            name,
+            f"parquet columns {', '.join(column[:40] for column in schema.names[:8])} without {' or '.join(FIELDS)}",
         )
-    tally.schema = "parquet"
-    metadata = next((column for column in _METADATA if column in schema.names), "")
-    growth = UnpackedSize(name, file.seek(0, os.SEEK_END), corpus.max_unpacked_ratio)
+    counts.schema = "parquet"
+    metadata = next((column for column in _METADATA_COLUMNS if column in schema.names), "")
+    unpacked = UnpackedSizeLimit(name, file.seek(0, os.SEEK_END), corpus.max_unpacked_ratio)
     for batch in record_batches(parquet, file, name, [field, metadata] if metadata else [field]):
         texts = batch.column(field).cast(pa.large_binary()).to_pylist()
         labels = batch.column(metadata).to_pylist() if metadata else [None] * len(texts)
         for text, label in zip(texts, labels, strict=True):
-            tally.lines += 1
-            growth.add(len(text or b"") + 1)
-            fault, chars = _measured(text, corpus.max_line_bytes)
+            counts.lines += 1
+            unpacked.add(len(text or b"") + 1)
+            fault, chars = text_reason(text, corpus.max_line_bytes)
             if fault:
-                tally.quarantine(tally.lines, fault, text or b"")
+                counts.quarantine(counts.lines, fault, text or b"")
                 continue
-            tally.documents += 1
-            yield Document(text, chars, tally.lines, labels_of(label))
+            counts.documents += 1
+            yield Document(text, chars, counts.lines, labels_of(label))
 
 
 def record_batches(
     parquet: pq.ParquetFile, file: BinaryIO, name: str, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of some or all columns, so many at once as its pages allow; `file` are its bytes, opened once more."""
-    looked_at = columns or parquet.schema_arrow.names
+    """Yields the rows of some or all columns in batches that the page sizes allow; `file` is a second handle on it."""
+    wanted = columns or parquet.schema_arrow.names
     groups = row_groups(file, name)
     if [len(group) for group in groups] != [parquet.metadata.num_columns] * parquet.metadata.num_row_groups:
         raise FatalError(f"{name} is damaged: its footer contradicts itself; fetch it again", name)
     for number, group in enumerate(groups):
-        rows = batch_rows(group, parquet.schema, file, name, looked_at)
+        rows = batch_rows(group, parquet.schema, file, name, wanted)
         yield from parquet.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False)
 
 
@@ -94,15 +100,3 @@ def _is_text(kind: pa.DataType) -> bool:
         or pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
     )
-
-
-def _measured(text: bytes | None, limit: int) -> tuple[str, int]:
-    """(what is wrong with it or empty, number of characters)."""
-    if text is None:
-        return "null", 0
-    if len(text) > limit:
-        return f"a text of {len(text):,} bytes", 0
-    try:
-        return "", len(text.decode())
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 ({error.reason} at byte {error.start + 1})", 0

@@ -1,12 +1,12 @@
-"""How large the pages of a parquet file become when they are read, before any of them is. Called by parquet.py.
+"""Finds how many rows of a parquet file may be decoded at once, from its page headers. Called by parquet.py.
 
     group, *others = row_groups(file, name)
-    rows = batch_rows(group, metadata.schema, file, name, ("text",))    # so many may be decoded at once
+    rows = batch_rows(group, metadata.schema, file, name, ("text",))
 
-A page of a few kB may unpack to gigabytes, and a dictionary or shared prefixes may stand for the same long text in
-every row. What the footer says of that is only said; each page has a header of its own that Arrow goes by, in Thrift's
-compact form, and so do we. The footer too is read here: asked for a column chunk that contradicts itself, pyarrow 25
-aborts the process.
+A page of a few kB may unpack to gigabytes, and a dictionary or shared prefixes may repeat one long text in every row.
+The sizes in the footer cannot be trusted for that. Arrow reads the header of each page, in Thrift's compact protocol,
+so this module reads the same headers first. It parses the footer too, because pyarrow 25 aborts the process on a column
+chunk that contradicts itself.
 """
 
 import os
@@ -17,32 +17,32 @@ import pyarrow.parquet as pq
 
 from storage.errors import FatalError
 
-PAGE = 1 << 29
-"""Bytes of the largest page that is read; writers make pages of about 1 MB."""
+MAX_PAGE_BYTES = 1 << 29
+"""Unpacked bytes of the largest page that is read; writers make pages of about 1 MB."""
 
-VALUES = 10_000_000
-"""Values of the largest page of a column of lists; writers put 20,000 rows or 1 MB into one."""
+MAX_PAGE_VALUES = 10_000_000
+"""Values of the largest page of a list column; writers put 20,000 rows or 1 MB into a page."""
 
-BATCH = 64
-"""Rows that are decoded at once; documents of many megabytes exist."""
+MAX_BATCH_ROWS = 64
+"""Rows per batch; some documents have many megabytes."""
 
-HELD = 1 << 28
-"""Bytes that the rows decoded at once may take, as long as none is larger by itself."""
+MAX_BATCH_BYTES = 1 << 28
+"""Bytes that the decoded rows of a batch may take; a single row may take more."""
 
 Columns = Collection[str]
 
 Chunk = Mapping[int, Any]
-"""What the footer says of a column chunk (ColumnMetaData of the format), by field number."""
+"""ColumnMetaData of a column chunk, from the footer, by Thrift field number."""
 
-NUM_VALUES, COMPRESSED_SIZE, DATA_PAGE, DICTIONARY_PAGE = 5, 7, 9, 11
+NUM_VALUES, TOTAL_COMPRESSED_SIZE, DATA_PAGE_OFFSET, DICTIONARY_PAGE_OFFSET = 5, 7, 9, 11
 
-_HEADER = 1 << 24  # Arrow refuses longer ones
+_MAX_HEADER_BYTES = 1 << 24  # Arrow refuses longer ones
 
-_DEPTH = 16
+_MAX_DEPTH = 16
 
 
 def row_groups(file: BinaryIO, name: str) -> list[list[Chunk]]:
-    """The column chunks of each row group, by the footer of a file that has one. FatalError: it cannot be told."""
+    """The column chunks of each row group, from the footer. FatalError: the footer cannot be parsed."""
     end = file.seek(-8, os.SEEK_END)
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, end - length))
@@ -54,10 +54,11 @@ def row_groups(file: BinaryIO, name: str) -> list[list[Chunk]]:
 
 
 def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO, name: str, columns: Columns) -> int:
-    """Rows of a row group to decode at once so that they take HELD bytes at most: BATCH, fewer where pages are large.
+    """Rows of a row group to decode at once, so that they take at most MAX_BATCH_BYTES bytes: 1 to MAX_BATCH_ROWS.
 
-    Looks at the pages of `columns` and what is nested in them; `name` is what errors call the file. FatalError: a page
-    of more than PAGE bytes or VALUES values, or one that cannot be told.
+    Reads the page headers of `columns` and their nested columns; errors cite the file as `name`.
+
+    FatalError: a page of more than MAX_PAGE_BYTES bytes or MAX_PAGE_VALUES values, or a damaged header.
     """
     largest = 1
     for number, chunk in enumerate(group):
@@ -65,23 +66,23 @@ def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO,
         if column.path.split(".")[0] not in columns:
             continue
         for size, values in _pages(file, chunk, name):
-            if size > PAGE or (column.max_repetition_level and values > VALUES):
+            if size > MAX_PAGE_BYTES or (column.max_repetition_level and values > MAX_PAGE_VALUES):
                 raise FatalError(
                     f"{name}: a page of its column {column.path} unpacks to {size:,} bytes and {values:,} values, as "
                     "no text does; write the file again with smaller pages, or leave it out",
                     name,
                 )
             largest = max(largest, size)
-    return max(1, min(BATCH, HELD // largest))
+    return max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // largest))
 
 
 def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]:
-    """(unpacked bytes, values) of each page of a column chunk, by its header."""
-    values, length, at = (chunk.get(field) for field in (NUM_VALUES, COMPRESSED_SIZE, DATA_PAGE))
-    dictionary = chunk.get(DICTIONARY_PAGE)
+    """Yields (unpacked bytes, values) of each page of a column chunk, from the page headers."""
+    values, length, at = (chunk.get(field) for field in (NUM_VALUES, TOTAL_COMPRESSED_SIZE, DATA_PAGE_OFFSET))
+    dictionary = chunk.get(DICTIONARY_PAGE_OFFSET)
     if not (isinstance(values, int) and isinstance(length, int) and isinstance(at, int)):
         raise FatalError(f"{name} is damaged: its footer does not say where its pages are; fetch it again", name)
-    if values <= 0:  # such a column is not read, and may have no page
+    if values <= 0:  # Arrow does not read such a column, and it may have no page
         return
     if isinstance(dictionary, int) and 0 < dictionary < at:
         at = dictionary
@@ -98,14 +99,14 @@ def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]
 
 
 def _header(file: BinaryIO, at: int, name: str) -> tuple[dict[int, Any], int]:
-    """The header of the page at an offset, by field number, and its bytes."""
+    """(fields by number, size in bytes) of the page header at an offset."""
     window = 1 << 12
-    while at >= 0 and window <= _HEADER:
+    while at >= 0 and window <= _MAX_HEADER_BYTES:
         file.seek(at)
         data = file.read(window)
         try:
             return _struct(data, 0, 0)
-        except IndexError:  # its end is not in the window
+        except IndexError:  # the header is longer than the window
             if len(data) < window:
                 break
         except ValueError:
@@ -115,15 +116,15 @@ def _header(file: BinaryIO, at: int, name: str) -> tuple[dict[int, Any], int]:
 
 
 def _damaged(name: str, at: int) -> FatalError:
-    return FatalError(f"{name} is damaged: there is no page at byte {at:,}; fetch it again", name)
+    return FatalError(f"{name} is damaged: no page at byte {at:,}; fetch it again", name)
 
 
-# ---- Thrift's compact form ---------------------------------------------------------------------------------
+# ---- Thrift's compact protocol -----------------------------------------------------------------------------
 
 
 def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    """(field number -> value, offset behind it). IndexError: goes on behind `data`; ValueError: no such form."""
-    if depth > _DEPTH:
+    """(value by field number, offset after the struct). IndexError: `data` ends inside it; ValueError: not Thrift."""
+    if depth > _MAX_DEPTH:
         raise ValueError("nested too deep")
     fields: dict[int, Any] = {}
     field = 0

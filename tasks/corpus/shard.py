@@ -1,11 +1,12 @@
-"""Shards: the text of one source, filtered, about `corpus.shard_bytes` each, as Arrow files in the store.
+"""Shards: the filtered text of one source, about `corpus.shard_bytes` each, as Arrow files in the store.
 
     receipt = shard_source(store, source, recipe.corpus)
     shards_of(receipt), heldout_of(receipt)
 
-One source is one unit of work: compressed streams do not seek. Its bytes are hashed first (a wrong checksum ends it
-before any receipt), then one pass commits each shard as it fills and the source's own receipt last. The bytes of a
-shard depend on nothing but the source and the settings. Called by the flows in worker processes.
+One source is one unit of work, because compressed streams do not seek. Its bytes are hashed first (a wrong checksum
+ends it before any receipt), then one pass commits each shard as it fills, and the receipt of the source last. The bytes
+of a shard depend only on the source and the settings. tasks/corpus/filters.py decides which documents are kept. Called
+by the flows in worker processes.
 """
 
 import time
@@ -18,92 +19,69 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from storage.arrow import TEXT, ArrowWriter
+from storage.arrow import TEXT_FILE, TEXT_SCHEMA, ArrowWriter
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.corpus.document import Document, Tally
+from tasks.corpus.document import Document
 from tasks.corpus.fetch import fetched
+from tasks.corpus.filters import DROP_REASONS, Deduplicator, drop_reason, is_heldout, quarantine_reason
+from tasks.corpus.quarantine import DocumentCounts
 from tasks.corpus.reader import read_documents
 from tasks.corpus.snapshot import Source, remember_source_content, source_content
 from tasks.recipe.config import CorpusSettings
 
 SCHEMA = 1
 
-FILE = "text.arrow"
-
 BATCH_BYTES = 4 << 20
-"""Text in one record batch: bounds the memory of writer and readers."""
+"""Bytes of text per record batch; limits the memory of writer and readers."""
 
 BATCH_ROWS = 16_384
+"""Documents per record batch."""
 
 SHARD_ROWS = 1_000_000
-"""A shard of very short lines ends here: its hashes for de-duplication stay under 150 MB."""
+"""Documents per shard of very short lines; keeps the hashes for deduplication under 150 MB."""
 
 _NOT_IN_KEY = {"url", "pattern", "max_bad_lines", "max_unpacked_ratio"}
 
-_DROPS = ("language", "language_prob", "quality_warning", "harmful", "short")
-
 
 def source_ref(source: Source, content: str, corpus: CorpusSettings) -> Ref:
-    """The artifact that a source becomes; `content` is its sha256. Its key does not know where it lies or its name."""
+    """Reference to the artifact of a source; `content` is its hex sha256. Its URL and name are not part of the key."""
     return Ref("source", key_of("source", SCHEMA, _settings(source, corpus), [content]), source.label)
 
 
 def shards_of(receipt: Receipt) -> tuple[Ref, ...]:
-    """The training shards that a source's receipt lists, in their order."""
+    """References to the training shards that the receipt of a source lists, in order."""
     return tuple(Ref("shard", item["key"], item["label"]) for item in receipt.info["shards"])
 
 
 def heldout_of(receipt: Receipt) -> tuple[Ref, ...]:
-    """The held-out shard that a source's receipt lists, if it has one."""
+    """Reference to the held-out shard that the receipt of a source lists; empty if it has none."""
     return tuple(Ref("shard", item["key"], item["label"]) for item in receipt.info["heldout"])
 
 
-def is_heldout(digest: bytes, per_mille: int) -> bool:
-    """True if a document with this sha256 of its UTF-8 text is never trained on."""
-    return int.from_bytes(digest, "big") % 1000 < per_mille
-
-
-def why_dropped(document: Document, corpus: CorpusSettings) -> str:
-    """The filter that a document does not pass, or empty. What its schema does not say drops nothing."""
-    labels = document.labels
-    if labels:
-        if corpus.language and labels.language and labels.language != corpus.language:
-            return "language"
-        if corpus.language and labels.prob is not None and labels.prob < corpus.min_language_prob:
-            return "language_prob"
-        if corpus.drop_warnings and not set(corpus.drop_warnings).isdisjoint(labels.warnings):
-            return "quality_warning"
-        harmful_pp, least = labels.harmful_pp, corpus.min_harmful_pp
-        if least is not None and harmful_pp is not None and harmful_pp < least:
-            return "harmful"
-    return "short" if document.chars < corpus.min_chars else ""
-
-
 def shard_source(store: Store, source: Source, corpus: CorpusSettings, *, force: bool = False) -> Receipt:
-    """Makes every shard of one source and its receipt; does nothing if they are there (unless `force`).
+    """Makes every shard of one source and its receipt; does nothing if they exist (unless `force`).
 
     FatalError: wrong checksum, empty, unknown schema, archive cut short or damaged, too many bad lines, store full.
-    RetryableError: the source or the store did not answer, or the source was changed while it was read.
+    RetryableError: the source or the store did not answer, or the source changed while it was read.
     """
     content = source_content(store, source)
-    if content and not force and (receipt := _done(store, source_ref(source, content, corpus))):
+    if content and not force and (receipt := _complete_receipt(store, source_ref(source, content, corpus))):
         return receipt
     with store.scratch() as work, store.scratch() as out:
         started = time.perf_counter()
         with fetched(source, work) as (path, content):
             remember_source_content(store, source, content)
             ref = source_ref(source, content, corpus)
-            if not force and (receipt := _done(store, ref)):
+            if not force and (receipt := _complete_receipt(store, ref)):
                 return receipt
             hashed = time.perf_counter()
             with ExitStack() as stack:
                 companion = stack.enter_context(fetched(source.companion, work))[0] if source.companion else None
-                tally = Tally(source.name, corpus, out / "quarantine.jsonl")
-                info = _parse(
-                    store, ref, corpus, read_documents(path, source.name, corpus, tally, work, companion), tally
-                )
+                counts = DocumentCounts(source.name, corpus, out / "quarantine.jsonl")
+                documents = read_documents(path, source.name, corpus, counts, work, companion)
+                info = _parse(store, ref, corpus, documents, counts)
         return store.commit(
             ref,
             out,
@@ -118,87 +96,87 @@ def shard_source(store: Store, source: Source, corpus: CorpusSettings, *, force:
 
 
 def _settings(source: Source, corpus: CorpusSettings) -> dict[str, Any]:
-    """What changes the bytes of the shards."""
+    """The settings that change the bytes of the shards."""
     return corpus.in_key(_NOT_IN_KEY) | {"pair": source.companion is not None}
 
 
-def _done(store: Store, ref: Ref) -> Receipt | None:
-    """The receipt of a source, if it and all that it lists are there."""
+def _complete_receipt(store: Store, ref: Ref) -> Receipt | None:
+    """The receipt of a source if the store has it and every shard that it lists, else None."""
     if not store.has(ref):
         return None
     receipt = store.receipt(ref)
-    whole = all(store.has(shard) for shard in (*shards_of(receipt), *heldout_of(receipt)))
-    return receipt if whole else None
+    complete = all(store.has(shard) for shard in (*shards_of(receipt), *heldout_of(receipt)))
+    return receipt if complete else None
 
 
-# ---- the one pass over a source ----------------------------------------------------------------------------
+# ---- one pass over a source --------------------------------------------------------------------------------
 
 
 def _parse(
-    store: Store, source: Ref, corpus: CorpusSettings, documents: Iterator[Document], tally: Tally
+    store: Store, source: Ref, corpus: CorpusSettings, documents: Iterator[Document], counts: DocumentCounts
 ) -> dict[str, Any]:
-    """Sorts documents into shards and commits these; returns the info of the source's receipt."""
-    counts = Counter(dict.fromkeys((*_DROPS, "duplicate"), 0))
+    """Filters documents into shards and commits these; returns the info of the source's receipt."""
+    dropped = Counter(dict.fromkeys(DROP_REASONS, 0))
     shards: list[_Shard] = []
     with ExitStack() as stack:
         heldout = stack.enter_context(_Shard(store, source, "heldout"))
         shard = stack.enter_context(_Shard(store, source, 0))
         for document in documents:
-            if document.chars > corpus.max_chars:
-                tally.quarantine(document.line, f"a document of {document.chars:,} characters", document.text)
+            if reason := quarantine_reason(document, corpus):
+                counts.quarantine(document.line, reason, document.text)
                 continue
-            if reason := why_dropped(document, corpus):
-                counts[reason] += 1
+            if reason := drop_reason(document, corpus):
+                dropped[reason] += 1
                 continue
             digest = sha256(document.text).digest()
-            home = heldout if is_heldout(digest, corpus.heldout_per_mille) else shard
-            if corpus.deduplicate and not home.is_new(digest):
-                counts["duplicate"] += 1
+            destination = heldout if is_heldout(digest, corpus.heldout_per_mille) else shard
+            if corpus.deduplicate and destination.deduplicator.is_duplicate(digest):
+                dropped["duplicate"] += 1
                 continue
-            home.add(document)
+            destination.add(document)
             if shard.size >= corpus.shard_bytes or shard.rows >= SHARD_ROWS:
                 shard.commit()
                 shards.append(shard)
                 shard = stack.enter_context(_Shard(store, source, len(shards)))
-        tally.finish()
+        counts.finish()
         shards += [shard] if shard.commit() else []
-        kept_out = [heldout] if heldout.commit() else []
+        heldout_shards = [heldout] if heldout.commit() else []
     return {
-        "schema": tally.schema,
-        "shards": [one.summary for one in shards],
-        "heldout": [one.summary for one in kept_out],
+        "schema": counts.schema,
+        "shards": [shard.summary for shard in shards],
+        "heldout": [shard.summary for shard in heldout_shards],
         "counts": {
-            "lines": tally.lines,
-            "bad": tally.bad,
-            "documents": tally.documents,
-            **counts,
-            "kept": sum(one.rows for one in shards),
+            "lines": counts.lines,
+            "bad": counts.bad_lines,
+            "documents": counts.documents,
+            **dropped,
+            "kept": sum(shard.rows for shard in shards),
             "heldout": heldout.rows,
-            "bytes": sum(one.size for one in (*shards, heldout)),
+            "bytes": sum(shard.size for shard in (*shards, heldout)),
         },
     }
 
 
 class _Shard:
-    """One shard being written, on disk but for the last batch; a context that leaves nothing behind."""
+    """A shard that is being written, on disk except for its last batch; its context removes the scratch files."""
 
     def __init__(self, store: Store, source: Ref, index: int | str) -> None:
         suffix = f"{index:04d}" if isinstance(index, int) else index
         self.ref = Ref("shard", key_of("shard", SCHEMA, {"index": index}, [source.key]), f"{source.label}-{suffix}")
         self.rows = 0
         self.size = 0  # bytes of UTF-8 text
+        self.deduplicator = Deduplicator()
         self._store, self._parent, self._index = store, source.key, index
-        self._seen: set[bytes] = set()
         self._texts: list[bytes] = []
         self._lines: list[int] = []
-        self._held = 0
+        self._pending_bytes = 0
         self._started = time.perf_counter()
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(self._store.scratch())
         self._file = self._stack.enter_context(ExitStack())  # closed before the commit, and not twice
-        self._writer = self._file.enter_context(ArrowWriter(self._folder / FILE, TEXT))
+        self._writer = self._file.enter_context(ArrowWriter(self._folder / TEXT_FILE, TEXT_SCHEMA))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -206,27 +184,21 @@ class _Shard:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the source's receipt says of this shard."""
+        """The entry of this shard in the receipt of its source."""
         return {"key": self.ref.key, "label": self.ref.label, "rows": self.rows, "bytes": self.size}
-
-    def is_new(self, digest: bytes) -> bool:
-        """True the first time that a digest is shown."""
-        before = len(self._seen)
-        self._seen.add(digest)
-        return len(self._seen) > before
 
     def add(self, document: Document) -> None:
         """Appends one document."""
         self.rows += 1
         self.size += len(document.text)
-        self._held += len(document.text)
+        self._pending_bytes += len(document.text)
         self._texts.append(document.text)
         self._lines.append(document.line)
-        if self._held >= BATCH_BYTES or len(self._texts) >= BATCH_ROWS:
+        if self._pending_bytes >= BATCH_BYTES or len(self._texts) >= BATCH_ROWS:
             self._flush()
 
     def commit(self) -> bool:
-        """Puts the shard into the store and frees its scratch space; False, and nothing is made, if it is empty."""
+        """Commits the shard to the store and frees its scratch space; returns False without a commit if it is empty."""
         if not self.rows:
             return False
         self._flush()
@@ -243,17 +215,17 @@ class _Shard:
             timings={"shard": time.perf_counter() - self._started},
         )
         self._stack.close()
-        self._seen.clear()
+        self.deduplicator.clear()
         return True
 
     def _flush(self) -> None:
         if self._texts:
             self._writer.write({"text": _text_array(self._texts), "line": _int_array(self._lines)})
-            self._texts, self._lines, self._held = [], [], 0
+            self._texts, self._lines, self._pending_bytes = [], [], 0
 
 
 def _text_array(texts: list[bytes]) -> pa.Array:
-    """UTF-8 texts as one Arrow column, from its buffers: `pa.array` would check each and import pandas for it."""
+    """UTF-8 texts as one Arrow column, built from its buffers; `pa.array` would check each text and import pandas."""
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
     return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))

@@ -1,10 +1,11 @@
-"""A snapshot: which source files a corpus folder holds now. Made by listing, without reading any source.
+"""A snapshot: the source files that a corpus folder holds now, from its listing, without reading any source.
 
     snapshot = take_snapshot(recipe.corpus)
     for source in snapshot.sources: print(source.label, source.size)
 
-Any fsspec URL will do. Checksum files (`fr_sha256.txt`, `SHA256SUMS`) are honoured: their names must be there, and
-their hashes identify the sources. Read me's, licences, hidden files and other sums are no sources.
+The folder may be any fsspec URL. Checksum files (`fr_sha256.txt`, `SHA256SUMS`) are honoured: every file that they
+name must exist, and their hashes identify the sources. Readme files, licences, hidden files and other checksum files
+are not sources.
 """
 
 import hashlib
@@ -22,10 +23,10 @@ from storage.errors import FatalError
 from storage.filesystem import on_this_machine
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.corpus.listing import Folder, list_folder, listing_errors, natural, stamp_of
+from tasks.corpus.listing import FolderListing, list_folder, listing_errors, natural_key, stamp_of
 from tasks.recipe.config import CorpusSettings
 
-_CHECKSUMS = re.compile(r"sha256|checksum", re.IGNORECASE)
+_CHECKSUM_FILE = re.compile(r"sha256|checksum", re.IGNORECASE)
 
 _SKIPPED_NAMES = re.compile(
     r"[._]|(readme|licen[cs]e|notice|copying|origin)|.*\.md$|(.*[._-])?(md5|sha1|sha512)(sums?)?([._-].*)?$",
@@ -38,18 +39,18 @@ _TEXT_OF_PAIR = re.compile(r"(?P<stem>[A-Za-z-]+)_part_(?P<number>\d+)\.txt(\.gz
 
 _METADATA_OF_PAIR = re.compile(r"(?P<stem>[A-Za-z-]+)_meta_part_(?P<number>\d+)\.jsonl(\.gz|\.zst)?")
 
-_LINE = re.compile(r"(?P<hash>[0-9a-fA-F]{64}) [ *]?(?P<name>\S.*)")
+_CHECKSUM_LINE = re.compile(r"(?P<hash>[0-9a-fA-F]{64}) [ *]?(?P<name>\S.*)")
 
 _LABEL_LENGTH = 100
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source file: its path below the folder, where it is, its size in bytes, and what tells it from another.
+    """One source file. `name` is its path below the folder, `url` its location, `size` its bytes.
 
-    `stamp` is its ETag or time of change; `sha256` comes from a checksum file, None without one. `label` is its name
-    for people, made of letters, digits, `.`, `_` and `-`, unique in its snapshot. `companion` is the metadata of a
-    21.09 pair.
+    `stamp` is its ETag or modification time; `sha256` comes from a checksum file and is None without one. `label` is
+    its display name, unique in the snapshot, of letters, digits, `.`, `_` and `-`. `companion` is the metadata file of
+    a 21.09 pair.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The sources of a folder, part 2 before part 10; `absent` are names in checksum files that are not there."""
+    """The sources of a folder in natural order; `absent` holds the names in checksum files that do not exist."""
 
     url: str
     sources: tuple[Source, ...]
@@ -77,23 +78,23 @@ class Snapshot:
     @property
     def fingerprint(self) -> str:
         """Hex sha256 over names, sizes and checksums (or stamps)."""
-        files = [one for source in self.sources for one in (source, source.companion) if one]
-        return sha256_bytes(canonical_json([[one.name, one.size, one.sha256 or one.stamp] for one in files]))
+        files = [file for source in self.sources for file in (source, source.companion) if file]
+        return sha256_bytes(canonical_json([[file.name, file.size, file.sha256 or file.stamp] for file in files]))
 
 
 def take_snapshot(corpus: CorpusSettings, *, partial: bool = False) -> Snapshot:
-    """Lists the sources of `corpus.url`, subfolders included, whose file name fits `corpus.pattern`.
+    """Lists the sources of `corpus.url` and its subfolders whose file name matches `corpus.pattern`.
 
-    FatalError: no such folder, no source in it, a link that leads out of it, a bad checksum file, and, unless
-    `partial`, a name in a checksum file that is not there.
+    FatalError: no such folder, no source in it, a link that leads out of it, an invalid checksum file, or, unless
+    `partial`, a name in a checksum file that does not exist.
     """
     return snapshot_of(list_folder(corpus.url), corpus, partial=partial)
 
 
-def snapshot_of(folder: Folder, corpus: CorpusSettings, *, partial: bool = False) -> Snapshot:
-    """`take_snapshot` of a listing that is there already; its errors are the same.
+def snapshot_of(folder: FolderListing, corpus: CorpusSettings, *, partial: bool = False) -> Snapshot:
+    """As `take_snapshot`, from an existing listing; the errors are the same.
 
-    With `partial` a folder that holds a checksum file and nothing of what it names is a snapshot without sources.
+    With `partial`, a folder that holds a checksum file but none of its files is a snapshot without sources.
     """
     fs, files = folder.fs, folder.files
     with listing_errors(corpus.url):
@@ -103,40 +104,41 @@ def snapshot_of(folder: Folder, corpus: CorpusSettings, *, partial: bool = False
         more = f" (nor are {len(absent) - 1} others)" if absent[1:] else ""
         raise FatalError(
             f"{corpus.url}: {absent[0]} is named in a checksum file but is not there{more}; "
-            "fetch it, or wait until the folder is whole",
+            "fetch it, or wait until the folder is complete",
             absent[0],
         )
-    everything = {name: _source(fs, name, detail, checksums.get(name)) for name, detail in files.items()}
-    sources = _paired([source for name, source in everything.items() if _is_source(name)])
+    listed = [_source(fs, name, detail, checksums.get(name)) for name, detail in files.items() if _is_source(name)]
+    sources = _with_companions(listed)
     sources = [source for source in sources if _matches_pattern(source.name, corpus.pattern)]
     if not sources and not (partial and absent):
         raise FatalError(
-            f"{corpus.url} holds no source file{'' if corpus.pattern == '*' else f' that fits {corpus.pattern}'}; "
+            f"{corpus.url} holds no source file{'' if corpus.pattern == '*' else f' that matches {corpus.pattern}'}; "
             "correct corpus.url or corpus.pattern",
             corpus.url,
         )
-    return Snapshot(corpus.url, tuple(_labelled(sorted(sources, key=lambda source: natural(source.name)))), absent)
+    sources.sort(key=lambda source: natural_key(source.name))
+    return Snapshot(corpus.url, tuple(_with_unique_labels(sources)), absent)
 
 
 def parse_checksums(text: str, file: str) -> dict[str, str]:
-    """Name -> hex sha256 of lines `hash name`, as OSCAR writes them (one space) and sha256sum (two, or one and `*`).
+    """Hex sha256 by name, from lines `hash name` of OSCAR (one space) or sha256sum (two spaces, or one and `*`).
 
-    FatalError with the line: not such a line, a name that leads out of the folder or has odd characters, two hashes of
-    one name.
+    FatalError, with its line: another format, a name that leads out of the folder or has unprintable characters, or
+    two hashes for one name.
     """
     found: dict[str, str] = {}
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip():
             continue
-        match = _LINE.fullmatch(line)
+        match = _CHECKSUM_LINE.fullmatch(line)
         if match is None:
             raise FatalError(f"{file}, line {number}: not `sha256 name` but {line[:80]!r}", file, number)
         name, digest = match["name"].removeprefix("./"), match["hash"].lower()
         parts = name.split("/")
         if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
             raise FatalError(
-                f"{file}, line {number}: the name {name[:80]!r} leads out of the folder or has odd characters; "
+                f"{file}, line {number}: the name {name[:80]!r} leads out of the folder or has unprintable characters; "
                 "correct it",
                 file,
                 number,
@@ -147,17 +149,17 @@ def parse_checksums(text: str, file: str) -> dict[str, str]:
 
 
 def source_content(store: Store, source: Source) -> str | None:
-    """Hex sha256 of a source: from its checksum file, or remembered from when it was read; None if not known."""
+    """Hex sha256 of a source, from its checksum file or remembered from an earlier read; None if unknown."""
     if source.sha256:
         return source.sha256
     if not source.size:
-        return sha256_bytes(b"")  # so that the failure of an empty source has a key to be noted under
-    noted = store.recall("source", _identity(source))
-    return noted["sha256"] if noted else None
+        return sha256_bytes(b"")  # gives the failure of an empty source a key to be recorded under
+    remembered = store.recall("source", _identity(source))
+    return remembered["sha256"] if remembered else None
 
 
 def remember_source_content(store: Store, source: Source, content: str) -> None:
-    """Remembers the hash of a source, for as long as its URL, size and stamp stay the same."""
+    """Remembers the hex sha256 of a source for as long as its URL, size and stamp stay the same."""
     store.remember("source", _identity(source), {"url": source.url, "sha256": content})
 
 
@@ -165,11 +167,11 @@ def _identity(source: Source) -> str:
     return f"{source.url}|{source.size}|{source.stamp}"
 
 
-# ---- what is a source --------------------------------------------------------------------------------------
+# ---- source files and checksum files -----------------------------------------------------------------------
 
 
 def _checksums(fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str]) -> dict[str, str]:
-    """Path below the folder -> hex sha256, from every checksum file; its names are relative to its own folder."""
+    """Hex sha256 by path below the folder, from every checksum file; its names are relative to its own folder."""
     found: dict[str, str] = {}
     for path in files:
         if not _is_checksum_file(path):
@@ -177,10 +179,10 @@ def _checksums(fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str]) -
         try:
             text = fs.cat_file(f"{root.rstrip('/')}/{path}").decode()
         except UnicodeDecodeError as error:
-            raise FatalError(f"{path}: a checksum file that is not UTF-8; mend or remove it", path) from error
+            raise FatalError(f"{path}: a checksum file that is not UTF-8; fix or remove it", path) from error
         for name, digest in parse_checksums(text, path).items():
-            whole = (PurePosixPath(path).parent / name).as_posix()
-            if found.setdefault(whole, digest) != digest:
+            full_name = (PurePosixPath(path).parent / name).as_posix()
+            if found.setdefault(full_name, digest) != digest:
                 raise FatalError(f"{path}: {name} has another hash in another checksum file; remove one", path)
     return found
 
@@ -188,12 +190,12 @@ def _checksums(fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str]) -
 def _source(fs: fsspec.AbstractFileSystem, name: str, detail: Mapping[str, Any], sha256: str | None) -> Source:
     path = detail.get("name", name)
     url = path if on_this_machine(fs) else fs.unstrip_protocol(path)
-    return Source(name, url, int(detail["size"]), stamp_of(detail), sha256, _plain(name))
+    return Source(name, url, int(detail["size"]), stamp_of(detail), sha256, _safe_label(name))
 
 
 def _is_checksum_file(path: str) -> bool:
     name = path.rsplit("/", 1)[-1]
-    return bool(_CHECKSUMS.search(name)) and not re.search(r"\.(jsonl?|parquet|gz|zst)$", name)
+    return bool(_CHECKSUM_FILE.search(name)) and not re.search(r"\.(jsonl?|parquet|gz|zst)$", name)
 
 
 def _is_source(path: str) -> bool:
@@ -206,41 +208,41 @@ def _matches_pattern(path: str, pattern: str) -> bool:
     return fnmatchcase(path.rsplit("/", 1)[-1], pattern)
 
 
-# ---- pairs and names ---------------------------------------------------------------------------------------
+# ---- pairs and labels --------------------------------------------------------------------------------------
 
 
-def _paired(sources: Iterable[Source]) -> list[Source]:
-    """Puts the metadata file of each 21.09 pair (fr_part_3.txt.gz + fr_meta_part_3.jsonl.gz) with its text."""
+def _with_companions(sources: Iterable[Source]) -> list[Source]:
+    """Attaches the metadata file of each 21.09 pair (fr_meta_part_3.jsonl.gz) to its text file (fr_part_3.txt.gz)."""
     sources = list(sources)
     metadata = {}
     for source in sources:
         folder, _, name = source.name.rpartition("/")
         if match := _METADATA_OF_PAIR.fullmatch(name):
             metadata[folder, match["stem"], match["number"]] = source
-    paired, taken = [], set()
+    paired, companions = [], set()
     for source in sources:
         folder, _, name = source.name.rpartition("/")
         match = _TEXT_OF_PAIR.fullmatch(name)
         companion = metadata.get((folder, match["stem"], match["number"])) if match else None
         if companion:
-            taken.add(companion.name)
+            companions.add(companion.name)
         paired.append(replace(source, companion=companion))
-    return [source for source in paired if source.name not in taken]
+    return [source for source in paired if source.name not in companions]
 
 
-def _labelled(sources: list[Source]) -> list[Source]:
-    """Gives each source a label of its own: its file name, where need be with folders, or with a hash of its path."""
+def _with_unique_labels(sources: list[Source]) -> list[Source]:
+    """Gives each source a unique label: its file name, with its folders or a hash of its path if that is ambiguous."""
     names = [source.name for source in sources]
-    labels = [_plain(name.rsplit("/", 1)[-1]) for name in names]
-    for longer in (_plain, lambda name: f"{_plain(name)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"):
-        seen = Counter(label.lower() for label in labels)
+    labels = [_safe_label(name.rsplit("/", 1)[-1]) for name in names]
+    for longer in (_safe_label, lambda name: f"{_safe_label(name)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"):
+        uses = Counter(label.lower() for label in labels)
         labels = [
-            label if seen[label.lower()] == 1 else longer(name) for name, label in zip(names, labels, strict=True)
+            label if uses[label.lower()] == 1 else longer(name) for name, label in zip(names, labels, strict=True)
         ]
     return [replace(source, label=label) for source, label in zip(sources, labels, strict=True)]
 
 
-def _plain(name: str) -> str:
-    """A name without its suffixes, of letters, digits, `.`, `_` and `-` only."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", _SUFFIXES.sub("", name.replace("/", "-"))).lstrip(".-_")
-    return plain[-_LABEL_LENGTH:].lstrip(".-_") or "source"
+def _safe_label(name: str) -> str:
+    """A path without its suffixes, in which `_` replaces all but letters, digits, `.`, `_` and `-`."""
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", _SUFFIXES.sub("", name.replace("/", "-"))).lstrip(".-_")
+    return label[-_LABEL_LENGTH:].lstrip(".-_") or "source"

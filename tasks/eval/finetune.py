@@ -1,10 +1,11 @@
-"""Fine-tunes any encoder on one set with one seed and tests it, by transformers' Trainer.
+"""Fine-tunes an encoder on one evaluation set with one seed and scores it on the test split.
 
-    scores = finetune(folder, data, craft, tuning, seed=0, rates=tuning.lr)
+    scores = finetune(folder, data, SentenceTask(data.labels), tuning, seed=0, rates=tuning.lr)
 
-A craft is what sets of one sort need (tasks.classify: sentences and pairs, tasks.ner: words with tags): a head, an
-encoding, the metric on predictions. Of each learning rate in `rates` the best epoch on the validation split is kept,
-and of the rates the best; only that model sees the test split, once. Called by tasks.tuned.
+A `FineTuneTask` supplies the head, the encoding and the metric: tasks/eval/sentence_classification.py for sentences and
+pairs, tasks/eval/token_classification.py for words with tags. Each learning rate of `rates` keeps its best epoch on the
+validation split, and the best rate is selected by the same figure; only the selected model predicts the test split.
+Training uses transformers' Trainer.
 """
 
 import tempfile
@@ -28,10 +29,10 @@ from transformers import (
 )
 
 from storage.errors import FatalError
-from tasks.eval.heldout import spread_rows
+from tasks.eval.heldout import evenly_spaced_rows
+from tasks.eval.loaded_model import silenced
 from tasks.eval.protocol import Tuning
 from tasks.eval.scores import Scores
-from tasks.eval.side_by_side import silenced
 from tasks.models.forward import longest_input
 from tasks.models.tokenizer import exact_tokenizer
 
@@ -50,47 +51,47 @@ _DROPOUTS = (
 
 
 class Encoded(NamedTuple):
-    """One row as a model reads it."""
+    """One encoded row."""
 
     features: dict[str, Any]
-    """input_ids, attention_mask and labels, as the Trainer takes them."""
+    """input_ids, attention_mask and labels, in the form that the Trainer takes."""
     word_ids: list[int | None]
-    """For each sub-word the place of its word, None for special tokens; empty for rows that are no list of words."""
+    """Index of the word of each sub-word, None for special tokens; empty for rows that are not lists of words."""
 
 
 class FineTuneTask(Protocol):
-    """What sets of one sort need. Rows are those of the set's splits, whatever they are."""
+    """Head, encoding and metric of one kind of evaluation set. The type of the rows is that of the set's splits."""
 
     @property
     def metric(self) -> str:
-        """Chooses epoch and learning rate on the validation split, and is the figure that the set is judged by."""
+        """Name of the figure that selects the epoch and the learning rate, and that summarizes the set."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of what the head tells apart."""
+        """Names of the classes, in the order of their numbers."""
 
     @property
     def model_class(self) -> Any:
-        """The transformers class that puts a fresh head on an encoder."""
+        """The transformers class that puts a new head on an encoder."""
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """Pads a batch."""
+        """The data collator that pads a batch."""
 
     def encode(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, limit: int, types: bool) -> list[Encoded]:
-        """All rows, cut after `limit` sub-words; `types`: the model tells first and second text apart."""
+        """All rows, truncated to `limit` sub-words; `types`: the model uses token type ids."""
 
     def scores(self, rows: Sequence[Any], encoded: Sequence[Encoded], predicted: npt.NDArray[Any]) -> Scores:
-        """Figures, `metric` among them, from the likeliest label of every row (and sub-word)."""
+        """Figures, including `metric`, from the most probable label of each row (or of each sub-word)."""
 
     def test_rows(self, data: Any) -> Sequence[Any]:
-        """Rows that are predicted."""
+        """Rows of the test split to predict."""
 
     def test_scores(self, data: Any, encoded: Sequence[Encoded], predicted: npt.NDArray[Any], limit: int) -> Scores:
-        """Figures on the test split, and `predictions`: `gold` and `predicted`, packed."""
+        """Figures on the test split, and `predictions`: `gold` and `predicted` as `pack` writes them."""
 
 
-class _Tuned(NamedTuple):
-    """A model at its best epoch."""
+class _FineTuned(NamedTuple):
+    """A trainer whose model is that of its best epoch, and the learning rate, validation figure and epoch of it."""
 
     trainer: Trainer
     lr: float
@@ -101,83 +102,85 @@ class _Tuned(NamedTuple):
 def finetune(
     folder: Path,
     data: Any,
-    craft: FineTuneTask,
+    task: FineTuneTask,
     tuning: Tuning,
     seed: int,
     rates: Sequence[float],
     device: str = "auto",
 ) -> Scores:
-    """The figures of one seed on the test split.
+    """Figures of one seed on the test split.
 
-    Besides what the craft gives: `predictions` (see there), `train_rows`, `test_rows`, and `choice`: the learning rate
-    that was taken, its best validation figure, the epoch of that, and the best validation figure of every rate.
-    The same seed gives the same figures on a CPU with as many threads. Nothing is written outside a temporary folder.
-    FatalError for a folder that holds no encoder.
+    Adds to the figures of `task.test_scores`: `train_rows`, and `choice`: the selected learning rate (`lr`), its best
+    validation figure (`validation`), the epoch of that figure (`epochs`), and the best validation figure of each rate
+    (`grid`). `device` is "auto" (one GPU if CUDA is available) or "cpu". The same seed gives the same figures on a CPU
+    with the same number of threads. Writes only to a temporary folder. FatalError if the folder holds no encoder.
     """
     use_cpu = device == "cpu" or not torch.cuda.is_available()
-    train = [data.train[row] for row in spread_rows(len(data.train), tuning.train_rows or len(data.train))]
+    train = [data.train[row] for row in evenly_spaced_rows(len(data.train), tuning.train_rows or len(data.train))]
     with tempfile.TemporaryDirectory(prefix="distil-tune-") as scratch:
-        best: _Tuned | None = None
+        best: _FineTuned | None = None
         grid: dict[str, float] = {}
         for lr in rates:
-            tuned = _tune(folder, train, data.validation, craft, tuning, seed, lr, use_cpu, Path(scratch) / f"{lr:g}")
+            output = Path(scratch) / f"{lr:g}"
+            tuned = _train(folder, train, data.validation, task, tuning, seed, lr, use_cpu, output)
             grid[f"{lr:g}"] = tuned.validation
             if best is None or tuned.validation > best.validation:
                 best = tuned
-        assert best is not None, "a tuning has at least one learning rate"
-        scores = _test(best.trainer, folder, data, craft, tuning)
+        assert best is not None, "`rates` holds at least one learning rate"
+        scores = _test(best.trainer, folder, data, task, tuning)
     choice = {"lr": best.lr, "validation": best.validation, "epochs": best.epochs, "grid": grid}
     return scores | {"train_rows": len(train), "choice": choice}
 
 
-def _tune(
+def _train(
     folder: Path,
     train: Sequence[Any],
     validation: Sequence[Any],
-    craft: FineTuneTask,
+    task: FineTuneTask,
     tuning: Tuning,
     seed: int,
     lr: float,
     use_cpu: bool,
-    scratch: Path,
-) -> _Tuned:
-    """Trains with one learning rate; the model that comes back is that of its best epoch."""
-    set_seed(seed)  # before the fresh head is drawn
-    model, tokenizer = load_for(folder, craft, tuning)
-    limit, types = _reading(model, tuning)
-    encoded = craft.encode(validation, tokenizer, limit, types)
+    output: Path,
+) -> _FineTuned:
+    """Trains with one learning rate and restores the best epoch."""
+    set_seed(seed)  # before the new head is initialized
+    model, tokenizer = load_with_head(folder, task, tuning)
+    limit, types = _input_format(model, tuning)
+    encoded = task.encode(validation, tokenizer, limit, types)
 
-    def judge(found: EvalPrediction) -> dict[str, float]:
-        return {craft.metric: float(craft.scores(validation, encoded, np.asarray(found.predictions))[craft.metric])}
+    def validation_score(result: EvalPrediction) -> dict[str, float]:
+        figures = task.scores(validation, encoded, np.asarray(result.predictions))
+        return {task.metric: float(figures[task.metric])}
 
     trainer = Trainer(
         model=model,
-        args=_arguments(tuning, craft.metric, seed, lr, use_cpu, scratch),
-        train_dataset=[one.features for one in craft.encode(train, tokenizer, limit, types)],
+        args=_arguments(tuning, task.metric, seed, lr, use_cpu, output),
+        train_dataset=[one.features for one in task.encode(train, tokenizer, limit, types)],
         eval_dataset=[one.features for one in encoded],
-        data_collator=craft.collator(tokenizer),
-        compute_metrics=judge,
+        data_collator=task.collator(tokenizer),
+        compute_metrics=validation_score,
         preprocess_logits_for_metrics=lambda logits, _labels: logits.argmax(-1),
         callbacks=[EarlyStoppingCallback(tuning.patience)] if tuning.patience else [],
     )
     trainer.remove_callback(PrinterCallback)
     with silenced():
         trainer.train()
-    history = [line for line in trainer.state.log_history if f"eval_{craft.metric}" in line]
-    best = max(history, key=lambda line: line[f"eval_{craft.metric}"])
-    return _Tuned(trainer, lr, float(best[f"eval_{craft.metric}"]), float(best["epoch"]))
+    history = [line for line in trainer.state.log_history if f"eval_{task.metric}" in line]
+    best = max(history, key=lambda line: line[f"eval_{task.metric}"])
+    return _FineTuned(trainer, lr, float(best[f"eval_{task.metric}"]), float(best["epoch"]))
 
 
-def _arguments(tuning: Tuning, metric: str, seed: int, lr: float, use_cpu: bool, scratch: Path) -> TrainingArguments:
-    """Checkpoints are weights only, in a temporary folder, to go back to the best epoch; nothing reports anywhere.
+def _arguments(tuning: Tuning, metric: str, seed: int, lr: float, use_cpu: bool, output: Path) -> TrainingArguments:
+    """Saves weights only, in the temporary folder `output`, to restore the best epoch; disables all reporting.
 
-    One GPU, however many there are: transformers would feed each of them a batch, which is another protocol.
+    Uses one GPU even if the machine has more: transformers would give each GPU a batch, which changes the protocol.
     """
     arguments = TrainingArguments(
-        output_dir=str(scratch),
+        output_dir=str(output),
         num_train_epochs=tuning.epochs,
         learning_rate=lr,
-        warmup_steps=tuning.warmup,  # below 1 it is a share of the steps
+        warmup_steps=tuning.warmup,  # a value below 1 is a share of the steps
         weight_decay=tuning.weight_decay,
         per_device_train_batch_size=tuning.batch_rows,
         per_device_eval_batch_size=PREDICT_ROWS,
@@ -199,30 +202,30 @@ def _arguments(tuning: Tuning, metric: str, seed: int, lr: float, use_cpu: bool,
     return arguments
 
 
-def _test(trainer: Trainer, folder: Path, data: Any, craft: FineTuneTask, tuning: Tuning) -> Scores:
+def _test(trainer: Trainer, folder: Path, data: Any, task: FineTuneTask, tuning: Tuning) -> Scores:
     _, tokenizer = _tokenizer_of(folder)
-    limit, types = _reading(trainer.model, tuning)
-    rows = craft.test_rows(data)
-    encoded = craft.encode(rows, tokenizer, limit, types)
-    trainer.compute_metrics = None  # it judges the validation rows
+    limit, types = _input_format(trainer.model, tuning)
+    rows = task.test_rows(data)
+    encoded = task.encode(rows, tokenizer, limit, types)
+    trainer.compute_metrics = None  # it scores the validation rows
     features: Any = [one.features for one in encoded]
     with silenced():
         predicted = trainer.predict(features).predictions
-    return craft.test_scores(data, encoded, np.asarray(predicted), limit)
+    return task.test_scores(data, encoded, np.asarray(predicted), limit)
 
 
-def load_for(folder: Path, craft: FineTuneTask, tuning: Tuning) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The encoder with a fresh head, in float32, and its tokenizer. FatalError if the folder holds none."""
+def load_with_head(folder: Path, task: FineTuneTask, tuning: Tuning) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The encoder with a new head, in float32, and its tokenizer. FatalError if the folder holds no encoder."""
     config, tokenizer = _tokenizer_of(folder)
     for name in _DROPOUTS:
-        # A student saved with dropout 0 must not be tuned without where its teacher is tuned with it.
+        # A student saved with dropout 0 must be fine-tuned with the same dropout as its teacher.
         if hasattr(config, name):
             setattr(config, name, tuning.dropout)
-    config.id2label = dict(enumerate(craft.labels))
-    config.label2id = {name: number for number, name in enumerate(craft.labels)}
+    config.id2label = dict(enumerate(task.labels))
+    config.label2id = {name: number for number, name in enumerate(task.labels)}
     try:
         with silenced():
-            model: PreTrainedModel = craft.model_class.from_pretrained(
+            model: PreTrainedModel = task.model_class.from_pretrained(
                 folder, config=config, dtype=torch.float32, local_files_only=True
             )
     except (OSError, ValueError, KeyError) as error:
@@ -235,7 +238,7 @@ def _tokenizer_of(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
         with silenced():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            # RoBERTa's tokenizer takes words only with a space before each.
+            # RoBERTa's tokenizer accepts lists of words only with a space before each.
             tokenizer = exact_tokenizer(folder, add_prefix_space=True)
     except (OSError, ValueError, KeyError) as error:
         raise FatalError(_no_encoder(folder, error), str(folder)) from error
@@ -248,7 +251,7 @@ def _no_encoder(folder: Path, error: Exception) -> str:
     return f"{folder}: not an encoder that can be fine-tuned ({str(error).strip().splitlines()[0]})"
 
 
-def _reading(model: Any, tuning: Tuning) -> tuple[int, bool]:
-    """Most sub-words of a row, and whether the model tells first and second text apart."""
+def _input_format(model: Any, tuning: Tuning) -> tuple[int, bool]:
+    """Largest number of sub-words in a row, and whether the model uses token type ids."""
     types = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
     return min(tuning.max_tokens, longest_input(model)), types

@@ -1,16 +1,14 @@
-"""Scores on held-out text: what a masked language model predicts under the mask, and what it keeps of its teacher.
+"""Scores a masked language model on held-out text: accuracy and loss at masked positions, and agreement with a teacher.
 
-    trial = Trial(model_key, heldout_protocol(blocks, recipe.mask, 256, teacher_fingerprint), "heldout")
-    scores = make_scores(store, trial, lambda: score_heldout(model, vocabulary, blocks, recipe.mask, 256, teacher))
+    protocol = heldout_protocol(blocks, recipe.mask, 256, teacher_fingerprint)
+    compute = lambda: score_heldout(model, vocabulary, blocks, recipe.mask, 256, teacher)
+    scores = make_scores(store, ScoreKey(model_key, protocol, "heldout"), compute)
 
-Called by the flows, on blocks of tasks.block.open_blocks. Scores of any set are kept as artifacts by (model, protocol,
-set, seed), so that a second run computes only what is missing. Models are compared in tasks.compare, fine-tuned in
-tasks.ner.
+Every model sees the same blocks under the same masks.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +20,8 @@ from transformers import PreTrainedModel
 
 from storage.artifact import Ref
 from storage.errors import FatalError
-from tasks.eval.scores import TEACHERS, Scores, not_run
+from tasks.eval.loaded_model import eval_mode
+from tasks.eval.scores import TEACHER_PREFIX, Scores, not_run
 from tasks.models.forward import decoder_of, head_features, hidden_rows
 from tasks.recipe.config import MaskSettings
 from tasks.tokens.blocks import Blocks
@@ -30,25 +29,25 @@ from tasks.tokens.mask import IGNORE_INDEX, mask_rows
 from tasks.tokens.vocabulary import Vocabulary
 
 MASK_SEED = 2_205_111
-"""Masks of scores are the same for every recipe, and no training's: see `score_mask`."""
+"""Seed of the masks of all held-out scores; never a training seed: see `score_mask`."""
 
-HELDOUT = 2
-"""Changes when held-out figures mean something else or have more parts."""
+PROTOCOL_VERSION = 2
+"""Increases when the definition of a held-out figure changes or a figure is added."""
 
 FORWARD_TOKENS = 8192
-"""Tokens in one forward."""
+"""Tokens in one forward pass."""
 
 CHUNK_ROWS = 512
-"""Masked positions whose logits exist at once (32,005 pieces: 64 MB a model)."""
+"""Masked positions whose logits are in memory at once (64 MB per model with 32,005 tokens in the vocabulary)."""
 
 
-# ---- held-out text -----------------------------------------------------------------------------------------
+# ---- protocol ----------------------------------------------------------------------------------------------
 
 
 def score_mask(mask: MaskSettings, masks: int = 1) -> MaskSettings:
-    """The `masks` masks of scores: the recipe's rate, but always uniform and with a seed of their own.
+    """Mask settings for scoring: `masks` uniform masks with the recipe's rate and a fixed seed.
 
-    So models trained with different masks are judged by one, and none is judged by the masks that it was trained on.
+    Models trained with different masks are therefore scored under one mask, and never under their training masks.
     """
     return MaskSettings(seed=MASK_SEED if mask.seed != MASK_SEED else MASK_SEED + 1, rate=mask.rate, variants=masks)
 
@@ -56,10 +55,13 @@ def score_mask(mask: MaskSettings, masks: int = 1) -> MaskSettings:
 def heldout_protocol(
     blocks: Sequence[Blocks | Ref], mask: MaskSettings, limit: int, teacher: str = "", masks: int = 1
 ) -> dict[str, Any]:
-    """The protocol of a held-out trial; `teacher` is its fingerprint, or "" when there is none."""
+    """The protocol part of the key of held-out scores; `teacher` is its fingerprint, or "" without a teacher."""
     settings = score_mask(mask, masks).model_dump(mode="json")
     blocks_keys = [part.key for part in blocks]
-    return {"version": HELDOUT, "mask": settings, "rows": limit, "blocks": blocks_keys, "teacher": teacher}
+    return {"version": PROTOCOL_VERSION, "mask": settings, "rows": limit, "blocks": blocks_keys, "teacher": teacher}
+
+
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def score_heldout(
@@ -71,58 +73,51 @@ def score_heldout(
     teacher: PreTrainedModel | None = None,
     masks: int = 1,
 ) -> Scores:
-    """Figures over the masked positions of up to `limit` blocks, taken evenly from all held-out blocks.
+    """Scores the masked positions of up to `limit` blocks, evenly spaced over all held-out blocks.
 
-    Each block is shown under `masks` masks: where there is little held-out text, that makes the figures surer.
+    Each block is scored under `masks` masks; more masks reduce the variance where held-out text is scarce.
 
-    blocks, positions   how many were scored (a position counts once a mask)
-    top1, top1_se       share of positions where the true token comes first, and its standard error by blocks
-    top1_at_mask        the same where the input shows the mask token (80 %; the rest shows the token or a random one)
-    mlm_loss, perplexity   mean cross-entropy (nats a token), and its exponential
-    frequent_top1       f: what always saying the most frequent of these labels would score
-    teacher_*           the teacher's own figures on the same positions
-    kl, agreement       mean KL(teacher || student) at T = 1 in nats; share of positions with the same first token
-    kept                (top1 - f) / (teacher_top1 - f); left out where the teacher is no better than f
-    by_block            sums by block (positions, hits, teacher_hits, kl), for `block_counts`
+    blocks, positions      number of blocks, and of masked positions (a position counts once per mask)
+    top1, top1_se          share of positions where the most probable token is the true one (masked top-1 accuracy),
+                           and its standard error, clustered by block
+    top1_at_mask           the same at positions where the input is the mask token (80 % of them; the other inputs are
+                           the true token or a random one)
+    mlm_loss, perplexity   mean cross-entropy in nats per position, and its exponential
+    frequent_top1          f, the top-1 accuracy of always predicting the most frequent of these labels
+    teacher_*              the same figures of the teacher at the same positions
+    kl, agreement          mean KL(teacher || student) in nats at temperature 1; share of positions where both models
+                           have the same most probable token
+    kept                   (top1 - f) / (teacher_top1 - f); absent if the teacher is not better than f
+    by_block               sums per block (positions, hits, teacher_hits, kl), for `block_counts`
 
-    Softmax runs over the tokenizer's pieces; rows that only pad a decoder do not count. `not_run` where there is
-    nothing to score. FatalError where a model's logits are not finite.
+    The softmax covers the tokens of the tokenizer; rows that only pad the decoder are left out. Returns `not_run` if
+    no position can be scored. FatalError if the logits of a model are not finite.
     """
     if not sum(map(len, blocks)):
         return not_run("there is no held-out text; raise corpus.heldout_per_mille or give more text")
     models = [model] if teacher is None else [model, teacher]
-    with evaluating(*models), torch.no_grad():
+    with eval_mode(*models), torch.no_grad():
         batches = _batches(blocks, vocabulary, score_mask(mask, masks), limit)
-        columns = [_columns(models, batch, vocabulary) for batch in batches]
-    seen = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    if not len(seen["label"]):
+        parts = [_score_batch(models, batch, vocabulary) for batch in batches]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if not len(columns["label"]):
         return not_run("the held-out blocks hold no token that can be masked")
-    if not all(np.isfinite(seen[name]).all() for name in seen):
+    if not all(np.isfinite(values).all() for values in columns.values()):
         raise FatalError("the model's predictions on held-out text are not finite; its weights are broken")
-    return _figures(seen)
+    return _figures(columns)
 
 
-@contextmanager
-def evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """Dropout off inside, as it was before afterwards."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, was_training in zip(models, before, strict=True):
-            model.train(was_training)
+def evenly_spaced_rows(total: int, limit: int) -> npt.NDArray[np.int64]:
+    """Up to `limit` row numbers below `total`, ascending and evenly spaced."""
+    count = min(total, limit)
+    return np.arange(count, dtype=np.int64) * total // max(count, 1)
 
 
-def spread_rows(total: int, limit: int) -> npt.NDArray[np.int64]:
-    """Up to `limit` of `total` row numbers, ascending and evenly spread."""
-    taken = min(total, limit)
-    return np.arange(taken, dtype=np.int64) * total // max(taken, 1)
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 class _Batch(NamedTuple):
-    """B masked rows of length L, and the N chosen positions among their B x M slots."""
+    """B masked rows of length L, and the N masked positions among their B x M slots."""
 
     input_ids: Tensor
     attention_mask: Tensor | None
@@ -130,13 +125,13 @@ class _Batch(NamedTuple):
     valid: Tensor
     labels: Tensor
     at_mask: npt.NDArray[np.bool_]
-    """[N]: the input shows the mask token there."""
+    """[N]: whether the input at the position is the mask token."""
     block: npt.NDArray[np.int64]
-    """[N]: which of all blocks the position is in."""
+    """[N]: number of the block of the position, over all blocks."""
 
 
 def _batches(blocks: Sequence[Blocks], vocabulary: Vocabulary, mask: MaskSettings, limit: int) -> Iterator[_Batch]:
-    chosen = spread_rows(sum(map(len, blocks)), limit)
+    chosen = evenly_spaced_rows(sum(map(len, blocks)), limit)
     first = 0
     for part in blocks:
         rows = chosen[(chosen >= first) & (chosen < first + len(part))] - first
@@ -154,21 +149,24 @@ def _batch(
     masked = mask_rows(part.key, rows, part.input_ids[rows], lengths, vocabulary, mask, None, variant)
     input_ids = masked.input_ids[:, : lengths.max()]
     attended = np.arange(input_ids.shape[1]) < lengths[:, None]
-    shown = np.take_along_axis(input_ids, masked.positions, axis=1)[masked.valid]
+    inputs = np.take_along_axis(input_ids, masked.positions, axis=1)[masked.valid]
     return _Batch(
         input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
         attention_mask=None if attended.all() else torch.from_numpy(attended),
         positions=torch.from_numpy(masked.positions),
         valid=torch.from_numpy(masked.valid),
         labels=torch.from_numpy(masked.labels[masked.labels != IGNORE_INDEX]),
-        at_mask=shown == vocabulary.mask,
+        at_mask=inputs == vocabulary.mask,
         block=np.repeat(first + rows, masked.valid.sum(axis=1)),
     )
 
 
-def _columns(models: list[PreTrainedModel], batch: _Batch, vocabulary: Vocabulary) -> dict[str, npt.NDArray[Any]]:
-    """One value a position and column; the first model is the student, the second its teacher."""
-    features = [_head_input(model, batch) for model in models]
+# ---- values per position -----------------------------------------------------------------------------------
+
+
+def _score_batch(models: list[PreTrainedModel], batch: _Batch, vocabulary: Vocabulary) -> dict[str, npt.NDArray[Any]]:
+    """Columns with one value per position; the first model is the student, the second its teacher."""
+    features = [_head_features(model, batch) for model in models]
     chunks: list[dict[str, Tensor]] = []
     for start in range(0, len(batch.labels), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
@@ -178,64 +176,81 @@ def _columns(models: list[PreTrainedModel], batch: _Batch, vocabulary: Vocabular
         ]
         chunks.append(_compare(log_probs, batch.labels[chunk]))
     names = chunks[0] if chunks else {}
-    found = {name: torch.cat([piece[name] for piece in chunks]).double().numpy() for name in names}
-    return {"label": batch.labels.numpy(), "at_mask": batch.at_mask, "block": batch.block, **found}
+    columns = {name: torch.cat([piece[name] for piece in chunks]).double().numpy() for name in names}
+    return {"label": batch.labels.numpy(), "at_mask": batch.at_mask, "block": batch.block, **columns}
 
 
-def _head_input(model: PreTrainedModel, batch: _Batch) -> Tensor:
-    """What the model's LM head gives to its decoder at the N chosen positions: [N, H]."""
+def _head_features(model: PreTrainedModel, batch: _Batch) -> Tensor:
+    """Input of the LM head's decoder at the N masked positions: [N, H]."""
     device = model.device
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     hidden_BMD = hidden_rows(model, batch.input_ids.to(device), mask, batch.positions.to(device))
     return head_features(model, hidden_BMD[batch.valid.to(device)])
 
 
-def _log_probs(model: PreTrainedModel, features_nH: Tensor, pieces: int) -> Tensor:
-    """Log-probabilities [n, pieces]."""
+def _log_probs(model: PreTrainedModel, features_nH: Tensor, tokens: int) -> Tensor:
+    """Log-probabilities [n, tokens]."""
     weight_VH, bias_V = decoder_of(model)
-    logits_nV = F.linear(features_nH, weight_VH[:pieces], bias_V[:pieces])
+    logits_nV = F.linear(features_nH, weight_VH[:tokens], bias_V[:tokens])
     return F.log_softmax(logits_nV.float(), dim=-1)
 
 
 def _compare(log_probs: list[Tensor], labels_n: Tensor) -> dict[str, Tensor]:
     """Per position: loss and hit of each model; with a teacher also KL and agreement. All on the CPU."""
-    found: dict[str, Tensor] = {}
-    for prefix, log_p_nV in zip(("", TEACHERS), log_probs, strict=False):
+    columns: dict[str, Tensor] = {}
+    for prefix, log_p_nV in zip(("", TEACHER_PREFIX), log_probs, strict=False):
         label_n = labels_n.to(log_p_nV.device)
-        found[f"{prefix}loss"] = -log_p_nV.gather(1, label_n[:, None]).squeeze(1).cpu()
-        found[f"{prefix}hit"] = (log_p_nV.argmax(-1) == label_n).cpu()
+        columns[f"{prefix}loss"] = -log_p_nV.gather(1, label_n[:, None]).squeeze(1).cpu()
+        columns[f"{prefix}hit"] = (log_p_nV.argmax(-1) == label_n).cpu()
     if len(log_probs) == 2:
         student_nV, teacher_nV = log_probs[0], log_probs[1].to(log_probs[0].device)
-        found["kl"] = (teacher_nV.exp() * (teacher_nV - student_nV)).sum(-1).cpu()
-        found["agree"] = (teacher_nV.argmax(-1) == student_nV.argmax(-1)).cpu()
-    return found
+        columns["kl"] = (teacher_nV.exp() * (teacher_nV - student_nV)).sum(-1).cpu()
+        columns["agree"] = (teacher_nV.argmax(-1) == student_nV.argmax(-1)).cpu()
+    return columns
 
 
-def _figures(seen: dict[str, npt.NDArray[Any]]) -> Scores:
-    frequent = float(np.bincount(seen["label"]).max() / len(seen["label"]))
+# ---- figures -----------------------------------------------------------------------------------------------
+
+
+def _figures(columns: dict[str, npt.NDArray[Any]]) -> Scores:
+    frequent = float(np.bincount(columns["label"]).max() / len(columns["label"]))
     scores: Scores = {
-        "blocks": float(len(np.unique(seen["block"]))),
-        "positions": float(len(seen["label"])),
+        "blocks": float(len(np.unique(columns["block"]))),
+        "positions": float(len(columns["label"])),
         "frequent_top1": frequent,
-        **_own_figures(seen, ""),
+        **_model_figures(columns, ""),
     }
-    if "kl" in seen:
-        scores |= _own_figures(seen, TEACHERS)
-        scores |= {"kl": float(seen["kl"].mean()), "agreement": float(seen["agree"].mean())}
+    if "kl" in columns:
+        scores |= _model_figures(columns, TEACHER_PREFIX)
+        scores |= {"kl": float(columns["kl"].mean()), "agreement": float(columns["agree"].mean())}
         if scores["teacher_top1"] > frequent:
             scores["kept"] = (scores["top1"] - frequent) / (scores["teacher_top1"] - frequent)
-    return scores | {"by_block": _by_block(seen)}
+    return scores | {"by_block": _sums_by_block(columns)}
 
 
-def _by_block(seen: dict[str, npt.NDArray[Any]]) -> dict[str, list[float]]:
-    number = np.unique(seen["block"], return_inverse=True)[1]
-    columns = {"hits": "hit", "teacher_hits": "teacher_hit", "kl": "kl"}
-    sums = {name: np.bincount(number, weights=seen[column]) for name, column in columns.items() if column in seen}
+def _model_figures(columns: dict[str, npt.NDArray[Any]], prefix: str) -> Scores:
+    """Accuracy and loss of one model; `prefix` selects its columns and begins its names."""
+    hit, loss = columns[f"{prefix}hit"], float(columns[f"{prefix}loss"].mean())
+    figures = {
+        "top1": float(hit.mean()),
+        "top1_se": clustered_standard_error(hit, columns["block"]),
+        "mlm_loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # e^710 exceeds the range of a float
+    }
+    if columns["at_mask"].any():
+        figures["top1_at_mask"] = float(hit[columns["at_mask"]].mean())
+    return {f"{prefix}{name}": value for name, value in figures.items()}
+
+
+def _sums_by_block(columns: dict[str, npt.NDArray[Any]]) -> dict[str, list[float]]:
+    number = np.unique(columns["block"], return_inverse=True)[1]
+    sources = {"hits": "hit", "teacher_hits": "teacher_hit", "kl": "kl"}
+    sums = {name: np.bincount(number, weights=columns[source]) for name, source in sources.items() if source in columns}
     return {name: values.tolist() for name, values in ({"positions": np.bincount(number)} | sums).items()}
 
 
 def block_counts(figures: Scores, name: str) -> npt.NDArray[np.float64]:
-    """What each held-out block adds to a mean over positions [1, B, 2], as tasks.interval.against takes it.
+    """Numerator and denominator per held-out block [1, B, 2] of a mean over positions, for `paired_difference`.
 
     `name` is hits, teacher_hits or kl.
     """
@@ -243,24 +258,11 @@ def block_counts(figures: Scores, name: str) -> npt.NDArray[np.float64]:
     return np.stack([np.array(blocks[name], float), np.array(blocks["positions"], float)], axis=-1)[None]
 
 
-def _own_figures(seen: dict[str, npt.NDArray[Any]], prefix: str) -> Scores:
-    hit, loss = seen[f"{prefix}hit"], float(seen[f"{prefix}loss"].mean())
-    figures = {
-        "top1": float(hit.mean()),
-        "top1_se": clustered_error(hit, seen["block"]),
-        "mlm_loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # e^710 is no longer a float
-    }
-    if seen["at_mask"].any():
-        figures["top1_at_mask"] = float(hit[seen["at_mask"]].mean())
-    return {f"{prefix}{name}": value for name, value in figures.items()}
+def clustered_standard_error(values: npt.NDArray[Any], cluster: npt.NDArray[Any]) -> float:
+    """Standard error of the mean of `values` [N] that are correlated within a cluster (ratio estimator).
 
-
-def clustered_error(values: npt.NDArray[Any], cluster: npt.NDArray[Any]) -> float:
-    """Standard error of the mean of `values` [N], which hang together inside a cluster (ratio estimator).
-
-    Tokens of one block are no independent draws: the plain sqrt(p (1 - p) / N) would be too small. It is what is left
-    where there is only one cluster.
+    The tokens of one block are not independent, so sqrt(p (1 - p) / N) would be too small. With a single cluster that
+    plain standard error is returned, since nothing better can be estimated.
     """
     mean = values.mean()
     sums = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=values - mean)

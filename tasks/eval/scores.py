@@ -1,4 +1,10 @@
-"""Scores as artifacts: one JSON file per model, protocol, set and seed."""
+"""Stores scores as artifacts: one JSON file per model, protocol, evaluation set and seed.
+
+    key = ScoreKey(model_key, protocol, "heldout")
+    scores = make_scores(store, key, compute)       # reads the store, or computes and stores
+
+A repeated evaluation therefore computes only the scores that are missing.
+"""
 
 import json
 import time
@@ -15,15 +21,15 @@ SCHEMA = 1
 FILE = "scores.json"
 
 Scores = dict[str, Any]
-"""Plain JSON values by name: figures, or what `not_run` gives."""
-
-
-# ---- what is kept ------------------------------------------------------------------------------------------
+"""Plain JSON values by name: figures, or the status and reason from `not_run`."""
 
 
 @dataclass(frozen=True)
 class ScoreKey:
-    """One model, one protocol (plain JSON: everything that changes the figures), one set, one seed."""
+    """Identifies scores: the key of the model, the protocol, the name of the set and the seed.
+
+    `protocol` holds as plain JSON everything except model, set and seed that changes the figures.
+    """
 
     model: str
     protocol: Mapping[str, Any]
@@ -32,62 +38,67 @@ class ScoreKey:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the key is made of, besides the model."""
+        """The inputs of the key other than the model."""
         return {"protocol": dict(self.protocol), "set": self.set_name, "seed": self.seed}
 
     @property
     def ref(self) -> Ref:
-        """Names the scores in the store."""
+        """Reference of the scores in the store."""
         return Ref("scores", key_of("scores", SCHEMA, self.settings, [self.model]), f"{self.set_name}-{self.seed}")
 
 
 def not_run(reason: str) -> Scores:
-    """Stands in the place of figures that could not be had; it is shown, never left out and never stored."""
+    """Takes the place of figures that could not be computed; reports show the reason, and the store never holds it."""
     return {"status": "not run", "reason": reason}
 
 
 def was_run(scores: Mapping[str, Any]) -> bool:
-    """False for what `not_run` gave."""
+    """False for a value from `not_run`."""
     return scores.get("status") != "not run"
 
 
-def make_scores(store: Store, trial: ScoreKey, compute: Callable[[], Scores], *, force: bool = False) -> Scores:
-    """The scores of a trial: read from the store, or computed and kept. What is not run is not kept."""
-    if not force and store.has(trial.ref):
-        return read_scores(store, trial.ref)
+def make_scores(store: Store, key: ScoreKey, compute: Callable[[], Scores], *, force: bool = False) -> Scores:
+    """Reads scores from the store, or computes and stores them; with `force` always computes.
+
+    A `not_run` value is returned but not stored.
+    """
+    if not force and store.has(key.ref):
+        return read_scores(store, key.ref)
     start = time.perf_counter()
     scores = compute()
     if was_run(scores):
-        keep_scores(store, trial, scores, time.perf_counter() - start)
+        keep_scores(store, key, scores, time.perf_counter() - start)
     return scores
 
 
-def keep_scores(store: Store, trial: ScoreKey, scores: Scores, seconds: float = 0.0) -> Receipt:
-    """Commits figures as `scores.json`. ValueError for a figure that is not finite."""
+def keep_scores(store: Store, key: ScoreKey, scores: Scores, seconds: float = 0.0) -> Receipt:
+    """Commits figures as `scores.json`; `seconds` is the time of the computation. ValueError if one is not finite."""
     with store.scratch() as folder:
         (folder / FILE).write_bytes(canonical_json(scores))
         return store.commit(
-            trial.ref,
+            key.ref,
             folder,
             schema=SCHEMA,
             rows=1,
             tokens=0,
-            settings=trial.settings,
-            parents=[trial.model],
+            settings=key.settings,
+            parents=[key.model],
             timings={"seconds": seconds},
         )
 
 
 def read_scores(store: Store, ref: Ref) -> Scores:
-    """The figures as they were kept. FatalError where there are none or their bytes changed."""
+    """Reads stored figures. FatalError if they are missing or their bytes changed."""
     scores: Scores = json.loads((store.check(store.receipt(ref)) / FILE).read_bytes())
     return scores
 
 
-TEACHERS = "teacher_"
-"""Begins the names of the teacher's figures among a student's on held-out text."""
+TEACHER_PREFIX = "teacher_"
+"""Prefix of the teacher's figures among the held-out figures of a student."""
 
 
-def teachers_own(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher's figures among those of a student on the same blocks, under their plain names; none without one."""
-    return {name.removeprefix(TEACHERS): value for name, value in figures.items() if name.startswith(TEACHERS)}
+def teacher_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Extracts the teacher's figures from the held-out figures of a student and removes the prefix of their names."""
+    return {
+        name.removeprefix(TEACHER_PREFIX): value for name, value in figures.items() if name.startswith(TEACHER_PREFIX)
+    }

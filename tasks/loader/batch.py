@@ -1,8 +1,12 @@
-"""Batches: from the manifest's Arrow files to tensors that a step can use, prepared ahead by background threads.
+"""The dataloader: from the Arrow files of a manifest to masked batches of tensors, prepared by background threads.
 
-A row of a batch is one block, masked; with cached targets it carries the encoded vectors of the teacher too. What is
-read is checked on first use: file hashes when a part is opened (tasks.corpus), and the digest of the teacher's input on
-every row.
+    read_ahead = ReadAhead(dataset, order, last=total_rows, variants=1)
+    ranges = step_ranges(step, steps, batch_rows, micro_rows, rank, ranks)
+    for micro_batches in BatchLoader(dataset, masking, order, ranges, read_ahead, prefetch=2, pin=True):
+        ...
+
+A row of a batch is one masked block; with cached targets it also carries the teacher's encoded vectors. File hashes are
+verified when a part is opened, and the digest of the teacher's input on every row.
 """
 
 import time
@@ -27,32 +31,33 @@ from tasks.tokens.vocabulary import Vocabulary
 
 
 class Batch(NamedTuple):
-    """B blocks of length L with M chosen positions each; unused slots of M have valid = False and label -100."""
+    """B masked blocks of length L with M chosen positions each; unused slots have valid = False and label -100."""
 
     input_ids: Tensor
-    """[B, L] int64, already masked."""
+    """[B, L] int64, masked."""
     attention_mask: Tensor | None
     """[B, L] bool, or None when every position is attended."""
     positions: Tensor | None
-    """[B, M] int64: positions that carry loss; None when all L do, in order."""
+    """[B, M] int64: positions that carry loss; None: all L of them, in order."""
     valid: Tensor
     """[B, M] bool."""
     labels: Tensor
     """[B, M] int64: the original token at masked positions, -100 elsewhere."""
     payload: Tensor | None
-    """[B, M, bytes] uint8: the teacher's encoded vectors, or None when there is no cache."""
+    """[B, M, P] uint8: the teacher's encoded vectors, P bytes per position; None without a cache."""
     tokens: int
+    """Attended positions."""
     rows: int
-    """Positions that carry distil and cosine loss."""
+    """Positions that carry the distil and cosine losses."""
     masked: int
-    """Positions that carry MLM loss."""
+    """Positions that carry the MLM loss."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; copies overlap with compute when it was pinned."""
+        """The same batch on a device; copies from pinned memory overlap with compute."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The same batch in page-locked memory."""
+        """The same batch in page-locked (pinned) memory."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
@@ -63,7 +68,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskingRule:
-    """What turns a block into a row of a batch."""
+    """How a block becomes a row of a batch.
+
+    `every_position`: all attended positions carry loss, not only the masked ones. `counts` [vocabulary size]: token
+    counts, for smoothed masks only.
+    """
 
     vocabulary: Vocabulary
     mask: MaskSettings
@@ -71,15 +80,18 @@ class MaskingRule:
     counts: NDArray[np.int64] | None = None
 
 
-def make_batch(corpus: BlockDataset, masking: MaskingRule, parts: Indices, rows: Indices, variants: Indices) -> Batch:
-    """Gathers, masks and, with a cache, fetches and checks the teacher's vectors. Rows keep their order."""
+def make_batch(dataset: BlockDataset, masking: MaskingRule, parts: Indices, rows: Indices, variants: Indices) -> Batch:
+    """Collates B rows, given by part, row and mask variant [B] each: masks them and adds the cached vectors, if any.
+
+    FatalError if a file is damaged or a row's targets belong to another input.
+    """
     stacked: dict[str, NDArray[Any]] = {}
     for part, variant in sorted(set(zip(parts.tolist(), variants.tolist(), strict=True))):
-        here = np.flatnonzero((parts == part) & (variants == variant))
-        for name, values in _rows_of_part(corpus, masking, part, variant, rows[here]).items():
+        slots = np.flatnonzero((parts == part) & (variants == variant))
+        for name, values in _rows_of_part(dataset, masking, part, variant, rows[slots]).items():
             if name not in stacked:
                 stacked[name] = np.empty((len(rows), *values.shape[1:]), values.dtype)
-            stacked[name][here] = values
+            stacked[name][slots] = values
     lengths = stacked["length"]
     length = stacked["input_ids"].shape[1]
     attended = np.arange(length) < lengths[:, None]
@@ -98,10 +110,10 @@ def make_batch(corpus: BlockDataset, masking: MaskingRule, parts: Indices, rows:
 
 
 def _rows_of_part(
-    corpus: BlockDataset, masking: MaskingRule, part: int, variant: int, rows: Indices
+    dataset: BlockDataset, masking: MaskingRule, part: int, variant: int, rows: Indices
 ) -> dict[str, NDArray[Any]]:
-    """The rows of one part under one mask variant, as arrays with one entry a row."""
-    blocks = corpus.blocks(part)
+    """The rows of one part under one mask variant, as arrays with one entry per row."""
+    blocks = dataset.blocks(part)
     input_ids, lengths = blocks.input_ids[rows], blocks.lengths[rows]
     masked = mask_rows(blocks.key, rows, input_ids, lengths, masking.vocabulary, masking.mask, masking.counts, variant)
     group: dict[str, NDArray[Any]] = {
@@ -112,15 +124,15 @@ def _rows_of_part(
         group |= _every_position(masked, lengths)
     else:
         group |= {"positions": masked.positions, "valid": masked.valid, "labels": masked.labels}
-    if corpus.cached:
-        targets = corpus.targets(part, variant)
+    if dataset.cached:
+        targets = dataset.targets(part, variant)
         check_digests(targets, rows, row_digests(masked.input_ids, lengths))
         group["payload"] = _in_slots(targets.payload(rows), group["valid"])
     return group
 
 
 def _in_slots(flat: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Vectors [N, P] of the valid slots at their places in [B, M, P]; where all are valid nothing is copied."""
+    """Scatters the vectors [N, P] of the valid slots to [B, M, P], zeros elsewhere; no copy if all slots are valid."""
     shape = (*valid.shape, flat.shape[1])
     if valid.all():
         return flat.reshape(shape)
@@ -130,18 +142,21 @@ def _in_slots(flat: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.u
 
 
 def _every_position(masked: MaskedRows, lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
-    """All attended positions carry loss; labels stand where a token is masked."""
+    """`valid` [B, L]: all attended positions. `labels` [B, L]: the original ids at masked positions only."""
     rows, length = masked.input_ids.shape
-    spread = np.full((rows, length), IGNORE_INDEX, np.int64)
+    labels = np.full((rows, length), IGNORE_INDEX, np.int64)
     row, slot = np.nonzero(masked.valid)
-    spread[row, masked.positions[row, slot]] = masked.labels[row, slot]
-    return {"valid": np.arange(length) < lengths[:, None], "labels": spread}
+    labels[row, masked.positions[row, slot]] = masked.labels[row, slot]
+    return {"valid": np.arange(length) < lengths[:, None], "labels": labels}
 
 
 def step_ranges(
     step: int, steps: int, batch_rows: int, micro_rows: int, rank: int, ranks: int
 ) -> Iterator[list[range]]:
-    """For each step, the global rows of this rank's micro-batches. Together the ranks take every row exactly once."""
+    """The global rows of this rank's micro-batches, step by step from `step` to `steps` - 1.
+
+    The ranks together take every row exactly once. `micro_rows` 0: one micro-batch per rank and step.
+    """
     for number in range(step, steps):
         begin = number * batch_rows
         first, last = begin + batch_rows * rank // ranks, begin + batch_rows * (rank + 1) // ranks
@@ -150,33 +165,40 @@ def step_ranges(
 
 
 class BatchLoader:
-    """Iterates over steps; each item is the list of a step's micro-batches, prepared by background threads in order.
+    """Yields the list of micro-batches of each step, in order, prepared by background threads.
 
-    `waited` are the seconds that the consumer stood still for data.
+    `ranges`: global rows of each micro-batch, by step (`step_ranges`). `prefetch`: steps prepared in advance. `pin`:
+    batches are put into pinned memory. `waited`: seconds that the consumer has waited for data so far.
     """
 
     def __init__(
         self,
-        corpus: BlockDataset,
+        dataset: BlockDataset,
         masking: MaskingRule,
         order: DataOrder,
-        plan: Iterable[list[range]],
-        ahead: ReadAhead,
+        ranges: Iterable[list[range]],
+        read_ahead: ReadAhead,
         *,
         prefetch: int,
         pin: bool,
     ) -> None:
-        self.corpus, self.masking, self.order, self.plan, self.ahead = corpus, masking, order, plan, ahead
+        self.dataset, self.masking, self.order, self.ranges, self.read_ahead = (
+            dataset,
+            masking,
+            order,
+            ranges,
+            read_ahead,
+        )
         self.prefetch, self.pin = prefetch, pin
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        with self.ahead, ThreadPoolExecutor(min(self.prefetch, 4), thread_name_prefix="batch") as pool:
+        with self.read_ahead, ThreadPoolExecutor(min(self.prefetch, 4), thread_name_prefix="batch") as pool:
             futures: deque[tuple[int, Future[list[Batch]]]] = deque()
             try:
-                for spans in self.plan:
+                for spans in self.ranges:
                     first = futures[0][0] if futures else spans[0].start
-                    self.ahead.move(first, spans[-1].stop)
+                    self.read_ahead.move(first, spans[-1].stop)
                     futures.append((spans[0].start, pool.submit(self._step, spans)))
                     if len(futures) > self.prefetch:
                         yield self._next(futures)
@@ -196,6 +218,6 @@ class BatchLoader:
         return [self._batch(span) for span in spans]
 
     def _batch(self, span: range) -> Batch:
-        parts, rows, epochs = self.order.stretch(span.start, span.stop)
-        batch = make_batch(self.corpus, self.masking, parts, rows, epochs % self.masking.mask.variants)
+        parts, rows, epochs = self.order.slice(span.start, span.stop)
+        batch = make_batch(self.dataset, self.masking, parts, rows, epochs % self.masking.mask.variants)
         return batch.pinned() if self.pin else batch

@@ -1,13 +1,12 @@
-"""The manifest's parts, opened while they are read: blocks and, with cached targets, the teacher's word on them.
+"""The dataset of a run: blocks and, with a cache, teacher targets of each part of its manifest, opened on first use.
 
-    corpus = Corpus(store, run.manifest, cached=True, codec=the_codec_that_decodes)
-    corpus.blocks(3), corpus.targets(3, variant=0)      # opened on first use; of a remote store, copied first
-    corpus.keep({(3, 0), (4, 0)})                       # lets go of all others, whose copies may then be evicted
+    dataset = BlockDataset(store, run.manifest, cached=True, codec=codec)
+    dataset.blocks(3), dataset.targets(3, variant=0)      # opened on first use; copied first from a remote store
+    dataset.keep({(3, 0), (4, 0)})                        # releases all others, whose local copies may then be evicted
 
-Every file is hashed when it is opened (by the store, and again only if it changed since), so before a row of it is
-read. Blocks must be as many as the manifest says, and targets encoded for the codec that decodes them. Safe from
-several threads: each part is opened once, by whoever needs it first, and nobody waits for another part. Called by
-tasks.batch, tasks.ahead and tasks.validate.
+The store verifies the hash of every file before it is read. The number of blocks must match the manifest, and all
+targets must be encoded for the one codec that decodes them. Thread-safe: the first thread that needs a part opens it,
+and threads that need other parts do not wait.
 """
 
 import threading
@@ -25,58 +24,62 @@ from tasks.tokens.blocks import Blocks, open_blocks
 T = TypeVar("T")
 
 Key = tuple[int, int]
-"""Part and mask variant; blocks have no variant and stand under BLOCKS."""
+"""Number of the part and mask variant; blocks have no variant and use BLOCKS."""
 
 BLOCKS = -1
 
 
 class BlockDataset:
-    """The parts of a manifest. `cached` says whether their targets are read too, `codec` what decodes these."""
+    """The parts of a manifest.
+
+    `cached`: whether the parts' targets are read too. `codec`: the codec that decodes them; None: that of the first
+    targets opened.
+    """
 
     def __init__(self, store: Store, parts: tuple[Part, ...], cached: bool, codec: Codec | None = None) -> None:
         self.store, self.parts, self.cached = store, parts, cached
         self._lock = threading.Lock()
         self._opened: dict[Key, Future[Any]] = {}
-        # Fingerprint, and label of the part that it was taken from.
+        # Fingerprint of the codec, and label of the part that it was read from.
         self._codec = (codec.fingerprint, parts[0].label) if codec else ("", "")
 
     def blocks(self, part: int) -> Blocks:
-        """Blocks of one part. FatalError if they are damaged or not as many as the manifest says."""
-        return self._once((part, BLOCKS), self._open_blocks)
+        """Blocks of one part. FatalError if they are damaged or their number differs from the manifest's."""
+        return self._open_once((part, BLOCKS), self._open_blocks)
 
     def targets(self, part: int, variant: int) -> TargetRows:
-        """Targets of one part and mask variant. FatalError if they are damaged or another codec has to decode them."""
-        return self._once((part, variant), self._open_targets)
+        """Targets of one part and mask variant. FatalError if they are damaged or encoded for another codec."""
+        return self._open_once((part, variant), self._open_targets)
 
     def open(self, part: int, variant: int) -> None:
-        """Opens what a batch with rows of this part and variant reads."""
+        """Opens all files that a batch with rows of this part and variant reads."""
         self.blocks(part)
         if self.cached:
             self.targets(part, variant)
 
     def keep(self, wanted: Set[Key]) -> None:
-        """Lets go of all other parts and variants. Who still reads one keeps it, and who needs one again reopens it."""
+        """Releases all other parts and variants. Current readers are not affected; a later reader opens them again."""
         parts = {part for part, _ in wanted}
         with self._lock:
             for key in list(self._opened):
                 if key[0] not in parts or (key[1] != BLOCKS and key not in wanted):
                     del self._opened[key]
 
-    def _once(self, key: Key, open_it: Callable[[Key], T]) -> T:
-        """What `open_it` gives, called by the first thread that asks; after an error the next one tries again."""
+    def _open_once(self, key: Key, open_part: Callable[[Key], T]) -> T:
+        """The result of `open_part`, called by the first thread that needs it; after an error the next one retries."""
         with self._lock:
-            found = self._opened.get(key)
-            mine = self._opened.setdefault(key, Future()) if found is None else None
-        if mine is None:
-            return cast(T, cast(Future[Any], found).result())
+            pending = self._opened.get(key)
+            own = self._opened.setdefault(key, Future()) if pending is None else None
+        if own is None:
+            return cast(T, cast(Future[Any], pending).result())
         try:
-            opened = open_it(key)
+            opened = open_part(key)
         except BaseException as error:
             with self._lock:
                 self._opened.pop(key, None)
-            mine.set_exception(error)
+            own.set_exception(error)
             raise
-        mine.set_result(opened)
+        own.set_result(opened)
         return opened
 
     def _open_blocks(self, key: Key) -> Blocks:

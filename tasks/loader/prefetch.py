@@ -1,12 +1,12 @@
-"""Reading ahead in the order of training: the next window of parts is opened while this one is trained on.
+"""Prefetching in training order: the next window of parts is opened while the current one is trained on.
 
-    ahead = ReadAhead(corpus, order, last=total_rows, variants=1)
-    ahead.move(first, stop)      # batches of the global rows first..stop-1 are being made now
+    with ReadAhead(dataset, order, last=total_rows, variants=1) as read_ahead:
+        read_ahead.move(first, stop)      # batches of the global rows first to stop - 1 are being made
 
-Called by tasks.batch.Loader before each step. Opening copies a part of a remote store into the local cache and hashes
-it; letting go of what was passed is what allows the cache to evict it. A bound on the cache has to leave room for three
-windows (train.window_shards parts each): on the way from one into the next, the one after that is opened already.
-Where it is smaller it is exceeded, since nothing in use is ever evicted.
+BatchLoader calls it before each step. Opening a part copies it from a remote store into the local cache and hashes it;
+releasing the parts of earlier windows allows the cache to evict them. Give the cache space for three windows of
+train.window_shards parts each: at the border of two windows, the one after them is already open. A smaller bound is
+exceeded, because entries in use are never evicted.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,24 +16,27 @@ from tasks.loader.order import DataOrder, ShuffleWindow
 
 
 class ReadAhead:
-    """`last` is the number of global rows that are trained on. Use as a context manager: it owns a thread."""
+    """Opens the parts of coming windows in one background thread; use as a context manager.
 
-    def __init__(self, corpus: BlockDataset, order: DataOrder, last: int, variants: int) -> None:
-        self.corpus, self.order, self.last, self.variants = corpus, order, last, variants
+    `last`: number of global rows that are trained on. `variants`: mask variants, one per epoch in turn.
+    """
+
+    def __init__(self, dataset: BlockDataset, order: DataOrder, last: int, variants: int) -> None:
+        self.dataset, self.order, self.last, self.variants = dataset, order, last, variants
         self._windows: list[ShuffleWindow] = []
         self._wanted: set[Key] = set()
 
     def __enter__(self) -> "ReadAhead":
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def move(self, first: int, stop: int) -> None:
-        """Says which global rows are in work: opens the window behind them, lets go of those before."""
-        now = self._windows
-        if now and first < now[0].stop and (stop <= now[-1].start or now[-1].stop >= self.last):
+        """Sets the global rows in use: opens their windows and the next one, and releases all earlier windows."""
+        current = self._windows
+        if current and first < current[0].stop and (stop <= current[-1].start or current[-1].stop >= self.last):
             return
         windows = [self.order.window_at(first)]
         while windows[-1].start < stop and windows[-1].stop < self.last:
@@ -41,15 +44,11 @@ class ReadAhead:
         self._windows = windows
         wanted = [(part, window.epoch % self.variants) for window in windows for part in window.parts]
         self._wanted = set(wanted)
-        self.corpus.keep(self._wanted)
+        self.dataset.keep(self._wanted)
         for key in wanted:
-            # Its errors wait for the batch that needs the part: that one tries again, and says what is wrong.
+            # Errors are not reported here: the batch that needs the part opens it again and raises them.
             self._pool.submit(self._open, key)
 
-    def settle(self) -> None:
-        """Waits until all that was asked for so far is open, or could not be opened."""
-        self._pool.submit(lambda: None).result()
-
     def _open(self, key: Key) -> None:
-        if key in self._wanted:  # else training was faster
-            self.corpus.open(*key)
+        if key in self._wanted:  # no longer wanted where training was faster than this thread
+            self.dataset.open(*key)

@@ -1,10 +1,10 @@
-"""The files of a model folder: where they are, and the fingerprint that names them. Loads no tensor and imports none of
-torch or transformers, so what only asks for names (`distil status`, a run with nothing to do) starts in a second.
+"""The files of a model folder: resolves hub ids, finds weight files and computes the fingerprint of a model.
 
     folder = resolve_model("camembert-base")          # the folder itself, or its download from the hub
-    key = fingerprint_of(recipe.teacher)              # the same in any folder and on any machine
+    key = fingerprint_of(recipe.teacher)              # the same in every folder and on every machine
 
-Called by tasks.lineage, tasks.teacher, tasks.build, tasks.volume and the scores.
+Loads no tensors and imports neither torch nor transformers, so commands that only need keys (`distil status`, a run
+with nothing to do) start within a second.
 """
 
 import json
@@ -19,16 +19,16 @@ from tasks.recipe.config import TeacherSettings
 from tasks.tokens.vocabulary import load_vocabulary
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""In this order, as transformers looks for them; either may be an index (`….index.json`) of several files."""
+"""In the order of transformers; each may instead be an index (`….index.json`) of several files."""
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.py", "pytorch_model*.bin")
 
 _VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
-"""Config entries that say who saved the model, not what it computes; so do all that begin with an underscore."""
+"""Config entries that describe how the model was saved, not what it computes; as do all with a leading underscore."""
 
 
 def resolve_model(name: str, revision: str = "") -> Path:
-    """The local folder of a model: `name` itself, or its download from the hub (once a process).
+    """The local folder of a model: `name` itself, or its download from the hub (once per process).
 
     FatalError: neither a folder nor a hub id, no config.json, no weights. RetryableError: the hub does not answer.
     """
@@ -44,7 +44,7 @@ def resolve_model(name: str, revision: str = "") -> Path:
 
 
 def weight_files(folder: Path, name: str = "") -> tuple[Path, ...]:
-    """The files that hold the weights. FatalError if there are none, or if an index names one that is not there."""
+    """The weight files of a model folder. FatalError if there are none, or if a file of an index is missing."""
     name = name or str(folder)
     for single in WEIGHTS:
         index = folder / f"{single}.index.json"
@@ -60,7 +60,7 @@ def weight_files(folder: Path, name: str = "") -> tuple[Path, ...]:
 
 
 def _indexed_files(index: Path, name: str) -> tuple[Path, ...]:
-    """The files of an index, all of them beside it."""
+    """The files of an index, which must be in its own folder."""
     weight_map = _read_json(index).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if not names or any(not isinstance(file, str) or Path(file).name != file for file in names):
@@ -75,7 +75,7 @@ def _indexed_files(index: Path, name: str) -> tuple[Path, ...]:
 
 
 def vocabulary_rows(teacher: TeacherSettings) -> int | None:
-    """Embedding rows of the teacher by its config.json, or None where that does not say. Errors as `resolve_model`."""
+    """Embedding rows of the teacher by its config.json, or None if it has no vocab_size. Errors as `resolve_model`."""
     rows = _read_json(resolve_model(teacher.model, teacher.revision) / "config.json").get("vocab_size")
     return rows if isinstance(rows, int) else None
 
@@ -84,18 +84,18 @@ def vocabulary_rows(teacher: TeacherSettings) -> int | None:
 
 
 def fingerprint_of(teacher: TeacherSettings) -> str:
-    """Fingerprint of the teacher that a recipe names, without loading it."""
+    """Fingerprint of a recipe's teacher, without loading it. Errors as `resolve_model`."""
     return folder_fingerprint(resolve_model(teacher.model, teacher.revision), teacher)
 
 
 def model_content_key(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """Names a model folder for its scores: weights, config, tokenizer, and its code if that may run."""
+    """Identifies a model by content, for its scores: sha256 over its fingerprint and its tokenizer's."""
     model = fingerprint_of(TeacherSettings(model=str(folder), trust_remote_code=trust_remote_code))
     return sha256_bytes(canonical_json([model, load_vocabulary(str(folder)).fingerprint]))
 
 
 def folder_fingerprint(folder: Path, teacher: TeacherSettings) -> str:
-    """sha256 over weights and config, the same for a copy in another folder; with the model's code if that may run."""
+    """sha256 over weights and config, the same for every copy; with *.py files if teacher.trust_remote_code is set."""
     config = {
         name: value
         for name, value in _read_json(folder / "config.json").items()
@@ -104,18 +104,18 @@ def folder_fingerprint(folder: Path, teacher: TeacherSettings) -> str:
     files = list(weight_files(folder))
     if teacher.trust_remote_code:
         files += sorted(folder.glob("*.py"))
-    content = {path.name: _remembered_hash(path) for path in files}
+    content = {path.name: _cached_hash(path) for path in files}
     return sha256_bytes(canonical_json({"config": config, "files": content}))
 
 
-def _remembered_hash(path: Path) -> str:
+def _cached_hash(path: Path) -> str:
     stat = path.stat()
     return _hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
 def _hash(path: Path, size: int, changed: int) -> str:
-    """sha256 of a file; size and time of change are here so that a changed file is read again."""
+    """sha256 of a file; size and modification time are part of the cache key, so a changed file is hashed again."""
     del size, changed
     return sha256_file(path)
 

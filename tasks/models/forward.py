@@ -1,17 +1,21 @@
-"""The model side that teacher capture, student training and scores share: from token ids to the rows that carry loss.
+"""The forward pass that teacher capture, training and evaluation share: encoder and LM head at selected positions only.
 
-    hidden_BMD = hidden_rows(model, input_ids_BL, attention_mask_BL, positions_BM)   last hidden state, only there
-    features_BMH = head_features(model, hidden_BMD)                                  LM head up to its decoder
-    weight_VH, bias_V = decoder_of(model)                                            logits = features @ weight.T + bias
+    hidden_BMD = hidden_rows(model, input_ids_BL, attention_mask_BL, positions_BM)   # last hidden state
+    for logits_nV in logits_in_chunks(model, hidden_BMD.flatten(0, 1)):              # evaluation: logits in chunks
+        ...
+    features_BMH = head_features(model, hidden_BMD)                                  # training: LM head without decoder
+    weight_VH, bias_V = decoder_of(model)                                            # and its decoder
 
 A masked block needs the last layer at one position in seven. In the families with a fast path (RoBERTa, CamemBERT,
-XLM-R, BERT, ModernBERT) the last layer therefore computes keys and values everywhere, but queries, attention output
-and feed-forward only where they are asked for. Nothing there waits for the device, and shapes depend on shapes alone.
+XLM-R, BERT, ModernBERT) the last layer therefore computes keys and values at all positions, but queries, attention
+output and feed-forward at the selected ones only. The fast path never synchronises with the device, and its output
+shapes depend on input shapes alone, so torch.compile needs no graph break.
 
-Shapes: B blocks, L tokens, M positions of each block, D hidden size, H head features, V vocabulary, h attention heads.
+Shapes: B blocks, L tokens, M positions per block, N rows (positions of all blocks), n rows of one chunk, D hidden size,
+H head features, V vocabulary, h attention heads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +26,17 @@ from transformers.activations import gelu
 
 from storage.errors import FatalError
 
+CHUNK_ROWS = 1024
+"""Rows whose logits exist at once (32,005 tokens in float32: 131 MB)."""
+
 
 def hidden_rows(
     model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, positions_BM: Tensor | None
 ) -> Tensor:
     """Last hidden state [B, M, D] (after the last norm, the input of the LM head) at `positions_BM` (int64).
 
-    `attention_mask_BL`: 1 or True where a token is real; None: all are, and no mask is made.
-    `positions_BM`: any valid index may fill up unused slots; None: all positions, in order.
+    `attention_mask_BL`: 1 or True at tokens, 0 or False at padding; None: no padding, and no mask is built.
+    `positions_BM`: unused slots may hold any valid index; None: all positions, in order.
     Dropout and gradients are those of the model's own forward.
     """
     family = _FAMILIES.get(type(model).__name__)
@@ -40,28 +47,28 @@ def hidden_rows(
 
 
 def supports(model: PreTrainedModel) -> bool:
-    """Whether `hidden_rows` has a fast path for this model; without one it computes everything and picks."""
+    """Whether `hidden_rows` has a fast path for this model; without one it computes all positions and selects."""
     config: Any = model.config
     return (
         type(model).__name__ in _FAMILIES
-        and type(model).__module__.startswith("transformers.")  # not remote code that took over the name
+        and type(model).__module__.startswith("transformers.")  # not remote code of the same class name
         and not getattr(config, "is_decoder", False)
         and config._attn_implementation in ("sdpa", "eager")
     )
 
 
 def head_features(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """What the LM head gives to its decoder: [..., D] to [..., H].
+    """The LM head up to its decoder (dense layer, activation, norm): [..., D] to [..., H].
 
-    FatalError for an architecture whose head is not known here.
+    FatalError for an architecture whose head is unknown.
     """
     return _family(model).features(model, hidden)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Weight [V, H] and bias [V] of the last layer of the LM head: the parameters themselves; zeros for no bias.
+    """Weight [V, H] and bias [V] of the last layer of the LM head: the parameters themselves, or zeros for no bias.
 
-    FatalError for an architecture whose head is not known here.
+    FatalError for an architecture whose head is unknown.
     """
     _family(model)
     decoder: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -69,16 +76,24 @@ def decoder_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return weight_VH, weight_VH.new_zeros(weight_VH.shape[0]) if decoder.bias is None else decoder.bias
 
 
-def logits_rows(
-    model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, positions_BM: Tensor | None
-) -> Tensor:
-    """Logits [B, M, V] at the given positions: for scores and tests, where B x M x V is small."""
-    hidden_BMD = hidden_rows(model, input_ids_BL, attention_mask_BL, positions_BM)
-    return F.linear(head_features(model, hidden_BMD), *decoder_of(model))
+@torch.no_grad()
+def logits_in_chunks(
+    model: PreTrainedModel, hidden_ND: Tensor, chunk_rows: int = CHUNK_ROWS, vocabulary_size: int | None = None
+) -> Iterator[Tensor]:
+    """Logits [n, V] in float32 of hidden states [N, D], for `chunk_rows` rows at a time, without gradients.
+
+    Bounds the memory of evaluation: the logits of all N rows never exist at once. `vocabulary_size`: restricts
+    the logits to the tokenizer's tokens, for a decoder with padding rows. Under autocast the products are in its
+    dtype. Labels, targets or a second model's logits pair with the chunks of `torch.split(x_N, chunk_rows)`.
+    FatalError for an architecture whose head is unknown.
+    """
+    weight_VH, bias_V = (parameter[:vocabulary_size] for parameter in decoder_of(model))
+    for hidden_nD in torch.split(hidden_ND, chunk_rows):
+        yield F.linear(head_features(model, hidden_nD), weight_VH, bias_V).float()
 
 
 def longest_input(model: PreTrainedModel) -> int:
-    """Most tokens in one block. The RoBERTa family counts positions from its pad id + 1."""
+    """Maximum tokens per block. The RoBERTa family counts positions from its pad id + 1."""
     config: Any = model.config
     embeddings: Any = getattr(model.base_model, "embeddings", None)
     offset = getattr(embeddings, "padding_idx", None)
@@ -86,7 +101,7 @@ def longest_input(model: PreTrainedModel) -> int:
 
 
 class _Family(NamedTuple):
-    """How one architecture computes the last hidden state at some positions, and its LM head up to the decoder."""
+    """The fast path of one architecture, and its LM head up to the decoder."""
 
     rows: Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]
     features: Callable[[Any, Tensor], Tensor]
@@ -96,12 +111,12 @@ def _family(model: PreTrainedModel) -> _Family:
     name = type(model).__name__
     if name not in _FAMILIES:
         known = ", ".join(_FAMILIES)
-        raise FatalError(f"The LM head of a {name} is not known here; take a model of one of these: {known}.")
+        raise FatalError(f"the LM head of a {name} is unknown; take a model of one of these: {known}")
     return _FAMILIES[name]
 
 
 def _bert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positions_BM: Tensor) -> Tensor:
-    """BERT and the RoBERTa family: norms after each block, learned positions."""
+    """BERT and the RoBERTa family: post-norm layers, learned position embeddings."""
     base = model.base_model
     hidden_BLD = base.embeddings(input_ids=input_ids_BL)
     keep_B11L = None if mask_BL is None else mask_BL.bool()[:, None, None, :]
@@ -124,7 +139,7 @@ def _bert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positio
 
 
 def _modernbert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positions_BM: Tensor) -> Tensor:
-    """ModernBERT: norms before each block, rotary positions, full and sliding attention."""
+    """ModernBERT: pre-norm layers, rotary position embeddings, full and sliding-window attention."""
     base, config = model.base_model, model.config
     hidden_BLD = base.embeddings(input_ids=input_ids_BL)
     steps_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
@@ -141,7 +156,7 @@ def _modernbert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, p
         hidden_BLD = layer(hidden_BLD, attention_mask=masks[kind], position_embeddings=rotary[kind])
     kind = last.attention_type
     keep = keeps[kind]
-    if keep is not None and keep.shape[-2] > 1:  # the queries' own lines of a mask that differs by query
+    if keep is not None and keep.shape[-2] > 1:  # a mask that differs by query: the rows of the selected queries
         keep = _take(keep.squeeze(1).expand(len(positions_BM), -1, -1), positions_BM)[:, None]
     rows_BMD = _take(hidden_BLD, positions_BM)
     attended_BMD = rows_BMD + _modernbert_attention(last, hidden_BLD, rows_BMD, positions_BM, rotary[kind], keep)
@@ -158,7 +173,7 @@ def _modernbert_attention(
     rotary: tuple[Tensor, Tensor],
     keep: Tensor | None,
 ) -> Tensor:
-    """What the attention of `layer` adds at the given rows; `keep` broadcasts to [B, h, M, L]."""
+    """Output of the attention of `layer` [B, M, D] at the selected rows; `keep` broadcasts to [B, h, M, L]."""
     attention = layer.attn
     projection, size = attention.Wqkv, hidden_BLD.shape[-1]
     bias_q, bias_kv = (None, None) if projection.bias is None else projection.bias.split((size, 2 * size))
@@ -183,7 +198,7 @@ def _heads(x_BLD: Tensor, size: int) -> Tensor:
 
 
 def _rotate(x_BhLd: Tensor, cos_BLd: Tensor, sin_BLd: Tensor) -> Tensor:
-    """Rotary position embedding, in float32 as ModernBERT does it."""
+    """Rotary position embedding, in float32 as in ModernBERT."""
     wide = x_BhLd.float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
@@ -191,14 +206,14 @@ def _rotate(x_BhLd: Tensor, cos_BLd: Tensor, sin_BLd: Tensor) -> Tensor:
 
 
 def _mask_for(model: Any, keep: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What the layers of the model want: sdpa a boolean mask, eager one to add to the scores."""
+    """The attention mask in the form of the implementation: boolean for sdpa, additive for eager."""
     if keep is None or model.config._attn_implementation == "sdpa":
         return keep
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
 
 
 def _take(x_BLD: Tensor, positions_BM: Tensor) -> Tensor:
-    """Rows of each block at its positions: [B, L, D] to [B, M, D]."""
+    """Gathers each block's rows at its positions: [B, L, D] to [B, M, D]."""
     return x_BLD.gather(1, positions_BM[:, :, None].expand(-1, -1, x_BLD.shape[-1]))
 
 

@@ -1,10 +1,10 @@
-"""Makes the student: a model of the teacher's class with fewer layers, or a fresh model from a config.
+"""Initialises the student: the teacher's architecture with a subset of its layers, or a new model from a config.
 
     student = make_student(teacher, vocabulary, layers=6, dropout=0.1)
     model = make_fresh({"model_type": "modernbert", "hidden_size": 192, ...}, vocabulary)
 
-Called by tasks.train before the first step. The whole LM head is copied, its dense layer and norm too: leaving them
-out, as the reference trainer did, costs 2.0 of KL at the first step.
+Layers are copied from the teacher as in DistilBERT (Sanh et al., 2019). The complete LM head is copied too:
+with a random dense layer and norm, the KL at the first step is 2.0 higher.
 """
 
 import copy
@@ -21,7 +21,7 @@ from storage.errors import FatalError
 from tasks.tokens.vocabulary import Vocabulary
 
 _DROPOUT_FIELDS = (
-    # BERT and RoBERTa, then ModernBERT, then DistilBERT. Dropout of classifiers is the fine-tuning's own matter.
+    # BERT and RoBERTa, then ModernBERT, then DistilBERT. Classifier dropout belongs to fine-tuning.
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "embedding_dropout",
@@ -32,10 +32,10 @@ _DROPOUT_FIELDS = (
 
 
 def layer_choice(teacher_layers: int, student_layers: int, explicit: Sequence[int] = ()) -> list[int]:
-    """Which teacher layer each student layer starts from: floor(i (L-1) / (S-1) + 1/2), or the explicit list.
+    """The teacher layer that initialises each student layer: floor(i (T-1) / (S-1) + 1/2), or the explicit list.
 
-    12 to 6 gives the reference's 0, 2, 4, 7, 9, 11; a student of one layer takes the first.
-    FatalError when the student is deeper than the teacher, or the list is not an ascending choice of its layers.
+    12 to 6 layers gives DistilBERT's choice 0, 2, 4, 7, 9, 11; a student of one layer takes the first.
+    FatalError if the student is deeper than the teacher, or the list is not an ascending subset of its layers.
     """
     if not 1 <= student_layers <= teacher_layers:
         raise FatalError(
@@ -70,10 +70,10 @@ def make_student(
 ) -> PreTrainedModel:
     """A model of the teacher's class with `layers` layers, in float32 on the CPU, in evaluation mode.
 
-    init "teacher" copies embeddings, the chosen layers and the whole LM head; "scratch" draws all weights from `seed`.
-    Each layer keeps its own kind of attention (ModernBERT). The config carries the tokenizer's special ids, and says
-    whether embedding and decoder are one matrix, as they are in the teacher.
-    FatalError for an impossible choice of layers, or a tokenizer with another pad id where positions depend on it.
+    init "teacher" copies embeddings, the chosen layers and the LM head; "scratch" draws all weights from `seed`.
+    Each layer keeps its attention type (ModernBERT: full or sliding). The config holds the tokenizer's special ids and
+    ties embedding and decoder if the teacher does.
+    FatalError for an invalid choice of layers, or a tokenizer whose pad id would shift the positions (`check_pad_id`).
     """
     path, teacher_stack = _layer_stack(teacher)
     chosen = layer_choice(len(teacher_stack), layers, choice)
@@ -81,7 +81,7 @@ def make_student(
         raise FatalError(
             f"student.choice is {chosen}; a ModernBERT student must keep layer 0, the one without an attention norm."
         )
-    check_pad(teacher, vocabulary)
+    check_pad_id(teacher, vocabulary)
     config = _student_config(teacher, vocabulary, chosen, dropout)
     student = _build(type(teacher), config, seed)
     if init == "teacher":
@@ -91,10 +91,10 @@ def make_student(
 
 
 def make_fresh(config: Mapping[str, Any], vocabulary: Vocabulary, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights from `config`: model_type and any fields of its Hugging Face config class.
+    """A new model with random weights from `config`: model_type and any fields of its Hugging Face config class.
 
-    `vocab_size` may be given to have rows to spare; else it is the tokenizer's. Special ids are always the tokenizer's.
-    FatalError for an unknown model type, an unknown or wrong field, or too few embedding rows.
+    `vocab_size` defaults to the tokenizer's and may be larger. Special ids are always the tokenizer's.
+    FatalError for an unknown model type, an unknown or invalid field, or too few embedding rows.
     """
     rest = dict(config)
     model_type = rest.pop("model_type", None)
@@ -104,11 +104,11 @@ def make_fresh(config: Mapping[str, Any], vocabulary: Vocabulary, seed: int = 0)
     known = {field.name for field in fields(config_class)} | {"global_attn_every_n_layers"}
     for name in rest:
         if name not in known:
-            raise FatalError(f"student.config.{name} is not a field of {config_class.__name__}; mend or remove it.")
+            raise FatalError(f"student.config.{name} is not a field of {config_class.__name__}; fix or remove it.")
     rest.setdefault("vocab_size", vocabulary.size)
     if rest["vocab_size"] < vocabulary.size:
         raise FatalError(
-            f"student.config.vocab_size is {rest['vocab_size']} but the tokenizer has {vocabulary.size} pieces; "
+            f"student.config.vocab_size is {rest['vocab_size']} but the tokenizer has {vocabulary.size} tokens; "
             "remove the field or raise it."
         )
     rest.update({name: value for name, value in _special_ids(vocabulary).items() if name in known})
@@ -120,7 +120,7 @@ def make_fresh(config: Mapping[str, Any], vocabulary: Vocabulary, seed: int = 0)
 
 
 def _build(make: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A float32 model with weights that depend on the seed alone; the caller's random numbers go on as before."""
+    """A float32 model whose weights depend on the seed alone; the caller's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = make(config)
@@ -139,7 +139,7 @@ def _student_config(
     set_dropout(config, dropout)
     config.tie_word_embeddings = _is_tied(teacher)
     config.dtype = torch.float32
-    config._name_or_path = ""  # else the saved config names a folder of this machine
+    config._name_or_path = ""  # else the saved config contains a local path
     for name, token in _special_ids(vocabulary).items():
         if hasattr(config, name):
             setattr(config, name, token)
@@ -147,14 +147,14 @@ def _student_config(
 
 
 def set_dropout(config: Any, dropout: float) -> None:
-    """Dropout of hidden states and attention, whatever the family calls it."""
+    """Sets the dropout of hidden states and attention, by the field names of all supported families."""
     for name in _DROPOUT_FIELDS:
         if hasattr(config, name):
             setattr(config, name, float(dropout))
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
-    """The tokenizer's own ids, under every name that a config may have for them."""
+    """The tokenizer's special ids, under every field name that a config may have for them."""
     return {
         "pad_token_id": vocabulary.pad,
         "bos_token_id": vocabulary.bos,
@@ -165,7 +165,7 @@ def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The encoder's layers and their name in the state dict."""
+    """The encoder's layers and their prefix in the state dict."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return name, module
@@ -173,7 +173,7 @@ def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _teacher_name(name: str, path: str, chosen: list[int]) -> str:
-    """Name in the teacher of a tensor of the student: the same, but for the number of the layer."""
+    """The teacher's name of a student tensor: the same except for the layer number."""
     if not name.startswith(path + "."):
         return name
     index, rest = name[len(path) + 1 :].split(".", 1)
@@ -186,8 +186,8 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return decoder is not None and decoder.weight is embedding.weight
 
 
-def check_pad(teacher: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """FatalError for another pad id than the RoBERTa family counts positions from: every position would shift."""
+def check_pad_id(teacher: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """FatalError if the tokenizer's pad id is not the one from which the RoBERTa family counts positions."""
     embeddings = getattr(teacher.base_model, "embeddings", None)
     pad = getattr(embeddings, "padding_idx", None)
     if pad is not None and pad != vocabulary.pad:

@@ -1,9 +1,9 @@
-"""The teacher, loaded checked and frozen.
+"""Loads the teacher: a validated masked language model in evaluation mode, with frozen weights.
 
-    teacher = load_teacher(recipe.teacher)            # on the GPU if there is one
+    teacher = load_teacher(recipe.teacher)            # on the GPU, if the machine has one
 
-Called by tasks.teach, tasks.build and the trainer. Weights are safetensors, or .bin files read with weights_only; code
-that comes with a model runs only if the recipe says teacher.trust_remote_code.
+Weights are safetensors, or .bin files read with weights_only. Code in a model folder runs only with
+teacher.trust_remote_code = true.
 """
 
 import pickle
@@ -28,7 +28,7 @@ from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, load_voca
 class TeacherModel:
     """A masked language model in evaluation mode, without gradients.
 
-    `vocab_size` are the rows of its decoder; it may have a few more than its tokenizer has pieces. `width` is D.
+    `width`: hidden size D. `vocab_size`: rows V of its decoder, which may exceed the tokenizer's size by some padding.
     """
 
     model: PreTrainedModel
@@ -42,15 +42,16 @@ class TeacherModel:
 
 
 def load_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel:
-    """Loads the teacher; `device` is auto, cpu or cuda.
+    """Loads the teacher onto `device`: auto, cpu or cuda.
 
-    FatalError: no weights, damaged or incomplete weights, a tokenizer that does not fit, no such device.
+    FatalError: missing, damaged or incomplete weights, a tokenizer that does not fit, no such device. RetryableError:
+    the hub does not answer.
     """
     where = _device(device)
     dtype = resolve_dtype(teacher.dtype, where)
     folder = resolve_model(teacher.model, teacher.revision)
     vocabulary = load_vocabulary(teacher.model, teacher.revision, teacher.trust_remote_code)
-    # Any: transformers' own types change with what else is imported.
+    # Any: the types of transformers depend on which optional packages are installed.
     model: Any = load_weights(teacher, folder, dtype)
     model.eval().requires_grad_(False).to(where)
     decoder = model.get_output_embeddings()
@@ -72,12 +73,12 @@ def load_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel
 
 @lru_cache(maxsize=1)
 def shared_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel:
-    """One loaded teacher for all shards that a process works on. Never change the model that it holds."""
+    """The teacher, loaded once per process for all of its shards. Callers must not modify the model."""
     return load_teacher(teacher, device)
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """A recipe's dtype, where auto means bfloat16 on a GPU and float32 on a CPU."""
+    """The torch dtype of a recipe's dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -89,9 +90,9 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 def load_weights(
     teacher: TeacherSettings, folder: Path, dtype: torch.dtype, *, role: str = "teacher", dropout: float | None = None
 ) -> PreTrainedModel:
-    """A masked language model of which no part is random, with its own dropout or the one given.
+    """Loads a masked language model with all of its weights; `dropout` overrides that of its config.
 
-    FatalError for weights that are damaged, of another kind of model or not whole; `role` is what it calls the model.
+    FatalError for weights that are damaged, incomplete or of another architecture; `role` names the model in messages.
     """
     first = weight_files(folder, teacher.model)[0]
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -99,7 +100,7 @@ def load_weights(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=teacher.trust_remote_code, local_files_only=True)
         if dropout is not None:
             set_dropout(config, dropout)
-        model, found = AutoModelForMaskedLM.from_pretrained(
+        model, loading = AutoModelForMaskedLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -117,9 +118,9 @@ def load_weights(
             "copy the model again or name another",
             str(first),
         ) from error
-    if found["missing_keys"]:
+    if loading["missing_keys"]:
         raise FatalError(
-            f"{role} {teacher.model}: its weights lack {sorted(found['missing_keys'])[0]}, so part of it would be "
+            f"{role} {teacher.model}: its weights lack {sorted(loading['missing_keys'])[0]}, so part of it would be "
             "random; save it as AutoModelForMaskedLM, LM head included",
             str(first),
         )

@@ -1,9 +1,9 @@
 """What a recipe will cost, before anything runs: bytes, time, money, and whether caching the teacher pays.
 
-    forecast = make_forecast(recipe, stock, sample, shape, pace, machine, free, Prices())
+    forecast = make_forecast(recipe, inventory, sample, shape, timings, machine, free, Prices())
     forecast.seconds["train"].left, forecast.bytes["targets"].total, forecast.advice
 
-Arithmetic alone, on what tasks.volume, tasks.sample and tasks.pace found. Called by `distil plan`.
+Arithmetic alone, on what sizes.py, sample.py and timing.py found. Called by `distil plan`.
 """
 
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ class Forecast:
     recipe: str
     sizes: SizeForecast
     sample: Sample
-    pace: Timings
+    timings: Timings
     seconds: Mapping[str, Amount]
     choices: tuple[Choice, ...]
     read_rate: float
@@ -106,10 +106,10 @@ class Forecast:
 
 def make_forecast(
     recipe: Recipe,
-    stock: Inventory,
+    inventory: Inventory,
     sample: Sample,
     shape: ModelShape,
-    pace: Timings,
+    timings: Timings,
     machine: Machine,
     free: int | None,
     prices: Prices,
@@ -117,12 +117,12 @@ def make_forecast(
     training: bool = True,
 ) -> Forecast:
     """Puts it all together; without `training` it is about `distil prepare`."""
-    found = forecast_sizes(stock, sample, shape, recipe, training=training)
-    seconds = stage_seconds(recipe, stock, sample, pace, machine, found, training=training)
+    found = forecast_sizes(inventory, sample, shape, recipe, training=training)
+    seconds = stage_seconds(recipe, inventory, sample, timings, machine, found, training=training)
     need = MARGIN * found.left
     choices = _choices(recipe, sample, shape, found) if recipe.teacher.model else ()
     taught = training and recipe.loss.needs_teacher
-    break_even = _break_even(recipe, pace, found, choices, prices) if taught else None
+    break_even = _break_even(recipe, timings, found, choices, prices) if taught else None
     store = sum(amount.total for amount in found.bytes.values())
     cost = {
         "machine": summed(seconds).left / HOUR * prices.hour,
@@ -132,10 +132,10 @@ def make_forecast(
         recipe=recipe.name,
         sizes=found,
         sample=sample,
-        pace=pace,
+        timings=timings,
         seconds=seconds,
         choices=choices,
-        read_rate=_read_rate(recipe, sample, shape, pace) if training else 0.0,
+        read_rate=_read_rate(recipe, sample, shape, timings) if training else 0.0,
         need=need,
         free=free,
         cost=cost,
@@ -151,9 +151,9 @@ def at_once(recipe: Recipe, machine: Machine) -> int:
 
 def stage_seconds(
     recipe: Recipe,
-    stock: Inventory,
+    inventory: Inventory,
     sample: Sample,
-    pace: Timings,
+    timings: Timings,
     machine: Machine,
     found: SizeForecast,
     *,
@@ -162,41 +162,41 @@ def stage_seconds(
     """Seconds by stage. Shards and blocks run in run.workers processes, as far as there are cores for them."""
     slots = at_once(recipe, machine)
     reading = sample.read_seconds / max(1.0, sample.source_bytes)
-    longest = stock.largest_unread * reading  # one source is one process's work
+    longest = inventory.largest_unread * reading  # one source is one process's work
     blocking = sample.block_seconds / max(1, sample.text_bytes) / slots
     row_bytes = sample.text_bytes / max(1, sample.rows)
-    all_text = stock.text_bytes + stock.heldout_bytes + found.coming
-    read_left = max(stock.unread_bytes * reading / slots, longest)
+    all_text = inventory.text_bytes + inventory.heldout_bytes + found.coming
+    read_left = max(inventory.unread_bytes * reading / slots, longest)
     seconds = {
-        "source": _amount(max(stock.source_bytes * reading / slots, longest), read_left),
+        "source": _amount(max(inventory.source_bytes * reading / slots, longest), read_left),
         "blocks": _amount(all_text * blocking, found.unblocked * blocking),
     }
     if variants_taught(recipe):
         rows_left = found.untaught / row_bytes
         rows = max(found.blocks.total * recipe.mask.variants, rows_left)
-        once = pace.load + min(recipe.targets.calibration_rows, found.blocks.total) * pace.capture
-        seconds["calibration"] = _amount(once, once if stock.kept["targets"] == 0 else 0.0)
-        seconds["targets"] = _amount(rows * pace.capture, rows_left * pace.capture)
+        once = timings.load + min(recipe.targets.calibration_rows, found.blocks.total) * timings.capture
+        seconds["calibration"] = _amount(once, once if inventory.kept["targets"] == 0 else 0.0)
+        seconds["targets"] = _amount(rows * timings.capture, rows_left * timings.capture)
     idle = machine.import_seconds * START
     if training:
-        seconds |= _trained_seconds(recipe, pace, machine, found, all_text / row_bytes - found.blocks.total)
-        if stock.kept["model"]:
+        seconds |= _trained_seconds(recipe, timings, machine, found, all_text / row_bytes - found.blocks.total)
+        if inventory.kept["model"]:
             seconds = {name: Amount(amount.total, amount.total) for name, amount in seconds.items()}
         idle += machine.import_seconds * END
     return seconds | {"start and end": _amount(idle, idle if found.left or not training else 0.0)}
 
 
 def _trained_seconds(
-    recipe: Recipe, pace: Timings, machine: Machine, found: SizeForecast, heldout: float
+    recipe: Recipe, timings: Timings, machine: Machine, found: SizeForecast, heldout: float
 ) -> dict[str, Amount]:
     """Training with its looks and checkpoints, and scores without fine-tuned sets; `heldout` are blocks."""
     train, score = recipe.train, recipe.score
-    a_row = FORWARD * pace.step / train.batch_rows
+    a_row = FORWARD * timings.step / train.batch_rows
     looks = found.steps // train.validate_steps if train.validate_steps else 0
     saves = -(-found.steps // train.checkpoint_steps)
-    trained = machine.import_seconds + pace.start + found.steps * pace.step + saves * pace.save
+    trained = machine.import_seconds + timings.start + found.steps * timings.step + saves * timings.save
     trained += looks * min(train.validate_rows, heldout) * a_row
-    both = a_row + pace.capture
+    both = a_row + timings.capture
     forward = both * LATENCY_TOKENS / recipe.blocks.length
     scored = min(score.heldout_rows, heldout) * score.heldout_masks * both
     scored += min(LATENCY_BUDGET, score.latency_runs * LATENCY_FORWARDS * forward)
@@ -231,13 +231,13 @@ def _choices(recipe: Recipe, sample: Sample, shape: ModelShape, found: SizeForec
 
 
 def _break_even(
-    recipe: Recipe, pace: Timings, found: SizeForecast, choices: tuple[Choice, ...], prices: Prices
+    recipe: Recipe, timings: Timings, found: SizeForecast, choices: tuple[Choice, ...], prices: Prices
 ) -> BreakEven:
     """A cached run trades a forward of the teacher on every block of every epoch for one on every block and mask."""
-    teacher = found.steps * recipe.train.batch_rows * pace.capture
-    step = found.steps * pace.step
+    teacher = found.steps * recipe.train.batch_rows * timings.capture
+    step = found.steps * timings.step
     cached = step if recipe.targets.source == "cached" else max(0.0, step - teacher)
-    capture = found.blocks.total * recipe.mask.variants * pace.capture
+    capture = found.blocks.total * recipe.mask.variants * timings.capture
     targets = recipe.targets
     size = next(one.bytes for one in choices if (one.encoding, one.positions) == (targets.encoding, targets.positions))
     stored = size / TERABYTE * prices.terabyte_month / prices.hour * HOUR if prices.hour else 0.0
@@ -251,14 +251,14 @@ def runs_to_pay(once: float, saved: float) -> int:
     return floor(once / saved * (1 + 1e-9)) + 1 if saved > 0 else 0
 
 
-def _read_rate(recipe: Recipe, sample: Sample, shape: ModelShape, pace: Timings) -> float:
+def _read_rate(recipe: Recipe, sample: Sample, shape: ModelShape, timings: Timings) -> float:
     """Bytes a second: the blocks of a step and, from a cache, their targets."""
     rows = max(1, sample.rows)
     a_row = sample.block_bytes / rows
     if caches_targets(recipe):
         kept = sample.positions if recipe.targets.positions == "masked" else sample.tokens
         a_row += ROW_BYTES + kept / rows * payload_bytes(shape, recipe, recipe.targets.encoding)
-    return recipe.train.batch_rows * a_row / pace.step if pace.step else 0.0
+    return recipe.train.batch_rows * a_row / timings.step if timings.step else 0.0
 
 
 # ---- words -------------------------------------------------------------------------------------------------

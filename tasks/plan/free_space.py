@@ -1,6 +1,6 @@
 """Whether the store has room for a run, asked before anything is computed.
 
-    refuse_small_store(store, recipe, lineage, free_bytes(store), training=True)
+    check_store_has_space(workspace, free_bytes(store), training=True)
 
 Called by the flows `distill` and `prepare` where something is missing. Bytes only; nothing is timed.
 """
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.lineage import Lineage, vocabulary_of
+from tasks.lineage import Workspace
 from tasks.plan.sample import Sample, take_sample
 from tasks.plan.sizes import forecast_sizes, shape_of, take_inventory
 from tasks.recipe.config import Recipe
@@ -22,23 +22,23 @@ CHECK_BYTES = 3_000_000
 """Bytes of the sources that are sampled for it."""
 
 
-def check_store_has_space(store: Store, recipe: Recipe, lineage: Lineage, free: int, *, training: bool) -> None:
+def check_store_has_space(workspace: Workspace, free: int, *, training: bool) -> None:
     """FatalError if what is still to be made, with some margin, does not go into the `free` bytes of the store.
 
     Nothing is read where a bound that no text reaches shows that it fits; else a small sample of the sources is.
     Sources that cannot be read are left to the run, which names them all.
     """
-    if recipe.train.warm_start:  # it may be known to MLflow only; its size is near that of the student without it
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"warm_start": ""})})
-    stock, shape = take_inventory(store, recipe, lineage), shape_of(recipe, training=training)
-    if forecast_sizes(stock, _bound(recipe), shape, recipe, training=training).left * MARGIN < free:
+    if workspace.recipe.train.warm_start:  # only MLflow may know it; its size is near that of the student without it
+        workspace = workspace.with_warm_start("")
+    recipe = workspace.recipe
+    inventory, shape = take_inventory(workspace), shape_of(recipe, training=training)
+    if forecast_sizes(inventory, _bound(recipe), shape, recipe, training=training).left * MARGIN < free:
         return
-    sources = [source for source, _ in lineage.sources]
+    sources = [source for source, _ in workspace.lineage.sources]
     with TemporaryDirectory(prefix="distil-sample-") as folder:
-        scratch, vocabulary = Store(f"{folder}/store"), vocabulary_of(recipe)
-        settings = (recipe.corpus, recipe.blocks, recipe.mask)
-        sample = take_sample(scratch, *settings, vocabulary, sources, CHECK_BYTES, skip_bad=True)
-    need = MARGIN * forecast_sizes(stock, sample, shape, recipe, training=training).left
+        scratch, settings = Store(f"{folder}/store"), (recipe.corpus, recipe.blocks, recipe.mask)
+        sample = take_sample(scratch, *settings, workspace.vocabulary, sources, CHECK_BYTES, skip_bad=True)
+    need = MARGIN * forecast_sizes(inventory, sample, shape, recipe, training=training).left
     if sample.text_bytes and need > free:
         raise FatalError(
             f"the store {recipe.store} has no room for this run: it needs about {_gigabytes(need)}, 10 % to spare, and "

@@ -21,8 +21,8 @@ from storage.artifact import Receipt, Ref
 from storage.errors import FatalError
 from storage.filesystem import open_url
 from storage.store import Store
-from tasks.corpus.fetch import beginning
-from tasks.corpus.lines import CHUNK, UnpackedSize, packing_of, reading_error
+from tasks.corpus.fetch import read_head
+from tasks.corpus.lines import CHUNK, UnpackedSizeLimit, packing_of, reading_error
 from tasks.corpus.parquet import record_batches
 from tasks.corpus.shard import heldout_of, shard_source, shards_of
 from tasks.corpus.snapshot import Source
@@ -163,7 +163,7 @@ def _cut(source: Source, limit: int, path: Path, ratio: int) -> float:
 
     `limit` are the bytes of the source to read. FatalError: gone, or damaged or grown beyond `ratio` before that.
     """
-    head = beginning(source, limit)
+    head = read_head(source, limit)
     whole = len(head) == source.size
     if whole:
         path.write_bytes(head)
@@ -189,7 +189,7 @@ def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
         return head, len(head)
     parts: list[bytes] = []
     seen = [(0, 0)]  # packed bytes taken and text given so far
-    growth = UnpackedSize(source.name, len(head), ratio)
+    growth = UnpackedSizeLimit(source.name, len(head), ratio)
     try:
         with pa.BufferReader(head) as file, pa.CompressedInputStream(file, packing) as stream:
             # The stream takes new bytes, many at once, when it has given all of the old.
@@ -212,7 +212,7 @@ def _cut_parquet(source: Source, limit: int, path: Path, ratio: int) -> float:
         with fs.open(remote, "rb") as file, fs.open(remote, "rb") as again, pq.ParquetFile(file) as parquet:
             rows = parquet.metadata.num_rows
             wanted, taken = ceil(rows * limit / source.size), 0
-            growth = UnpackedSize(source.name, source.size, ratio)
+            growth = UnpackedSizeLimit(source.name, source.size, ratio)
             with pq.ParquetWriter(path, parquet.schema_arrow) as writer:
                 for batch in record_batches(parquet, again, source.name):
                     if taken >= wanted:

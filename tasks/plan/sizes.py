@@ -1,9 +1,9 @@
 """How many bytes a recipe makes: what the store holds of it, and what is still to come, from a sample's ratios.
 
-    stock = take_stock(store, recipe, lineage)
-    outlook(stock, sample, shape_of(recipe), recipe, training=True).bytes        # stage -> Amount(total, done)
+    inventory = take_inventory(workspace)
+    forecast_sizes(inventory, sample, shape_of(recipe), recipe, training=True).bytes     # stage -> Amount(total, done)
 
-Called by `distil plan` and by tasks.room. Nothing is timed here.
+Called by `distil plan` and by tasks.plan.free_space. Nothing is timed here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.lineage import Lineage, caches_targets, vocabulary_of
+from tasks.lineage import Workspace, caches_targets, vocabulary_of
 from tasks.models.files import resolve_model
 from tasks.models.student import make_fresh, make_student
 from tasks.plan.sample import Sample
@@ -78,8 +78,9 @@ class ModelShape:
     parameters: int
 
 
-def take_inventory(store: Store, recipe: Recipe, lineage: Lineage, model: Ref | None = None) -> Inventory:
+def take_inventory(workspace: Workspace, model: Ref | None = None) -> Inventory:
     """Counts by listings and the sources' receipts; `model` is the run's result once it has a name."""
+    store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
     once = {ref.key if ref else source.url: (source, ref) for source, ref in reversed(lineage.sources)}
     there = {kind: store.sizes(kind) for kind in ("source", "shard", "blocks", "targets", "model", "checkpoint")}
     unread = [source.size for key, (source, _) in once.items() if key not in there["source"]]
@@ -186,28 +187,28 @@ class SizeForecast:
 
 
 def forecast_sizes(
-    stock: Inventory, sample: Sample, shape: ModelShape, recipe: Recipe, *, training: bool
+    inventory: Inventory, sample: Sample, shape: ModelShape, recipe: Recipe, *, training: bool
 ) -> SizeForecast:
     """Multiplies the sample up; without `training` there are no steps, checkpoints and model."""
     a_byte = bytes_per_text_byte(sample)
     kept_in = 1 - recipe.corpus.heldout_per_mille / 1000
-    coming = stock.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
-    text = stock.text_bytes + coming * kept_in
-    unblocked = stock.unblocked_bytes + coming
-    untaught = stock.untaught_bytes + coming * kept_in * variants_taught(recipe)
-    blocked = 1 - unblocked / max(1.0, text + stock.heldout_bytes + coming * (1 - kept_in))
+    coming = inventory.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
+    text = inventory.text_bytes + coming * kept_in
+    unblocked = inventory.unblocked_bytes + coming
+    untaught = inventory.untaught_bytes + coming * kept_in * variants_taught(recipe)
+    blocked = 1 - unblocked / max(1.0, text + inventory.heldout_bytes + coming * (1 - kept_in))
     rows = text * a_byte["rows"]
     steps = steps_of(recipe.train, rows) if training else 0
-    trained = _trained(stock, shape, recipe, steps) if training else {}
+    trained = _trained(inventory, shape, recipe, steps) if training else {}
     still = {
-        "shard": stock.unread_bytes * sample.shard_bytes / max(1.0, sample.source_bytes),
+        "shard": inventory.unread_bytes * sample.shard_bytes / max(1.0, sample.source_bytes),
         "blocks": unblocked * sample.block_bytes / max(1, sample.text_bytes),
         "targets": untaught * target_bytes(a_byte, shape, recipe, recipe.targets.encoding, recipe.targets.positions)
-        + untaught / _file_text(stock, recipe, text) * (FILE_BYTES + CHANNEL_BYTES * shape.width),
+        + untaught / _file_text(inventory, recipe, text) * (FILE_BYTES + CHANNEL_BYTES * shape.width),
     }
-    sizes_left = {kind: Amount(stock.kept[kind] + left, stock.kept[kind]) for kind, left in still.items()}
+    sizes_left = {kind: Amount(inventory.kept[kind] + left, inventory.kept[kind]) for kind, left in still.items()}
     return SizeForecast(
-        text=Amount(text, stock.text_bytes),
+        text=Amount(text, inventory.text_bytes),
         blocks=Amount(rows, rows * blocked),
         tokens=Amount(text * a_byte["tokens"], text * a_byte["tokens"] * blocked),
         positions=Amount(text * a_byte["positions"], text * a_byte["positions"] * blocked),
@@ -216,7 +217,7 @@ def forecast_sizes(
         untaught=untaught,
         steps=steps,
         bytes=sizes_left | trained,
-        passing=ADAM * 4.0 * shape.parameters if training and not stock.kept["model"] else 0.0,
+        passing=ADAM * 4.0 * shape.parameters if training and not inventory.kept["model"] else 0.0,
     )
 
 
@@ -228,7 +229,7 @@ def bytes_per_text_byte(sample: Sample) -> dict[str, float]:
 def target_bytes(
     a_byte: Mapping[str, float], shape: ModelShape, recipe: Recipe, encoding: str, positions: str
 ) -> float:
-    """Bytes of targets under one mask for each byte of text; `a_byte` as `a_byte_of` gives it."""
+    """Bytes of targets under one mask for each byte of text; `a_byte` as `bytes_per_text_byte` gives it."""
     kept = a_byte["positions" if positions == "masked" else "tokens"]
     return a_byte["rows"] * ROW_BYTES + kept * payload_bytes(shape, recipe, encoding)
 
@@ -240,16 +241,16 @@ def payload_bytes(shape: ModelShape, recipe: Recipe, encoding: str) -> int:
     ).bytes_per_position
 
 
-def _file_text(stock: Inventory, recipe: Recipe, text: float) -> float:
+def _file_text(inventory: Inventory, recipe: Recipe, text: float) -> float:
     """Bytes of text of one shard, about: a source ends its last shard."""
-    return max(1.0, min(float(recipe.corpus.shard_bytes), text / max(1, stock.sources)))
+    return max(1.0, min(float(recipe.corpus.shard_bytes), text / max(1, inventory.sources)))
 
 
-def _trained(stock: Inventory, shape: ModelShape, recipe: Recipe, steps: int) -> dict[str, Amount]:
+def _trained(inventory: Inventory, shape: ModelShape, recipe: Recipe, steps: int) -> dict[str, Amount]:
     """The checkpoints that stay (the best is among the newest while the held-out loss falls), and the model."""
     weights = 4.0 * shape.parameters
     count = min(recipe.train.keep_checkpoints, ceil(steps / recipe.train.checkpoint_steps))
-    done = stock.kept["model"]
+    done = inventory.kept["model"]
     checkpoints = ADAM * weights * count
     return {
         "checkpoint": Amount(checkpoints, checkpoints if done else 0.0),

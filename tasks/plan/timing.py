@@ -1,6 +1,6 @@
 """How fast this machine is: imports, and on the device at hand the real capture and the real trainer on a few blocks.
 
-    pace = measure(Store(folder), recipe, sample.blocks, seconds=10)      # in a scratch store
+    timings = measure(Workspace(Store(folder), recipe), sample.blocks, seconds=10)      # in a scratch store
 
 Called by `distil plan`. Shapes are those of the recipe where `seconds` allow it; on a slow device fewer blocks are
 timed, and their time multiplied. Of several times the shortest counts: what others do on the machine meanwhile is no
@@ -8,29 +8,33 @@ cost of the recipe, and cannot be foretold.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from storage.arrow import ArrowWriter, metadata_of, open_arrow
+from storage.arrow import BLOCKS_FILE, ArrowWriter, metadata_of, open_arrow
 from storage.artifact import Receipt, Ref
 from storage.errors import FatalError
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.lineage import caches_targets, teacher_key, vocabulary_of
-from tasks.recipe.config import Recipe, S
+from tasks.lineage import Workspace, caches_targets
+from tasks.parent_death import set_parent_death_signal
 from tasks.recipe.run_spec import METRICS, Part, make_run
 from tasks.targets.calibration import calibrate
 from tasks.targets.capture import Capture
 from tasks.targets.compute import make_targets, open_capture
 from tasks.targets.keys import needs_calibration
-from tasks.tokens.blocks import count_tokens
+from tasks.tokens.token_counts import count_tokens
 from tasks.train.checkpoint import TrainingProgress, save_checkpoint
 from tasks.train.export import describe_hardware
 from tasks.train.metrics import read_metrics
@@ -83,28 +87,44 @@ def describe_machine() -> Machine:
     return Machine(len(os.sched_getaffinity(0)), time.perf_counter() - started)
 
 
-def measure(store: Store, recipe: Recipe, blocks: Sequence[Ref], seconds: float, *, training: bool = True) -> Timings:
+def measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, *, training: bool = True) -> Timings:
     """Times teacher and student on the largest of these blocks; each takes some `seconds`, or twice that. Without
     `training` the student is left out, and the teacher too where nothing is cached.
 
-    FatalError: a teacher or student that cannot be used, or no blocks.
+    The store of the workspace is a scratch one, which is written to. Runs in a process of its own: the thread and
+    memory settings of a trainer cannot be taken back.
+
+    FatalError: a teacher or student that cannot be used, no blocks, or the process died.
     """
-    if not training and not caches_targets(recipe):
+    if not training and not caches_targets(workspace.recipe):
         return Timings("", 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), initializer=set_parent_death_signal, initargs=(signal.SIGTERM, os.getpid())
+    ) as executor:
+        try:
+            return executor.submit(_measure, workspace, blocks, seconds, training).result()
+        except BrokenProcessPool as error:
+            raise FatalError(
+                f"recipe {workspace.recipe.name}: the process that timed teacher and student died (out of memory?); "
+                "lower train.batch_rows, or plan on a machine with more memory"
+            ) from error
+
+
+def _measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, training: bool) -> Timings:
+    store, recipe = workspace.store, workspace.recipe
     largest = max((store.receipt(ref) for ref in blocks), key=lambda receipt: receipt.rows, default=None)
     if largest is None or not largest.rows:
         raise FatalError(f"recipe {recipe.name}: the sample of {recipe.corpus.url} holds no text; is corpus.url right?")
-    changes = {"store": store.root, "home": f"{store.root}/home", "mask": _changed(recipe.mask, variants=1)}
-    recipe = recipe.model_copy(update=changes)
-    counts = count_tokens(store, [largest.ref], vocabulary_of(recipe)).ref if recipe.mask.kind == "smoothed" else None
+    workspace = workspace.with_changes({"store": store.root, "home": f"{store.root}/home", "mask.variants": 1})
+    counts = count_tokens(store, [largest.ref], workspace.vocabulary).ref if recipe.mask.kind == "smoothed" else None
     if recipe.loss.needs_teacher:
-        taught = _time_teacher(store, recipe, largest, counts, seconds)
+        taught = _time_teacher(workspace, largest, counts, seconds)
     else:
         some = _first(store, largest, recipe.train.batch_rows)
         taught = _TaughtSample(_part(some, ()), 0.0, 0.0, seconds / recipe.train.batch_rows / (WARM + TIMED))
     if not training:
         return Timings("", 0, taught.load, taught.capture, 0.0, 0.0, 0.0)
-    return _time_student(store, recipe, taught, counts, seconds)
+    return _time_student(workspace, taught, counts, seconds)
 
 
 class _TaughtSample(NamedTuple):
@@ -116,16 +136,17 @@ class _TaughtSample(NamedTuple):
     rough_step: float
 
 
-def _time_teacher(store: Store, recipe: Recipe, blocks: Receipt, counts: Ref | None, seconds: float) -> _TaughtSample:
+def _time_teacher(workspace: Workspace, blocks: Receipt, counts: Ref | None, seconds: float) -> _TaughtSample:
+    store, recipe = workspace.store, workspace.recipe
     few = _first(store, blocks, max(1, FIRST_TOKENS // recipe.blocks.length))
     started = time.perf_counter()
-    capture = _open(store, recipe, counts, None)
+    capture = _open(workspace, counts, None)
     load = time.perf_counter() - started
     for force in (False, True):  # the first time finds memory and loads kernels
         calibration = calibrate(store, [few.ref], capture, force=force)
     rough = max(calibration.timings["seconds"], 1e-3) / few.rows
     some = _first(store, blocks, max(few.rows, int(seconds / rough)))
-    capture = _open(store, recipe, counts, calibration.ref if needs_calibration(recipe.targets) else None)
+    capture = _open(workspace, counts, calibration.ref if needs_calibration(recipe.targets) else None)
     for force in (False, True):
         targets = make_targets(store, some.ref, capture, force=force)
     probed = targets.info["probe"]["rows"]
@@ -134,29 +155,30 @@ def _time_teacher(store: Store, recipe: Recipe, blocks: Receipt, counts: Ref | N
     )
 
 
-def _open(store: Store, recipe: Recipe, counts: Ref | None, calibration: Ref | None) -> Capture:
-    vocabulary, device = vocabulary_of(recipe), recipe.train.device
-    return open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, calibration, device)
+def _open(workspace: Workspace, counts: Ref | None, calibration: Ref | None) -> Capture:
+    recipe, settings = workspace.recipe, (workspace.recipe.mask, workspace.recipe.targets)
+    return open_capture(
+        workspace.store, recipe.teacher, workspace.vocabulary, *settings, counts, calibration, recipe.train.device
+    )
 
 
-def _time_student(store: Store, recipe: Recipe, taught: _TaughtSample, counts: Ref | None, seconds: float) -> Timings:
+def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | None, seconds: float) -> Timings:
     """Runs the trainer for a few steps, of the whole batch of one rank or of as much as there is time for."""
+    store, recipe = workspace.store, workspace.recipe
     whole = -(-recipe.train.batch_rows // recipe.train.ranks)
     rows = max(1, min(whole, int(seconds / (WARM + TIMED) / taught.rough_step)))
-    train = _changed(
-        recipe.train, batch_rows=rows, max_steps=WARM + TIMED, log_steps=1, validate_steps=0, checkpoint_steps=10**9
-    )
+    steps = {"batch_rows": rows, "max_steps": WARM + TIMED, "log_steps": 1, "validate_steps": 0}
+    train = recipe.train.model_copy(update=steps | {"checkpoint_steps": 10**9})
     run = make_run(
-        recipe.model_copy(update={"train": train}),
+        recipe.with_changes({"train": train}),
         manifest=(taught.part,),
         heldout=(),
-        teacher_fingerprint=teacher_key(recipe),
+        teacher_fingerprint=workspace.teacher_key,
         start="",
         counts=counts.key if counts else "",
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(train.threads or threads)
-    keep_freed_memory()  # as a trainer does; for good, so what else is timed comes before
+    torch.set_num_threads(train.threads or torch.get_num_threads())
+    keep_freed_memory()  # as a trainer does, and for good: the teacher is timed before
     started = time.perf_counter()
     built = set_up_training(run, store, pick_device(run))
     optimizer = make_optimizer(built.student, train)
@@ -167,7 +189,6 @@ def _time_student(store: Store, recipe: Recipe, taught: _TaughtSample, counts: R
     started = time.perf_counter()
     save_checkpoint(store, run, built.student, optimizer, progress)
     saved = time.perf_counter() - started
-    torch.set_num_threads(threads)
     return Timings(
         device=describe_hardware(trainer.device, train.ranks),
         rows=rows,
@@ -183,18 +204,14 @@ def _part(blocks: Receipt, targets: tuple[str, ...]) -> Part:
     return Part(label=blocks.label, blocks=blocks.key, targets=targets, rows=blocks.rows, tokens=blocks.tokens)
 
 
-def _changed(section: S, **changes: object) -> S:
-    return section.model_copy(update=changes)
-
-
 def _first(store: Store, blocks: Receipt, rows: int) -> Receipt:
     """The first rows of these blocks, as blocks of their own."""
     if rows >= blocks.rows:
         return blocks
-    batch = open_arrow(store.local(blocks) / "blocks.arrow").get_batch(0).slice(0, rows)
+    batch = open_arrow(store.local(blocks) / BLOCKS_FILE).get_batch(0).slice(0, rows)
     columns = {name: batch.column(name) for name in batch.schema.names}
     with store.scratch() as folder:
-        with ArrowWriter(folder / "blocks.arrow", batch.schema, metadata_of(batch.schema)) as writer:
+        with ArrowWriter(folder / BLOCKS_FILE, batch.schema, metadata_of(batch.schema)) as writer:
             writer.write(columns)
         return store.commit(
             Ref("blocks", key_of("first", 1, {"rows": rows}, [blocks.key]), blocks.label),

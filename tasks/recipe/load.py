@@ -1,9 +1,9 @@
-"""From a recipe file to a checked `Recipe`: TOML, what it extends, overrides, paths beside the file.
+"""Loads a validated `Recipe` from a TOML file: the recipe that it extends, overrides, and paths relative to the file.
 
     recipe = load_recipe("deployments/pilot.toml", ["train.lr=1e-3"])
-    recipe = make_recipe({"name": "tiny", ...}, "form")         # of plain values, as a form gives them
+    recipe = make_recipe({"name": "tiny", ...}, "form")         # from plain values, as a form submits them
 
-The sections and their fields are in tasks/recipe/config.py.
+`Recipe` is defined in tasks/recipe/config.py.
 """
 
 import os
@@ -18,15 +18,16 @@ from storage.errors import FatalError
 from tasks.recipe.config import Recipe, S
 
 HOME = ".distil"
-"""The default home, below the current folder."""
+"""Default folder of local state, below the current folder."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and applies overrides such as `train.lr=1e-3`; relative paths are the file's own, but
-    `home` and `store` lie below the current folder.
+    """Reads a recipe file and applies overrides such as `train.lr=1e-3`.
 
-    A file may say `extends = "other.toml"` and name only what differs from that recipe.
-    FatalError that names the file and the field where something does not fit.
+    Relative paths are resolved against the folder of the file, except `home` and `store`, which are relative to the
+    current folder. A file with `extends = "other.toml"` holds only the fields that differ from that recipe.
+
+    FatalError: unreadable or invalid; the message names the file and the field.
     """
     values, folders = _read_with_bases(Path(path), ())
     for override in overrides:
@@ -37,31 +38,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _read_with_bases(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
-    """The values of a file over those of the recipe that it extends, and the folders of both."""
-    values = read_toml(path, "recipe")  # first: what can be read can be resolved
-    if path.resolve() in above:
+def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
+    """The values of a file merged over those of the recipe that it extends, and the folders of both files."""
+    values = read_toml(path, "recipe")  # before resolve(), which fails on paths that cannot be opened
+    if path.resolve() in extending:
         raise FatalError(f"{path}: extends itself; name another recipe", str(path))
     base, folder = values.pop("extends", ""), path.parent.resolve()
     if not base:
         return values, [folder]
-    below, folders = _read_with_bases(folder / str(base), (*above, path.resolve()))
-    return _merged(below, values), [folder, *folders]
+    base_values, folders = _read_with_bases(folder / str(base), (*extending, path.resolve()))
+    return _merged(base_values, values), [folder, *folders]
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Section by section; a list or a value replaces the one below it."""
-    shared = [name for name, value in above.items() if isinstance(value, dict) and isinstance(below.get(name), dict)]
-    return below | above | {name: _merged(below[name], above[name]) for name in shared}
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Merges section by section; any other value, lists included, replaces the value of the base."""
+    shared = [name for name, value in values.items() if isinstance(value, dict) and isinstance(base.get(name), dict)]
+    return base | values | {name: _merged(base[name], values[name]) for name in shared}
 
 
 def make_recipe(values: dict[str, Any], where: str) -> Recipe:
-    """Validates plain values. FatalError with one line a field."""
+    """Validates plain values; errors cite `where`. FatalError: invalid, with one clause per field."""
     return validated(Recipe, values, where, "recipe")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The plain values of a file. FatalError: no such file (`what` says of which sort), or not TOML."""
+    """The plain values of a TOML file; `what` is its kind in errors. FatalError: no such file, or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -71,15 +72,15 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def validated(model: type[S], values: dict[str, Any], where: str, what: str) -> S:
-    """Validates plain values against a section. FatalError with one line a field; `what` stands for the whole."""
+    """Validates plain values against a section. FatalError: invalid; `what` names the section in errors of no field."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [
+        faults = [
             f"{'.'.join(str(part) for part in item['loc']) or what}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         ]
-        raise FatalError(f"{where}: {'; '.join(lines)}", where) from error
+        raise FatalError(f"{where}: {'; '.join(faults)}", where) from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -89,7 +90,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
-        value = raw  # a bare word or path
+        value = raw  # an unquoted string, such as a path
     *sections, field = name.strip().split(".")
     for section in sections:
         inner = values.setdefault(section, {})
@@ -100,39 +101,34 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with `home` and `store` filled in, as whole paths below the current folder.
+    """The recipe with `home` and `store` as absolute paths, with defaults below the current folder.
 
-    Both are in no key. Servers, workers and trainers have working folders of their own, and so have the runs of a
-    deployment, whose recipe has the folders of whoever deployed it (with containers: inside the image).
+    Servers, workers and trainers each have their own working folder, so relative paths would differ between them. The
+    two fields are part of no key.
     """
     home = str(Path(recipe.home or HOME).absolute())
     store = recipe.store or f"{home}/store"
-    return recipe.model_copy(update={"home": home, "store": store if "://" in store else str(Path(store).absolute())})
+    return recipe.with_changes({"home": home, "store": store if "://" in store else str(Path(store).absolute())})
 
 
 def _with_paths_of_file(recipe: Recipe, folder: Path) -> Recipe:
-    """Makes paths that lie beside the recipe file absolute, so that the recipe works from any folder."""
-    return recipe.model_copy(
-        update={
-            "corpus": recipe.corpus.model_copy(update={"url": relative_to_file(recipe.corpus.url, folder)}),
-            "blocks": recipe.blocks.model_copy(update={"tokenizer": relative_to_file(recipe.blocks.tokenizer, folder)}),
-            "teacher": recipe.teacher.model_copy(update={"model": relative_to_file(recipe.teacher.model, folder)}),
-            "train": recipe.train.model_copy(update={"warm_start": relative_to_file(recipe.train.warm_start, folder)}),
-            "score": recipe.score.model_copy(
-                update={
-                    "protocol": relative_to_file(recipe.score.protocol, folder),
-                    "sets": relative_to_file(recipe.score.sets, folder),
-                    "control": relative_to_file(recipe.score.control, folder),
-                }
-            ),
-            "watch": recipe.watch.model_copy(update={"folder": relative_to_file(recipe.watch.folder, folder)}),
-        }
-    )
+    """Makes paths that exist in the folder of the recipe file absolute, so that the recipe works from any folder."""
+    paths = {
+        "corpus.url": recipe.corpus.url,
+        "blocks.tokenizer": recipe.blocks.tokenizer,
+        "teacher.model": recipe.teacher.model,
+        "train.warm_start": recipe.train.warm_start,
+        "score.protocol": recipe.score.protocol,
+        "score.sets": recipe.score.sets,
+        "score.control": recipe.score.control,
+        "watch.folder": recipe.watch.folder,
+    }
+    return recipe.with_changes({name: relative_to_file(path, folder) for name, path in paths.items()})
 
 
 def relative_to_file(name: str, folder: Path) -> str:
-    """`name` as an absolute path if such a file or folder lies in `folder`, else unchanged (URL, hub id)."""
+    """`name` as an absolute path if `folder` contains it, else unchanged (a URL or hub id)."""
     if not name or "://" in name or Path(name).is_absolute():
         return name
-    there = folder / name
-    return str(there) if os.path.exists(there) else name  # Path.exists raises at names longer than a disk takes
+    path = folder / name
+    return str(path) if os.path.exists(path) else name  # Path.exists raises if the name is too long for the disk

@@ -1,9 +1,11 @@
-"""How a model stands: its deciding figure on every set, over seeds. What gate, card and picture are made from.
+"""Reduces the scores of a model to one result per evaluation set; promotion rule, model card and figure read these.
 
-standing = Standing("ner", "entity_f1", (0.871, 0.874, 0.869))
-standing.mean, standing.sd
-standings(scores)           # of every set that decides, from the scores of one model
-protocols(scores)           # by which protocol each of them was scored
+    results = set_results(scores)                   # SetResult per set, from the scores of one model
+    results[0].mean, results[0].sd
+    protocols = protocol_keys(scores)               # set name -> key of the protocol that it was scored by
+    models = summarize_models(scores_by_model)      # ModelSummary per model: results, size and speed
+
+Each set is represented by one metric: see `METRICS`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,125 +13,10 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any, Self
 
-from tasks.eval.intervals import NORMAL, over_seeds
-from tasks.eval.scores import teachers_own
+from tasks.eval.intervals import Z_95, over_seeds
+from tasks.eval.scores import teacher_figures
 
 TEACHER = "teacher"
-
-Scores = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class SetResult:
-    """One model on one set: values of `metric` between 0 and 1, one a seed. No values: not run, for `reason`.
-
-    `error` is the standard error of a single value over the rows that it was measured on; 0 where it is unknown.
-    """
-
-    set_name: str
-    metric: str
-    values: tuple[float, ...] = ()
-    reason: str = ""
-    error: float = 0.0
-
-    @property
-    def was_run(self) -> bool:
-        """False where there is no figure."""
-        return bool(self.values)
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds. ValueError if it was not run."""
-        if not self.values:
-            raise ValueError(f"{self.set_name} was not run: {self.reason}")
-        return fmean(self.values)
-
-    @property
-    def sd(self) -> float:
-        """Sample standard deviation over seeds; 0 with a single one."""
-        return stdev(self.values) if len(self.values) > 1 else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"values": list(self.values)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """The other way round."""
-        return cls(**(values | {"values": tuple(values["values"])}))
-
-
-@dataclass(frozen=True)
-class ModelSummary:
-    """`parameters` with the LM head, `size` in bytes of weight files, `milliseconds` of one forward on the CPU by batch
-    size; 0 and empty where nobody measured. `ratios`: by set `value`, `low`, `high` of its score to its teacher's."""
-
-    name: str
-    set_results: tuple[SetResult, ...] = ()
-    parameters: int = 0
-    size: int = 0
-    milliseconds: Mapping[int, float] = field(default_factory=dict)
-    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def standing(self, set_name: str) -> SetResult | None:
-        """Its standing on a set if it was run there, else None."""
-        return next((one for one in self.set_results if one.set_name == set_name and one.was_run), None)
-
-
-def summarize_models(scores: Mapping[str, Mapping[str, Scores]]) -> tuple[ModelSummary, ...]:
-    """All models of a comparison (model -> set -> figures): the first, its teacher where one was measured, the others.
-
-    Size and speed of all stand among the scores of the first.
-    """
-    first = next(iter(scores))
-    speed = scores[first].get("size-and-speed", {})
-    found = {name: _summarize(name, own, speed) for name, own in scores.items()}
-    if TEACHER not in found:
-        own = teachers_own(scores[first].get("heldout", {}))
-        if own or TEACHER in speed.get("parameters", {}):
-            found[TEACHER] = _summarize(TEACHER, {"heldout": own} if own else {}, speed)
-    order = dict.fromkeys([first, *([TEACHER] if TEACHER in found else []), *found])
-    return tuple(found[name] for name in order)
-
-
-def _summarize(name: str, scores: Mapping[str, Scores], speed: Scores) -> ModelSummary:
-    times = speed.get("latency", {}).get("ms", {}).get(name, {})
-    ratios = {part: figures.get("against_teacher", {}).get("ratio") for part, figures in scores.items()}
-    return ModelSummary(
-        name,
-        set_results(scores),
-        parameters=int(speed.get("parameters", {}).get(name, {}).get("with_head", 0)),
-        size=int(speed.get("bytes", {}).get(name, 0)),
-        milliseconds={int(rows): float(ms) for rows, ms in times.items()},
-        ratios={part: ratio for part, ratio in ratios.items() if ratio},
-    )
-
-
-def teacher_among(models: Sequence[ModelSummary]) -> ModelSummary | None:
-    """The teacher of the first model, where it is one of them."""
-    return next((model for model in models[1:] if model.name == TEACHER), None)
-
-
-def half_width(standing: SetResult) -> float | None:
-    """Half the 95 % interval: of a mean over seeds by Student's t, of a single value by its standard error; None where
-    neither is known."""
-    spread = over_seeds(standing.values)
-    if "high" in spread:
-        return spread["high"] - spread["mean"]
-    return NORMAL * standing.error if standing.error else None
-
-
-def set_names(models: Sequence[ModelSummary]) -> list[str]:
-    """All sets that any of the models has a standing on, run or not, in the order of the first model's."""
-    return list(dict.fromkeys(standing.set_name for model in models for standing in model.set_results))
-
-
-def kept(student: ModelSummary, teacher: ModelSummary) -> float | None:
-    """Mean over the sets that both were run on of student / teacher; None where there is no such set."""
-    pairs = [(student.standing(name), teacher.standing(name)) for name in set_names((student,))]
-    ratios = [one.mean / other.mean for one, other in pairs if one and other and other.mean > 0]
-    return sum(ratios) / len(ratios) if ratios else None
-
 
 METRICS = {
     "heldout": "top1",
@@ -142,21 +29,89 @@ METRICS = {
     "ner": "entity_f1",
     "fine-tuning": "",
 }
-"""The figure by which a set is judged. `fine-tuning` stands for all fine-tuned sets where no protocol names any."""
+"""The metric of each set. `fine-tuning` represents all fine-tuned sets in a run without a protocol."""
 
 NOT_RUN = "none"
-"""Stands in the place of the protocol where there is no figure."""
+"""Takes the place of the protocol key of a set that was not run."""
+
+Scores = Mapping[str, Any]
 
 
-def set_results(scores: Mapping[str, Mapping[str, Any]]) -> tuple[SetResult, ...]:
-    """Where one model stands on every set of its scores (set -> figures, or what `not_run` gives) that decides.
+@dataclass(frozen=True)
+class SetResult:
+    """Result of one model on one set: one value of `metric`, between 0 and 1, per seed.
 
-    Held-out text has a single value; a fine-tuned set (tasks.tuned.set_scores) one a seed, in the order of the seeds.
+    Without values the set was not run, and `reason` says why. `error` is the standard error of a single value over the
+    blocks that it was measured on; 0 if unknown.
+    """
+
+    set_name: str
+    metric: str
+    values: tuple[float, ...] = ()
+    reason: str = ""
+    error: float = 0.0
+
+    @property
+    def was_run(self) -> bool:
+        """Whether the result has values."""
+        return bool(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds. ValueError if the set was not run."""
+        if not self.values:
+            raise ValueError(f"{self.set_name} was not run: {self.reason}")
+        return fmean(self.values)
+
+    @property
+    def sd(self) -> float:
+        """Sample standard deviation over seeds; 0 with a single seed."""
+        return stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"values": list(self.values)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Restores a result from `to_json`."""
+        return cls(**(values | {"values": tuple(values["values"])}))
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """Results, size and speed of one model.
+
+    `parameters` counts the model with its LM head; `size` is bytes of weight files; `milliseconds` is the time of one
+    forward pass on the CPU by batch size. These are 0 or empty if not measured. `ratios` has by set the `value`, `low`
+    and `high` of the ratio of the model's score to the teacher's.
+    """
+
+    name: str
+    set_results: tuple[SetResult, ...] = ()
+    parameters: int = 0
+    size: int = 0
+    milliseconds: Mapping[int, float] = field(default_factory=dict)
+    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def result_on(self, set_name: str) -> SetResult | None:
+        """The result on a set; None if the set was not run."""
+        return next((one for one in self.set_results if one.set_name == set_name and one.was_run), None)
+
+
+# ---- from scores -------------------------------------------------------------------------------------------
+
+
+def set_results(scores: Mapping[str, Scores]) -> tuple[SetResult, ...]:
+    """Results of one model from its scores (set name -> figures, or a `not_run` value).
+
+    Scores of sets without a metric are left out. Held-out text has a single value, a fine-tuned set one value per seed
+    in the order of the seeds.
     """
     return tuple(_set_result(name, METRICS[name], figures) for name, figures in scores.items() if name in METRICS)
 
 
-def _set_result(name: str, metric: str, figures: Mapping[str, Any]) -> SetResult:
+def _set_result(name: str, metric: str, figures: Scores) -> SetResult:
     if figures.get("status") == "not run":
         return SetResult(name, metric, reason=str(figures["reason"]))
     if "runs" in figures:
@@ -164,6 +119,67 @@ def _set_result(name: str, metric: str, figures: Mapping[str, Any]) -> SetResult
     return SetResult(name, metric, (float(figures[metric]),), error=float(figures.get(f"{metric}_se", 0.0)))
 
 
-def protocol_keys(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """For each set that decides a name of all that its figure depends on but the model: only equals are compared."""
+def protocol_keys(scores: Mapping[str, Scores]) -> dict[str, str]:
+    """For each set with a metric, the key of its protocol; results are comparable only if their keys are equal."""
     return {name: str(figures.get("protocol", NOT_RUN)) for name, figures in scores.items() if name in METRICS}
+
+
+def summarize_models(scores: Mapping[str, Mapping[str, Scores]]) -> tuple[ModelSummary, ...]:
+    """Summaries of all compared models (model name -> set name -> figures): the first, its teacher if scored, the rest.
+
+    Size and speed of all models are among the scores of the first. Without scores of its own, the teacher has the
+    figures that were measured together with the first model on held-out text.
+    """
+    first = next(iter(scores))
+    speed = scores[first].get("size-and-speed", {})
+    summaries = {name: _summarize(name, own, speed) for name, own in scores.items()}
+    if TEACHER not in summaries:
+        own = teacher_figures(scores[first].get("heldout", {}))
+        if own or TEACHER in speed.get("parameters", {}):
+            summaries[TEACHER] = _summarize(TEACHER, {"heldout": own} if own else {}, speed)
+    order = dict.fromkeys([first, *([TEACHER] if TEACHER in summaries else []), *summaries])
+    return tuple(summaries[name] for name in order)
+
+
+def _summarize(name: str, scores: Mapping[str, Scores], speed: Scores) -> ModelSummary:
+    times = speed.get("latency", {}).get("ms", {}).get(name, {})
+    ratios = {set_name: figures.get("against_teacher", {}).get("ratio") for set_name, figures in scores.items()}
+    return ModelSummary(
+        name,
+        set_results(scores),
+        parameters=int(speed.get("parameters", {}).get(name, {}).get("with_head", 0)),
+        size=int(speed.get("bytes", {}).get(name, 0)),
+        milliseconds={int(rows): float(ms) for rows, ms in times.items()},
+        ratios={set_name: ratio for set_name, ratio in ratios.items() if ratio},
+    )
+
+
+# ---- over models -------------------------------------------------------------------------------------------
+
+
+def teacher_among(models: Sequence[ModelSummary]) -> ModelSummary | None:
+    """The teacher of the first model, if it is one of the other models."""
+    return next((model for model in models[1:] if model.name == TEACHER), None)
+
+
+def set_names(models: Sequence[ModelSummary]) -> list[str]:
+    """Names of all sets that any of the models has a result on, run or not; sets of the first model first."""
+    return list(dict.fromkeys(result.set_name for model in models for result in model.set_results))
+
+
+def half_width(result: SetResult) -> float | None:
+    """Half the width of the 95 % interval; None if it is unknown.
+
+    With several seeds the interval of the mean by Student's t, with a single value that of its standard error.
+    """
+    spread = over_seeds(result.values)
+    if "high" in spread:
+        return spread["high"] - spread["mean"]
+    return Z_95 * result.error if result.error else None
+
+
+def retained_share(student: ModelSummary, teacher: ModelSummary) -> float | None:
+    """Mean of student score / teacher score over the sets that both were run on; None without such a set."""
+    pairs = [(student.result_on(name), teacher.result_on(name)) for name in set_names((student,))]
+    ratios = [one.mean / other.mean for one, other in pairs if one and other and other.mean > 0]
+    return sum(ratios) / len(ratios) if ratios else None

@@ -1,4 +1,10 @@
-"""Channel means and deviations of a teacher, estimated from sample blocks and frozen as an artifact."""
+"""Calibration: mean and standard deviation of each channel of the teacher's hidden states, estimated on sample blocks.
+
+    receipt = calibrate(store, sample, capture)               # once per recipe; an artifact of its own
+    calibration = read_calibration(store, receipt.ref)        # mean, std: float32 [D]
+
+int8 and int4 targets standardize channels by it (tasks.targets.codec).
+"""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +17,7 @@ from storage.arrow import ArrowWriter, open_arrow
 from storage.artifact import Receipt, Ref
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.targets.capture import Capture, _forward, _machine, check_finite
+from tasks.targets.capture import Capture, check_finite, device_info, forward_batches
 from tasks.targets.codec import Calibration, fit_calibration
 from tasks.targets.keys import SCHEMA, calibration_ref, calibration_settings
 from tasks.tokens.blocks import open_blocks
@@ -21,13 +27,11 @@ CALIBRATION_FILE = "calibration.arrow"
 _CALIBRATION = pa.schema([("mean", pa.float32()), ("sd", pa.float32())])
 
 
-# ---- calibration ---------------------------------------------------------------------------------------------
-
-
 def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: bool = False) -> Receipt:
-    """Mean and deviation of each channel over targets.calibration_rows blocks, spread evenly over the sample.
+    """Estimates the calibration over targets.calibration_rows blocks, spread evenly over the sample of blocks.
 
-    FatalError: no block in the sample, NaN or infinity from the teacher.
+    An existing artifact is kept unless `force`. Receipt: rows = blocks used, tokens = positions used.
+    FatalError: a sample without a block, NaN or infinity from the teacher.
     """
     teacher = capture.teacher
     ref = calibration_ref(
@@ -39,7 +43,7 @@ def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: b
     calibration, positions, rows = _estimate(store, sample, capture)
     with store.scratch() as folder:
         with ArrowWriter(folder / CALIBRATION_FILE, _CALIBRATION) as writer:
-            writer.write({"mean": pa.array(calibration.mean.numpy()), "sd": pa.array(calibration.sd.numpy())})
+            writer.write({"mean": pa.array(calibration.mean.numpy()), "sd": pa.array(calibration.std.numpy())})
         return store.commit(
             ref,
             folder,
@@ -48,20 +52,20 @@ def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: b
             tokens=positions,
             settings=calibration_settings(teacher.fingerprint, teacher.settings, capture.mask, capture.targets),
             parents=[part.key for part in sample] + ([capture.counts_key] if capture.counts_key else []),
-            info={"positions": positions, "width": teacher.width, **_machine(capture)},
+            info={"positions": positions, "width": teacher.width, **device_info(capture)},
             timings={"seconds": time.perf_counter() - started},
         )
 
 
 def read_calibration(store: Store, ref: Ref) -> Calibration:
-    """What `calibrate` kept. FatalError where there is none or its bytes changed."""
+    """Reads a calibration. FatalError if it is missing or damaged."""
     table = open_arrow(store.check(store.receipt(ref)) / CALIBRATION_FILE).read_all()
-    mean_D, sd_D = (torch.from_numpy(table.column(name).to_numpy().copy()) for name in ("mean", "sd"))
-    return Calibration(mean_D, sd_D)
+    mean_D, std_D = (torch.from_numpy(table.column(name).to_numpy().copy()) for name in ("mean", "sd"))
+    return Calibration(mean_D, std_D)
 
 
 def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Calibration, int, int]:
-    """The calibration, and how many positions and blocks it comes from."""
+    """The calibration, the number of positions and the number of blocks behind it."""
     opened = [open_blocks(store, ref) for ref in sample]
     owner = np.repeat(np.arange(len(opened)), [len(blocks) for blocks in opened])
     row = np.concatenate([np.arange(len(blocks)) for blocks in opened])
@@ -71,11 +75,11 @@ def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Ca
     sums = torch.zeros(2, capture.teacher.width, dtype=torch.float64)
     for number, blocks in enumerate(opened):
         rows = row[chosen[owner[chosen] == number]]
-        for inputs, hidden_ND in _forward(capture, blocks, rows, 0):
+        for inputs, hidden_ND in forward_batches(capture, blocks, rows, 0):
             check_finite(inputs, hidden_ND.isfinite().all(-1).cpu().numpy(), blocks, capture.teacher)
             wide_ND = hidden_ND.double()
             sums += torch.stack([wide_ND.sum(0), (wide_ND**2).sum(0)]).cpu()
             count += len(hidden_ND)
     if not count:
-        raise FatalError(f"blocks {sample[0].label}: no position to calibrate on; is there any text in corpus.url?")
+        raise FatalError(f"blocks {sample[0].label}: no position to calibrate on; check that corpus.url contains text")
     return fit_calibration(count, sums[0], sums[1]), count, wanted

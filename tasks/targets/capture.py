@@ -1,13 +1,14 @@
-"""Teacher capture: from rows of a shard's blocks to the teacher's word on their positions, in three separate steps.
+"""Teacher capture: from rows of a shard's blocks to the teacher's encoded outputs, in three separate steps.
 
-    inputs = masked_inputs(capture, blocks, rows, variant)      # CPU: mask, digest
-    hidden_ND = hidden_states(capture.teacher, inputs)          # device: encoder, last layer only where it is needed
-    payload_NP = encode(capture.teacher, codec, hidden_ND)      # device: LM head for topk, then bytes
+    inputs = masked_inputs(capture, blocks, rows, variant)                 # CPU: mask, digest
+    hidden_ND = hidden_states(capture.teacher, inputs)                     # device: encoder, last layer where needed
+    payload_NP, finite_N = encode(capture.teacher, codec, hidden_ND)       # device: LM head for topk, then bytes
 
-Nothing in the last two waits for the device; `one_ahead` lets the CPU's part run beside them. Called by tasks.teach
-(all rows) and tasks.probe (a few).
+The last two steps never synchronise with the device; `prefetch_one` overlaps the first with them. tasks.targets.compute
+captures all rows of a shard, tasks.targets.parity a few of them.
 
-Shapes: B blocks, L tokens, M chosen positions a block, N positions kept of all blocks, D hidden size, P bytes of one.
+Shapes: B blocks, L tokens, M chosen positions per block, N valid positions of all blocks, D hidden size, P bytes per
+position.
 """
 
 from collections import deque
@@ -20,10 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from storage.errors import FatalError
-from tasks.models.forward import decoder_of, head_features, hidden_rows, longest_input
+from tasks.models.forward import hidden_rows, logits_in_chunks, longest_input
 from tasks.models.teacher import TeacherModel
 from tasks.recipe.config import MaskSettings, TargetSettings
 from tasks.targets.codec import Calibration, Codec
@@ -31,14 +31,11 @@ from tasks.tokens.blocks import Blocks
 from tasks.tokens.mask import mask_rows, row_digests
 from tasks.tokens.vocabulary import Vocabulary
 
-LOGIT_ROWS = 1024
-"""Positions whose logits exist at once (32,005 pieces in float32: 131 MB)."""
-
 CPU_TOKENS = 8192
-"""Tokens of one forward on a CPU; more is no faster."""
+"""Tokens per forward on a CPU; more is no faster."""
 
 GPU_TOKENS = 262_144
-"""Most tokens of one forward on a GPU, where memory allows."""
+"""Maximum tokens per forward on a GPU, if memory allows."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -49,9 +46,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """What all shards of a recipe share. `counts` [vocabulary size] only for smoothed masks; keys are "" without.
+    """Everything that the captures of all shards of a recipe share.
 
-    `pulse` is called before each forward, and may raise to end the work there.
+    `counts` [vocabulary size]: token counts, for smoothed masks only. `counts_key`, `calibration_key`: "" without.
+    `before_forward` is called before each forward and may raise to stop the work.
     """
 
     teacher: TeacherModel
@@ -62,11 +60,14 @@ class Capture:
     counts_key: str = ""
     calibration: Calibration | None = None
     calibration_key: str = ""
-    pulse: Callable[[], None] = lambda: None
+    before_forward: Callable[[], None] = lambda: None
 
 
-class Inputs(NamedTuple):
-    """Masked blocks: input_ids [B, L] and lengths [B]; positions [B, M] (None: all, in order) and which are valid."""
+class TeacherInputs(NamedTuple):
+    """Masked blocks: rows, lengths and digests [B], input_ids [B, L], positions and valid [B, M].
+
+    positions None: all L positions, in order; valid is then [B, L].
+    """
 
     rows: npt.NDArray[Any]
     input_ids: Int64s
@@ -76,8 +77,8 @@ class Inputs(NamedTuple):
     digests: list[bytes]
 
 
-def masked_inputs(capture: Capture, blocks: Blocks, rows: npt.NDArray[Any], variant: int) -> Inputs:
-    """What teacher and student read of these rows; columns that are padding in all of them are cut off."""
+def masked_inputs(capture: Capture, blocks: Blocks, rows: npt.NDArray[Any], variant: int) -> TeacherInputs:
+    """Masks these rows as the dataloader does; columns that are padding in all of them are cut off."""
     lengths = np.asarray(blocks.lengths[rows])
     masked = mask_rows(
         blocks.key, rows, blocks.input_ids[rows], lengths, capture.vocabulary, capture.mask, capture.counts, variant
@@ -85,48 +86,42 @@ def masked_inputs(capture: Capture, blocks: Blocks, rows: npt.NDArray[Any], vari
     digests = row_digests(masked.input_ids, lengths)
     input_ids = masked.input_ids[:, : max(1, int(lengths.max()))]
     if capture.targets.positions == "masked":
-        return Inputs(rows, input_ids, lengths, masked.positions, masked.valid, digests)
+        return TeacherInputs(rows, input_ids, lengths, masked.positions, masked.valid, digests)
     attended = np.arange(input_ids.shape[1]) < lengths[:, None]
-    return Inputs(rows, input_ids, lengths, None, attended, digests)
+    return TeacherInputs(rows, input_ids, lengths, None, attended, digests)
 
 
 @torch.no_grad()
-def hidden_states(teacher: TeacherModel, inputs: Inputs) -> Tensor:
-    """The teacher's last hidden states [N, D] at the valid positions, block after block, on its device."""
+def hidden_states(teacher: TeacherModel, inputs: TeacherInputs) -> Tensor:
+    """The teacher's last hidden states [N, D] at the valid positions, block by block, on its device."""
 
-    def there(array: npt.NDArray[Any]) -> Tensor:
+    def on_device(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(teacher.device, non_blocking=True)
 
     attended = np.arange(inputs.input_ids.shape[1]) < inputs.lengths[:, None]
-    attention_mask = None if attended.all() else there(attended)
-    positions = None if inputs.positions is None else there(inputs.positions)
-    hidden_BMD = hidden_rows(teacher.model, there(np.ascontiguousarray(inputs.input_ids)), attention_mask, positions)
+    attention_mask = None if attended.all() else on_device(attended)
+    positions = None if inputs.positions is None else on_device(inputs.positions)
+    hidden_BMD = hidden_rows(
+        teacher.model, on_device(np.ascontiguousarray(inputs.input_ids)), attention_mask, positions
+    )
     flat_ND = hidden_BMD.flatten(0, 1)
-    return flat_ND if inputs.valid.all() else flat_ND.index_select(0, there(np.flatnonzero(inputs.valid)))
-
-
-@torch.no_grad()
-def logits_of(teacher: TeacherModel, hidden_ND: Tensor) -> Iterator[Tensor]:
-    """The teacher's logits in float32, for LOGIT_ROWS positions at a time."""
-    weight, bias = decoder_of(teacher.model)
-    for part in torch.split(hidden_ND, LOGIT_ROWS):
-        yield F.linear(head_features(teacher.model, part), weight, bias).float()
+    return flat_ND if inputs.valid.all() else flat_ND.index_select(0, on_device(np.flatnonzero(inputs.valid)))
 
 
 @torch.no_grad()
 def encode(teacher: TeacherModel, codec: Codec, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes [N, P], and for each position whether all that was encoded is finite [N]."""
+    """Payload uint8 [N, P], and whether all encoded values of a position are finite, bool [N]."""
     if codec.name != "topk":
         return codec.encode(hidden_ND), hidden_ND.isfinite().all(-1)
-    parts = [(codec.encode(logits), logits.isfinite().all(-1)) for logits in logits_of(teacher, hidden_ND)]
+    parts = [(codec.encode(logits), logits.isfinite().all(-1)) for logits in logits_in_chunks(teacher.model, hidden_ND)]
     if not parts:
         empty = torch.empty(0, codec.bytes_per_position, dtype=torch.uint8)
         return empty, torch.empty(0, dtype=torch.bool)
     return torch.cat([payload for payload, _ in parts]), torch.cat([finite for _, finite in parts])
 
 
-def check_finite(inputs: Inputs, finite: npt.NDArray[np.bool_], blocks: Blocks, teacher: TeacherModel) -> None:
-    """FatalError that names the shard and the first block where the teacher gave NaN or infinity."""
+def check_finite(inputs: TeacherInputs, finite: npt.NDArray[np.bool_], blocks: Blocks, teacher: TeacherModel) -> None:
+    """FatalError that names the shard and its first row where the teacher's output is not finite; `finite` [N]."""
     if finite.all():
         return
     number = np.repeat(np.arange(len(inputs.rows)), inputs.valid.sum(1))[np.flatnonzero(~finite)[0]]
@@ -138,25 +133,25 @@ def check_finite(inputs: Inputs, finite: npt.NDArray[np.bool_], blocks: Blocks, 
 
 
 def teacher_batches(teacher: TeacherModel, rows: npt.NDArray[Any], length: int) -> Iterator[npt.NDArray[Any]]:
-    """Splits rows into those of one forward: teacher.batch_rows of them, or as many as the device holds."""
+    """Splits rows into batches of one forward: teacher.batch_rows, or as many as fit into device memory."""
     size = teacher.settings.batch_rows or max(1, _tokens_at_once(teacher) // length)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 def prefetch_one(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
-    """The results of `work` in order; a background thread makes each while the caller is busy with the one before it.
+    """Results of `work` in order; a background thread computes each while the caller uses the one before it.
 
     `items` are taken in the caller's thread.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as worker:
-        begun: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as worker:
+        pending: deque[Future[R]] = deque()
         for item in items:
-            begun.append(worker.submit(work, item))
-            if len(begun) > 1:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            pending.append(worker.submit(work, item))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def check_length(teacher: TeacherModel, length: int) -> None:
@@ -173,25 +168,28 @@ def _tokens_at_once(teacher: TeacherModel) -> int:
     if teacher.device.type != "cuda":
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(teacher.device)
-    # About 24 vectors of width D a token live at the widest point of a layer; half of the memory stays free.
-    a_token = 24 * teacher.width * teacher.dtype.itemsize
-    return max(CPU_TOKENS, min(GPU_TOKENS, free // 2 // a_token))
+    # A layer keeps about 24 vectors of width D per token at its peak; half of the memory stays free.
+    token_bytes = 24 * teacher.width * teacher.dtype.itemsize
+    return max(CPU_TOKENS, min(GPU_TOKENS, free // 2 // token_bytes))
 
 
-def _forward(
+def forward_batches(
     capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], variant: int
-) -> Iterator[tuple[Inputs, torch.Tensor]]:
-    """Batch by batch: what the teacher reads, masked one batch ahead, and its hidden states [N, D]."""
+) -> Iterator[tuple[TeacherInputs, torch.Tensor]]:
+    """Runs the teacher over rows batch by batch: masked inputs, prefetched by one batch, and hidden states [N, D].
+
+    FatalError if the blocks are longer than the teacher's maximum input.
+    """
     length = blocks.input_ids.shape[1]
     check_length(capture.teacher, length)
-    chosen = teacher_batches(capture.teacher, rows, length)
-    for inputs in prefetch_one(chosen, lambda some: masked_inputs(capture, blocks, some, variant)):
-        capture.pulse()
+    batches = teacher_batches(capture.teacher, rows, length)
+    for inputs in prefetch_one(batches, lambda batch: masked_inputs(capture, blocks, batch, variant)):
+        capture.before_forward()
         yield inputs, hidden_states(capture.teacher, inputs)
 
 
-def _machine(capture: Capture) -> dict[str, str]:
-    """What the bytes may depend on beyond the key."""
+def device_info(capture: Capture) -> dict[str, str]:
+    """Device and dtype, which may change the last bits of a result but not its key; for receipts."""
     device = capture.teacher.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "dtype": str(capture.teacher.dtype).removeprefix("torch.")}

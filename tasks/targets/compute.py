@@ -1,10 +1,10 @@
-"""The teacher's word on every shard: channel calibration once, then one targets file a shard.
+"""Computes the cached targets: runs the teacher over the blocks of a shard and stores its encoded outputs.
 
     capture = open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, calibration)
-    calibrate(store, sample, capture)                 # Receipt; `sample` are the blocks that lineage pinned
-    make_targets(store, blocks, capture, variant=0)   # Receipt; probed against the live teacher before it counts
+    receipt = make_targets(store, blocks, capture, variant=0)     # one call per shard; existing targets are kept
 
-Called by the flows, one call a shard, with one teacher loaded for all of them. What is there already is not made again.
+A process loads one teacher for all of its shards. Every file passes the parity probe against the live teacher before it
+is committed.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from storage.arrow import TARGETS, ArrowWriter
+from storage.arrow import TARGETS_FILE, TARGETS_SCHEMA, ArrowWriter
 from storage.artifact import Receipt, Ref
 from storage.store import Store, reading_ahead
 from tasks.models.teacher import shared_teacher
@@ -23,18 +23,19 @@ from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
 from tasks.targets.calibration import read_calibration
 from tasks.targets.capture import (
     Capture,
-    Inputs,
-    _forward,
-    _machine,
+    TeacherInputs,
     check_finite,
+    device_info,
     encode,
+    forward_batches,
     prefetch_one,
 )
 from tasks.targets.codec import Codec, make_codec
-from tasks.targets.file import FILE, TargetRows, file_metadata, read_targets, write_rows
+from tasks.targets.file import TargetRows, file_metadata, read_targets, write_rows
 from tasks.targets.keys import SCHEMA, parents_of, targets_ref, targets_settings
 from tasks.targets.parity import Parity, probe
-from tasks.tokens.blocks import Blocks, open_blocks, read_counts
+from tasks.tokens.blocks import Blocks, open_blocks
+from tasks.tokens.token_counts import read_counts
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits
 
 R = TypeVar("R")
@@ -49,13 +50,12 @@ def open_capture(
     counts: Ref | None = None,
     calibration: Ref | None = None,
     device: str = "auto",
-    pulse: Callable[[], None] = lambda: None,
+    before_forward: Callable[[], None] = lambda: None,
 ) -> Capture:
-    """Loads the teacher (once a process) and what was estimated; leave `calibration` out to calibrate.
+    """Loads the teacher (once per process), token counts and calibration; pass no `calibration` in order to calibrate.
 
-    `pulse` is called before each forward of the teacher, and may raise to end the work there.
-
-    FatalError as tasks.teacher.load_teacher, and for a tokenizer of the blocks that does not fit the teacher.
+    `before_forward` is called before each forward of the teacher and may raise to stop the work.
+    FatalError as `load_teacher`, and for a vocabulary that does not fit the teacher.
     """
     model = shared_teacher(teacher, device)
     check_vocabulary_fits(vocabulary, model.vocab_size, teacher.model)
@@ -68,16 +68,13 @@ def open_capture(
         counts_key=counts.key if counts else "",
         calibration=read_calibration(store, calibration) if calibration else None,
         calibration_key=calibration.key if calibration else "",
-        pulse=pulse,
+        before_forward=before_forward,
     )
 
 
 def with_capture(fn: Callable[..., R], opened: Callable[[], Capture], *args: Any, **kwargs: Any) -> R:
-    """`fn(*args, capture=opened())`, for another process: the teacher is loaded there, once, and does not travel."""
+    """Calls `fn(*args, capture=opened())`; a worker process so loads the teacher itself, and no model is pickled."""
     return fn(*args, capture=opened(), **kwargs)
-
-
-# ---- targets -------------------------------------------------------------------------------------------------
 
 
 def make_targets(
@@ -89,11 +86,12 @@ def make_targets(
     following: Ref | None = None,
     force: bool = False,
 ) -> Receipt:
-    """Runs the teacher over one shard's blocks and keeps its encoded word. Does nothing where it is there.
+    """Runs the teacher over one shard's blocks and commits its encoded outputs; keeps existing ones unless `force`.
 
-    `following` are blocks that are likely to be next: of a remote store they are copied meanwhile.
-    Receipt: rows = blocks, tokens = those read; info: positions, digest over all row digests, probe.
-    FatalError: NaN or infinity (names block row and shard), a block too long, the parity probe fails.
+    `following`: the blocks that will probably be next; they are copied from a remote store in the meantime.
+    Receipt: rows = blocks, tokens = attended tokens; info: positions, bytes per position, digest over all row digests,
+    figures of the probe.
+    FatalError: NaN or infinity (names shard and row), blocks longer than the teacher reads, a failed parity probe.
     """
     teacher = capture.teacher
     keys = (capture.calibration_key, capture.counts_key)
@@ -104,8 +102,8 @@ def make_targets(
     source = open_blocks(store, blocks)
     codec = make_codec(capture.targets, teacher.width, capture.calibration, teacher.vocab_size)
     with reading_ahead(store, following), store.scratch() as folder:
-        digest = _write(folder / FILE, ref, source, capture, codec, variant)
-        written = read_targets(folder / FILE, ref)
+        digest = _write(folder / TARGETS_FILE, ref, source, capture, codec, variant)
+        written = read_targets(folder / TARGETS_FILE, ref)
         advice = "take a finer targets.encoding (int8, bf16)" if codec.name != "bf16" else "this is a fault: report it"
         parity = probe(capture, source, written, variant, advice)
         info = _info(capture, written, digest, parity)
@@ -123,7 +121,7 @@ def make_targets(
 
 
 def _write(path: Any, ref: Ref, blocks: Blocks, capture: Capture, codec: Codec, variant: int) -> str:
-    """Streams the shard through the teacher into the file; returns the digest over all row digests."""
+    """Runs the teacher over the shard batch by batch and writes the file; returns the digest over all row digests."""
     digest = hashlib.sha256()
     facts = {
         "blocks": blocks.key,
@@ -133,17 +131,17 @@ def _write(path: Any, ref: Ref, blocks: Blocks, capture: Capture, codec: Codec, 
         "teacher": capture.teacher.fingerprint,
         "dtype": str(capture.teacher.dtype).removeprefix("torch."),
     }
-    with ArrowWriter(path, TARGETS, file_metadata(codec, ref, facts)) as writer:
+    with ArrowWriter(path, TARGETS_SCHEMA, file_metadata(codec, ref, facts)) as writer:
 
-        def keep(read: tuple[Inputs, torch.Tensor, torch.Tensor]) -> list[bytes]:
-            inputs, payload_NP, finite_N = read
+        def write(batch: tuple[TeacherInputs, torch.Tensor, torch.Tensor]) -> list[bytes]:
+            inputs, payload_NP, finite_N = batch
             check_finite(inputs, finite_N.cpu().numpy(), blocks, capture.teacher)
             write_rows(writer, inputs.digests, inputs.valid.sum(1), payload_NP.cpu().numpy())
             return inputs.digests
 
-        forward = _forward(capture, blocks, np.arange(len(blocks)), variant)
-        encoded = ((inputs, *encode(capture.teacher, codec, hidden_ND)) for inputs, hidden_ND in forward)
-        for digests in prefetch_one(encoded, keep):  # one batch is written while the teacher reads the next
+        batches = forward_batches(capture, blocks, np.arange(len(blocks)), variant)
+        encoded = ((inputs, *encode(capture.teacher, codec, hidden_ND)) for inputs, hidden_ND in batches)
+        for digests in prefetch_one(encoded, write):  # writes one batch while the teacher runs on the next
             digest.update(b"".join(digests))
     return digest.hexdigest()
 
@@ -154,5 +152,5 @@ def _info(capture: Capture, written: TargetRows, digest: str, parity: Parity) ->
         "bytes": written.codec.bytes_per_position,
         "digest": digest,
         "probe": {"kl": parity.kl, "cosine": parity.cosine, "rows": parity.rows},
-        **_machine(capture),
+        **device_info(capture),
     }

@@ -1,14 +1,13 @@
-"""The targets file: the teacher's encoded word on the positions of one shard's blocks.
+"""The targets file: the teacher's encoded outputs at the positions of one shard's blocks.
 
-    targets = open_targets(store, ref)                # hashes the file, maps it into memory
+    targets = open_targets(store, ref)                # verifies the file's hash, maps it into memory
     check_digests(targets, rows, row_digests(masked.input_ids, lengths))
     payload = targets.payload(rows)                   # uint8 [positions of these rows, P]
 
-Written by tasks.teach, read by tasks.batch and tasks.probe. One block a row (storage.arrow.TARGETS); the file's
-metadata holds all that decoding needs (mean and deviation too) and the key that it was made for. Rows are read without
-copies but one, and safely from several threads.
+One row per block (storage.arrow.TARGETS_SCHEMA). The file's metadata holds the key of its artifact and all parameters
+of the decoder, calibration included. Reading copies each row once and is thread-safe.
 
-Shapes: R rows of a shard, N positions, P bytes a position.
+Shapes: R rows (blocks) of a shard, N positions, P bytes per position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from storage.arrow import ArrowWriter, metadata_of, open_arrow
+from storage.arrow import TARGETS_FILE, ArrowWriter, metadata_of, open_arrow
 from storage.artifact import Ref
 from storage.cache import PinnedFolder
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.targets.codec import Calibration, Codec
-
-FILE = "targets.arrow"
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -38,8 +35,8 @@ Int64s = npt.NDArray[np.int64]
 class TargetRows:
     """One shard's targets, memory-mapped.
 
-    `counts` int32 [R]: positions kept of each block. `digests` uint64 [R]: of the teacher's input.
-    `metadata`: the file's own, strings.
+    `counts` int32 [R]: positions stored per block. `digests` uint64 [R]: `row_digests` of the teacher's input.
+    `metadata`: that of the file.
     """
 
     key: str
@@ -51,14 +48,14 @@ class TargetRows:
     _batches: tuple[Bytes, ...]
     _batch_of: Int64s
     _start_of: Int64s
-    held: PinnedFolder | None = None
-    """Keeps a copy in the cache while these are in use."""
+    pinned: PinnedFolder | None = None
+    """Keeps the local copy of a remote file in the cache while this object is alive."""
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def payload(self, rows: npt.NDArray[Any]) -> Bytes:
-        """Encoded vectors uint8 [N, P] of the given rows, in their order, one block after the other."""
+        """Encoded vectors uint8 [N, P] of the given rows, concatenated in their order."""
         size = self.codec.bytes_per_position
         pieces = [
             self._batches[batch][start : start + count * size]
@@ -71,16 +68,16 @@ class TargetRows:
 
 
 def open_targets(store: Store, ref: Ref) -> TargetRows:
-    """Hashes one shard's targets and opens them.
+    """Verifies the hash of one shard's targets and opens them.
 
-    FatalError that names the shard if they are not there, damaged, or of another artifact.
+    FatalError that names the shard if they are missing, damaged, or belong to another artifact.
     """
-    held = store.pin(store.receipt(ref), check=True)
-    return replace(read_targets(held.folder / FILE, ref), held=held)
+    pinned = store.pin(store.receipt(ref), check=True)
+    return replace(read_targets(pinned.folder / TARGETS_FILE, ref), pinned=pinned)
 
 
 def read_targets(path: Path, ref: Ref) -> TargetRows:
-    """Maps a targets file, in the store or not yet. FatalError if it was not made for `ref`."""
+    """Maps a targets file into memory, committed or not yet. FatalError if it was not made for `ref`."""
     reader = open_arrow(path)
     metadata = metadata_of(reader.schema)
     if metadata.get("key") != ref.key:
@@ -112,7 +109,7 @@ def read_targets(path: Path, ref: Ref) -> TargetRows:
 
 
 def check_digests(targets: TargetRows, rows: npt.NDArray[Any], digests: Sequence[bytes]) -> None:
-    """Compares the input that the teacher read with the one rebuilt for these rows (tasks.mask.row_digests).
+    """Compares the digests of the teacher's input with those of the input rebuilt for these rows (`row_digests`).
 
     FatalError that names the shard and the first row that differs: a shuffled, shifted, stale or foreign cache.
     """
@@ -133,7 +130,7 @@ def check_digests(targets: TargetRows, rows: npt.NDArray[Any], digests: Sequence
 
 
 def file_metadata(codec: Codec, ref: Ref, facts: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a targets file: how to decode it, what it was made for, and `facts` for people."""
+    """The metadata of a targets file: the decoder's parameters, the key of its artifact, and informative `facts`."""
     return {
         **facts,
         "key": ref.key,
@@ -147,7 +144,7 @@ def file_metadata(codec: Codec, ref: Ref, facts: Mapping[str, str]) -> dict[str,
 
 
 def write_rows(writer: ArrowWriter, digests: Sequence[bytes], counts: npt.NDArray[Any], payload: Bytes) -> None:
-    """Appends blocks: a digest and a count [b] for each, payload [sum of counts, P] of all; nothing is copied twice."""
+    """Appends b blocks without copying the payload: `digests` and `counts` [b], payload [sum of counts, P]."""
     ends = np.cumsum(counts, dtype=np.int64) * payload.shape[1]
     offsets = np.concatenate([np.zeros(1, np.int64), ends])
     rows = len(counts)
@@ -184,8 +181,8 @@ def _codec_of(metadata: Mapping[str, str], path: Path) -> Codec:
 
 def _offsets(column: pa.Array) -> Int64s:
     buffer = column.buffers()[1]
-    whole = np.frombuffer(buffer, np.int64) if buffer else np.zeros(1, np.int64)
-    return whole[column.offset : column.offset + len(column) + 1]
+    offsets = np.frombuffer(buffer, np.int64) if buffer else np.zeros(1, np.int64)
+    return offsets[column.offset : column.offset + len(column) + 1]
 
 
 def _digests(column: pa.Array) -> npt.NDArray[np.uint64]:

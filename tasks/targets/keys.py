@@ -1,8 +1,8 @@
-"""The names of targets and of the calibration behind them; their keys hold what decides their bytes and nothing else.
+"""Keys of targets and of their calibration: hashes of the settings and inputs that decide their bytes, nothing else.
 
     ref = targets_ref(blocks, fingerprint, recipe.teacher, recipe.mask, recipe.targets, calibration.key, counts.key, 0)
 
-Called by tasks.lineage, which only asks for names, and by tasks.teach, which makes them.
+Imports no torch: tasks.lineage computes every key of a recipe without loading a model.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 def needs_calibration(targets: TargetSettings) -> bool:
-    """True for the encodings that store channels relative to their mean and deviation."""
+    """True for the encodings that standardize channels by their mean and standard deviation."""
     return targets.encoding in ("int8", "int4")
 
 
@@ -28,7 +28,7 @@ def calibration_ref(
     targets: TargetSettings,
     counts_key: str = "",
 ) -> Ref:
-    """Names the calibration from a sample of blocks; the same for all encodings that need one."""
+    """The calibration estimated from a sample of blocks; all encodings that need one share it."""
     settings = calibration_settings(fingerprint, teacher, mask, targets)
     parents = [ref.key for ref in sample] + ([counts_key] if counts_key else [])
     return Ref("calibration", key_of("calibration", SCHEMA, settings, parents), f"{sample[0].label}x{len(sample)}")
@@ -37,9 +37,9 @@ def calibration_ref(
 def calibration_settings(
     fingerprint: str, teacher: TeacherSettings, mask: MaskSettings, targets: TargetSettings
 ) -> dict[str, Any]:
-    """What of the recipe decides a calibration, for its key and its receipt."""
+    """The settings that decide a calibration, for its key and receipt."""
     return {
-        **_teaching_settings(fingerprint, teacher, mask),
+        **_capture_settings(fingerprint, teacher, mask),
         "positions": targets.positions,
         "rows": targets.calibration_rows,
     }
@@ -55,10 +55,10 @@ def targets_ref(
     counts_key: str,
     variant: int,
 ) -> Ref:
-    """Names one shard's targets under one mask variant.
+    """The targets of one shard under one mask variant.
 
-    teacher.dtype is in the key as the recipe says it: with "auto" any machine names, and may make, the same targets.
-    The other variants are not in it, so a recipe with more of them keeps those that it has.
+    The key holds teacher.dtype as the recipe states it: with "auto", a CPU and a GPU compute the same artifact. It does
+    not hold the number of variants, so a recipe that adds variants keeps the targets that it has.
     """
     settings = targets_settings(fingerprint, teacher, mask, targets, variant)
     parents = parents_of(blocks, calibration_key, counts_key)
@@ -69,10 +69,10 @@ def targets_ref(
 def targets_settings(
     fingerprint: str, teacher: TeacherSettings, mask: MaskSettings, targets: TargetSettings, variant: int
 ) -> dict[str, Any]:
-    """What of the recipe decides the targets of one mask variant, for their key and their receipt."""
+    """The settings that decide the targets of one mask variant, for their key and receipt."""
     encoding = {"encoding": targets.encoding} | ({"top_k": targets.top_k} if targets.encoding == "topk" else {})
     return {
-        **_teaching_settings(fingerprint, teacher, mask),
+        **_capture_settings(fingerprint, teacher, mask),
         **encoding,
         "positions": targets.positions,
         "variant": variant,
@@ -80,11 +80,11 @@ def targets_settings(
 
 
 def parents_of(blocks: Ref, calibration_key: str, counts_key: str) -> list[str]:
-    """Keys of what a shard's targets are made from; an estimate that they do without has the key ""."""
+    """Keys of the inputs of a shard's targets; a calibration or token counts that they do not use have the key ""."""
     return [key for key in (blocks.key, calibration_key, counts_key) if key]
 
 
-def _teaching_settings(fingerprint: str, teacher: TeacherSettings, mask: MaskSettings) -> dict[str, Any]:
+def _capture_settings(fingerprint: str, teacher: TeacherSettings, mask: MaskSettings) -> dict[str, Any]:
     return {
         "teacher": fingerprint,
         "dtype": teacher.dtype,

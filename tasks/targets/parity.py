@@ -1,13 +1,13 @@
-"""The parity probe: do the targets in a file say what the live teacher says?
+"""The parity probe: compares the targets in a file with the outputs of the live teacher on a few rows.
 
-    found = probe(capture, blocks, targets, variant)       # Parity(kl=…, cosine=…, rows=…), FatalError above 1e-2
-    probe_cache(store, run, teacher)                       # when training opens its cache
+    parity = probe(capture, blocks, targets, variant)      # Parity(kl=…, cosine=…, rows=…), FatalError above 1e-2
+    probe_cache(store, run, teacher)                       # before training reads its cache
 
-A file of the wrong shard, with rows shifted, of another mask or another teacher does not pass. `fidelity` measures all
-encodings on the same positions, for the benchmarks.
+Targets of another shard, mask or teacher, or with shifted rows, do not pass. `fidelity` measures all encodings on the
+same positions.
 
-KL is mean KL(teacher || decoded) in nats through the teacher's own LM head at temperature 1; cosine is the mean of
-1 - cos after the channel means are taken off (without that, a large mean hides everything).
+KL is the mean KL(teacher || decoded) in nats through the teacher's LM head at temperature 1. Cosine is the mean of
+1 - cos of hidden states minus the channel means; a large common mean would hide every difference.
 """
 
 import math
@@ -23,30 +23,33 @@ from torch.nn import functional as F
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
+from tasks.models.forward import logits_in_chunks
 from tasks.models.teacher import TeacherModel
 from tasks.recipe.config import TargetSettings
 from tasks.recipe.run_spec import RunSpec
-from tasks.targets.capture import Capture, encode, hidden_states, logits_of, masked_inputs
+from tasks.targets.capture import Capture, encode, hidden_states, masked_inputs
 from tasks.targets.codec import Codec, TopK, fit_calibration, make_codec, topk_logits
 from tasks.targets.file import TargetRows, check_digests, open_targets
-from tasks.tokens.blocks import Blocks, open_blocks, read_counts
+from tasks.tokens.blocks import Blocks, open_blocks
+from tasks.tokens.token_counts import read_counts
 from tasks.tokens.vocabulary import vocabulary_for
 
 LIMIT = 1e-2
-"""Neither figure may be above this; dtype noise and all encodings but a bad fit stay below."""
+"""Maximum of both figures. Noise of the dtype and every encoding with a good calibration stay below."""
 
-NEAR = 1e-4
-"""Of a hidden state's own length: what is nearer to the mean than this is the mean."""
+NEAR_MEAN = 1e-4
+"""Distance from the mean, relative to a hidden state's norm, below which the state counts as equal to the mean."""
 
 PROBE_ROWS = 6
+"""Rows per probe."""
 
 PROBE_PARTS = 3
-"""So many shards are probed when training opens its cache; the digest of every row is checked as it is read."""
+"""Shards probed before training; the digest of every row is checked as it is read."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Figures of a probe over `rows` blocks; `cosine` is 0 for topk, which keeps no hidden states."""
+    """Figures of a probe over `rows` blocks; `cosine` is 0 for topk, which stores no hidden states."""
 
     kl: float
     cosine: float
@@ -55,7 +58,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How faithful an encoding is; `bytes` of payload a position (a targets file adds 20 bytes a block)."""
+    """Error of an encoding over `positions`; `bytes`: payload per position (a targets file adds 20 bytes per block)."""
 
     encoding: str
     bytes: int
@@ -65,9 +68,9 @@ class Fidelity:
 
 
 def probe(capture: Capture, blocks: Blocks, targets: TargetRows, variant: int, advice: str = "") -> Parity:
-    """Compares up to PROBE_ROWS rows, spread over the shard, with a live forward.
+    """Compares up to PROBE_ROWS rows, spread over the shard, with a forward of the live teacher.
 
-    FatalError that names the shard: a digest that differs, or a figure above LIMIT. `advice` ends that sentence.
+    FatalError that names the shard if a digest differs or a figure exceeds LIMIT; `advice` ends that message.
     """
     if len(blocks) != len(targets):
         raise FatalError(
@@ -96,10 +99,9 @@ def probe(capture: Capture, blocks: Blocks, targets: TargetRows, variant: int, a
 
 
 def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parity]:
-    """Probes the first mask variant of a few parts, spread over the manifest, before anything is trained from it.
+    """Probes the first mask variant of up to PROBE_PARTS parts, spread over the manifest, before training.
 
-    Their files are hashed here, and not once more when their rows are read. FatalError as `probe`, or for a file that
-    is damaged.
+    FatalError as `probe`, or for a damaged file.
     """
     counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
     capture = Capture(teacher, vocabulary_for(run.blocks, run.teacher), run.mask, run.targets, counts)
@@ -120,9 +122,9 @@ def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parit
 def fidelity(
     capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], encodings: Sequence[TargetSettings]
 ) -> list[Fidelity]:
-    """Encodes and decodes the same positions in every encoding; the channels are calibrated on the other rows.
+    """Encodes and decodes the same positions with every encoding; calibrated on other rows than the given ones.
 
-    topk is judged by the whole distribution, its tail spread evenly, as the trainer uses it.
+    topk is measured over the complete vocabulary with its tail spread evenly, as the trainer uses it.
     """
     others = np.setdiff1d(np.arange(len(blocks)), rows)[: 4 * len(rows)]
     sample_ND = hidden_states(capture.teacher, masked_inputs(capture, blocks, others, 0)).double()
@@ -133,7 +135,7 @@ def fidelity(
         codec = make_codec(targets, capture.teacher.width, calibration, capture.teacher.vocab_size)
         payload_NP, _ = encode(capture.teacher, codec, live_ND)
         if codec.name == "topk":
-            kl, cosine = _topk_kl(capture.teacher, codec, live_ND, payload_NP, whole=True), None
+            kl, cosine = _topk_kl(capture.teacher, codec, live_ND, payload_NP, full_vocabulary=True), None
         else:
             kl, cosine = _compare(capture.teacher, codec, live_ND, payload_NP)
         table.append(Fidelity(codec.name, codec.bytes_per_position, kl, cosine, len(live_ND)))
@@ -144,51 +146,53 @@ def fidelity(
 def _compare(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor) -> tuple[float, float]:
     """Mean KL and mean centred 1 - cos."""
     if codec.name == "topk":
-        return _topk_kl(teacher, codec, live_ND, payload_NP, whole=False), 0.0
+        return _topk_kl(teacher, codec, live_ND, payload_NP, full_vocabulary=False), 0.0
     decoded_ND = codec.decode(payload_NP, teacher.dtype)
     kl = sum(
         float(_kl(live_nV.log_softmax(-1), decoded_nV.log_softmax(-1)))
-        for live_nV, decoded_nV in zip(logits_of(teacher, live_ND), logits_of(teacher, decoded_ND), strict=True)
+        for live_nV, decoded_nV in zip(
+            logits_in_chunks(teacher.model, live_ND), logits_in_chunks(teacher.model, decoded_ND), strict=True
+        )
     )
     if codec.calibration is not None:
         centre_D = codec.statistics(live_ND.device)[0]
     else:
         centre_D = live_ND.float().mean(0) if len(live_ND) > 1 else torch.zeros_like(live_ND[0], dtype=torch.float32)
-    # A state that equals the mean has no direction from there: one more coordinate, far below the state itself, is
-    # what both have in common then.
-    floor_N1 = NEAR * live_ND.float().norm(dim=-1, keepdim=True)
+    # A state equal to the mean has no direction relative to it: one more coordinate, equal in both states and far
+    # smaller than the state itself, gives the cosine a value there.
+    floor_N1 = NEAR_MEAN * live_ND.float().norm(dim=-1, keepdim=True)
     left_N, right_N = (torch.cat([states_ND.float() - centre_D, floor_N1], -1) for states_ND in (live_ND, decoded_ND))
-    return _not_below_0(kl / len(live_ND)), float((1 - F.cosine_similarity(left_N, right_N)).mean())
+    return _at_least_0(kl / len(live_ND)), float((1 - F.cosine_similarity(left_N, right_N)).mean())
 
 
-def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor, whole: bool) -> float:
-    """Mean KL of topk: over what is kept, the tail as one event; or over the `whole` vocabulary.
+def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor, full_vocabulary: bool) -> float:
+    """Mean KL of topk over the k stored tokens and the tail as one event, or over the full vocabulary.
 
-    What topk leaves out on purpose is no damage, so the probe asks for the first.
+    The probe uses the first, since the logits that topk drops by design are not damage.
     """
-    kept = codec.decode_topk(payload_NP)
+    stored = codec.decode_topk(payload_NP)
     total, start = 0.0, 0
-    for live_nV in logits_of(teacher, live_ND):
+    for live_nV in logits_in_chunks(teacher.model, live_ND):
         stop = start + len(live_nV)
         log_p_nV = live_nV.log_softmax(-1)
-        if whole:
-            total += float(_kl(log_p_nV, topk_logits(kept, start, stop, codec.vocab_size).log_softmax(-1)))
+        if full_vocabulary:
+            total += float(_kl(log_p_nV, topk_logits(stored, start, stop, codec.vocab_size).log_softmax(-1)))
         else:
-            part = TopK(*(values[start:stop] for values in kept))
+            part = TopK(*(values[start:stop] for values in stored))
             log_tail_n1 = log_p_nV.scatter(1, part.ids, -math.inf).logsumexp(-1, keepdim=True)
             log_p_nK = torch.cat([log_p_nV.gather(1, part.ids), log_tail_n1], dim=-1)
             log_q_nK = torch.cat([part.log_probs, part.log_tail[:, None]], dim=-1).log_softmax(-1)
             total += float(_kl(log_p_nK, log_q_nK))
         start = stop
-    return _not_below_0(total / len(live_ND))
+    return _at_least_0(total / len(live_ND))
 
 
-def _not_below_0(kl: float) -> float:
-    """Rounding may give a KL just below 0. NaN stays NaN, which max(0, …) would take for a perfect match."""
+def _at_least_0(kl: float) -> float:
+    """Rounding may give a KL just below 0. NaN stays NaN; max(0, …) would turn it into a perfect match."""
     return 0.0 if kl < 0 else kl
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum over rows of KL(p || q); outcomes that p does not have count nothing."""
+    """Sum over rows of KL(p || q) in nats; tokens with p = 0 add nothing."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).double().sum()

@@ -1,10 +1,10 @@
-"""Masks as a pure function of (mask.seed, blocks key, row, variant): any worker on any machine rebuilds the same ones.
+"""Masks as a pure function of (mask.seed, blocks key, row, variant): every worker on every machine draws the same ones.
 
     masked = mask_rows(blocks.key, rows, blocks.input_ids[rows], blocks.lengths[rows], vocabulary, recipe.mask, None, 0)
 
-The random words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
-computed here for all rows at once: the stream of a library may change with its version, this one cannot.
-Called by tasks.teach and tasks.batch with the same arguments, so teacher and student see the same input.
+The masking of BERT (Devlin et al., 2019): 80 % mask token, 10 % random token, 10 % unchanged. Random words come from
+tasks.tokens.philox. Teacher capture and the dataloader call `mask_rows` with the same arguments, so teacher and student
+read the same input.
 """
 
 import hashlib
@@ -16,33 +16,32 @@ import numpy.typing as npt
 
 from storage.fingerprint import canonical_json
 from tasks.recipe.config import MaskSettings
+from tasks.tokens.philox import Words, random_words
 from tasks.tokens.vocabulary import Vocabulary
 
 IGNORE_INDEX = -100
-"""Label of a position that carries no loss."""
+"""Label of a position that carries no cross-entropy (the convention of torch and Hugging Face)."""
 
 SMOOTHING = 0.7
-"""Rare tokens are masked more often, by count ** -0.7 (the reference's setting)."""
+"""Smoothed masks draw a token with weight count ** -0.7, so rare tokens are masked more often (as in DistilBERT)."""
 
 _POSITION_BITS = 13
-"""Blocks are at most 8192 long (config.Blocks), so a position fits into the low bits of its sort key."""
+"""Blocks hold at most 8192 tokens (BlockSettings.length), so a position fits into the low bits of its sort key."""
 
-_LATE = np.uint64(2**64 - 1)
+_NEVER = np.uint64(2**64 - 1)
+"""Sort key of a position that cannot be masked."""
 
 _CHOICE, _ACTION = 0, 1
-"""Streams of a row: which positions, and what happens there."""
+"""Philox streams of a row: which positions are chosen, and how each of them is replaced."""
 
 Int64s = npt.NDArray[np.int64]
 
-Words = npt.NDArray[np.uint64]
-"""Random words of 32 bits, kept in 64 so that products do not overflow."""
-
 
 class MaskedRows(NamedTuple):
-    """A corrupted batch of B rows of L tokens with at most M = ceil(rate L) chosen positions a row.
+    """A masked batch of B rows of L tokens with at most M = ceil(rate L) chosen positions per row.
 
-    input_ids [B, L] what teacher and student read; positions [B, M] ascending, padded with 0; valid [B, M] False on
-    that padding; labels [B, M] the original ids, -100 on padding.
+    input_ids [B, L]: the input of teacher and student. positions [B, M]: ascending, padded with 0. valid [B, M]: False
+    on that padding. labels [B, M]: the original ids, IGNORE_INDEX on padding.
     """
 
     input_ids: Int64s
@@ -63,69 +62,50 @@ def mask_rows(
 ) -> MaskedRows:
     """Masks rows [B] of a shard's blocks: input_ids [B, L] as stored, lengths [B].
 
-    Each row gets ceil(rate x length) positions (fewer where less can be masked), never padding or special tokens; of
-    these 80 % become the mask token, 10 % stay, 10 % become a random piece. `counts` [vocabulary size] is needed
-    for kind "smoothed". ValueError if it is missing.
+    Each row gets ceil(rate x length) positions (fewer if fewer can be masked), never padding or special tokens. 80 % of
+    them become the mask token, 10 % stay, 10 % become a random ordinary token. `counts` [vocabulary size]: token
+    counts, needed for mask.kind "smoothed". ValueError if they are missing.
     """
     ids = input_ids.astype(np.int64)
     length = ids.shape[1]
     key = _stream_key(mask.seed, blocks_key, variant)
     tables = _tables(vocabulary)
     maskable = ~tables.special[ids] & (np.arange(length) < lengths[:, None])
-    order = _order(mask, philox_rows(key, rows, _CHOICE, length), ids, counts)
-    order |= np.arange(length, dtype=np.uint64)
-    order[~maskable] = _LATE
+    sort_keys = _sort_keys(mask, random_words(key, rows, _CHOICE, length), ids, counts)
+    sort_keys |= np.arange(length, dtype=np.uint64)
+    sort_keys[~maskable] = _NEVER
 
     most = int(masked_count(mask.rate, np.int64(length)))
     wanted = np.minimum(masked_count(mask.rate, lengths), maskable.sum(axis=1))
     valid = np.arange(most) < wanted[:, None]
-    first = np.sort(order, axis=1)[:, :most]
-    found = (first & np.uint64(2**_POSITION_BITS - 1)).astype(np.int64)
-    positions = np.sort(np.where(valid, found, length), axis=1)
+    smallest = np.sort(sort_keys, axis=1)[:, :most]
+    chosen = (smallest & np.uint64(2**_POSITION_BITS - 1)).astype(np.int64)
+    positions = np.sort(np.where(valid, chosen, length), axis=1)
     positions[~valid] = 0
 
     originals = np.take_along_axis(ids, positions, axis=1)
-    replaced = _replace(originals, philox_rows(key, rows, _ACTION, 2 * most), vocabulary.mask, tables.ordinary)
+    replaced = _replace(originals, random_words(key, rows, _ACTION, 2 * most), vocabulary.mask, tables.ordinary)
     row, column = np.nonzero(valid)
     ids[row, positions[row, column]] = replaced[row, column]
     return MaskedRows(ids, positions, valid, np.where(valid, originals, IGNORE_INDEX))
 
 
 def row_digests(input_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[bytes]:
-    """8 bytes a row that name what the teacher read: blake2b over length and attended ids (uint32, little-endian)."""
-    words = input_ids.astype("<u4")
+    """Eight bytes per row that identify the model's input, from input_ids [B, L] and lengths [B].
+
+    blake2b over the length and the attended ids, both as little-endian uint32.
+    """
+    little_endian = input_ids.astype("<u4")
     return [
         hashlib.blake2b(int(length).to_bytes(4, "little") + row[:length].tobytes(), digest_size=8).digest()
-        for row, length in zip(words, lengths, strict=True)
+        for row, length in zip(little_endian, lengths, strict=True)
     ]
 
 
-def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
-    """Philox4x32-10: four words of 32 bits for each 128-bit counter (four arrays of one shape) under a 64-bit key."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        left, right = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (
-            (right >> shift) ^ c1 ^ np.uint64(k0),
-            right & low,
-            (left >> shift) ^ c3 ^ np.uint64(k1),
-            left & low,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
-def philox_rows(key: tuple[int, int], rows: npt.NDArray[Any], stream: int, words: int) -> Words:
-    """Random words [B, words] of 32 bits; counter = (index / 4, stream, row, high half of row)."""
-    row = rows.astype(np.uint64)[:, None]
-    index = np.arange(-(-words // 4), dtype=np.uint64)[None, :]
-    shape = (len(rows), index.shape[1])
-    parts = (index, np.uint64(stream), row & np.uint64(0xFFFFFFFF), row >> np.uint64(32))
-    counter = [np.broadcast_to(part, shape) for part in parts]
-    out = philox((counter[0], counter[1], counter[2], counter[3]), key)
-    return np.stack(out, axis=2).reshape(len(rows), 4 * shape[1])[:, :words]
+def masked_count(rate: float, lengths: npt.ArrayLike) -> Int64s:
+    """Positions chosen per row of these lengths, if that many can be masked."""
+    # Without the small subtraction, 0.07 x 100 would round up to 8.
+    return np.ceil(rate * np.asarray(lengths) - 1e-9).astype(np.int64)
 
 
 class _Tables(NamedTuple):
@@ -135,6 +115,7 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _tables(vocabulary: Vocabulary) -> _Tables:
+    """Whether each id is special [V], and the ids of all others."""
     special = np.zeros(vocabulary.size, dtype=np.bool_)
     special[list(vocabulary.specials)] = True
     return _Tables(special, np.flatnonzero(~special))
@@ -145,27 +126,21 @@ def _stream_key(seed: int, blocks_key: str, variant: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def masked_count(rate: float, lengths: npt.ArrayLike) -> Int64s:
-    """Positions that are chosen in rows of these lengths, where so many can be masked."""
-    # The tiny step back keeps 0.15 x 20 at 3 whatever the last bit of the product is.
-    return np.ceil(rate * np.asarray(lengths) - 1e-9).astype(np.int64)
-
-
-def _order(mask: MaskSettings, words: Words, ids: Int64s, counts: Int64s | None) -> Words:
+def _sort_keys(mask: MaskSettings, words: Words, ids: Int64s, counts: Int64s | None) -> Words:
     """Sort keys [B, L] with free low bits: the positions with the smallest keys are chosen."""
     if mask.kind == "uniform":
         return words << np.uint64(32)
     if counts is None:
         raise ValueError("smoothed masks need token counts")
-    # Drawing without replacement by weight w: the smallest of -log(u) / w (the Gumbel trick in its exponential form).
-    # Bits of positive floats sort like the floats; 39 bits of mantissa are more than a word has.
-    slowness = np.maximum(counts, 1).astype(np.float64) ** SMOOTHING
-    race: npt.NDArray[np.float64] = -np.log((words + 0.5) / 2.0**32) * slowness[ids]
-    return race.view(np.uint64) & ~np.uint64(2**_POSITION_BITS - 1)
+    # Weighted sampling without replacement: the smallest values of -log(u) / weight (Efraimidis and Spirakis, 2006).
+    # Positive floats sort like their bits; 39 bits of mantissa are more than the 32 bits of a random word.
+    inverse_weight = np.maximum(counts, 1).astype(np.float64) ** SMOOTHING
+    arrival: npt.NDArray[np.float64] = -np.log((words + 0.5) / 2.0**32) * inverse_weight[ids]
+    return arrival.view(np.uint64) & ~np.uint64(2**_POSITION_BITS - 1)
 
 
 def _replace(originals: Int64s, words: Words, mask_id: int, ordinary: Int64s) -> Int64s:
-    """80 % mask token, 10 % unchanged, 10 % a random piece; two words decide for each position."""
+    """80 % mask token, 10 % unchanged, 10 % a random ordinary token; two words per position decide."""
     action, draw = words[:, 0::2], words[:, 1::2]
     random_ids = ordinary[(draw * np.uint64(len(ordinary))) >> np.uint64(32)]
     is_mask = action < np.uint64(round(0.8 * 2**32))

@@ -1,10 +1,10 @@
-"""Token ids of a text shard, piece by piece, so that memory is bounded however large the shard or a document is.
+"""Tokenizes a text shard in pieces, so that memory is bounded for shards and documents of any size.
 
-    counts = Counts()
-    for piece in tokenised(path, vocabulary, counts):      # path of a text.arrow
-        ...piece.ids, piece.sizes
+    counts = PieceCounts()
+    for piece in tokenize(path, vocabulary, counts):      # path of a text.arrow
+        ...                                               # piece.ids, piece.sizes
 
-Called by tasks.block.
+tasks.tokens.blocks packs the pieces into blocks.
 """
 
 import re
@@ -23,7 +23,7 @@ from storage.arrow import open_arrow
 from tasks.tokens.vocabulary import Vocabulary, load_tokenizer
 
 PIECE_BYTES = 1_000_000
-"""UTF-8 bytes of text that are tokenised at once: hundreds of documents, about 50 MB of encodings."""
+"""UTF-8 bytes of text per piece: hundreds of documents, about 50 MB of encodings."""
 
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 
@@ -34,7 +34,11 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass
 class PieceCounts:
-    """What was seen on the way; `literal_specials` are explained at `_clean_table`."""
+    """Running counts of `tokenize`.
+
+    `with_tokens`: documents with at least one token. `text_tokens`: tokens. `unknown`: tokens for unknown text.
+    `literal_specials`: special tokens spelled out in the text, replaced by unknown (see `_clean_table`).
+    """
 
     with_tokens: int = 0
     text_tokens: int = 0
@@ -43,8 +47,10 @@ class PieceCounts:
 
 
 class TextPiece(NamedTuple):
-    """The ids of some documents end to end, how many belong to each (never 0), and whether the first one goes on
-    from the piece before."""
+    """Concatenated token ids of some documents; `sizes`: tokens per document, never 0.
+
+    `continued`: the first document is the rest of the last one of the previous piece.
+    """
 
     ids: Ids
     sizes: Int64s
@@ -52,17 +58,17 @@ class TextPiece(NamedTuple):
 
 
 def tokenize(path: Path, vocabulary: Vocabulary, counts: PieceCounts) -> Iterator[TextPiece]:
-    """Tokenises without special tokens, in order; `counts` grows on the way."""
+    """Tokenizes the documents of a text.arrow in order, without adding special tokens; updates `counts`."""
     tokenizer = load_tokenizer(vocabulary)
     clean, unknown = _clean_table(tokenizer, vocabulary)
     last = -1
-    for texts, number in _pieces(path):
+    for texts, first in _pieces(path):
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         sizes = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
         total = int(sizes.sum())
         raw = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), dtype=np.uint32, count=total)
         ids = clean[raw]
-        with_tokens = number + np.flatnonzero(sizes)
+        with_tokens = first + np.flatnonzero(sizes)
         continued = total > 0 and int(with_tokens[0]) == last
         last = int(with_tokens[-1]) if total else last
         counts.with_tokens += len(with_tokens) - continued
@@ -74,10 +80,10 @@ def tokenize(path: Path, vocabulary: Vocabulary, counts: PieceCounts) -> Iterato
 
 
 def _clean_table(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Raw id -> id for the model, and whether the raw id means unknown.
+    """Maps each raw id to the id for the model, and says whether the raw id means unknown.
 
     Text that spells a special token (`<s>` is strike-through in HTML) would get its id, and an added token above the
-    model's rows would crash it. Inside a text both become unknown; the count of tokens stays what it was.
+    model's embedding rows would crash it. Inside a text both become unknown; the number of tokens does not change.
     """
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     table = np.arange(max(highest + 1, vocabulary.size), dtype=np.uint32)
@@ -89,7 +95,7 @@ def _clean_table(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tuple[Ids, npt
 
 
 def _pieces(path: Path) -> Iterator[tuple[list[str], int]]:
-    """Documents in order, at most PIECE_BYTES at once, with the number of the first; a longer one comes in parts."""
+    """Documents in order, up to PIECE_BYTES per piece, with the number of the first; a longer one is split."""
     reader = open_arrow(path)
     first = 0
     for index in range(reader.num_record_batches):
@@ -109,10 +115,10 @@ def _pieces(path: Path) -> Iterator[tuple[list[str], int]]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Cuts a text every PIECE_BYTES characters or later, before a single space between two words.
+    """Splits a text at the first single space between two words after every PIECE_BYTES characters.
 
-    There the tokenizers of all families begin a new word anyway, so the tokens of the parts are those of the whole.
-    A text without such a space stays whole: Unigram, BPE and WordPiece take time in proportion to its length.
+    The tokenizers of all families start a new token there, so the parts give the tokens of the complete text. A text
+    without such a space is not split: Unigram, BPE and WordPiece take time linear in its length.
     """
     start = 0
     while cut := _BETWEEN_WORDS.search(text, start + PIECE_BYTES):

@@ -1,10 +1,10 @@
-"""What a tokenizer's ids mean: its size, its special tokens, and a fingerprint that goes into the keys of blocks.
+"""The vocabulary of a tokenizer: its size, its special token ids, and a fingerprint for the keys of blocks.
 
     vocabulary = load_vocabulary("../camembert-base")      # a folder with tokenizer.json, or a hub id
     tokenizer = load_tokenizer(vocabulary)                 # the `tokenizers` object, truncation and padding off
 
-Reads tokenizer.json, tokenizer_config.json and special_tokens_map.json themselves: transformers is not imported, so
-that worker processes start fast. Called by tasks.block, tasks.mask, tasks.teach and the flows.
+Parses tokenizer.json, tokenizer_config.json and special_tokens_map.json without transformers, so that worker processes
+start fast.
 """
 
 import json
@@ -24,15 +24,15 @@ from tasks.recipe.config import BlockSettings, TeacherSettings
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 SLACK = 256
-"""A model may have so many more embedding rows than the tokenizer has pieces: rows are rounded up for speed."""
+"""A model may have up to this many more embedding rows than the tokenizer has tokens: rows are padded for speed."""
 
 CACHED_WORDS = 100_000
-"""Words whose pieces a tokenizer remembers, about 25 MB. Its own default of 10,000 is less than a text of French has
-and costs a third of the speed; the ids are the same."""
+"""Words in the tokenizer's cache, about 25 MB. The default of 10,000 is fewer than the distinct words of a French
+corpus, and a third slower; the ids are the same."""
 
 _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # role -> (names in the configuration, usual spellings where the configuration is silent).
-    # cls and sep come first: they are what the model itself has around every text.
+    # role -> (names in the configuration, usual spellings if the configuration has none).
+    # cls and sep come first: the model was pre-trained with them around every text.
     "pad": (("pad_token",), ("<pad>", "[PAD]")),
     "bos": (("cls_token", "bos_token"), ("<s>", "[CLS]")),
     "eos": (("sep_token", "eos_token"), ("</s>", "[SEP]")),
@@ -43,12 +43,12 @@ _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a tokenizer.
+    """The token ids of a tokenizer.
 
-    `size`: pieces that a model can get (camembert-base 32005, where `len(tokenizer)` says 32006).
-    `specials`: ids never masked and never drawn as random tokens, ascending. `unknowns`: those of them that mean
-    "unknown" (camembert-base has two, 3 and 4; `unk` is the tokenizer's official one).
-    `fingerprint`: sha256 over tokenizer.json and the special ids; `name` and `folder` are not part of it.
+    `size`: ids that a model can receive, 0 to size - 1 (camembert-base: 32005, although `len(tokenizer)` is 32006).
+    `specials`: ids that are never masked and never drawn as random tokens, ascending. `unknowns`: those of them that
+    mean "unknown" (camembert-base has two, 3 and 4; `unk` is the configured one).
+    `fingerprint`: sha256 over tokenizer.json and the special ids, without `name` and `folder`.
     """
 
     name: str = field(compare=False)
@@ -66,10 +66,11 @@ class Vocabulary:
 
 @lru_cache(maxsize=16)
 def load_vocabulary(name: str, revision: str = "", trust_remote_code: bool = False) -> Vocabulary:
-    """Reads the tokenizer of a folder or hub id.
+    """Loads the vocabulary of a folder or hub id, cached per process.
 
-    FatalError: no such folder or hub id, no tokenizer.json in it, a special token that is missing.
-    RetryableError: the hub does not answer. `trust_remote_code` changes nothing here: tokenizer.json holds no code.
+    `trust_remote_code` has no effect, since tokenizer.json holds no code.
+    FatalError: no such folder or hub id, no tokenizer.json, a missing special token. RetryableError: the hub does not
+    answer.
     """
     del trust_remote_code
     folder = tokenizer_folder(name, revision)
@@ -81,26 +82,26 @@ def load_vocabulary(name: str, revision: str = "", trust_remote_code: bool = Fal
     size = _size(definition, tokenizer, roles)
     added = {token["id"] for token in definition.get("added_tokens", []) if token.get("special")}
     specials = sorted({token for token in added | set(roles.values()) | set(unknowns) if token < size})
-    # Truncation and padding are switched off when the tokenizer is used, so they say nothing about the ids.
+    # Truncation and padding are switched off when the tokenizer is used, so they do not change the ids.
     content = {key: value for key, value in definition.items() if key not in ("truncation", "padding")}
     fingerprint = sha256_bytes(canonical_json({"tokenizer": content, "roles": roles, "specials": specials}))
     return Vocabulary(name, str(folder), fingerprint, size, **roles, specials=tuple(specials), unknowns=tuple(unknowns))
 
 
 def vocabulary_for(blocks: BlockSettings, teacher: TeacherSettings) -> Vocabulary:
-    """The tokenizer that makes the blocks of a recipe: its own, else the teacher's at the teacher's revision."""
+    """The vocabulary of a recipe: that of blocks.tokenizer if set, else the teacher's at the teacher's revision."""
     if blocks.tokenizer:
         return load_vocabulary(blocks.tokenizer)
     return load_vocabulary(teacher.model, teacher.revision)
 
 
 def load_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """The tokenizer itself, once a process, with truncation and padding off."""
+    """The tokenizer, loaded once per process, with truncation and padding off."""
     return _tokenizer(Path(vocabulary.folder))
 
 
 def check_vocabulary_fits(vocabulary: Vocabulary, model_vocab_size: int, model_name: str) -> None:
-    """FatalError unless the model has a row for every piece, and at most a few rows more than that."""
+    """FatalError unless the model has an embedding row for every token, and fewer than SLACK more."""
     if not 0 <= model_vocab_size - vocabulary.size < SLACK:
         raise FatalError(
             f"the tokenizer {vocabulary.name} has {vocabulary.size} pieces but the model {model_name} has "
@@ -110,7 +111,7 @@ def check_vocabulary_fits(vocabulary: Vocabulary, model_vocab_size: int, model_n
 
 
 def tokenizer_folder(name: str, revision: str = "") -> Path:
-    """The local folder of tokenizer files: `name` itself, or its download from the hub."""
+    """The local folder of tokenizer files: `name` itself, or its download from the hub. Errors as `load_vocabulary`."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "tokenizer.json").is_file():
@@ -157,7 +158,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _configuration(folder: Path, name: str) -> dict[str, Any]:
-    """The two optional files in one; tokenizer_config.json wins."""
+    """The two optional configuration files merged; tokenizer_config.json takes precedence."""
     found: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -181,7 +182,7 @@ def _role_id(role: str, config: Mapping[str, Any], tokenizer: Tokenizer, name: s
 
 
 def _model_unknown(model: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
-    """What the model inside the tokenizer gives for unknown text: Unigram by id, the others by token."""
+    """The id that the tokenizer's model gives to unknown text: Unigram states an id, the others a token."""
     if model.get("unk_id") is not None:
         return {int(model["unk_id"])}
     token_id = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
@@ -189,10 +190,10 @@ def _model_unknown(model: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
 
 
 def _size(definition: Mapping[str, Any], tokenizer: Tokenizer, roles: Mapping[str, int]) -> int:
-    """One more than the highest id of a piece or a special token with a role.
+    """One more than the highest id of an ordinary token or a special token with a role.
 
-    Special tokens that were added behind the vocabulary without a role (camembert-base: 32005 `<unk>NOTUSED`) have
-    no row in the model.
+    Special tokens without a role that were added after the vocabulary (camembert-base: 32005 `<unk>NOTUSED`) have no
+    embedding row in the model.
     """
     pieces = tokenizer.get_vocab(with_added_tokens=False).values()
     added = [token["id"] for token in definition.get("added_tokens", []) if not token.get("special")]

@@ -1,7 +1,11 @@
-"""Checkpoints: model, optimizer, cursor and resolved settings, committed to the store whole or not at all.
+"""Checkpoints: model, optimizer, training progress and resolved settings, committed to the store as one artifact.
 
-A checkpoint's key is the run key and the step, so the newest one is found by one listing. The last k and the best
-are kept. Random numbers need no state: each step seeds them from (train.seed, step, rank).
+    progress = load_checkpoint(store, run, model, optimizer)         # the newest one; TrainingProgress() if none exists
+    save_checkpoint(store, run, model, optimizer, progress)          # then deletes those that are no longer kept
+
+A checkpoint's key is the run key and the step, so one listing finds the newest. The newest train.keep_checkpoints are
+kept; with train.result = "best" so are the ones with the lowest held-out loss. Random number generators have no saved
+state: each step seeds them from (train.seed, step, rank).
 """
 
 import json
@@ -15,16 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storage.artifact import Receipt, Ref
-from storage.errors import DamagedError
+from storage.errors import DamagedError, FatalError, RetryableError
 from storage.store import Store
-from tasks.recipe.run_spec import SCHEMA, RunSpec, model_ref
+from tasks.recipe.run_spec import RUN_SCHEMA, SCHEMA, RunSpec, model_ref
 
 _KEY = re.compile(r"(?P<run>[0-9a-f]{64})-(?P<step>[0-9]{9})")
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a run stands: optimizer steps done, global rows consumed, tokens seen, best held-out loss and its step."""
+    """Progress of a run: optimizer steps done, blocks consumed over all ranks, tokens read; the lowest held-out loss so
+    far (None: not validated yet) and its step."""
 
     step: int = 0
     cursor: int = 0
@@ -34,7 +39,7 @@ class TrainingProgress:
 
 
 def checkpoint_ref(run: RunSpec, step: int) -> Ref:
-    """Names the checkpoint of a run at a step."""
+    """Reference to the checkpoint of a run at a step."""
     return Ref("checkpoint", f"{run.run_key}-{step:09d}", f"{run.name} step {step}")
 
 
@@ -45,16 +50,28 @@ def steps_kept(store: Store, run: RunSpec) -> list[int]:
 
 
 def unfinished_checkpoints(store: Store) -> set[str]:
-    """Keys of all checkpoints whose training has not ended in a model: with those it goes on."""
+    """Keys of all checkpoints that a run may still resume from: its model does not exist yet, and the run key has
+    today's schema. `gc` keeps these."""
     models = store.keys("model")
     found = (_KEY.fullmatch(key) for key in store.keys("checkpoint"))
-    return {match[0] for match in found if match and model_ref(match["run"], "").key not in models}
+    unfinished = [
+        Ref("checkpoint", match[0], match[0][:12])
+        for match in found
+        if match and model_ref(match["run"], "").key not in models
+    ]
+    return {ref.key for ref in unfinished if _has_todays_run_key(store, ref)}
+
+
+def _has_todays_run_key(store: Store, ref: Ref) -> bool:
+    """False for a checkpoint of an older run schema, which no run of this version has as its own. True if unknown."""
+    receipt = _receipt_unless_damaged(store, ref)
+    return receipt is None or receipt.info.get("run_schema", 1) == RUN_SCHEMA
 
 
 def save_checkpoint(
     store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, progress: TrainingProgress
 ) -> Receipt:
-    """Commits the checkpoint of this step, then drops what is no longer kept."""
+    """Commits the checkpoint of this step, then deletes those that are no longer kept."""
     with store.scratch() as folder:
         save_file(model_tensors(model), folder / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
@@ -68,23 +85,30 @@ def save_checkpoint(
             tokens=progress.tokens,
             settings={"step": progress.step},
             parents=[run.run_key],
+            info={"run_schema": RUN_SCHEMA, "best_step": progress.best_step},
         )
-    _drop_old(store, run, progress)
+    _drop_old(store, run)
     return receipt
 
 
 def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
-    """Restores the newest whole checkpoint; a damaged one is passed over for the one before. Progress() if none.
+    """Restores the newest intact checkpoint. Returns TrainingProgress() and changes nothing if there is none.
 
-    FatalError, RetryableError: one cannot be read, since the cache is full or access is refused, say. That ends the
-    run: its checkpoints are good, and to begin without them would throw the work away.
+    A damaged checkpoint is withdrawn and the one before it is taken. With train.result = "best" so is one whose best
+    checkpoint is lost: a run that resumed from it could not save those weights.
+    FatalError, RetryableError: a checkpoint cannot be read (the cache is full or access is refused, say). This ends the
+    run: its checkpoints are intact, and a start from step 0 would throw the work away.
     """
     for step in reversed(steps_kept(store, run)):
         ref = checkpoint_ref(run, step)
         try:
-            receipt = store.receipt_if_there(ref)
-            if receipt is not None:  # not gone since the listing
-                return _restored(store, receipt, model, optimizer)
+            receipt = store.find_receipt(ref)
+            if receipt is None:  # deleted since the listing
+                continue
+            if run.train.result == "best" and not _best_is_intact(store, run, receipt):
+                delete_checkpoint(store, ref)
+                continue
+            return _restore(store, receipt, model, optimizer)
         except DamagedError as error:
             store.withdraw(ref)
             store.fail(ref, error)
@@ -94,23 +118,46 @@ def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: tor
 def load_step(
     store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingProgress:
-    """Restores the checkpoint of this step; of step 0 there is none, and nothing to do. FatalError: it is not whole."""
+    """Restores the checkpoint of this step; step 0 has none and changes nothing. FatalError: missing or damaged."""
     if step == 0:
         return TrainingProgress()
-    return _restored(store, store.receipt(checkpoint_ref(run, step)), model, optimizer)
+    return _restore(store, store.receipt(checkpoint_ref(run, step)), model, optimizer)
 
 
-def _restored(store: Store, receipt: Receipt, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
-    """Puts a checkpoint, hashed, into model and optimizer."""
-    folder = store.check(receipt)
-    _restore(folder, model, optimizer)
-    values: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return TrainingProgress(**values)
+def load_best_weights(store: Store, run: RunSpec, model: nn.Module, progress: TrainingProgress) -> None:
+    """Replaces the weights of the model with those of the lowest held-out loss.
+
+    FatalError: no validation gave a finite loss. RetryableError: the checkpoint is damaged; it is withdrawn, so the
+    same run trains those steps again.
+    """
+    if progress.best is None:
+        raise FatalError(
+            f"run {run.name}: no validation gave a finite held-out loss, so there is no best checkpoint to save; "
+            'lower train.lr, or set train.result = "last"'
+        )
+    ref = checkpoint_ref(run, progress.best_step)
+    try:
+        _load_weights(store.check(store.receipt(ref)), model)
+    except DamagedError as error:
+        store.withdraw(ref)
+        store.fail(ref, error)
+        raise RetryableError(
+            f"run {run.name}: the checkpoint of step {progress.best_step}, which has the lowest held-out loss, is "
+            f"damaged and was withdrawn; start the run again: it trains the lost steps once more ({error})"
+        ) from error
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once."""
+    """Parameters by name, on the CPU; tied parameters once."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+
+
+def delete_checkpoint(store: Store, ref: Ref) -> None:
+    """Withdraws a checkpoint and deletes its data. Where the receipt is damaged and names no data, `gc` deletes it."""
+    receipt = _receipt_unless_damaged(store, ref)
+    store.withdraw(ref)
+    if receipt is not None:
+        store.drop_data(receipt)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -123,32 +170,60 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore(store: Store, receipt: Receipt, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
+    """Verifies a checkpoint's hashes, then loads it into model and optimizer."""
+    folder = store.check(receipt)
+    parameters = _load_weights(folder, model)
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        field, parameter_name = name.split("/", 1)
+        parameter = parameters[parameter_name]
+        # Fused AdamW keeps its step counter on the parameter's device.
+        optimizer.state[parameter][field] = value.to(parameter.device)
+    values: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    return TrainingProgress(**values)
+
+
+def _load_weights(folder: Path, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Copies the weights into the model; returns its parameters by name."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(folder / "model.safetensors").items():
             parameters[name].copy_(value)
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        field, parameter_name = name.split("/", 1)
-        parameter = parameters[parameter_name]
-        # The fused AdamW keeps its step counter beside the parameter.
-        optimizer.state[parameter][field] = value.to(parameter.device)
+    return parameters
 
 
-def _drop_old(store: Store, run: RunSpec, progress: TrainingProgress) -> None:
+def _drop_old(store: Store, run: RunSpec) -> None:
+    """Deletes all but the newest checkpoints and, with train.result = "best", the best checkpoint of each of those:
+    whichever of them a run resumes from, the weights that it may have to save are kept."""
     steps = steps_kept(store, run)
-    keep = set(steps[-run.train.keep_checkpoints :]) | {progress.best_step}
+    keep = set(steps[-run.train.keep_checkpoints :])
+    if run.train.result == "best":
+        newest = [_receipt_unless_damaged(store, checkpoint_ref(run, step)) for step in sorted(keep)]
+        keep |= {receipt.info["best_step"] for receipt in newest if receipt is not None}
     for step in steps:
         if step not in keep:
             delete_checkpoint(store, checkpoint_ref(run, step))
 
 
-def delete_checkpoint(store: Store, ref: Ref) -> None:
-    """Withdraws a checkpoint and deletes its data; `gc` does that where the receipt is damaged and names none."""
+def _best_is_intact(store: Store, run: RunSpec, receipt: Receipt) -> bool:
+    """Whether the best checkpoint that this one refers to can be loaded. A damaged one is withdrawn."""
+    step = receipt.info["best_step"]
+    if step in (0, receipt.settings["step"]):  # not validated yet, or this one, which is verified when it is loaded
+        return True
+    ref = checkpoint_ref(run, step)
     try:
-        receipt = store.receipt_if_there(ref)
+        best = store.find_receipt(ref)
+        if best is not None:
+            store.check(best)
+    except DamagedError as error:
+        store.withdraw(ref)
+        store.fail(ref, error)
+        return False
+    return best is not None
+
+
+def _receipt_unless_damaged(store: Store, ref: Ref) -> Receipt | None:
+    try:
+        return store.find_receipt(ref)
     except DamagedError:
-        receipt = None
-    store.withdraw(ref)
-    if receipt is not None:
-        store.drop_data(receipt)
+        return None

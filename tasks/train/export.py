@@ -1,4 +1,7 @@
-"""The finished model as a Hugging Face folder in the store: weights, config and tokenizer. Called by tasks.train."""
+"""Saves the trained student as a Hugging Face folder in the store: weights, config and tokenizer.
+
+receipt = save_model(store, run, student, progress, tokenizer_folder, ranks=2)
+"""
 
 import os
 import platform
@@ -31,7 +34,9 @@ def save_model(
 ) -> Receipt:
     """Commits the model; AutoModel, AutoTokenizer and pipeline("fill-mask") load the artifact's folder.
 
-    `tokenizer` is the folder of the tokenizer that made the blocks, `ranks` how many processes trained it.
+    `student` holds the weights that train.result selects. `tokenizer` is the folder of the tokenizer that made the
+    blocks, `ranks` the number of processes that trained. Rows, tokens and settings["steps"] of the receipt count the
+    whole training; info["step"] is the step of the saved weights.
     """
     with store.scratch() as folder:
         student.save_pretrained(folder)
@@ -53,22 +58,24 @@ def save_model(
                 "positions": run.targets.positions,
                 "source": run.targets.source,
                 "encoding": run.targets.encoding,
-                "best_heldout_loss": progress.best,  # of some step; these are the weights of the last one
+                "result": run.train.result,
+                "step": progress.best_step if run.train.result == "best" else progress.step,
+                "best_heldout_loss": progress.best,  # the lowest of the run; of these weights if result is "best"
                 "hardware": describe_hardware(student.device, ranks),
             },
         )
 
 
 def describe_hardware(device: torch.device, ranks: int) -> str:
-    """What trained, for the model card: `2 x NVIDIA H200`, or `CPU, 16 cores (x86_64)`."""
+    """The training hardware, for the model card: `2 x NVIDIA H200`, or `CPU, 16 cores (x86_64)`."""
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
     return f"CPU, {os.cpu_count() or 1} cores ({platform.machine()})"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the tokenizer's own files: a saved-again tokenizer may differ from what made the blocks. Only the class is
-    named anew where transformers' own for it would."""
+    """Copies the tokenizer's files unchanged: load and save again could give a tokenizer that differs from the one that
+    made the blocks. Only the class name is replaced, and only where transformers' class would read text differently."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -76,5 +83,5 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def tokenizer_bytes(folder: Path) -> int:
-    """Bytes of what `copy_tokenizer` copies."""
+    """Bytes of the files that `copy_tokenizer` copies."""
     return sum(path.stat().st_size for name in TOKENIZER_FILES if (path := folder / name).exists())

@@ -1,11 +1,12 @@
-"""Arithmetic of a training, from the shapes of its models: what model FLOP utilisation (MFU) is counted with.
+"""Model FLOP of a training, from the shapes of its models: the numerator of model FLOP utilisation (MFU).
 
     work = training_work(student, length, loss, teacher, online=False)
     work.of(tokens, positions) / seconds / matrix_rate(device)          # MFU, 0 to 1
 
-Only matrix products count, a multiply and an add as two, of encoder, attention and LM head; backward is twice the
-forward (PaLM, appendix B). What need not be computed does not count: where a position carries no loss there is no LM
-head, and in the last layer nothing but keys and values. So twice the speed by leaving work out is not twice the MFU.
+Counts only matrix products of encoder, attention and LM head, a multiply-add as two FLOP; backward is twice the forward
+(PaLM, arXiv:2204.02311, appendix B). Products that need not be computed do not count: no LM head at positions without
+loss, and in the last layer only keys and values there. So a trainer that is twice as fast because it leaves work out
+does not have twice the MFU.
 """
 
 import time
@@ -19,26 +20,26 @@ from tasks.recipe.config import LossSettings
 
 
 class Work(NamedTuple):
-    """FLOP of each token that is read, and on top of each position that is asked for."""
+    """FLOP per token read, plus FLOP per selected position."""
 
     token: float
     position: float
 
     def of(self, tokens: float, positions: float) -> float:
-        """FLOP of so many; all positions of a text are asked for when positions = tokens."""
+        """FLOP of this many tokens and selected positions; positions = tokens where all are selected."""
         return tokens * self.token + positions * self.position
 
     def times(self, factor: float) -> "Work":
-        """As much again so many times."""
+        """Scaled by a factor."""
         return Work(factor * self.token, factor * self.position)
 
     def plus(self, other: "Work") -> "Work":
-        """Both."""
+        """The sum of both."""
         return Work(self.token + other.token, self.position + other.position)
 
 
 def encoder_work(model: PreTrainedModel, length: int) -> Work:
-    """A forward through the encoder, in blocks of `length` tokens; attention in windows counts as if it were full."""
+    """A forward pass of the encoder on blocks of `length` tokens; sliding-window attention counts as full attention."""
     layers, width = int(model.config.num_hidden_layers), int(model.config.hidden_size)
     own = model.base_model.named_parameters()
     matrices = sum(x.numel() for name, x in own if x.dim() == 2 and not name.startswith("embeddings."))
@@ -50,11 +51,11 @@ def encoder_work(model: PreTrainedModel, length: int) -> Work:
 
 
 def head_work(model: PreTrainedModel) -> Work:
-    """A forward through the LM head: what comes before the decoder, and the decoder."""
+    """A forward pass of the LM head: the layers before the decoder, and the decoder."""
     weight, _ = decoder_of(model)
     outside = (x for name, x in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}."))
-    before = sum(x.numel() for x in outside if x.dim() == 2 and x is not weight)
-    return Work(0.0, 2.0 * (before + weight.numel()))
+    before_decoder = sum(x.numel() for x in outside if x.dim() == 2 and x is not weight)
+    return Work(0.0, 2.0 * (before_decoder + weight.numel()))
 
 
 def training_work(
@@ -65,9 +66,9 @@ def training_work(
     *,
     online: bool = False,
 ) -> Work:
-    """Forward and backward of the student, and the teacher's part: its LM head for distil, its encoder if `online`.
+    """Forward and backward of the student, and forward of the teacher: its LM head for distil, its encoder if `online`.
 
-    A teacher of which only the head is left, as a training from the cache keeps it, will do.
+    Unless `online`, the teacher may consist of its LM head alone, as in training from cached targets.
     """
     work = encoder_work(student, length).times(3)
     if loss.distil or loss.mlm:
@@ -80,20 +81,20 @@ def training_work(
 
 
 def matrix_rate(device: torch.device, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
-    """FLOP a second of large matrix products on this device, the best of ten rounds: what MFU is measured against."""
-    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    """FLOP per second of large matrix products on this device, the best of ten rounds: the denominator of MFU."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
         synchronize(device)
         start = time.perf_counter()
         for _ in range(10):
-            one @ other
+            left @ right
         synchronize(device)
         best = min(best, (time.perf_counter() - start) / 10)
     return 2 * size**3 / best
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was asked for; a CPU has."""
+    """Waits until the device has finished all queued work; a CPU queues none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

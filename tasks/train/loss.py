@@ -1,12 +1,22 @@
-"""The distillation loss: from logits and hidden states of student and teacher to one number and its parts.
+"""The distillation loss: logits and hidden states of student and teacher to one loss and its terms.
 
-    distil  T^2 x mean over the selected rows of KL(teacher || student) at temperature T
-    cosine  mean over the selected rows of 1 - cos(student hidden, teacher hidden)
-    mlm     mean over the masked rows of the cross-entropy with the true token
+    losses = fused_loss(features_NH, weight_VH, bias_V, labels_N, weights=..., temperature=2.0, counts=...)
+    losses.total.backward()
 
-These are the semantics of the DistilBERT code of Hugging Face (transformers-research-projects, distillation).
-`combined_loss` says them plainly on full logits; `fused_loss` is what tasks.train calls: the same numbers from head
-features, in chunks of rows, with the gradients computed on the way, so that no [N, V] tensor outlives its chunk.
+    total  = w_distil x distil + w_cosine x cosine + w_mlm x mlm
+
+    distil = T^2 / N x sum_n KL(p_n || q_n)         p = softmax(teacher logits / T), q = softmax(student logits / T)
+    cosine = 1 / N x sum_n (1 - cos(s_n, t_n))      s, t: last hidden states of student and teacher
+    mlm    = 1 / K x sum_k -log softmax(student logits)[label_k]        at temperature 1
+
+N counts the selected rows of the step (the masked positions, or all attended ones), K the masked rows among them. These
+are the terms of the DistilBERT training code (Sanh et al., 2019, arXiv:1910.01108; Hugging Face,
+transformers-research-projects, distillation): a "batchmean" KL times T^2 (Hinton et al., 2015, arXiv:1503.02531),
+CosineEmbeddingLoss with target 1, and cross-entropy that ignores label -100.
+
+`combined_loss` computes this on full logits and is the specification. `fused_loss` is what the trainer calls: the same
+numbers from the inputs of the LM head's decoder, in chunks of rows. Each chunk computes its gradient at once, so no
+[N, V] tensor outlives its chunk and memory does not grow with N x V (compare Liger Kernel, arXiv:2410.10989).
 
 Shapes: N rows (selected positions), V vocabulary, H head features, D hidden size, n rows of one chunk.
 """
@@ -19,18 +29,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORE_INDEX = -100
-"""Label of a row that carries no cross-entropy (the convention of torch and Hugging Face)."""
+from tasks.tokens.mask import IGNORE_INDEX
 
 PADDED_BIAS = -1e4
-"""Bias of a decoder row that stands for no token. Not -inf: 0 x inf in the KL is NaN."""
+"""Bias of a decoder row that belongs to no token. Not -inf: 0 x inf in the KL is NaN."""
 
 ChunkLogits = Callable[[int, int], Tensor]
-"""Gives the teacher's logits [n, V] of rows start to stop. All rows finite, also where a row does not count."""
+"""Returns the teacher's logits [n, V] of rows start to stop - 1. All are finite, those of unused slots too."""
 
 
 class Weights(NamedTuple):
-    """How much each part counts in the total."""
+    """Weight of each term in the total."""
 
     distil: float
     cosine: float
@@ -38,7 +47,7 @@ class Weights(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The total and its unweighted parts, tensors without dimensions."""
+    """The total and its unweighted terms, as scalar tensors."""
 
     total: Tensor
     distil: Tensor
@@ -47,18 +56,10 @@ class Losses(NamedTuple):
 
 
 class RowCounts(NamedTuple):
-    """What the sums are divided by: the rows of the whole step, over all its micro-batches and ranks."""
+    """The divisors N and K: selected and masked rows of the whole step, over all its micro-batches and ranks."""
 
     rows: float | Tensor
     masked: float | Tensor
-
-
-def count_rows(labels_N: Tensor, valid_N: Tensor | None = None) -> RowCounts:
-    """Selected and masked rows of one micro-batch, as tensors on its device; add them up over the step."""
-    masked_N = labels_N != IGNORE_INDEX
-    if valid_N is None:
-        return RowCounts(torch.full((), labels_N.numel(), device=labels_N.device), masked_N.sum())
-    return RowCounts(valid_N.sum(), (masked_N & valid_N).sum())
 
 
 def combined_loss(
@@ -72,7 +73,7 @@ def combined_loss(
 ) -> Losses:
     """The loss on full logits: [N, V], [N, V], [N, D], [N, D] and labels [N] (-100: not masked).
 
-    Every row given is a selected row. A part with weight 0 is still reported but never enters the total.
+    All rows are selected rows. A term of weight 0 is computed but does not enter the total.
     """
     dtype = _sum_dtype(student_logits.dtype)
     student_NV, teacher_NV = student_logits.to(dtype), teacher_logits.to(dtype)
@@ -83,9 +84,9 @@ def combined_loss(
     cosine = _cosine_sum(student_hidden, teacher_hidden, None) / rows
     mlm = F.cross_entropy(student_NV, labels, reduction="sum", ignore_index=IGNORE_INDEX) / masked
     total = torch.zeros((), dtype=dtype, device=labels.device)
-    for weight, part in zip(weights, (distil, cosine, mlm), strict=True):
+    for weight, term in zip(weights, (distil, cosine, mlm), strict=True):
         if weight:
-            total = total + weight * part
+            total = total + weight * term
     return Losses(total, distil, cosine, mlm)
 
 
@@ -105,45 +106,45 @@ def fused_loss(
     chunk_rows: int | None = None,
     vocab_multiple: int = 1,
 ) -> Losses:
-    """The loss of one micro-batch, as its share of the whole step: each part is a sum over its rows / `counts`.
+    """The loss of one micro-batch, as its share of the step: each term is a sum over its rows, divided by `counts`.
 
     So the losses of all micro-batches and ranks add up to the loss of the step, and their gradients to its gradient.
 
-    `features_NH`, `weight_VH`, `bias_V`: what the student's LM head gives to its decoder, and the decoder.
+    `features_NH`, `weight_VH`, `bias_V`: the input of the student's decoder (last layer of its LM head), the decoder.
     `teacher_logits`: see `decoder_logits`; not called, and may be None, when the weight of distil is 0.
     `student_hidden_ND`, `teacher_hidden_ND`: may be None when the weight of cosine is 0.
-    `valid_N`: False for slots that only fill up a static shape; whatever they hold, they add exactly nothing.
-    `chunk_rows`: rows in one chunk; None chooses by device and vocabulary.
+    `valid_N`: False for slots that only fill a static shape; whatever values they hold, they add exactly 0.
+    `chunk_rows`: rows per chunk; None chooses by device and vocabulary.
     `vocab_multiple`: computes with the decoder padded to a multiple of this, for tensor cores.
 
-    Only `total` carries a gradient, to features, weight, bias and student hidden; it can be used once. A part whose
-    weight is 0 is not computed and reads 0. GEMMs run in the autocast dtype, else in that of the features; softmax
-    and sums in float32, or in float64 when the features are float64. No call here waits for the device.
-    ValueError when a part has weight but not its teacher input, or for a temperature that is not positive.
+    Only `total` carries a gradient, to features, weight, bias and student hidden; backward through it works once. A
+    term of weight 0 is not computed and reads 0. Matrix products run in the autocast dtype, else in that of the
+    features; softmax and sums in float32, or in float64 when the features are float64. Never synchronises with the
+    device. ValueError: a term has weight but not its teacher input, or the temperature is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if weights.distil and teacher_logits is None:
-        raise ValueError("the distil part needs teacher_logits")
+        raise ValueError("the distil term needs teacher_logits")
     if weights.cosine and (student_hidden_ND is None or teacher_hidden_ND is None):
-        raise ValueError("the cosine part needs student_hidden_ND and teacher_hidden_ND")
+        raise ValueError("the cosine term needs student_hidden_ND and teacher_hidden_ND")
     dtype = _sum_dtype(features_NH.dtype)
-    per_row, per_masked = (_inverse(count, dtype, labels_N.device) for count in counts)
+    per_row, per_masked = (_reciprocal(count, dtype, labels_N.device) for count in counts)
     total = distil = cosine = mlm = torch.zeros((), dtype=dtype, device=labels_N.device)
     if weights.distil or weights.mlm:
         rows = _RowTensors(labels_N, valid_N, teacher_logits if weights.distil else None)
         plan = _ChunkPlan(
-            distil=weights.distil * temperature**2 * per_row if weights.distil else None,
-            mlm=weights.mlm * per_masked if weights.mlm else None,
+            distil_factor=weights.distil * temperature**2 * per_row if weights.distil else None,
+            mlm_factor=weights.mlm * per_masked if weights.mlm else None,
             temperature=temperature,
             chunk_rows=chunk_rows or _rows_in_chunk(weight_VH),
             vocab_multiple=vocab_multiple,
-            learn=torch.is_grad_enabled() and any(x.requires_grad for x in (features_NH, weight_VH, bias_V)),
+            needs_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in (features_NH, weight_VH, bias_V)),
         )
         total, distil_sum, mlm_sum = _decoder_loss(features_NH, weight_VH, bias_V, rows, plan)
         distil, mlm = distil_sum * temperature**2 * per_row, mlm_sum * per_masked
     if weights.cosine and student_hidden_ND is not None and teacher_hidden_ND is not None:
-        # Only [N, D]: ordinary autograd is good enough.
+        # Only [N, D], so ordinary autograd is fine.
         cosine_sum = _cosine_sum(student_hidden_ND, teacher_hidden_ND, valid_N)
         total = total + weights.cosine * per_row * cosine_sum
         cosine = cosine_sum.detach() * per_row
@@ -151,7 +152,7 @@ def fused_loss(
 
 
 def decoder_logits(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, vocab_multiple: int = 1) -> ChunkLogits:
-    """The teacher's logits, chunk by chunk, from its head features and its decoder (see tasks.encoder)."""
+    """The teacher's logits per chunk of rows, from its head features and its decoder (see tasks.models.forward)."""
     dtype = _gemm_dtype(features_NH)
     features_NH = features_NH.to(dtype)
     weight_VH, bias_V = pad_decoder(weight_VH.to(dtype), bias_V.to(dtype), vocab_multiple)
@@ -163,7 +164,7 @@ def decoder_logits(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, vocab
 
 
 def pad_decoder(weight_VH: Tensor, bias_V: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Decoder with zero rows of bias -1e4 added up to a multiple; their probability is 0 in float32."""
+    """Decoder with zero rows of bias -1e4 added, up to a multiple; their probability is 0 in float32."""
     extra = -weight_VH.shape[0] % multiple
     if not extra:
         return weight_VH, bias_V
@@ -171,7 +172,7 @@ def pad_decoder(weight_VH: Tensor, bias_V: Tensor, multiple: int) -> tuple[Tenso
 
 
 class _RowTensors(NamedTuple):
-    """What the rows are compared with."""
+    """Labels, validity and teacher of the rows."""
 
     labels: Tensor
     valid: Tensor | None
@@ -179,29 +180,29 @@ class _RowTensors(NamedTuple):
 
 
 class _ChunkPlan(NamedTuple):
-    """How to compute: the factors of both sums in the total (None: not wanted), sizes, and if gradients are wanted."""
+    """Factors of the two sums in the total (None: weight 0), sizes, and whether gradients are needed."""
 
-    distil: Tensor | None
-    mlm: Tensor | None
+    distil_factor: Tensor | None
+    mlm_factor: Tensor | None
     temperature: float
     chunk_rows: int
     vocab_multiple: int
-    learn: bool
+    needs_gradient: bool
 
 
 class _CarryGradient(torch.autograd.Function):
-    """Gives a value that was computed outside autograd the gradients that were computed with it."""
+    """Attaches precomputed gradients to a value that was computed outside autograd."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, *inputs_and_gradients: Tensor) -> Tensor:
-        """`inputs_and_gradients`: features, weight, bias, then one gradient for each."""
+        """`inputs_and_gradients`: features, weight, bias, then the gradient of each."""
         ctx.save_for_backward(*inputs_and_gradients[3:])
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        """The stored gradients times the one from outside."""
+        """The stored gradients times the incoming one."""
         features_NH, weight_VH, bias_V = ctx.saved_tensors
         return (None, features_NH * outer, weight_VH * outer, bias_V * outer, None, None, None)
 
@@ -217,11 +218,11 @@ def _decoder_loss(
             features_NH.to(dtype), weight_VH.to(dtype), bias_V.to(dtype), rows, plan
         )
         total = torch.zeros_like(distil_sum)
-        if plan.distil is not None:
-            total = total + plan.distil * distil_sum
-        if plan.mlm is not None:
-            total = total + plan.mlm * mlm_sum
-    if plan.learn:
+        if plan.distil_factor is not None:
+            total = total + plan.distil_factor * distil_sum
+        if plan.mlm_factor is not None:
+            total = total + plan.mlm_factor * mlm_sum
+    if plan.needs_gradient:
         typed = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True)]
         total = _CarryGradient.apply(total, *inputs, *typed)  # type: ignore[no-untyped-call]
     return total, distil_sum, mlm_sum
@@ -230,13 +231,13 @@ def _decoder_loss(
 def _walk_chunks(
     features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _RowTensors, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Sum of KL, sum of cross-entropies and, if wanted, the gradients of the total to features, weight and bias."""
+    """Sum of KL, sum of cross-entropies and, if needed, the gradients of the total to features, weight and bias."""
     vocabulary, dtype = weight_VH.shape[0], _sum_dtype(features_NH.dtype)
     weight_VH, bias_V = pad_decoder(weight_VH, bias_V, plan.vocab_multiple)
-    if rows.valid is not None:  # 0 x NaN is NaN: rubbish in slots that do not count must not reach a GEMM
+    if rows.valid is not None:  # 0 x NaN is NaN: values in unused slots must not reach a GEMM
         features_NH = features_NH.masked_fill(~rows.valid[:, None], 0)
     distil_sum = mlm_sum = torch.zeros((), dtype=dtype, device=features_NH.device)
-    if plan.learn:
+    if plan.needs_gradient:
         grad_features = torch.empty_like(features_NH)
         grad_weight = torch.zeros_like(weight_VH, dtype=dtype)
         grad_bias = torch.zeros_like(bias_V, dtype=dtype)
@@ -250,9 +251,9 @@ def _walk_chunks(
             if teacher_nV.shape[1] < student_nV.shape[1]:
                 teacher_nV = F.pad(teacher_nV, (0, student_nV.shape[1] - teacher_nV.shape[1]), value=PADDED_BIAS)
         valid_n = None if rows.valid is None else rows.valid[chunk]
-        kl, entropy, grad_nV = _chunk_loss(student_nV, teacher_nV, rows.labels[chunk], valid_n, plan)
-        distil_sum, mlm_sum = distil_sum + kl, mlm_sum + entropy
-        if plan.learn:
+        kl, cross_entropy, grad_nV = _chunk_loss(student_nV, teacher_nV, rows.labels[chunk], valid_n, plan)
+        distil_sum, mlm_sum = distil_sum + kl, mlm_sum + cross_entropy
+        if plan.needs_gradient:
             grad_bias += grad_nV.sum(0)
             grad_nV = grad_nV.to(features_nH.dtype)
             grad_features[chunk] = torch.mm(grad_nV, weight_VH)
@@ -260,41 +261,41 @@ def _walk_chunks(
                 grad_weight.addmm_(grad_nV.t(), features_nH)
             else:
                 grad_weight += torch.mm(grad_nV.t(), features_nH)
-    gradients = (grad_features, grad_weight[:vocabulary], grad_bias[:vocabulary]) if plan.learn else ()
+    gradients = (grad_features, grad_weight[:vocabulary], grad_bias[:vocabulary]) if plan.needs_gradient else ()
     return distil_sum, mlm_sum, gradients
 
 
 def _chunk_loss(
     student_nV: Tensor, teacher_nV: Tensor | None, labels_n: Tensor, valid_n: Tensor | None, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of KL, sum of cross-entropies and (if it is to learn) the gradient [n, V] of the total to the logits."""
-    kl = entropy = torch.zeros((), dtype=student_nV.dtype, device=student_nV.device)
+    """Sum of KL, sum of cross-entropies and, if needed, the gradient [n, V] of the total to the logits."""
+    kl = cross_entropy = torch.zeros((), dtype=student_nV.dtype, device=student_nV.device)
     grad_nV = torch.zeros_like(kl)
-    if teacher_nV is not None and plan.distil is not None:
+    if teacher_nV is not None and plan.distil_factor is not None:
         log_p_nV = F.log_softmax(teacher_nV / plan.temperature, dim=-1)
         log_q_nV = F.log_softmax(student_nV / plan.temperature, dim=-1)
         p_nV = log_p_nV.exp()
         kl_n = (log_p_nV.sub_(log_q_nV).mul_(p_nV)).sum(-1)
         kl = (kl_n if valid_n is None else kl_n.masked_fill(~valid_n, 0)).sum()
-        if plan.learn:
-            grad_nV = log_q_nV.exp_().sub_(p_nV).mul_(plan.distil / plan.temperature)
+        if plan.needs_gradient:
+            grad_nV = log_q_nV.exp_().sub_(p_nV).mul_(plan.distil_factor / plan.temperature)
             if valid_n is not None:
                 grad_nV.masked_fill_(~valid_n[:, None], 0)
-    if plan.mlm is not None:
+    if plan.mlm_factor is not None:
         masked_n = labels_n != IGNORE_INDEX
         if valid_n is not None:
             masked_n = masked_n & valid_n
-        index_n1, scale_n1 = labels_n.clamp(min=0)[:, None], (masked_n * plan.mlm)[:, None]
+        index_n1, scale_n1 = labels_n.clamp(min=0)[:, None], (masked_n * plan.mlm_factor)[:, None]
         log_q_nV = F.log_softmax(student_nV, dim=-1)
-        entropy = -(log_q_nV.gather(1, index_n1).squeeze(1) * masked_n).sum()
-        if plan.learn:
+        cross_entropy = -(log_q_nV.gather(1, index_n1).squeeze(1) * masked_n).sum()
+        if plan.needs_gradient:
             mlm_nV = log_q_nV.exp_().mul_(scale_n1).scatter_add_(1, index_n1, -scale_n1)
-            grad_nV = mlm_nV if plan.distil is None else grad_nV.add_(mlm_nV)
-    return kl, entropy, grad_nV
+            grad_nV = mlm_nV if plan.distil_factor is None else grad_nV.add_(mlm_nV)
+    return kl, cross_entropy, grad_nV
 
 
 def _cosine_sum(student_ND: Tensor, teacher_ND: Tensor, valid_N: Tensor | None) -> Tensor:
-    """Sum over rows of 1 - cos; the small term is that of CosineEmbeddingLoss and keeps zero vectors finite."""
+    """Sum over rows of 1 - cos; the small constant is that of CosineEmbeddingLoss and keeps zero vectors finite."""
     dtype = _sum_dtype(student_ND.dtype)
     student_ND, teacher_ND = student_ND.to(dtype), teacher_ND.to(dtype)
     if valid_N is not None:
@@ -305,8 +306,8 @@ def _cosine_sum(student_ND: Tensor, teacher_ND: Tensor, valid_N: Tensor | None) 
     return (distance_N if valid_N is None else distance_N.masked_fill(~valid_N, 0)).sum()
 
 
-def _inverse(count: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """1 / count, and 0 for 0: a step without masked rows has an mlm loss of 0. Asks nothing of the device."""
+def _reciprocal(count: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 / count, and 0 for 0: a step without masked rows has an mlm loss of 0. Never synchronises with the device."""
     if isinstance(count, Tensor):
         count = count.to(device=device, dtype=dtype)
         return torch.where(count > 0, 1 / count, 0)
@@ -314,7 +315,7 @@ def _inverse(count: float | Tensor, dtype: torch.dtype, device: torch.device) ->
 
 
 def _rows_in_chunk(weight_VH: Tensor) -> int:
-    """On a CPU a chunk should stay near the cache; on a GPU about 256 MB of float32 logits make its GEMMs large."""
+    """On a CPU a chunk should fit the cache; on a GPU about 256 MB of float32 logits make its GEMMs large."""
     return 256 if weight_VH.device.type == "cpu" else max(256, 2**26 // weight_VH.shape[0])
 
 
@@ -324,7 +325,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _gemm_dtype(features: Tensor) -> torch.dtype:
-    """Matrix products: what autocast says, else the dtype of the features; float64 stays."""
+    """Matrix products: the autocast dtype, else that of the features; float64 stays."""
     device = features.device.type
     if features.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -1,9 +1,13 @@
-"""metrics.jsonl: one line every few steps, on local disk, written by rank 0 of a training and followed by the flow.
+"""metrics.jsonl: training curves on local disk, written by rank 0 and followed by the flow while the trainer runs.
 
-A line holds means over the steps since the last one: loss and its parts, learning rate, gradient norm, tokens a
-second, share of the time spent waiting for data, and on a GPU model FLOP utilisation. Held-out figures have lines of
-their own. On resume the file is cut back to the checkpoint's step, so that no step stands in it twice; each checkpoint
-ends a line, so that none is missing.
+    writer = MetricsWriter(run)
+    writer.add(progress, losses, grad_norm, lr, step_counts, waited, due=True)       # writes a line
+    lines = read_metrics(path)                                                       # a list of dictionaries
+
+A line holds means over the steps since the line before: loss and its terms, learning rate, gradient norm, tokens per
+second, fraction of the time spent waiting for data and, on a GPU, model FLOP utilisation. Validation has lines of its
+own. On resume the file is cut back to the checkpoint's step, so no step appears twice; each checkpoint ends a line, so
+no step is missing.
 """
 
 import json
@@ -22,7 +26,7 @@ from storage.disk import writing
 from storage.store import Store
 from tasks.loader.batch import MaskingRule, make_batch
 from tasks.loader.dataset import BlockDataset
-from tasks.models.forward import decoder_of, head_features, hidden_rows
+from tasks.models.forward import CHUNK_ROWS, hidden_rows, logits_in_chunks
 from tasks.recipe.run_spec import METRICS, RunSpec
 from tasks.tokens.mask import IGNORE_INDEX
 from tasks.train.checkpoint import TrainingProgress
@@ -30,11 +34,15 @@ from tasks.train.flops import Work
 from tasks.train.setup import TrainingSetup
 from tasks.train.step import StepCounts
 
-PARTS = ("loss", "distil", "cosine", "mlm")
+LOSSES = ("loss", "distil", "cosine", "mlm")
+"""Names of the step's losses in a line: the total and its terms, in the order of `loss.Losses`."""
+
+HELDOUT_VARIANT = 1_000_000
+"""Mask variant of validation. No training epoch uses it, and it is the same in every validation, so they compare."""
 
 
 class HeldoutLosses(NamedTuple):
-    """Masked cross-entropy (nats a token) and top-1 accuracy on held-out blocks."""
+    """Masked cross-entropy (nats per token) and top-1 accuracy on held-out blocks."""
 
     loss: float
     top1: float
@@ -43,7 +51,8 @@ class HeldoutLosses(NamedTuple):
 class MetricsWriter:
     """Collects steps and appends lines. Tensors stay on their device until a line is due.
 
-    `work` and `rate`: what a token and a position cost, and the FLOP a second of all ranks; without, no `mfu`.
+    `work`: FLOP per token and per position. `rate`: FLOP per second of all ranks. Without them lines have no `mfu`.
+    FatalError from each method that writes: the disk is full or read-only.
     """
 
     def __init__(self, run: RunSpec, work: Work | None = None, rate: float = 0.0) -> None:
@@ -57,37 +66,40 @@ class MetricsWriter:
         self._since = time.perf_counter()
 
     def cut_back(self, step: int) -> None:
-        """Drops lines after `step`, and a last line that a kill has cut short. FatalError: the disk is full."""
+        """Removes the lines after `step`, and a last line that a kill has cut short."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         fresh = self.path.with_suffix(".new")
         with self._writing():
             fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(fresh, self.path)  # a kill at this moment must not cost the curve so far
+            os.replace(fresh, self.path)  # atomic: a kill at this moment does not lose the curve so far
         self._since = time.perf_counter()
 
     def add(
         self,
         progress: TrainingProgress,
-        parts: Tensor,
-        norm: Tensor,
+        losses: Tensor,
+        grad_norm: Tensor,
         lr: float,
-        sums: StepCounts,
+        step_counts: StepCounts,
         waited: float,
         *,
         due: bool,
     ) -> None:
-        """Takes one step in; writes a line when one is `due`. `waited`: seconds waited for data since the start."""
-        self._pending.append((parts, norm.detach()))
-        self._tokens += sums.tokens
-        self._rows += sums.rows
+        """Adds one step; writes a line when one is `due`.
+
+        `losses`: [4], in the order of LOSSES. `waited`: seconds spent waiting for data since the start.
+        """
+        self._pending.append((losses, grad_norm.detach()))
+        self._tokens += step_counts.tokens
+        self._rows += step_counts.rows
         if not due:
             return
         seconds = time.perf_counter() - self._since
-        means = torch.stack([step_parts for step_parts, _ in self._pending]).mean(0).tolist()
+        means = torch.stack([step_losses for step_losses, _ in self._pending]).mean(0).tolist()
         self._append(
             {
                 "step": progress.step,
-                **dict(zip(PARTS, means, strict=True)),
+                **dict(zip(LOSSES, means, strict=True)),
                 "grad_norm": float(torch.stack([step_norm for _, step_norm in self._pending]).mean()),
                 "lr": lr,
                 "tokens": progress.tokens,
@@ -102,14 +114,14 @@ class MetricsWriter:
         self._pending, self._tokens, self._rows, self._waited = [], 0, 0, waited
         self._since = time.perf_counter()
 
-    def validated(self, step: int, found: HeldoutLosses) -> None:
-        """Takes a look at held-out blocks in, right after a line; its time is not training time."""
-        line = {"step": step, "heldout_loss": found.loss, "heldout_top1": found.top1, "time": time.time()}
+    def validated(self, step: int, heldout: HeldoutLosses) -> None:
+        """Writes a line of validation. Call it right after a line of training: its time is not training time."""
+        line = {"step": step, "heldout_loss": heldout.loss, "heldout_top1": heldout.top1, "time": time.time()}
         self._append(line)
         self._since = time.perf_counter()
 
     def _mfu(self, seconds: float) -> dict[str, float]:
-        """`mfu` of the steps since the last line, where it is known what it is measured against."""
+        """`mfu` of the steps since the last line, where work and rate are known."""
         if self.work is None or not self.rate:
             return {}
         return {"mfu": self.work.of(self._tokens, self._rows) / seconds / self.rate}
@@ -119,46 +131,46 @@ class MetricsWriter:
             file.write(json.dumps(line) + "\n")
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(f"the run's folder {self.path.parent}")
+        return writing(f"the run folder {self.path.parent}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a line that is being written is left out."""
+    """All complete lines of a metrics file; a line that is being written is left out. Empty if the file is missing."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-VARIANT = 1_000_000
-"""Mask variant of the curve: no training epoch uses it, and it never changes, so looks compare."""
-
-
 @torch.no_grad()
 def heldout_loss(
-    store: Store, run: RunSpec, built: TrainingSetup, device: torch.device, autocast: torch.dtype | None
+    store: Store, run: RunSpec, setup: TrainingSetup, device: torch.device, autocast: torch.dtype | None
 ) -> HeldoutLosses:
-    """Masked cross-entropy (nats a token) and top-1 over the first train.validate_rows held-out blocks."""
-    corpus = BlockDataset(store, run.heldout, cached=False)
-    masking = MaskingRule(built.vocabulary, run.mask, every_position=False, counts=built.counts)
+    """Validation: masked cross-entropy and top-1 accuracy over the first train.validate_rows held-out blocks."""
+    student = setup.student
+    dataset = BlockDataset(store, run.heldout, cached=False)
+    masking = MaskingRule(setup.vocabulary, run.mask, every_position=False, counts=setup.token_counts)
     parts = np.concatenate([np.full(part.rows, n, np.int64) for n, part in enumerate(run.heldout)])
     rows = np.concatenate([np.arange(part.rows, dtype=np.int64) for part in run.heldout])
     parts, rows = parts[: run.train.validate_rows], rows[: run.train.validate_rows]
     size = run.train.micro_rows or min(run.train.batch_rows, 32)
-    was_training = built.student.training
-    built.student.train(False)
-    loss, right, masked = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for at in range(0, len(rows), size):
-        chosen = slice(at, at + size)
-        variants = np.full(len(rows[chosen]), VARIANT, np.int64)
-        batch = make_batch(corpus, masking, parts[chosen], rows[chosen], variants).to(device)
+    was_training = student.training
+    student.train(False)
+    loss, correct, masked = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for start in range(0, len(rows), size):
+        chosen = slice(start, start + size)
+        variants = np.full(len(rows[chosen]), HELDOUT_VARIANT, np.int64)
+        batch = make_batch(dataset, masking, parts[chosen], rows[chosen], variants).to(device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            hidden = hidden_rows(built.student, batch.input_ids, batch.attention_mask, batch.positions)
-            weight, bias = decoder_of(built.student)
-            logits = F.linear(head_features(built.student, hidden.flatten(0, 1)), weight, bias).float()
-        labels = batch.labels.flatten()
-        loss += F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        right += ((logits.argmax(-1) == labels) & (labels != IGNORE_INDEX)).sum()
+            hidden_BMD = hidden_rows(student, batch.input_ids, batch.attention_mask, batch.positions)
+            chunks = zip(
+                logits_in_chunks(student, hidden_BMD.flatten(0, 1)),
+                torch.split(batch.labels.flatten(), CHUNK_ROWS),
+                strict=True,
+            )
+            for logits_nV, labels_n in chunks:
+                loss += F.cross_entropy(logits_nV, labels_n, ignore_index=IGNORE_INDEX, reduction="sum")
+                correct += (logits_nV.argmax(-1) == labels_n).sum()  # IGNORE_INDEX is no token
         masked += batch.masked
-    built.student.train(was_training)
-    return HeldoutLosses(float(loss) / max(1, masked), float(right) / max(1, masked))
+    student.train(was_training)
+    return HeldoutLosses(float(loss) / max(1, masked), float(correct) / max(1, masked))

@@ -1,4 +1,8 @@
-"""Learning rate by step, and AdamW with its groups. Called by tasks.train."""
+"""AdamW with its parameter groups, and the learning-rate schedules.
+
+optimizer = make_optimizer(student, run.train)
+set_lr(optimizer, run.train.lr * lr_factor(step, run.total_steps, run.train))
+"""
 
 import torch
 from torch import nn
@@ -7,10 +11,10 @@ from tasks.recipe.config import TrainSettings
 
 
 def lr_factor(step: int, total: int, train: TrainSettings) -> float:
-    """Share of the highest learning rate at `step` (0-based) of `total`.
+    """Learning rate at `step` (0-based) of `total`, as a fraction of train.lr.
 
-    linear: warm-up, then straight down to 0 (the reference). wsd: warm-up, stable, then straight down over the last
-    `decay` of the steps.
+    linear: linear warm-up, then linear decay to 0 (as in the DistilBERT code). wsd: warm-up, stable phase, then linear
+    decay over the last train.decay of the steps (warmup-stable-decay, MiniCPM, arXiv:2404.06395).
     """
     warmup = round(train.warmup * total)
     if step < warmup:
@@ -22,7 +26,7 @@ def lr_factor(step: int, total: int, train: TrainSettings) -> float:
 
 
 def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only. Groups keep the order of named_parameters."""
+    """Fused AdamW; weight decay applies to matrices only. Groups keep the order of model.parameters()."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
@@ -32,6 +36,6 @@ def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group."""
+    """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,6 +1,10 @@
-"""Builds what tasks.train needs before its first step: vocabulary, student, the teacher's word."""
+"""Loads and checks everything that a training needs before its first step: vocabulary, student and teacher signal.
 
-from dataclasses import dataclass
+setup = set_up_training(run, store, device)
+setup.student, setup.signal_source
+"""
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,47 +17,61 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.models.files import folder_fingerprint, resolve_model
 from tasks.models.forward import longest_input
-from tasks.models.student import check_pad, make_fresh, make_student
-from tasks.models.teacher import TeacherModel, load_teacher, load_weights
+from tasks.models.student import check_pad_id, make_fresh, make_student
+from tasks.models.teacher import TeacherModel, load_teacher, load_weights, resolve_dtype
 from tasks.recipe.config import TeacherSettings
 from tasks.recipe.run_spec import RunSpec
 from tasks.targets.file import open_targets
 from tasks.targets.parity import probe_cache
-from tasks.tokens.blocks import read_counts
+from tasks.tokens.token_counts import read_counts
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, vocabulary_for
 from tasks.train.teacher_signal import CachedTeacher, NoTeacher, OnlineTeacher, SignalSource
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A student on its device and what it learns from."""
+    """A student on its device, the source of its teacher signal, and the token counts [V] of smoothed masking."""
 
     student: PreTrainedModel
     vocabulary: Vocabulary
-    supervision: SignalSource
-    counts: NDArray[np.int64] | None
+    signal_source: SignalSource
+    token_counts: NDArray[np.int64] | None
 
 
 def set_up_training(run: RunSpec, store: Store, device: torch.device) -> TrainingSetup:
-    """Loads and checks everything; counts and the targets that the codec comes from are hashed.
+    """Loads and checks everything. Verifies the hashes of the token counts and of the targets that give the codec.
 
-    FatalError names what does not fit the run or is damaged.
+    FatalError: something does not fit the run, changed since it was planned, or is damaged; the message names it.
     """
     vocabulary = vocabulary_for(run.blocks, run.teacher)
-    teacher = _teacher(run, device) if run.teacher.model else None
-    student = _student(run, teacher, vocabulary)
+    teacher, student = _models(run, vocabulary, device)
     if teacher and run.loss.needs_teacher:
         _check_shapes_match(run, teacher, student, vocabulary)
     nn.Module.to(student, device)
     limit = longest_input(student)
     if run.blocks.length > limit:
         raise FatalError(f"blocks.length = {run.blocks.length}, but the student reads at most {limit} tokens; lower it")
-    counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
-    return TrainingSetup(student, vocabulary, _signal_source(run, store, teacher), counts)
+    token_counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
+    return TrainingSetup(student, vocabulary, _signal_source(run, store, teacher), token_counts)
 
 
-def _teacher(run: RunSpec, device: torch.device) -> TeacherModel:
-    teacher = load_teacher(run.teacher, device.type)
+def _models(run: RunSpec, vocabulary: Vocabulary, device: torch.device) -> tuple[TeacherModel | None, PreTrainedModel]:
+    """The teacher in its own dtype on the device, and the student on the CPU, from one load of the teacher.
+
+    A student of teacher layers is copied before the teacher is cast: it starts from the saved float32 weights.
+    """
+    if not run.teacher.model:
+        return None, _student(run, None, vocabulary)
+    if run.train.warm_start or run.student.init != "teacher":
+        teacher = _load_teacher(run, run.teacher, device.type)
+        return teacher, _student(run, teacher, vocabulary)
+    teacher = _load_teacher(run, run.teacher.model_copy(update={"dtype": "float32"}), "cpu")
+    student = _student(run, teacher, vocabulary)
+    return _cast_teacher(teacher, run.teacher, device), student
+
+
+def _load_teacher(run: RunSpec, settings: TeacherSettings, device: str) -> TeacherModel:
+    teacher = load_teacher(settings, device)
     if teacher.fingerprint != run.teacher_fingerprint:
         raise FatalError(
             f"the teacher {run.teacher.model} changed since this run was planned "
@@ -62,8 +80,58 @@ def _teacher(run: RunSpec, device: torch.device) -> TeacherModel:
     return teacher
 
 
+def _cast_teacher(teacher: TeacherModel, settings: TeacherSettings, device: torch.device) -> TeacherModel:
+    """Casts and moves a float32 teacher in place. The result equals one that was loaded in that dtype.
+
+    Only tensors of the state dict are cast: a load computes the other buffers (rotary frequencies) in float32.
+    """
+    dtype = resolve_dtype(settings.dtype, device)
+    for tensor in teacher.model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    teacher.model.config.dtype = dtype
+    nn.Module.to(teacher.model, device)
+    return replace(teacher, settings=settings, device=device, dtype=dtype)
+
+
+def _student(run: RunSpec, teacher: TeacherModel | None, vocabulary: Vocabulary) -> PreTrainedModel:
+    """The student in float32 on the CPU, from a warm start, a config or the teacher."""
+    settings = run.student
+    if run.train.warm_start:
+        return _warm_start(run, vocabulary)
+    if settings.init == "config":
+        return make_fresh(settings.config, vocabulary, run.train.seed)
+    if teacher is None:
+        raise FatalError("student.init copies from a teacher, but teacher.model is empty")
+    return make_student(
+        teacher.model,
+        vocabulary,
+        layers=settings.layers,
+        choice=settings.choice,
+        dropout=settings.dropout,
+        init=settings.init,
+        seed=run.train.seed,
+    )
+
+
+def _warm_start(run: RunSpec, vocabulary: Vocabulary) -> PreTrainedModel:
+    """The model of train.warm_start in float32. FatalError: incomplete, or changed since the run was planned."""
+    source = TeacherSettings(model=run.train.warm_start)
+    folder = resolve_model(source.model)
+    found = folder_fingerprint(folder, source)
+    if run.start and found != run.start:
+        raise FatalError(
+            f"the model {source.model} of train.warm_start changed since this run was planned ({found[:12]} now, "
+            f"{run.start[:12]} then); start the run again"
+        )
+    model = load_weights(source, folder, torch.float32, role="train.warm_start", dropout=run.student.dropout)
+    check_vocabulary_fits(vocabulary, int(model.config.vocab_size), source.model)
+    check_pad_id(model, vocabulary)
+    return model
+
+
 def _check_shapes_match(run: RunSpec, teacher: TeacherModel, student: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """FatalError unless the blocks' ids are the teacher's, and what the loss compares has the same shape."""
+    """FatalError unless the blocks' token ids are the teacher's, and the loss compares tensors of equal shape."""
     check_vocabulary_fits(vocabulary, teacher.vocab_size, run.teacher.model)
     rows, width = int(student.config.vocab_size), int(student.config.hidden_size)
     if run.loss.distil and rows < teacher.vocab_size:
@@ -78,44 +146,6 @@ def _check_shapes_match(run: RunSpec, teacher: TeacherModel, student: PreTrained
         )
 
 
-def _student(run: RunSpec, teacher: TeacherModel | None, vocabulary: Vocabulary) -> PreTrainedModel:
-    settings = run.student
-    if run.train.warm_start:
-        return _warm_start(run, vocabulary)
-    if settings.init == "config":
-        return make_fresh(settings.config, vocabulary, run.train.seed)
-    if teacher is None:
-        raise FatalError("student.init copies from a teacher, but teacher.model is empty")
-    if teacher.dtype != torch.float32:
-        # The copy starts from the weights as they were saved, not from what bf16 leaves of them on this device.
-        teacher = load_teacher(run.teacher.model_copy(update={"dtype": "float32"}), "cpu")
-    return make_student(
-        teacher.model,
-        vocabulary,
-        layers=settings.layers,
-        choice=settings.choice,
-        dropout=settings.dropout,
-        init=settings.init,
-        seed=run.train.seed,
-    )
-
-
-def _warm_start(run: RunSpec, vocabulary: Vocabulary) -> PreTrainedModel:
-    """The model of train.warm_start in float32, whole and unchanged since the run was planned."""
-    source = TeacherSettings(model=run.train.warm_start)
-    folder = resolve_model(source.model)
-    found = folder_fingerprint(folder, source)
-    if run.start and found != run.start:
-        raise FatalError(
-            f"the model {source.model} of train.warm_start changed since this run was planned ({found[:12]} now, "
-            f"{run.start[:12]} then); start the run again"
-        )
-    model = load_weights(source, folder, torch.float32, role="train.warm_start", dropout=run.student.dropout)
-    check_vocabulary_fits(vocabulary, int(model.config.vocab_size), source.model)
-    check_pad(model, vocabulary)
-    return model
-
-
 def _signal_source(run: RunSpec, store: Store, teacher: TeacherModel | None) -> SignalSource:
     if teacher is None or not run.loss.needs_teacher:
         return NoTeacher()
@@ -123,6 +153,6 @@ def _signal_source(run: RunSpec, store: Store, teacher: TeacherModel | None) -> 
         return OnlineTeacher(teacher, run.loss)
     targets = open_targets(store, run.manifest[0].targets_ref(0))
     probe_cache(store, run, teacher)
-    # Only the LM head is needed from here on; the encoder's memory goes to the student.
+    # From here on only the LM head is needed; this frees the encoder's memory.
     setattr(teacher.model, teacher.model.base_model_prefix, nn.Identity())
     return CachedTeacher(teacher, targets.codec, run.loss)

@@ -1,7 +1,10 @@
-"""One optimizer step: forward, loss and gradient over micro-batches and ranks, by counts.
+"""One optimizer step: forward, loss and gradient over micro-batches and ranks.
 
-Every part of the loss is a sum divided by its count over the whole step, so neither the number of micro-batches nor
-the number of ranks changes the gradient.
+    step_counts = sum_counts(batches, stop.requested, ranks)
+    losses = gradient_step(student_with_loss, signal_source, batches, step_counts, ranks, torch.bfloat16)
+
+Every loss term is a sum divided by its count over the whole step, so neither the number of micro-batches nor the number
+of ranks changes the gradient.
 """
 
 from contextlib import nullcontext
@@ -21,44 +24,50 @@ from tasks.train.teacher_signal import VOCABULARY_MULTIPLE, SignalSource, Teache
 
 
 class Ranks(NamedTuple):
-    """Which rank this is, of how many, and the group that sums small counts on the CPU (no device sync)."""
+    """This rank, the number of ranks, and the gloo group that sums small counts on the CPU, without a device sync
+    (None: the default group is gloo already)."""
 
     rank: int = 0
-    ranks: int = 1
-    counting: dist.ProcessGroup | None = None
+    world_size: int = 1
+    cpu_group: dist.ProcessGroup | None = None
 
 
 class StudentWithLoss(nn.Module):
-    """Student and loss as one module, so that DDP sees one forward. Returns this micro-batch's share of the step."""
+    """Student and loss as one module, so that DDP sees one forward."""
 
     def __init__(self, student: PreTrainedModel, loss: LossSettings, compile_encoder: bool) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
-        self.hidden = torch.compile(hidden_rows, dynamic=False) if compile_encoder else hidden_rows
+        self.hidden_rows = torch.compile(hidden_rows, dynamic=False) if compile_encoder else hidden_rows
 
-    def forward(self, batch: Batch, told: TeacherSignal, counts: RowCounts) -> Losses:
-        """Runs the encoder on B blocks and the LM head on the B x M selected slots only."""
-        hidden_ND = self.hidden(self.student, batch.input_ids, batch.attention_mask, batch.positions).flatten(0, 1)
-        weight, bias = decoder_of(self.student)
+    def forward(self, batch: Batch, signal: TeacherSignal, counts: RowCounts) -> Losses:
+        """The micro-batch's share of the step's loss.
+
+        The encoder runs on all B blocks, the LM head on the N = B x M selected positions only. `counts` are those of
+        the whole step.
+        """
+        hidden_BMD = self.hidden_rows(self.student, batch.input_ids, batch.attention_mask, batch.positions)
+        hidden_ND = hidden_BMD.flatten(0, 1)
+        weight_VH, bias_V = decoder_of(self.student)
         return fused_loss(
             head_features(self.student, hidden_ND),
-            weight,
-            bias,
+            weight_VH,
+            bias_V,
             batch.labels.flatten(),
             weights=Weights(self.loss.distil, self.loss.cosine, self.loss.mlm),
             temperature=self.loss.temperature,
             counts=counts,
-            teacher_logits=told.logits,
+            teacher_logits=signal.logits,
             student_hidden_ND=hidden_ND,
-            teacher_hidden_ND=told.hidden,
+            teacher_hidden_ND=signal.hidden,
             valid_N=batch.valid.flatten(),
             vocab_multiple=VOCABULARY_MULTIPLE if hidden_ND.is_cuda else 1,
         )
 
 
 class StepCounts(NamedTuple):
-    """Counts of one step over all ranks, and whether any rank was asked to stop."""
+    """Counts of one step over all ranks (see Batch), and whether any rank received a stop signal."""
 
     rows: int
     masked: int
@@ -66,36 +75,40 @@ class StepCounts(NamedTuple):
     stop: bool
 
 
-def sum_counts(batches: list[Batch], stop: bool, world: Ranks) -> StepCounts:
-    """Adds the counts of all micro-batches of all ranks, before the first backward."""
+def sum_counts(batches: list[Batch], stop: bool, ranks: Ranks) -> StepCounts:
+    """Adds up the counts of all micro-batches of all ranks, before the first backward."""
     own = [sum(b.rows for b in batches), sum(b.masked for b in batches), sum(b.tokens for b in batches), int(stop)]
     total = torch.tensor(own)
-    if world.ranks > 1:
-        dist.all_reduce(total, group=world.counting)
+    if ranks.world_size > 1:
+        dist.all_reduce(total, group=ranks.cpu_group)
     rows, masked, tokens, stops = total.tolist()
     return StepCounts(rows, masked, tokens, stop=stops > 0)
 
 
 def gradient_step(
-    distiller: nn.Module,
-    supervision: SignalSource,
+    student_with_loss: nn.Module,
+    signal_source: SignalSource,
     batches: list[Batch],
-    sums: StepCounts,
-    world: Ranks,
+    step_counts: StepCounts,
+    ranks: Ranks,
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """Backward of one whole step; returns this rank's share of [total, distil, cosine, mlm] (add over ranks)."""
-    counts = RowCounts(float(sums.rows), float(sums.masked))
-    device = next(distiller.parameters()).device
-    parts = torch.zeros(4, device=device)
-    for number, batch in enumerate(batches):
-        moved = batch.to(device)
-        last = number == len(batches) - 1
-        hold = distiller.no_sync() if isinstance(distiller, DistributedDataParallel) and not last else nullcontext()
-        with hold:
+    """Accumulates the gradient of one step.
+
+    Returns this rank's share of [total, distil, cosine, mlm]; the sum over ranks is the loss of the step. `autocast`:
+    dtype of the matrix products, None for float32.
+    """
+    counts = RowCounts(float(step_counts.rows), float(step_counts.masked))
+    device = next(student_with_loss.parameters()).device
+    step_losses = torch.zeros(4, device=device)
+    for number, cpu_batch in enumerate(batches):
+        batch = cpu_batch.to(device)
+        is_last = number == len(batches) - 1
+        ddp = student_with_loss if isinstance(student_with_loss, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp is not None and not is_last else nullcontext():
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                losses: Losses = distiller(moved, supervision.rows(moved), counts)
-            # DDP averages over ranks; the counts are of all ranks already, so the sum is wanted.
-            (losses.total * world.ranks).backward()  # type: ignore[no-untyped-call]
-        parts += torch.stack([part.detach().float() for part in losses])
-    return parts
+                losses: Losses = student_with_loss(batch, signal_source.rows(batch), counts)
+            # DDP averages gradients over ranks. The counts are already those of all ranks, so the sum is wanted.
+            (losses.total * ranks.world_size).backward()  # type: ignore[no-untyped-call]
+        step_losses += torch.stack([loss.detach().float() for loss in losses])
+    return step_losses

@@ -1,7 +1,9 @@
-"""What the student is told: one interface over cached targets, a teacher in the loop, and no teacher at all.
+"""What the student learns from: one interface over cached targets, a teacher in the loop, and no teacher at all.
 
-Each source gives, for the N selected rows of a micro-batch, the teacher's last hidden states (for the cosine part) and
-its logits chunk by chunk (for the distil part). Both come from the teacher's own LM head, so they are exact.
+    signal = signal_source.rows(batch)          # TeacherSignal: logits per chunk of rows, hidden states [N, D]
+
+Each source gives the teacher's last hidden states (for the cosine term) and logits (for the distil term) of the N
+selected positions of a micro-batch. The logits come from the teacher's own LM head, so they are exact.
 """
 
 from typing import NamedTuple, Protocol
@@ -18,21 +20,21 @@ from tasks.targets.codec import Codec, TopK, topk_logits
 from tasks.train.loss import ChunkLogits, decoder_logits
 
 VOCABULARY_MULTIPLE = 64
-"""Decoders are padded to this many rows on a GPU, for its tensor cores."""
+"""On a GPU, decoders are padded to a multiple of this many rows, for its tensor cores."""
 
 
 class TeacherSignal(NamedTuple):
-    """The teacher's word on N rows: logits by chunk, hidden states [N, D]; None where the loss does not ask."""
+    """The teacher's output on N rows: logits per chunk, hidden states [N, D]; None where the loss needs none."""
 
     logits: ChunkLogits | None = None
     hidden: Tensor | None = None
 
 
 class SignalSource(Protocol):
-    """A source of targets."""
+    """A source of teacher signals."""
 
     def rows(self, batch: Batch) -> TeacherSignal:
-        """The teacher's word on every slot of the batch, B x M of them in order."""
+        """The signal of all N = B x M slots of the batch, in order. N includes unused slots."""
         ...
 
 
@@ -44,19 +46,19 @@ class NoTeacher:
 
 
 class OnlineTeacher:
-    """The teacher runs on the same masked input, nothing is kept."""
+    """Runs the teacher on the batch that the student reads; stores nothing."""
 
     def __init__(self, teacher: TeacherModel, loss: LossSettings) -> None:
         self.teacher, self.loss = teacher, loss
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> TeacherSignal:
-        hidden = hidden_rows(self.teacher.model, batch.input_ids, batch.attention_mask, batch.positions)
-        return signal_from_hidden(self.teacher, hidden.flatten(0, 1), self.loss)
+        hidden_BMD = hidden_rows(self.teacher.model, batch.input_ids, batch.attention_mask, batch.positions)
+        return signal_from_hidden(self.teacher, hidden_BMD.flatten(0, 1), self.loss)
 
 
 class CachedTeacher:
-    """Hidden states from the cache, decoded on the device, through the teacher's own LM head."""
+    """Decodes cached targets on the device. Needs only the LM head of the teacher."""
 
     def __init__(self, teacher: TeacherModel, codec: Codec, loss: LossSettings) -> None:
         self.teacher, self.codec, self.loss = teacher, codec, loss
@@ -73,9 +75,11 @@ class CachedTeacher:
 
 
 def signal_from_hidden(teacher: TeacherModel, hidden_ND: Tensor, loss: LossSettings) -> TeacherSignal:
-    """Logits (only if distil counts) and hidden states of N rows."""
+    """Hidden states of N rows, and their logits if the distil term has weight."""
     if loss.distil == 0:
         return TeacherSignal(hidden=hidden_ND)
-    weight, bias = decoder_of(teacher.model)
+    weight_VH, bias_V = decoder_of(teacher.model)
     multiple = VOCABULARY_MULTIPLE if hidden_ND.is_cuda else 1
-    return TeacherSignal(decoder_logits(head_features(teacher.model, hidden_ND), weight, bias, multiple), hidden_ND)
+    return TeacherSignal(
+        decoder_logits(head_features(teacher.model, hidden_ND), weight_VH, bias_V, multiple), hidden_ND
+    )

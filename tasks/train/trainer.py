@@ -1,24 +1,21 @@
-"""Trains a student against cached targets, a live teacher, or plain MLM, and commits the model.
+"""Trains a student on cached targets, with a teacher in the loop, or by plain MLM, and commits the model.
 
-    python -m tasks.train RUN.json                            one process
-    torchrun --nproc-per-node 2 -m tasks.train RUN.json       several
+    finished = train(run, ranks, stop)          # called by tasks.train.__main__, in every rank
 
-Reads RUN.json (tasks.run) and the store that it names; writes checkpoints and the model into the store, and
-metrics.jsonl and result.json into the run's folder. A run that was killed goes on from its newest checkpoint and ends
-with the same bits (on a CPU in one or two processes; from three on DDP adds in another order in its first step).
-SIGTERM writes a checkpoint and ends with status 143. An error ends it with one sentence and status 1, or 75 if the same
-command may succeed later.
+Reads the run (RUN.json) and the store that it names. Writes checkpoints and the model into the store, and metrics.jsonl
+and result.json into the run folder. A killed run resumes from its newest checkpoint and ends with the same bits (on a
+CPU with one or two ranks; with three or more, DDP adds gradients in another order in its first step).
 """
 
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from storage.artifact import Receipt
@@ -26,193 +23,243 @@ from storage.disk import writing
 from storage.errors import FatalError
 from storage.lease import Lease
 from storage.store import Store
-from tasks.loader.batch import BatchLoader, MaskingRule, step_ranges
+from tasks.loader.batch import Batch, BatchLoader, MaskingRule, step_ranges
 from tasks.loader.dataset import BlockDataset
 from tasks.loader.order import DataOrder
 from tasks.loader.prefetch import ReadAhead
 from tasks.models.teacher import resolve_dtype
 from tasks.recipe.run_spec import RunSpec
-from tasks.train.checkpoint import TrainingProgress, load_checkpoint, load_step, save_checkpoint
+from tasks.train.checkpoint import TrainingProgress, load_best_weights, load_checkpoint, load_step, save_checkpoint
 from tasks.train.export import save_model
 from tasks.train.flops import matrix_rate, training_work
 from tasks.train.metrics import MetricsWriter, heldout_loss
 from tasks.train.optimizer import lr_factor, make_optimizer, set_lr
 from tasks.train.process import StopSignal, pick_device
 from tasks.train.setup import TrainingSetup, set_up_training
-from tasks.train.step import Ranks, StudentWithLoss, gradient_step, sum_counts
+from tasks.train.step import Ranks, StepCounts, StudentWithLoss, gradient_step, sum_counts
 from tasks.train.teacher_signal import CachedTeacher, OnlineTeacher
 
 
-def train(run: RunSpec, world: Ranks, stop: StopSignal) -> bool:
-    """Trains to the end (True) or to SIGTERM (False); the model is in the store when it returns True."""
-    # The cache of the flows: HOME/cache beside HOME/run/KEY.
+def train(run: RunSpec, ranks: Ranks, stop: StopSignal) -> bool:
+    """Trains to the last step (True) or until a stop signal (False). When it returns True, the model is in the store.
+
+    FatalError: the run cannot work as it is configured, or its loss is not finite. RetryableError: the store did not
+    answer, or a checkpoint was damaged.
+    """
+    # The cache that the flows use: HOME/cache, next to HOME/run/KEY.
     store = Store(run.store, cache=Path(run.folder).parent.parent / "cache", cache_bytes=run.cache_bytes)
     if store.has(run.model_ref):
-        if world.rank == 0:  # a kill between model and result leaves the one without the other
+        if ranks.rank == 0:  # a kill between the two writes leaves a model without result.json
             write_result(run, store.receipt(run.model_ref))
         return True
+    _check_best_is_defined(run)
     torch.manual_seed(run.train.seed)
     device = pick_device(run)
-    built = set_up_training(run, store, device)
-    optimizer = make_optimizer(built.student, run.train)
-    lease = Lease.take(store, run.run_key, run.reads()) if world.rank == 0 else None
-    progress = resume(store, run, built.student, optimizer, world)
-    trainer = Trainer(run, store, built, optimizer, world, lease, device)
+    setup = set_up_training(run, store, device)
+    optimizer = make_optimizer(setup.student, run.train)
+    lease = Lease.take(store, run.run_key, run.reads()) if ranks.rank == 0 else None
+    progress = resume(store, run, setup.student, optimizer, ranks)
+    trainer = Trainer(run, store, setup, optimizer, ranks, lease, device)
     progress = trainer.loop(progress, stop)
     finished = progress.step >= run.total_steps
-    if world.rank == 0 and finished:
-        vocabulary = Path(built.vocabulary.folder)
-        receipt = save_model(store, run, built.student, progress, vocabulary, ranks=world.ranks)
-        write_result(run, receipt)
+    if ranks.rank == 0 and finished:
+        _save_result(run, store, setup, progress, ranks)
         if lease:
             lease.end()
-    if world.ranks > 1:
+    if ranks.world_size > 1:
         dist.barrier()
     return finished
 
 
-def resume(
-    store: Store, run: RunSpec, student: nn.Module, optimizer: torch.optim.Optimizer, world: Ranks
-) -> TrainingProgress:
-    """Restores the newest whole checkpoint that rank 0 finds, on every rank.
+def _check_best_is_defined(run: RunSpec) -> None:
+    """FatalError: train.result = "best", but the run never validates."""
+    if run.train.result == "best" and not run.train.validate_steps:
+        raise FatalError(
+            f'run {run.name}: train.result = "best" needs validation, but train.validate_steps = 0; set it to a number '
+            'of steps, or set train.result = "last"'
+        )
+    if run.train.result == "best" and not run.heldout:
+        raise FatalError(
+            f'run {run.name}: train.result = "best" needs held-out blocks, but there are none; raise '
+            'corpus.heldout_per_mille, or set train.result = "last"'
+        )
 
-    Ranks that each looked for themselves could find different ones, where a listing lags or an older process of the
-    run has just written. FatalError where a rank cannot read that of rank 0.
+
+def resume(
+    store: Store, run: RunSpec, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> TrainingProgress:
+    """Restores the newest intact checkpoint that rank 0 finds, on every rank.
+
+    Ranks that each searched for it could find different ones where a listing lags, or where an older process of the run
+    has just written one. FatalError: a rank cannot read the checkpoint of rank 0.
     """
-    progress = load_checkpoint(store, run, student, optimizer) if world.rank == 0 else TrainingProgress()
-    if world.ranks == 1:
+    progress = load_checkpoint(store, run, student, optimizer) if ranks.rank == 0 else TrainingProgress()
+    if ranks.world_size == 1:
         return progress
     step = torch.tensor(progress.step)
-    dist.broadcast(step, 0, group=world.counting)
-    return progress if world.rank == 0 else load_step(store, run, student, optimizer, int(step))
+    dist.broadcast(step, 0, group=ranks.cpu_group)
+    return progress if ranks.rank == 0 else load_step(store, run, student, optimizer, int(step))
+
+
+class StepResult(NamedTuple):
+    """One optimizer step: [total, distil, cosine, mlm] over all ranks, gradient norm before clipping, learning rate."""
+
+    losses: Tensor
+    grad_norm: Tensor
+    lr: float
 
 
 class Trainer:
-    """The loop over steps. Holds what does not change during a run; what does is in Progress."""
+    """The training loop of one rank. Its attributes do not change during a run; TrainingProgress holds what does."""
 
     def __init__(
         self,
         run: RunSpec,
         store: Store,
-        built: TrainingSetup,
+        setup: TrainingSetup,
         optimizer: torch.optim.Optimizer,
-        world: Ranks,
+        ranks: Ranks,
         lease: Lease | None,
         device: torch.device,
     ) -> None:
-        self.run, self.store, self.built, self.optimizer = run, store, built, optimizer
-        self.world, self.lease, self.device = world, lease, device
+        self.run, self.store, self.setup, self.optimizer = run, store, setup, optimizer
+        self.ranks, self.lease, self.device = ranks, lease, device
         on_gpu = device.type == "cuda"
         dtype = resolve_dtype(run.train.dtype, device)
         self.autocast = dtype if dtype != torch.float32 else None
-        distiller = StudentWithLoss(built.student, run.loss, compile_encoder=on_gpu and run.train.compile)
-        self.distiller: nn.Module = distiller
-        if world.ranks > 1:
+        student_with_loss = StudentWithLoss(setup.student, run.loss, compile_encoder=on_gpu and run.train.compile)
+        self.student_with_loss: nn.Module = student_with_loss
+        if ranks.world_size > 1:
             head_unused = run.loss.distil == run.loss.mlm == 0
-            self.distiller = DistributedDataParallel(distiller, find_unused_parameters=head_unused)
-        self.meter = make_metrics_writer(run, built, device, world) if world.rank == 0 else None
+            self.student_with_loss = DistributedDataParallel(student_with_loss, find_unused_parameters=head_unused)
+        self.metrics = make_metrics_writer(run, setup, device, ranks) if ranks.rank == 0 else None
 
     def loop(self, progress: TrainingProgress, stop: StopSignal) -> TrainingProgress:
-        """Steps until the run is whole or asked to stop; ends on a checkpoint either way."""
+        """Trains to the last step or until any rank receives a stop signal; writes a checkpoint either way."""
         run, train = self.run, self.run.train
-        if self.meter:
-            self.meter.cut_back(progress.step)
-        self.distiller.train()
-        loader = self._loader(progress.step)
-        saved = progress.step
-        for batches in loader:
-            sums = sum_counts(batches, stop.asked, self.world)
-            # The same numbers on every resume: dropout depends on where we are, not on how we came here.
-            torch.manual_seed((train.seed << 32) + progress.step * self.world.ranks + self.world.rank)
-            lr = train.lr * lr_factor(progress.step, run.total_steps, train)
-            set_lr(self.optimizer, lr)
-            parts = gradient_step(self.distiller, self.built.supervision, batches, sums, self.world, self.autocast)
-            norm = nn.utils.clip_grad_norm_(self.built.student.parameters(), train.clip or math.inf)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            progress = self._advance(progress, sums.tokens)
-            last = progress.step >= run.total_steps
-            at_checkpoint = progress.step % train.checkpoint_steps == 0 or last or sums.stop
-            at_look = self._should_validate(progress.step, last)
-            # Whatever may become a checkpoint ends a line of metrics and is looked at for NaN first.
-            due = at_checkpoint or at_look or progress.step % train.log_steps == 0
-            if self.world.ranks > 1:
-                dist.all_reduce(parts)
-            if self.meter:
-                self.meter.add(progress, parts, norm, lr, sums, loader.waited, due=due)
-            if self.device.type == "cpu" or due:
-                self._refuse_nonfinite(progress, parts, norm)
-            if at_look:
+        if self.metrics:
+            self.metrics.cut_back(progress.step)
+        self.student_with_loss.train()
+        dataloader = self._dataloader(progress.step)
+        saved_step = progress.step
+        for batches in dataloader:
+            step_counts = sum_counts(batches, stop.requested, self.ranks)
+            result = self._train_step(progress.step, batches, step_counts)
+            progress = self._advance(progress, step_counts.tokens)
+            is_last = progress.step >= run.total_steps
+            save_now = progress.step % train.checkpoint_steps == 0 or is_last or step_counts.stop
+            validate_now = self._should_validate(progress.step, is_last)
+            # A step that may become a checkpoint also ends a line of metrics, and is checked for NaN before.
+            log_now = save_now or validate_now or progress.step % train.log_steps == 0
+            if self.ranks.world_size > 1:
+                dist.all_reduce(result.losses)
+            if self.metrics:
+                self.metrics.add(progress, *result, step_counts, dataloader.waited, due=log_now)
+            if self.device.type == "cpu" or log_now:
+                self._check_finite(progress, result)
+            if validate_now:
                 progress = self._validate(progress)
-            if at_checkpoint or progress.best_step == progress.step:
-                saved = self._checkpoint(progress, saved)
-            if sums.stop:
+            if save_now or (train.result == "best" and progress.best_step == progress.step):
+                saved_step = self._checkpoint(progress, saved_step)
+            if step_counts.stop:
                 break
         return progress
 
-    def _loader(self, step: int) -> BatchLoader:
+    def _train_step(self, step: int, batches: list[Batch], step_counts: StepCounts) -> StepResult:
+        """One optimizer step (0-based). The losses are this rank's share."""
+        train = self.run.train
+        # The seed depends on the position in the run only, so dropout is the same after every resume.
+        torch.manual_seed((train.seed << 32) + step * self.ranks.world_size + self.ranks.rank)
+        lr = train.lr * lr_factor(step, self.run.total_steps, train)
+        set_lr(self.optimizer, lr)
+        losses = gradient_step(
+            self.student_with_loss, self.setup.signal_source, batches, step_counts, self.ranks, self.autocast
+        )
+        grad_norm = nn.utils.clip_grad_norm_(self.setup.student.parameters(), train.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(losses, grad_norm, lr)
+
+    def _dataloader(self, step: int) -> BatchLoader:
+        """The batches of this rank from `step` on."""
         run, train = self.run, self.run.train
-        supervision = self.built.supervision
-        codec = supervision.codec if isinstance(supervision, CachedTeacher) else None
-        corpus = BlockDataset(self.store, run.manifest, codec is not None, codec)
+        source = self.setup.signal_source
+        codec = source.codec if isinstance(source, CachedTeacher) else None
+        dataset = BlockDataset(self.store, run.manifest, codec is not None, codec)
         order = DataOrder(tuple(part.rows for part in run.manifest), train.window_shards, train.seed)
-        plan = step_ranges(step, run.total_steps, train.batch_rows, train.micro_rows, self.world.rank, self.world.ranks)
-        masking = MaskingRule(self.built.vocabulary, run.mask, run.targets.positions == "all", self.built.counts)
-        ahead = ReadAhead(corpus, order, run.total_steps * train.batch_rows, run.mask.variants)
-        return BatchLoader(corpus, masking, order, plan, ahead, prefetch=train.prefetch, pin=self.device.type == "cuda")
+        ranges = step_ranges(
+            step, run.total_steps, train.batch_rows, train.micro_rows, self.ranks.rank, self.ranks.world_size
+        )
+        masking = MaskingRule(self.setup.vocabulary, run.mask, run.targets.positions == "all", self.setup.token_counts)
+        read_ahead = ReadAhead(dataset, order, run.total_steps * train.batch_rows, run.mask.variants)
+        pin = self.device.type == "cuda"
+        return BatchLoader(dataset, masking, order, ranges, read_ahead, prefetch=train.prefetch, pin=pin)
 
     def _advance(self, progress: TrainingProgress, tokens: int) -> TrainingProgress:
         step = progress.step + 1
         return replace(progress, step=step, cursor=step * self.run.train.batch_rows, tokens=progress.tokens + tokens)
 
-    def _refuse_nonfinite(self, progress: TrainingProgress, parts: torch.Tensor, norm: torch.Tensor) -> None:
-        """Stops before anything not finite can reach a checkpoint."""
-        if not (bool(torch.isfinite(parts).all()) and bool(torch.isfinite(norm))):
-            total, distil, cosine, mlm = parts.tolist()
+    def _check_finite(self, progress: TrainingProgress, result: StepResult) -> None:
+        """FatalError: a loss or the gradient norm is not finite. Called before every checkpoint."""
+        if not (bool(torch.isfinite(result.losses).all()) and bool(torch.isfinite(result.grad_norm))):
+            total, distil, cosine, mlm = result.losses.tolist()
             raise FatalError(
                 f"run {self.run.name}: the loss is not finite at step {progress.step} (total {total}, distil {distil}, "
-                f"cosine {cosine}, mlm {mlm}, gradient norm {float(norm)}); the last checkpoint is kept. "
+                f"cosine {cosine}, mlm {mlm}, gradient norm {float(result.grad_norm)}); the last checkpoint is kept. "
                 "Lower train.lr or train.clip"
             )
 
-    def _should_validate(self, step: int, last: bool) -> bool:
-        """Whether held-out blocks are looked at after this step."""
+    def _should_validate(self, step: int, is_last: bool) -> bool:
         every = self.run.train.validate_steps
-        return bool(every and self.run.heldout) and (last or step % every == 0)
+        return bool(every and self.run.heldout) and (is_last or step % every == 0)
 
     def _validate(self, progress: TrainingProgress) -> TrainingProgress:
-        """One look, by rank 0; only there the progress knows the best."""
-        if not self.meter:
+        """Measures the held-out loss on rank 0; only its progress knows the best step."""
+        if not self.metrics:
             return progress
-        found = heldout_loss(self.store, self.run, self.built, self.device, self.autocast)
-        self.meter.validated(progress.step, found)
-        is_best = math.isfinite(found.loss) and (progress.best is None or found.loss < progress.best)
-        return replace(progress, best=found.loss, best_step=progress.step) if is_best else progress
+        heldout = heldout_loss(self.store, self.run, self.setup, self.device, self.autocast)
+        self.metrics.validated(progress.step, heldout)
+        is_best = math.isfinite(heldout.loss) and (progress.best is None or heldout.loss < progress.best)
+        return replace(progress, best=heldout.loss, best_step=progress.step) if is_best else progress
 
-    def _checkpoint(self, progress: TrainingProgress, saved: int) -> int:
-        """Rank 0 writes; the others hold the same weights."""
-        if self.lease and self.meter and progress.step > saved:
+    def _checkpoint(self, progress: TrainingProgress, saved_step: int) -> int:
+        """Saves a checkpoint on rank 0 (the other ranks hold the same weights) and returns its step.
+
+        FatalError: another process has taken the run over.
+        """
+        if self.lease and progress.step > saved_step:
             self.lease.renew()
-            save_checkpoint(self.store, self.run, self.built.student, self.optimizer, progress)
+            save_checkpoint(self.store, self.run, self.setup.student, self.optimizer, progress)
         return progress.step
 
 
-def make_metrics_writer(run: RunSpec, built: TrainingSetup, device: torch.device, world: Ranks) -> MetricsWriter:
-    """On a GPU with what MFU is measured against: the rate of large products on this one, for each rank."""
+def make_metrics_writer(run: RunSpec, setup: TrainingSetup, device: torch.device, ranks: Ranks) -> MetricsWriter:
+    """On a GPU with the peak rate that MFU is measured against: that of large matrix products here, for each rank."""
     if device.type == "cpu":
         return MetricsWriter(run)
-    told = built.supervision
-    teacher = told.teacher.model if isinstance(told, CachedTeacher | OnlineTeacher) else None
-    work = training_work(built.student, run.blocks.length, run.loss, teacher, online=isinstance(told, OnlineTeacher))
-    return MetricsWriter(run, work, matrix_rate(device) * world.ranks)
+    source = setup.signal_source
+    teacher = source.teacher.model if isinstance(source, CachedTeacher | OnlineTeacher) else None
+    work = training_work(setup.student, run.blocks.length, run.loss, teacher, online=isinstance(source, OnlineTeacher))
+    return MetricsWriter(run, work, matrix_rate(device) * ranks.world_size)
+
+
+def _save_result(run: RunSpec, store: Store, setup: TrainingSetup, progress: TrainingProgress, ranks: Ranks) -> None:
+    """Commits the model with the weights that train.result selects, then writes result.json."""
+    if run.train.result == "best":
+        load_best_weights(store, run, setup.student, progress)
+    tokenizer = Path(setup.vocabulary.folder)
+    write_result(run, save_model(store, run, setup.student, progress, tokenizer, ranks=ranks.world_size))
 
 
 def write_result(run: RunSpec, receipt: Receipt) -> None:
-    """Says in the run's folder what came out."""
+    """Writes result.json into the run folder: the model, the steps and tokens of the training, the step of the saved
+    weights."""
     result: dict[str, Any] = {
         "model": {"kind": receipt.kind, "key": receipt.key, "label": receipt.label},
         "steps": receipt.settings["steps"],
         "tokens": receipt.tokens,
+        "result": receipt.info["result"],
+        "step": receipt.info["step"],
     }
-    with writing(f"the run's folder {run.folder}"):
+    with writing(f"the run folder {run.folder}"):
         (Path(run.folder) / "result.json").write_text(json.dumps(result), encoding="utf-8")

@@ -1,16 +1,17 @@
-"""How near shards and blocks come to what their parts cost alone, in one process and in two.
+"""Speed of sharding and tokenizing, compared with decompression, parsing and tokenizer alone, in one and two processes.
 
     python -m tests.benchmarks.corpus                                                  the bundled corpus and tokenizer
     python -m tests.benchmarks.corpus --corpus FOLDER --tokenizer FOLDER --sources 2   .jsonl.zst sources of your own
 
 Needs the project installed with its extra `test`. Prints a table and writes it into tests/benchmarks/results/.
 
-Shards are compared with unpacking the same bytes at once and parsing every line, and nothing else: by the standard
-library's json (what the target means) and by orjson (what the reader uses). Ours does besides: sha256 of source,
-documents and files, UTF-8, filters, de-duplication, Arrow, fsync. Blocks are compared with `Tokenizer.encode_batch` as
-it comes, and with `encode_batch_fast` and the larger word cache that ours uses; neither keeps a single id. MB are of
-UTF-8 text (blocks) and of unpacked JSON (shards), per CPU second, the best of several rounds in turn. Two processes:
-CPU time of what each of them does at once, so that what they lose to shared caches and memory shows.
+Shards are compared with decompressing the same bytes at once and parsing every line, and nothing else: by the standard
+library's json (which the target refers to) and by orjson (which the reader uses). Sharding also computes SHA-256 of
+source, documents and files, checks UTF-8, filters, removes duplicates, writes Arrow and calls fsync. Blocks are
+compared with `Tokenizer.encode_batch` in its default configuration, and with `encode_batch_fast` and the larger word
+cache that ours uses; both discard the ids. MB are of UTF-8 text (blocks) and of decompressed JSON (shards), per CPU
+second, the best of several alternating rounds. Two processes: CPU time of each while both are busy, which shows the
+cost of shared caches and memory.
 """
 
 import argparse
@@ -29,10 +30,10 @@ import orjson
 import zstandard
 from tokenizers import Tokenizer
 
-from storage.arrow import read_table
+from storage.arrow import TEXT_FILE, open_arrow
 from storage.artifact import Receipt
 from storage.store import Store
-from tasks.corpus.shard import FILE, shard_source, shards_of
+from tasks.corpus.shard import shard_source, shards_of
 from tasks.corpus.snapshot import Source, take_snapshot
 from tasks.recipe.config import BlockSettings, CorpusSettings
 from tasks.tokens.blocks import make_blocks
@@ -50,17 +51,17 @@ from tests.benchmarks.results import (
     shown,
 )
 
-TRIES = 5
+REPEATS = 5
 JOBS = 6
 SHARD_BYTES = 4_000_000
-"""Small shards, so that one of them is tokenised in seconds."""
+"""Small shards, so that one of them is tokenized in seconds."""
 BATCH = 256
-"""Documents that encode_batch gets at once: about as much text as ours gives it."""
+"""Documents per call of encode_batch: about as much text per call as tasks.tokens passes."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Sources, and an empty store beside them."""
+    """Sources, and a folder with an initially empty store."""
 
     sources: tuple[Source, ...]
     settings: CorpusSettings
@@ -68,11 +69,11 @@ class Place:
     folder: Path
 
     def store(self) -> Store:
-        """The store."""
+        """The store in the folder."""
         return Store(self.folder / "store")
 
     def clear(self) -> None:
-        """Empties it: what is there would not be made again."""
+        """Empties the store: existing artifacts would not be computed again."""
         shutil.rmtree(self.folder / "store", ignore_errors=True)
 
 
@@ -80,7 +81,7 @@ class Place:
 
 
 def parse(source: Source, loads: Callable[[bytes], object]) -> int:
-    """The limit, with all memory it likes: unpack the whole source, parse every line; returns the unpacked bytes."""
+    """Decompresses a source in memory and parses every line: a lower bound. Returns the decompressed bytes."""
     with open(source.url, "rb") as file:
         data = zstandard.ZstdDecompressor().stream_reader(file).read()
     for line in data.split(b"\n"):
@@ -90,22 +91,22 @@ def parse(source: Source, loads: Callable[[bytes], object]) -> int:
 
 
 def shard_all(place: Place) -> list[Receipt]:
-    """Ours, into an empty store."""
+    """Shards every source into an empty store."""
     place.clear()
     return [shard_source(place.store(), source, place.settings) for source in place.sources]
 
 
-def shard_rows(place: Place, tries: int = TRIES) -> list[Row]:
-    """MB of unpacked JSON a CPU second: ours beside both parsers."""
+def shard_rows(place: Place, repeats: int = REPEATS) -> list[Row]:
+    """MB of decompressed JSON per CPU second: sharding, compared with both parsers."""
     megabytes = sum(parse(source, orjson.loads) for source in place.sources) / 1e6
-    works: list[Callable[[], object]] = [partial(shard_all, place)]
-    works += [partial(_parse_all, place, loads) for loads in (json.loads, orjson.loads)]
-    ours, *limits = (megabytes / seconds for seconds in least_cpu(works, tries))
-    names = ("shard, against zstd + json", "shard, against zstd + orjson")
-    reaches = (0.6, None)
+    runs: list[Callable[[], object]] = [partial(shard_all, place)]
+    runs += [partial(_parse_all, place, loads) for loads in (json.loads, orjson.loads)]
+    ours, *limits = (megabytes / seconds for seconds in least_cpu(runs, repeats))
+    names = ("shard, compared with zstd + json", "shard, compared with zstd + orjson")
+    targets = (0.6, None)
     return [
-        Row(name, "MB/CPU-s", ours, limit, ours / limit, reach)
-        for name, limit, reach in zip(names, limits, reaches, strict=True)
+        Row(name, "MB/CPU-s", ours, limit, ours / limit, target)
+        for name, limit, target in zip(names, limits, targets, strict=True)
     ]
 
 
@@ -122,24 +123,24 @@ def small(place: Place) -> Place:
 # ---- blocks ------------------------------------------------------------------------------------------------
 
 
-def block_rows(place: Place, tries: int = TRIES) -> list[Row]:
-    """MB of text a CPU second, over the first shard of the first source: ours beside the tokenizer alone."""
+def block_rows(place: Place, repeats: int = REPEATS) -> list[Row]:
+    """MB of text per CPU second, over the first shard of the first source, compared with the tokenizer alone."""
     place = small(place)
     store, shard = place.store(), shards_of(shard_all(place)[0])[0]
-    texts = read_table(store.local(store.receipt(shard)) / FILE).column("text").to_pylist()
+    texts = open_arrow(store.local(store.receipt(shard)) / TEXT_FILE).read_all().column("text").to_pylist()
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     plain = Tokenizer.from_file(str(Path(place.vocabulary.folder) / "tokenizer.json"))
     plain.no_truncation()
     plain.no_padding()
     fast = load_tokenizer(place.vocabulary)
-    works: list[Callable[[], object]] = [
+    runs: list[Callable[[], object]] = [
         partial(make_blocks, store, shard, BlockSettings(), place.vocabulary, force=True)
     ]
-    works += [partial(_encode, encode, texts) for encode in (plain.encode_batch, fast.encode_batch_fast)]
-    ours, *limits = (megabytes / seconds for seconds in least_cpu(works, tries))
+    runs += [partial(_encode, encode, texts) for encode in (plain.encode_batch, fast.encode_batch_fast)]
+    ours, *limits = (megabytes / seconds for seconds in least_cpu(runs, repeats))
     return [
-        Row("blocks, against encode_batch", "MB/CPU-s", ours, limits[0], ours / limits[0], 0.9),
-        Row("blocks, against encode_batch_fast, larger cache", "MB/CPU-s", ours, limits[1], ours / limits[1]),
+        Row("blocks, compared with encode_batch", "MB/CPU-s", ours, limits[0], ours / limits[0], 0.9),
+        Row("blocks, compared with encode_batch_fast, larger cache", "MB/CPU-s", ours, limits[1], ours / limits[1]),
     ]
 
 
@@ -152,7 +153,7 @@ def _encode(encode: Callable[..., object], texts: Sequence[str]) -> None:
 
 
 def chain(place: Place, number: int) -> float:
-    """One source to its shards and the blocks of the first, in a store of its own; CPU seconds."""
+    """Shards one source and makes the blocks of its first shard, in a store of its own; returns CPU seconds."""
     start = time.process_time()
     with tempfile.TemporaryDirectory(dir=place.folder) as home:
         store = Store(Path(home))
@@ -162,35 +163,38 @@ def chain(place: Place, number: int) -> float:
 
 
 def scaling_row(place: Place, jobs: int = JOBS) -> Row:
-    """What a source costs where two worker processes are busy at once, beside one that is alone."""
+    """Sources per CPU second of each of two busy worker processes, compared with a single one."""
     place, speeds = small(place), []
     for processes in (1, 2):
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(partial(chain, place), range(processes)))  # starts the processes, loads the tokenizer
+            list(
+                pool.map(partial(chain, place), range(processes))
+            )  # warm-up: starts the processes, loads the tokenizer
             speeds.append(jobs / sum(pool.map(partial(chain, place), [0] * jobs)))
     one, two = speeds
-    return Row("shard + blocks, each of two processes against one alone", "sources/CPU-s", two, one, two / one)
+    return Row("shard + blocks, each of two processes compared with one", "sources/CPU-s", two, one, two / one)
 
 
 def measure(place: Place) -> list[Row]:
-    """All lines."""
+    """Every row of the table."""
     return [*shard_rows(place), *block_rows(place), scaling_row(place)]
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="folder of .jsonl.zst sources")
     parser.add_argument("--tokenizer", type=Path, default=TEACHER, help="folder of the tokenizer")
-    parser.add_argument("--sources", type=int, default=1, help="sources that are measured")
+    parser.add_argument("--sources", type=int, default=1, help="number of sources to measure")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
     given = parser.parse_args()
     settings = CorpusSettings(url=str(given.corpus), pattern="*.jsonl.zst")
     with tempfile.TemporaryDirectory() as folder:
         sources = take_snapshot(settings).sources[: given.sources]
         rows = measure(Place(sources, settings, load_vocabulary(str(given.tokenizer)), Path(folder)))
+    megabytes = sum(source.size for source in sources) / 1e6
     facts = facts_of(
-        corpus=f"{shown(given.corpus)}, {len(sources)} sources, {sum(one.size for one in sources) / 1e6:.1f} MB packed",
+        corpus=f"{shown(given.corpus)}, {len(sources)} sources, {megabytes:.1f} MB compressed",
         tokenizer=shown(given.tokenizer),
     )
     publish(Report("corpus", "Shards and blocks", facts, rows, notes_of(__doc__)), given.results)

@@ -1,16 +1,16 @@
-"""How faithful, how small and how fast each encoding of the teacher's hidden states is, through the real files.
+"""Fidelity, size and speed of each encoding of the teacher's hidden states, measured through the files on disk.
 
     python -m tests.benchmarks.encodings                                          the bundled demo teacher and corpus
     python -m tests.benchmarks.encodings --teacher FOLDER --corpus FOLDER --shards 9 --device cuda
 
 Needs the project installed (`pip install -e .`). Every encoding is written by tasks.targets.compute into a store, read
 back, decoded and compared with a live forward of the teacher in float32. Prints a table and writes it, as Markdown
-and JSON, into tests/benchmarks/results/ under date and hardware.
+and JSON, into tests/benchmarks/results/, named by date and hardware.
 
-KL is mean KL(teacher || decoded) in nats at temperature 1, through the teacher's LM head, over the whole vocabulary
-(topk: its tail spread evenly, as the trainer does). centred 1-cos is taken after the channel means of the live hidden
-states are off. Encode and decode are shares of the time of the teacher's forward over the same blocks, in one run.
-The arithmetic here is its own, in float64, and not that of tasks.targets.parity: it checks it.
+KL is mean KL(teacher || decoded) in nats at temperature 1, through the teacher's LM head, over the full vocabulary
+(topk: the tail's probability is spread evenly, as in the trainer). centred 1-cos is computed after subtracting the
+channel means of the live hidden states. Encode and decode times are relative to the teacher's forward over the same
+blocks, in one run. The arithmetic is independent of tasks.targets.parity and in float64, so it also checks that module.
 """
 
 import argparse
@@ -24,17 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storage.arrow import TARGETS_FILE
 from storage.artifact import Receipt, Ref
 from storage.store import Store
 from tasks.corpus.shard import shard_source, shards_of
 from tasks.corpus.snapshot import take_snapshot
-from tasks.recipe.config import BlockSettings as BlockSettings
-from tasks.recipe.config import CorpusSettings, MaskSettings, TargetSettings, TeacherSettings
+from tasks.models.forward import logits_in_chunks
+from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings, TargetSettings, TeacherSettings
 from tasks.targets.calibration import calibrate
-from tasks.targets.capture import Capture, encode, hidden_states, logits_of, masked_inputs, teacher_batches
+from tasks.targets.capture import Capture, encode, hidden_states, masked_inputs, teacher_batches
 from tasks.targets.codec import Codec, topk_logits
 from tasks.targets.compute import make_targets, open_capture
-from tasks.targets.file import FILE, open_targets
+from tasks.targets.file import open_targets
 from tasks.targets.keys import needs_calibration
 from tasks.tokens.blocks import Blocks, make_blocks, open_blocks
 from tasks.tokens.vocabulary import load_vocabulary
@@ -47,7 +48,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Figures:
-    """One line of the table. `cosine` is None for topk, which keeps no hidden states; times are in teacher forwards."""
+    """One row of the table. `cosine` is None for topk, which keeps no hidden states; times are in teacher forwards."""
 
     encoding: str
     payload_bytes: int
@@ -84,7 +85,7 @@ def capture_of(
 def measure(
     store: Store, blocks: Sequence[Ref], teacher: Path, encodings: Sequence[str], device: str = "cpu"
 ) -> list[Figures]:
-    """Writes targets of all blocks in each encoding, and compares what is read back with one live forward."""
+    """Writes targets of all blocks in each encoding, reads them back and compares them with one live forward."""
     choices = [TargetSettings.model_validate({"encoding": encoding}) for encoding in encodings]
     captures = [capture_of(store, blocks, teacher, targets, device) for targets in choices]
     live_ND, forward = _live(captures[0], [open_blocks(store, ref) for ref in blocks])
@@ -97,7 +98,7 @@ def _measure_one(store: Store, blocks: Sequence[Ref], capture: Capture, live_ND:
     payload = np.concatenate([targets.payload(np.arange(len(targets))) for targets in opened])
     payload_NP = torch.from_numpy(payload).to(capture.teacher.device)
     codec = opened[0].codec
-    stored = sum((store.local(receipt) / FILE).stat().st_size for receipt in receipts)
+    stored = sum((store.local(receipt) / TARGETS_FILE).stat().st_size for receipt in receipts)
     kl, cosine = compare(capture, codec, live_ND, payload_NP)
     decode = codec.decode_topk if codec.name == "topk" else codec.decode
     return Figures(
@@ -118,14 +119,14 @@ def compare(capture: Capture, codec: Codec, live_ND: Tensor, payload_NP: Tensor)
     teacher = capture.teacher
     if codec.name == "topk":
         kept = codec.decode_topk(payload_NP)
-        live = list(logits_of(teacher, live_ND))
+        live = list(logits_in_chunks(teacher.model, live_ND))
         ends = np.cumsum([len(part) for part in live]).tolist()
         parts = [
             topk_logits(kept, end - len(part), end, codec.vocab_size) for part, end in zip(live, ends, strict=True)
         ]
         return _kl(live, parts) / len(live_ND), None
     decoded_ND = codec.decode(payload_NP)
-    kl = _kl(logits_of(teacher, live_ND), logits_of(teacher, decoded_ND)) / len(live_ND)
+    kl = _kl(logits_in_chunks(teacher.model, live_ND), logits_in_chunks(teacher.model, decoded_ND)) / len(live_ND)
     centre_D = live_ND.double().mean(0)
     cosine_N = torch.cosine_similarity(live_ND.double() - centre_D, decoded_ND.double() - centre_D)
     return kl, float((1 - cosine_N).mean())
@@ -141,13 +142,13 @@ def _kl(live: Iterable[Tensor], decoded: Iterable[Tensor]) -> float:
 
 
 def _live(capture: Capture, parts: Sequence[Blocks]) -> tuple[Tensor, float]:
-    """Hidden states [N, D] of a live forward over all blocks, and its seconds; masks are prepared before."""
+    """Hidden states [N, D] of a live forward over all blocks, and its seconds without the time for masking."""
     inputs = [
         masked_inputs(capture, blocks, rows, 0)
         for blocks in parts
         for rows in teacher_batches(capture.teacher, np.arange(len(blocks)), blocks.input_ids.shape[1])
     ]
-    hidden_states(capture.teacher, inputs[0])  # warm
+    hidden_states(capture.teacher, inputs[0])  # warm-up
     synchronize(capture.teacher.device)
     start = time.perf_counter()
     found = [hidden_states(capture.teacher, some) for some in inputs]
@@ -155,12 +156,12 @@ def _live(capture: Capture, parts: Sequence[Blocks]) -> tuple[Tensor, float]:
     return torch.cat(found), time.perf_counter() - start
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The best of a few tries."""
+def _seconds(function: Callable[[], object]) -> float:
+    """The least seconds of a few calls."""
     best = float("inf")
     for _ in range(REPEATS):
         start = time.perf_counter()
-        work()
+        function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
@@ -171,12 +172,12 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def markdown(table: Sequence[Figures], facts: dict[str, str]) -> str:
-    """The table and what it was measured on."""
+    """The table with the conditions of the measurement."""
     lines = ["# Encodings of the teacher's hidden states", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [
         "",
-        "| encoding | bytes a position (file) | payload | KL | centred 1-cos | encode/forward | decode/forward |",
+        "| encoding | bytes per position (file) | payload | KL | centred 1-cos | encode/forward | decode/forward |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in table:
@@ -189,13 +190,13 @@ def markdown(table: Sequence[Figures], facts: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of a masked language model")
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="folder of source files")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a block")
-    parser.add_argument("--shard-bytes", type=int, default=200_000, help="UTF-8 bytes of text in a shard")
-    parser.add_argument("--shards", type=int, default=3, help="text shards that are measured, over all sources in turn")
+    parser.add_argument("--length", type=int, default=128, help="tokens per block")
+    parser.add_argument("--shard-bytes", type=int, default=200_000, help="UTF-8 bytes of text per shard")
+    parser.add_argument("--shards", type=int, default=3, help="number of text shards, taken in turn from all sources")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
     given = parser.parse_args()

@@ -1,9 +1,9 @@
-"""A corpus on paper: a recipe, and a store with receipts of everything from sources to targets, a byte of data each.
+"""A synthetic corpus: a recipe, and a store with receipts of all artifacts from sources to targets, one byte each.
 
     make_paper(folder, folder / "store", shards=2000)
     recipe = recipe_of(folder, str(folder / "store"))
 
-For the benchmarks that measure the keeping of books alone.
+For the benchmarks that measure bookkeeping alone: listing, planning, status, submitting.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from storage.artifact import DataFile, Receipt, Ref, digest_of_files
 from storage.fingerprint import sha256_bytes
 from storage.store import Store
 from tasks.corpus.snapshot import remember_source_content
-from tasks.lineage import trace
+from tasks.lineage import Workspace, trace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tests.benchmarks.results import TEACHER
@@ -26,7 +26,7 @@ BYTE = b"x"
 
 
 def recipe_of(folder: Path, root: str) -> Recipe:
-    """`root` is the store's address."""
+    """A recipe over the synthetic corpus; `root` is the address of the store."""
     values = {
         "name": "scale",
         "home": str(folder / "home"),
@@ -39,7 +39,7 @@ def recipe_of(folder: Path, root: str) -> Recipe:
 
 
 def make_paper(folder: Path, root: Path, shards: int) -> None:
-    """Everything from sources to targets, written without fsync: a store that a real run has left."""
+    """Writes receipts and data of all artifacts from sources to targets, as a complete run leaves them; no fsync."""
     write_oscar(folder / "corpus", parts=SOURCES, texts=1)
     recipe, store = recipe_of(folder, str(root)), Store(root)
     for source in trace(store, recipe).snapshot.sources:
@@ -49,12 +49,12 @@ def make_paper(folder: Path, root: Path, shards: int) -> None:
         own = range(number, shards, SOURCES)
         listed = [{"key": f"{one:064x}", "label": f"{source.label}-{one:04d}", "rows": 1, "bytes": 1} for one in own]
         _write(store, ref, {"shards": listed, "heldout": []})
-    for _ in range(2):  # the sample of the calibration is only known once there are blocks
+    for _ in range(2):  # the calibration sample is only known once the blocks exist
         lineage = trace(store, recipe)
         for refs in lineage.stages().values():
             for ref in store.missing(refs):
                 _write(store, ref)
-        prepare_corpus(store, recipe)
+        prepare_corpus(Workspace(store, recipe))
 
 
 def _write(store: Store, ref: Ref, info: dict[str, Any] | None = None) -> None:
@@ -76,7 +76,7 @@ def _write(store: Store, ref: Ref, info: dict[str, Any] | None = None) -> None:
         created="2026-01-01T00:00:00+00:00",
     )
     contents = {
-        layout.data_path(ref.kind, ref.key, digest_of_files(files), "data"): BYTE,
+        f"{layout.content_folder(ref.kind, ref.key, digest_of_files(files))}/data": BYTE,
         layout.receipt_path(ref.kind, ref.key): receipt.to_json(),
     }
     for name, data in contents.items():

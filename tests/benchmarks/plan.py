@@ -1,15 +1,15 @@
-"""How well `distil plan` foretells: the plan, then the run it is about, and the ratio of the two stage by stage.
+"""Accuracy of `distil plan`: runs the plan, then the run it forecasts, and compares both stage by stage.
 
-    python tests/benchmarks/plan.py                                             the demo, its whole chain
-    python tests/benchmarks/plan.py deployments/pilot.toml corpus.url=FOLDER ... --prepare      text and targets only
+    python -m tests.benchmarks.plan                                             the demo, from text to scores
+    python -m tests.benchmarks.plan deployments/pilot.toml corpus.url=FOLDER ... --prepare      text and targets only
 
-Needs the project installed (`pip install -e .`). Both run in an empty home of their own, one after the other, as a user
-runs them. Bytes are those of the receipts. The real time of a stage is from the last receipt of the stage before to its
-own last one; what comes before the first and after the last is in the first and the last row. Prints a table and
-writes it, as Markdown and JSON, into tests/benchmarks/results/ under date and hardware.
+Needs the project installed (`pip install -e .`). Plan and run share an empty home, as for a user. Bytes are those of
+the receipts. The real time of a stage lasts from the last receipt of the stage before to its own last one; time before
+the first and after the last stage belongs to the first and the last row. Prints a table and writes it, as Markdown and
+JSON, into tests/benchmarks/results/, named by date and hardware.
 
-The ratio is forecast / real. The load of the machine before the plan, between the two and after the run is told: on a
-machine that others use meanwhile, a forecast of seconds says nothing, since both are measured at different moments.
+The ratio is forecast / real. The load of the machine is given before the plan, between plan and run, and after the run:
+plan and run are measured at different moments, so on a machine with changing load the ratio of seconds means little.
 """
 
 import argparse
@@ -26,22 +26,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.store import Store
-from tasks.plan.forecast import END as AFTER
-from tasks.plan.forecast import START as BEFORE
+import torch
 
-REPO = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).resolve().parent / "results"
+from storage.store import Store
+from tasks.plan.forecast import END as END_SECONDS
+from tasks.plan.forecast import START as START_SECONDS
+from tests.benchmarks.results import REPO, RESULTS, hardware, notes_of, save, today
+
 DEMO = REPO / "deployments" / "demo.toml"
-BEGINNING = "start and source"
-END = "score and end"
-STAGES = {BEGINNING: "source", "blocks": "blocks", "calibration and targets": "targets", "train": "model"}
-"""Row of the table, and the kind whose last receipt ends it."""
+FIRST_ROW = "start and source"
+LAST_ROW = "score and end"
+STAGES = {FIRST_ROW: "source", "blocks": "blocks", "calibration and targets": "targets", "train": "model"}
+"""The kind of artifact whose last receipt ends a stage, by row of the table."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row: what is compared, bytes or seconds of both."""
+    """One row: forecast and real bytes or seconds."""
 
     what: str
     unit: str
@@ -54,11 +55,11 @@ class Line:
         return self.forecast / self.real if self.real else float("nan")
 
 
-def distil(*words: str) -> tuple[str, float, float]:
-    """Standard output of a command, when it began (seconds since 1970) and how long it took."""
+def distil(*arguments: str) -> tuple[str, float, float]:
+    """Standard output of a command, its start (seconds since 1970) and its duration in seconds."""
     begun, started = time.time(), time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "flows.cli", *arguments], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True
     )
     return done.stdout, begun, time.perf_counter() - started
 
@@ -72,34 +73,34 @@ def real_seconds(store: Store, begun: float, wall: float, *, training: bool) -> 
         if created:
             found[row] = max(created) - before
             before = max(created)
-    return found | ({END: begun + wall - before} if training else {})
+    return found | ({LAST_ROW: begun + wall - before} if training else {})
 
 
-def foretold_seconds(plan: Mapping[str, Any], *, training: bool) -> dict[str, float]:
-    """The same rows from the plan; its start and end are shared by the first and the last."""
+def forecast_seconds(plan: Mapping[str, Any], *, training: bool) -> dict[str, float]:
+    """The same rows from the plan; its "start and end" is divided between the first and the last."""
     total = {stage: amount["total"] for stage, amount in plan["seconds"].items()}
     found = {
-        BEGINNING: total["source"],
+        FIRST_ROW: total["source"],
         "blocks": total["blocks"],
         "calibration and targets": total.get("calibration", 0.0) + total.get("targets", 0.0),
         "train": total.get("train", 0.0),
-        END: total.get("score", 0.0),
+        LAST_ROW: total.get("score", 0.0),
     }
-    begins = BEFORE / (BEFORE + AFTER) if training else 1.0
-    found[BEGINNING] += total["start and end"] * begins
-    found[END] += total["start and end"] * (1 - begins)
+    start_share = START_SECONDS / (START_SECONDS + END_SECONDS) if training else 1.0
+    found[FIRST_ROW] += total["start and end"] * start_share
+    found[LAST_ROW] += total["start and end"] * (1 - start_share)
     return found
 
 
 def compare(recipe: str, overrides: Sequence[str], *, training: bool) -> tuple[list[Line], dict[str, str]]:
-    """Plan, then run; the rows, and what others may have had to do with it."""
+    """Runs the plan, then the run; returns the rows, and the facts about other load on the machine."""
     loads = [_load()]
     with tempfile.TemporaryDirectory() as home:
-        words = [recipe, *overrides, f"home={home}"]
-        plan = json.loads(distil("plan", *words, "--json", *([] if training else ["--prepare"]))[0])
+        arguments = [recipe, *overrides, f"home={home}"]
+        plan = json.loads(distil("plan", *arguments, "--json", *([] if training else ["--prepare"]))[0])
         loads.append(_load())
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        _, begun, wall = distil("run" if training else "prepare", *words)
+        _, begun, wall = distil("run" if training else "prepare", *arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         loads.append(_load())
         store = Store(Path(home) / "store")
@@ -108,67 +109,54 @@ def compare(recipe: str, overrides: Sequence[str], *, training: bool) -> tuple[l
             for kind, amount in plan["sizes"]["bytes"].items()
         ]
         seconds = real_seconds(store, begun, wall, training=training)
-    lines.append(Line("together", "bytes", sum(one.forecast for one in lines), sum(one.real for one in lines)))
-    foretold = foretold_seconds(plan, training=training)
-    lines += [Line(row, "seconds", foretold[row], real) for row, real in seconds.items()]
+    lines.append(Line("total", "bytes", sum(one.forecast for one in lines), sum(one.real for one in lines)))
+    forecast = forecast_seconds(plan, training=training)
+    lines += [Line(row, "seconds", forecast[row], real) for row, real in seconds.items()]
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     facts = {
         "load before, between and after": ", ".join(loads),
         "CPU seconds of the run, all its processes": f"{used:,.0f} in {wall:,.0f} seconds",
     }
-    return [*lines, Line("together", "seconds", plan["total_seconds"]["total"], wall)], facts
+    return [*lines, Line("total", "seconds", plan["total_seconds"]["total"], wall)], facts
 
 
 def _load() -> str:
     return f"{os.getloadavg()[0]:.1f}"
 
 
-def hardware() -> str:
-    """Short name of the machine for the table and its file name."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace("NVIDIA ", "")
-    cores = len(os.sched_getaffinity(0))
-    return f"CPU {cores} core{'s' if cores > 1 else ''}"
-
-
 def markdown(lines: Sequence[Line], facts: Mapping[str, str]) -> str:
-    """The table and what it was measured on."""
-    text = ["# What `distil plan` foretells", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    """The table with the conditions of the measurement."""
+    text = ["# Forecast of `distil plan`", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     text += ["| what | forecast | real | ratio |", "|---|---|---|---|"]
     for line in lines:
         shown = (f"{value:,.0f}" if line.unit == "bytes" else f"{value:,.1f}" for value in (line.forecast, line.real))
         text.append(f"| {line.what}, {line.unit} | {' | '.join(shown)} | {line.ratio:.2f} |")
-    return "\n".join([*text, "", (__doc__ or "").split("\n\n")[-1].strip(), ""])
+    return "\n".join([*text, "", notes_of(__doc__), ""])
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "words", nargs="*", metavar="RECIPE.toml a.b=c", help="recipe and settings; the demo if left out"
+        "recipe", nargs="*", metavar="RECIPE.toml a.b=c", help="recipe and overrides; the demo by default"
     )
-    parser.add_argument("--prepare", action="store_true", help="compare `distil prepare`, not the whole chain")
+    parser.add_argument("--prepare", action="store_true", help="compare `distil prepare` instead of `distil run`")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
     given = parser.parse_intermixed_args()
-    recipe, *overrides = given.words or [str(DEMO)]
+    recipe, *overrides = given.recipe or [str(DEMO)]
     recipe = str(Path(recipe).resolve())
-    lines, others = compare(recipe, overrides, training=not given.prepare)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines, load = compare(recipe, overrides, training=not given.prepare)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {
-        "date": date,
-        "hardware": hardware(),
+        "date": today(),
+        "hardware": hardware(device),
         "recipe": f"{Path(recipe).name}{', prepared only' if given.prepare else ''}",
-        **others,
+        **load,
     }
     text = markdown(lines, facts)
     print(text)
-    given.results.mkdir(parents=True, exist_ok=True)
-    name = f"{date}-{hardware().lower().replace(' ', '-')}-plan-{Path(recipe).stem}"
-    (given.results / f"{name}.md").write_text(text, encoding="utf-8")
     record = {**facts, "lines": [asdict(line) | {"ratio": line.ratio} for line in lines]}
-    (given.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    save(given.results, f"plan-{Path(recipe).stem}", device, text, record)
 
 
 if __name__ == "__main__":

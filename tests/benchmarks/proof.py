@@ -1,16 +1,16 @@
-"""The proof: a teacher made from nothing, students, controls and scores, by the product's own commands; one command.
+"""The proof: trains a teacher from scratch, students and controls, and scores them, all by `distil` commands.
 
     python -m tests.benchmarks.proof --corpus FOLDER --tokenizer FOLDER --sets FOLDER --home FOLDER [RUN ...]
 
-Runs are KIND-SEED (`student-0 control-0 all-0`); without any all of RUNS, in the order of their worth. The recipes are
-those of deployments/proof/. What is there is not made again, so that a command that was stopped is given once more;
-`--table` only reads what there is. Before the first student `distil plan` is asked, and its forecast is compared with
-what the run then took. Two cores take two hours for teacher, `student-0`, `control-0` and `all-0`. Table and pictures
-go into tests/benchmarks/results/ under date and hardware.
+Runs are KIND-SEED (`student-0 control-0 all-0`), by default all of RUNS, most valuable first. The recipes are those of
+deployments/proof/. Existing artifacts are not computed again, so a command that was stopped can simply be repeated;
+`--table` only reads existing results. Before the first student `distil plan` runs, and its forecast is compared with
+the real run. Two cores take two hours for teacher, `student-0`, `control-0` and `all-0`. Table and figures are written
+into tests/benchmarks/results/, named by date and hardware.
 
-One training is one seed of data order and fresh weights (`train.seed`), on one cache and from the same start. The
+One training is one seed of data order and new weights (`train.seed`), on one cache and from the same start. The
 fine-tuned sets are those of deployments/score/small.toml, three seeds each: NER for every model, PAWS-X and XNLI for
-the teacher, the first student and the first control, as their few test rows decide nothing.
+the teacher, the first student and the first control, since their few test rows cannot separate models.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.store import Store
-from tests.benchmarks.evidence import TEACHER, compared, curves_of, differences, gather, picture_of, table
+from tests.benchmarks.evidence import TEACHER, comparison, differences, gather, scores_figure, table, training_curves
 from tests.benchmarks.results import REPO, RESULTS, facts_of, hardware, notes_of, save, today
 
 PROOF = REPO / "deployments" / "proof"
@@ -39,55 +39,55 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no-mlm": ("student", ("loss.mlm=0",)),
     "scratch": ("scratch", ()),
 }
-"""Recipe of deployments/proof/ and what is changed in it."""
+"""Recipe of deployments/proof/ and its overrides, by kind."""
 RUNS = (
     *("student-0", "control-0", "all-0", "student-1", "control-1", "online-0", "student-2", "control-2"),
     *("online-1", "online-2", "no-distil-0", "no-cosine-0", "no-mlm-0", "scratch-0"),
 )
-"""In the order of their worth."""
+"""All runs, most valuable first."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Folders of the corpus, the tokenizer, the sets of the protocol, and all that is made."""
+    """Folders of the corpus, the tokenizer, the evaluation sets, and of everything that the proof writes."""
 
     corpus: Path
     tokenizer: Path
     sets: Path
     home: Path
 
-    def words(self, recipe: str, *more: str) -> list[str]:
-        """A recipe of the proof with what it needs to know of this machine."""
+    def arguments(self, recipe: str, *more: str) -> list[str]:
+        """A recipe of the proof and the overrides that depend on this machine."""
         own = [f"blocks.tokenizer={self.tokenizer}"] if recipe == TEACHER else [f"teacher.model={self.model(TEACHER)}"]
         return [str(PROOF / f"{recipe}.toml"), f"corpus.url={self.corpus}", f"home={self.home}", *own, *more]
 
     def model(self, run: str) -> Path:
-        """Where a run leaves its model."""
+        """Folder of a run's model."""
         return self.home / "models" / f"proof-{run}"
 
 
-def distil(*words: str) -> str:
+def distil(*arguments: str) -> str:
     """Standard output of a command. CalledProcessError if it fails."""
-    print("distil", *words, flush=True)
+    print("distil", *arguments, flush=True)
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "flows.cli", *arguments], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True
     )
     return done.stdout
 
 
 def train(place: Place, run: str) -> None:
-    """Trains one kind with one seed, unless it is there; before the very first, what the plan says of it is noted."""
+    """Trains one kind with one seed; for the first run of all, records forecast and real cost in forecast.json."""
     kind, seed = run.rsplit("-", 1)
     recipe, changes = KINDS[kind]
-    words = place.words(recipe, f"name=proof-{run}", f"train.seed={seed}", *changes)
+    arguments = place.arguments(recipe, f"name=proof-{run}", f"train.seed={seed}", *changes)
     forecast = place.home / "forecast.json"
     if forecast.exists():
-        distil("run", *words)
+        distil("run", *arguments)
         return
-    plan = json.loads(distil("plan", *words, "--json"))
+    plan = json.loads(distil("plan", *arguments, "--json"))
     before = _bytes(place.home)
     started = time.perf_counter()
-    distil("run", *words)
+    distil("run", *arguments)
     wall = time.perf_counter() - started
     planned = {"bytes": sum(amount["left"] for amount in plan["sizes"]["bytes"].values())}
     planned["seconds"] = plan["total_seconds"]["left"]
@@ -103,16 +103,16 @@ def _bytes(home: Path) -> dict[str, int]:
 
 
 def score(place: Place, runs: Sequence[str]) -> None:
-    """Held-out text and NER of every run that is there; the other sets of the first ones."""
-    there = [run for run in runs if place.model(run).is_dir()]
-    words = [*place.words("student"), "--protocol", str(PROTOCOL), f"score.sets={place.sets}"]
-    first = [run for run in there if run in ("student-0", "control-0")]
-    distil("score", *(str(place.model(run)) for run in there), *words, "--only", "ner")
-    distil("score", *(str(place.model(run)) for run in first), *words)
+    """Scores every existing run on held-out text and NER, and the first ones on the other sets too."""
+    existing = [run for run in runs if place.model(run).is_dir()]
+    arguments = [*place.arguments("student"), "--protocol", str(PROTOCOL), f"score.sets={place.sets}"]
+    first = [run for run in existing if run in ("student-0", "control-0")]
+    distil("score", *(str(place.model(run)) for run in existing), *arguments, "--only", "ner")
+    distil("score", *(str(place.model(run)) for run in first), *arguments)
 
 
 def publish(place: Place, folder: Path) -> None:
-    """Prints and writes the table, the picture and the curves of what there is."""
+    """Prints and writes the table, the figure and the training curves of the existing runs."""
     kinds = {kind: [f"proof-{run}" for run in RUNS if run.rsplit("-", 1)[0] == kind] for kind in KINDS}
     evidence = gather(place.home, {TEACHER: [f"proof-{TEACHER}"], **kinds})
     header, *rows = table(evidence)
@@ -123,33 +123,33 @@ def publish(place: Place, folder: Path) -> None:
     if found:
         ratios = [f"{unit} {found['forecast'][unit] / found['real'][unit]:.2f}" for unit in ("bytes", "seconds")]
         facts["forecast / real of `distil plan`"] = ", ".join(ratios) + f" ({found['run']})"
-    text = [f"# {'The proof'}", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *lines, ""]
+    text = ["# The proof", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *lines, ""]
     text += [f"- {line}" for line in differences(evidence)]
     text += ["", notes_of(__doc__), ""]
     print("\n".join(text))
-    against = {
-        kind: compared(evidence, kind, "student") for kind in evidence.trainings if kind not in ("student", TEACHER)
+    minus_student = {
+        kind: comparison(evidence, kind, "student") for kind in evidence.trainings if kind not in ("student", TEACHER)
     }
     record = {
         **facts,
         "rows": [dict(zip(header, row, strict=True)) for row in rows],
-        "student / teacher": compared(evidence, "student", TEACHER),
-        "minus student": against,
+        "student / teacher": comparison(evidence, "student", TEACHER),
+        "minus student": minus_student,
         "forecast": found,
-        "trainings": {kind: [_plain(one) for one in those] for kind, those in evidence.trainings.items()},
+        "trainings": {kind: [_plain(one) for one in group] for kind, group in evidence.trainings.items()},
     }
     save(folder, "proof", "cpu", "\n".join(text), record)
     stem = f"{today()}-{hardware().lower().replace(' ', '-')}-proof"
-    (folder / f"{stem}-scores.png").write_bytes(picture_of(evidence))
-    (folder / f"{stem}-curves.png").write_bytes(curves_of(evidence))
+    (folder / f"{stem}-scores.png").write_bytes(scores_figure(evidence))
+    (folder / f"{stem}-curves.png").write_bytes(training_curves(evidence))
 
 
 def _trained(trainings: Any) -> list[str]:
-    return [one.name.removeprefix("proof-") for those in trainings.values() for one in those if TEACHER not in one.name]
+    return [one.name.removeprefix("proof-") for group in trainings.values() for one in group if TEACHER not in one.name]
 
 
 def _plain(one: Any) -> dict[str, Any]:
-    """A training without what is long."""
+    """A training as plain values, without metrics and per-block results."""
     heldout = {name: value for name, value in one.heldout.items() if name != "by_block"}
     tuned = {
         part: [{name: run[name] for name in ("accuracy", "macro_f1", "entity_f1") if name in run} for run in runs]
@@ -160,23 +160,25 @@ def _plain(one: Any) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes what is missing, scores it, writes the table."""
+    """Trains missing runs, scores them and writes the table."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.proof", description=(__doc__ or "").split("\n")[0]
     )
     for name, about in (("corpus", "sources"), ("tokenizer", "its tokenizer"), ("sets", "the protocol's sets")):
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"folder of {about}")
-    parser.add_argument("--home", type=Path, default=REPO / ".distil" / "proof", help="folder of all that is made")
+    parser.add_argument(
+        "--home", type=Path, default=REPO / ".distil" / "proof", help="folder for everything that the proof writes"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
-    parser.add_argument("--table", action="store_true", help="only the table of what there is")
-    parser.add_argument("runs", nargs="*", metavar="KIND-SEED", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--table", action="store_true", help="only write the table of existing results")
+    parser.add_argument("runs", nargs="*", metavar="KIND-SEED", help=f"one of {', '.join(RUNS)}")
     given = parser.parse_intermixed_args(arguments)
     runs = given.runs or RUNS
     if unknown := sorted(set(runs) - set(RUNS)):
-        parser.error(f"no such run: {', '.join(unknown)}; there are {', '.join(RUNS)}")
+        parser.error(f"no such run: {', '.join(unknown)}; choose from {', '.join(RUNS)}")
     place = Place(*(path.resolve() for path in (given.corpus, given.tokenizer, given.sets, given.home)))
     if not given.table:
-        distil("run", *place.words(TEACHER))
+        distil("run", *place.arguments(TEACHER))
         for run in runs:
             train(place, run)
         score(place, runs)

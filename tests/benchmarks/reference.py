@@ -1,10 +1,10 @@
-"""The step of the reference trainer (DistilBERT of Hugging Face, transformers-research-projects/distillation), plainly.
+"""The reference's train step: DistilBERT's trainer by Hugging Face (transformers-research-projects/distillation).
 
-    losses = reference_step(teacher, student, optimizer, reference_batch(batch), Loss(), autocast=None)
+    losses = reference_step(teacher, student, optimizer, reference_batch(batch), LossSettings(), autocast=None)
 
-Teacher in the loop, both models whole, logits of every attended row of both, copied out by masked_select, three
-losses. Used by the benchmarks as what ours is compared with; tests/benchmarks/test_benchmarks.py checks that it
-computes the same.
+Runs the teacher in the loop and both complete models, copies the logits of every attended row out by masked_select and
+computes the three losses. The benchmarks compare our step with it; tests/benchmarks/test_benchmarks.py checks that both
+compute the same loss.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from tasks.loader.batch import Batch
 from tasks.recipe.config import LossSettings
-from tasks.train.loss import IGNORE_INDEX, Losses
+from tasks.tokens.mask import IGNORE_INDEX
+from tasks.train.loss import Losses
 
 CLIP = 5.0
 
 
 class ReferenceBatch(NamedTuple):
-    """What the reference reads: input_ids, attention_mask and labels (-100: not masked), each [B, L]."""
+    """Inputs of the reference: input_ids, attention_mask and labels (-100: not masked), each [B, L]."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -44,11 +45,11 @@ def reference_losses(
     teacher: PreTrainedModel, student: PreTrainedModel, batch: ReferenceBatch, loss: LossSettings
 ) -> Losses:
     """Both forwards and the three losses over all attended rows."""
-    told = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "output_hidden_states": True}
-    ours = student(**told)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "output_hidden_states": True}
+    student_output = student(**inputs)
     with torch.no_grad():
-        theirs = teacher(**told)
-    student_NV, teacher_NV = (_select(out.logits, batch.attention_mask) for out in (ours, theirs))
+        teacher_output = teacher(**inputs)
+    student_NV, teacher_NV = (_select(out.logits, batch.attention_mask) for out in (student_output, teacher_output))
     distil = (
         F.kl_div(
             F.log_softmax(student_NV / loss.temperature, dim=-1),
@@ -57,8 +58,10 @@ def reference_losses(
         )
         * loss.temperature**2
     )
-    mlm = F.cross_entropy(ours.logits.view(-1, ours.logits.size(-1)), batch.labels.view(-1), ignore_index=IGNORE_INDEX)
-    student_ND, teacher_ND = (_select(out.hidden_states[-1], batch.attention_mask) for out in (ours, theirs))
+    mlm = F.cross_entropy(student_output.logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
+    student_ND, teacher_ND = (
+        _select(out.hidden_states[-1], batch.attention_mask) for out in (student_output, teacher_output)
+    )
     cosine = F.cosine_embedding_loss(student_ND, teacher_ND, student_ND.new_ones(len(student_ND)))
     return Losses(loss.distil * distil + loss.cosine * cosine + loss.mlm * mlm, distil, cosine, mlm)
 
@@ -82,5 +85,5 @@ def reference_step(
 
 
 def _select(x_BLX: Tensor, mask_BL: Tensor) -> Tensor:
-    """Attended rows [N, X], the way the reference takes them."""
+    """Attended rows [N, X], selected as in the reference."""
     return torch.masked_select(x_BLX, mask_BL[:, :, None].expand_as(x_BLX)).view(-1, x_BLX.size(-1))

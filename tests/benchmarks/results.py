@@ -1,8 +1,8 @@
-"""What the benchmarks share: CPU time, the name of the hardware, and one table as Markdown and JSON.
+"""Shared by the benchmarks: CPU time, the name of the hardware, and one table written as Markdown and JSON.
 
     publish(Report("corpus", "Corpus", facts, rows, notes), RESULTS)      # prints, and writes both files
 
-A file is named by date, hardware and benchmark, so that figures of several machines lie side by side.
+A file is named by date, hardware and benchmark, so results of several machines can be kept in one folder.
 """
 
 import datetime
@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 TEACHER = REPO / "deployments" / "demo" / "teacher"
@@ -24,19 +22,19 @@ CORPUS = REPO / "deployments" / "demo" / "corpus"
 
 @dataclass(frozen=True)
 class Row:
-    """One line: `ours` beside `compared` in one unit, how many times better ours is, and what is to be reached."""
+    """One row: `ours` and `compared` in one unit, by which factor ours is better, and the factor to reach."""
 
     what: str
     unit: str
     ours: float
     compared: float | None = None
     ratio: float | None = None
-    reach: float | None = None
+    target: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """A table of dataclasses of one kind, and what it was measured on."""
+    """A table of dataclasses of one type, and the conditions of the measurement."""
 
     name: str
     title: str
@@ -51,13 +49,13 @@ def cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def least_cpu(works: Sequence[Callable[[], object]], tries: int) -> list[float]:
-    """The least CPU seconds of each work over several rounds; all take turns, so that no one has the quiet hour."""
-    best = [float("inf")] * len(works)
-    for _ in range(tries):
-        for number, work in enumerate(works):
+def least_cpu(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The least CPU seconds of each function over `repeats` rounds; they alternate, so load hits all alike."""
+    best = [float("inf")] * len(functions)
+    for _ in range(repeats):
+        for number, function in enumerate(functions):
             start = cpu_seconds()
-            work()
+            function()
             best[number] = min(best[number], cpu_seconds() - start)
     return best
 
@@ -65,13 +63,15 @@ def least_cpu(works: Sequence[Callable[[], object]], tries: int) -> list[float]:
 def hardware(device: str = "cpu") -> str:
     """Short name of the machine for the table and its file name."""
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name().replace("NVIDIA ", "")
     cores = len(os.sched_getaffinity(0))
     return f"CPU {cores} core{'s' if cores > 1 else ''}"
 
 
 def shown(path: Path) -> str:
-    """The path inside the checkout, else its name alone."""
+    """The path relative to the checkout; outside of it the name alone."""
     path = path.resolve()
     return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else path.name
 
@@ -82,7 +82,9 @@ def today() -> str:
 
 
 def facts_of(device: str = "cpu", **more: str) -> dict[str, str]:
-    """Date and hardware, then whatever else the figures depend on."""
+    """Date and hardware, then the other conditions that the results depend on."""
+    import torch
+
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     return {"date": today(), "hardware": f"{hardware(device)}, {threads}, torch {torch.__version__}", **more}
 
@@ -93,7 +95,7 @@ def markdown(report: Report) -> str:
     lines = [f"# {report.title}", "", *(f"- {name}: {value}" for name, value in report.facts.items()), ""]
     lines += [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * len(names) + "|"]
     lines += [f"| {' | '.join(_cell(getattr(row, name)) for name in names)} |" for row in report.rows]
-    return "\n".join([*lines, "", report.notes.strip(), ""])
+    return "\n".join([*lines, "", *([report.notes.strip(), ""] if report.notes else [])])
 
 
 def publish(report: Report, folder: Path, device: str = "cpu") -> None:
@@ -105,15 +107,21 @@ def publish(report: Report, folder: Path, device: str = "cpu") -> None:
 
 
 def save(folder: Path, name: str, device: str, text: str, record: Mapping[str, Any]) -> None:
-    """Writes both files under date, hardware and name."""
+    """Writes both files, named by today's date, this machine's hardware and `name`."""
+    write_files(folder, f"{today()}-{hardware(device)}-{name}", text, record)
+
+
+def write_files(folder: Path, name: str, text: str, record: Mapping[str, Any]) -> Path:
+    """Writes `text` as Markdown and `record` as JSON; returns the path of the Markdown file."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{today()}-{hardware(device).lower().replace(' ', '-')}-{name}"
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = folder / f"{name.lower().replace(' ', '-')}.md"
+    path.write_text(text, encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def notes_of(docstring: str | None) -> str:
-    """The last paragraph of a module's docstring: how the figures are meant."""
+    """The last paragraph of a module's docstring: how to read its figures."""
     return (docstring or "").split("\n\n")[-1].strip()
 
 

@@ -1,4 +1,4 @@
-"""A run at full size on paper: what listing, planning, status and submitting cost as a corpus grows.
+"""Bookkeeping cost as a corpus grows: listing, planning, status and submitting over a synthetic corpus of full size.
 
     python -m tests.benchmarks.scale                                    2,000 and 20,000 shards, local disk and S3
     python -m tests.benchmarks.scale --shards 2000 --where local
@@ -6,13 +6,13 @@
 Needs the project with its extra `test`. Prints a table and writes it into tests/benchmarks/results/.
 
 A synthetic OSCAR-fr: receipts of 20 sources and of all their shards, blocks and targets, with one byte of data each, so
-that only the keeping of books is measured. Each line is a process of its own with the product's functions: `status`
-(distil status), `nothing to do` (all stages of a run over what is finished), `retry list` (what is missing, with 200
-targets withdrawn), `submit` (every shard as a job that does nothing, through a Prefect flow). Calls are those of the
-store to its file system; of S3 a listing of n objects takes n / 1,000 requests. The CPU time is that of the process,
-and of `submit` includes a Prefect server in it. The memory is the process's peak, most of it torch and Prefect. S3 is
-`rclone serve s3` on loopback, over the same folder: it walks the whole folder for every page of a listing, so that its
-seconds grow with the square of the shards, which those of an object store do not; our own share is the CPU time.
+only bookkeeping is measured. Each row is one process that calls the production functions: `status` (distil status),
+`nothing to do` (all stages of a run over finished artifacts), `retry list` (missing artifacts, with 200 targets
+withdrawn), `submit` (every shard as a job that does nothing, through a Prefect flow). Calls are those of the store to
+its file system; on S3 a listing of n objects takes n / 1,000 requests. CPU time is that of the process; for `submit` it
+includes a Prefect server. Memory is the process's peak, most of it torch and Prefect. S3 is `rclone serve s3` on
+loopback over the same folder: it walks the folder for every page of a listing, so its wall time grows with the square
+of the number of shards, unlike that of an object store; the cost of our own code is the CPU time.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from flows.inventory import stage_rows
 from flows.pipeline.preparation import prepare_corpus
 from flows.pipeline.stage import Job, run_stage
 from storage.store import Store
-from tasks.lineage import trace
+from tasks.lineage import Workspace, trace
 from tasks.recipe.config import Recipe
 from tests.benchmarks.paper import make_paper, recipe_of
 from tests.benchmarks.results import REPO, RESULTS, Report, facts_of, notes_of, publish
@@ -48,23 +48,23 @@ COUNTED = ("ls", "find", "call_s3", "exists", "info", "cat_file", "pipe_file", "
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     shards: int
     where: str
     what: str
     seconds: float
-    ms_a_shard: float
-    cpu_ms_a_shard: float
+    ms_per_shard: float
+    cpu_ms_per_shard: float
     calls: int
     peak_mb: float
 
 
-# ---- what is measured, each in a process of its own ------------------------------------------------------------
+# ---- measurements, each in a process of its own ----------------------------------------------------------------
 
 
 def count_calls(store: Store) -> Counter[str]:
-    """From now on every call of the store to its file system is counted; what those call in turn is not."""
+    """Counts every later call of the store to its file system, but not the calls that these make in turn."""
     calls: Counter[str] = Counter()
     inside = threading.local()
 
@@ -87,12 +87,12 @@ def count_calls(store: Store) -> Counter[str]:
 
 
 def status(store: Store, recipe: Recipe, shards: int) -> None:
-    rows = {row.stage: row for row in stage_rows(store, recipe)}
+    rows = {row.stage: row for row in stage_rows(Workspace(store, recipe))}
     assert (rows["targets"].wanted, rows["targets"].done) == (shards, shards)
 
 
 def nothing_to_do(store: Store, recipe: Recipe, shards: int) -> None:
-    assert not prepare_corpus(store, recipe).stages
+    assert not prepare_corpus(Workspace(store, recipe)).stages
 
 
 def retry_list(store: Store, recipe: Recipe, shards: int) -> None:
@@ -102,7 +102,7 @@ def retry_list(store: Store, recipe: Recipe, shards: int) -> None:
 
 
 def submit(store: Store, recipe: Recipe, shards: int) -> None:
-    """All shards as jobs that do nothing, through a real flow and server."""
+    """Submits every shard as a job that does nothing, through a real flow and server."""
     from prefect import flow
     from prefect.testing.utilities import prefect_test_harness
 
@@ -126,11 +126,11 @@ def _nothing(done: list[int], number: int, *, force: bool) -> None:
 
 MEASURES = {"status": status, "nothing to do": nothing_to_do, "retry list": retry_list, "submit": submit}
 spent: list[float] = []
-"""Seconds, where a measure takes its own time."""
+"""Seconds of a measurement that times itself."""
 
 
 def measure_here(folder: Path, root: str, what: str, shards: int) -> dict[str, float]:
-    """One measure in this process."""
+    """Runs one measurement in this process."""
     recipe = recipe_of(folder, root)
     store = Store(root)
     calls = count_calls(store)
@@ -142,7 +142,7 @@ def measure_here(folder: Path, root: str, what: str, shards: int) -> dict[str, f
 
 
 def withdraw_some(folder: Path, root: str) -> None:
-    """Takes some of the targets' receipts back, by way of the store: its server may remember what it listed."""
+    """Withdraws some targets through the store, since an S3 server may cache its listings."""
     store = Store(root)
     for target in trace(store, recipe_of(folder, root)).targets[:WITHDRAWN]:
         store.withdraw(target.ref)
@@ -153,7 +153,7 @@ def withdraw_some(folder: Path, root: str) -> None:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The folder `s3/distil` below `folder` as a bucket."""
+    """Serves the folder `s3/distil` below `folder` as a bucket; yields the address of the store."""
     from tests.harness.s3 import make_endpoint
 
     endpoint = make_endpoint(folder)
@@ -166,7 +166,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def measure(shards: int, wheres: tuple[str, ...]) -> Iterator[Row]:
-    """All lines of one size."""
+    """Every row of one corpus size."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root = folder / "s3" / "distil" / "store"
@@ -175,12 +175,12 @@ def measure(shards: int, wheres: tuple[str, ...]) -> Iterator[Row]:
             with served(folder) if where == "S3" else nullcontext(str(root)) as address:
                 for what in MEASURES:
                     if what == "submit" and where == "S3":
-                        continue  # it asks the store nothing
+                        continue  # does not use the store
                     if what == "retry list":
                         withdraw_some(folder, address)
                     yield _row(folder, address, what, shards, where)
                     if what == "retry list":
-                        make_paper(folder, root, shards)  # for the next
+                        make_paper(folder, root, shards)  # restores the withdrawn targets
 
 
 def _row(folder: Path, root: str, what: str, shards: int, where: str) -> Row:
@@ -195,7 +195,7 @@ def _row(folder: Path, root: str, what: str, shards: int, where: str) -> Row:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shards", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--where", nargs="+", choices=["local", "S3"], default=["local", "S3"])
@@ -211,7 +211,7 @@ def main() -> None:
     for shards in given.shards:
         for row in measure(shards, tuple(given.where)):
             rows.append(row)
-            publish(report, given.results)  # a table after each: the last ones take long
+            publish(report, given.results)  # after each row, since the last ones take long
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""A teacher, blocks and targets to measure with: random ones of any size (speed does not depend on weights), or real.
+"""Teacher, blocks and targets for the benchmarks: random ones of any size, or a saved teacher and real text.
 
     bench = random_bench(folder, CAMEMBERT, rows=4096, device="cuda")
     bench = real_bench(folder, TEACHER, CORPUS, length=128, layers=2)
-    parts, codec = cached(bench, Targets(positions="all"))
+    parts, codec = cache_targets(bench, TargetSettings(positions="all"))
 
-Used by the benchmarks of loader, step and GPU. All goes through the store and the functions that the product uses.
+Used by the benchmarks of loader, train step and GPU; random weights do, since speed does not depend on them. Artifacts
+are written and read through the store, by the same functions as in production.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from storage.arrow import ArrowWriter, blocks_schema
+from storage.arrow import BLOCKS_FILE, ArrowWriter, blocks_schema
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import key_of
 from storage.store import Store
 from tasks.loader.batch import Batch, MaskingRule, make_batch
-from tasks.loader.dataset import BlockDataset as Reader
+from tasks.loader.dataset import BlockDataset
 from tasks.models.student import make_fresh
 from tasks.models.teacher import TeacherModel, load_teacher, resolve_dtype
 from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
@@ -38,7 +38,7 @@ from tests.benchmarks.encodings import blocks_of
 
 @dataclass(frozen=True)
 class Size:
-    """A CamemBERT: layers of teacher and student, width, heads, inner width, vocabulary, tokens in a block."""
+    """Shape of a CamemBERT teacher and its student: `inner` is the feed-forward width, `length` tokens per block."""
 
     name: str
     layers: int
@@ -57,7 +57,7 @@ TINY = Size("4 layers of 32 to 2, vocabulary 500", 4, 2, 32, 2, 64, 500, 32)
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Blocks of one length in a store, their teacher, and how many layers its student has."""
+    """Blocks of one length in a store, their teacher, and the number of layers of its student."""
 
     name: str
     store: Store
@@ -73,7 +73,7 @@ class Bench:
 
 
 def random_bench(folder: Path, size: Size, rows: int, device: str, shards: int = 2) -> Bench:
-    """A teacher with random weights, and `rows` full blocks of random ids in each of `shards` shards."""
+    """A teacher with random weights, and `shards` shards of `rows` full blocks of random ids each."""
     vocabulary = random_vocabulary(size)
     store = Store(folder / "store")
     blocks = tuple(_random_blocks(store, vocabulary, rows, size.length, number) for number in range(shards))
@@ -90,7 +90,7 @@ def real_bench(folder: Path, teacher: Path, corpus: Path, *, length: int, layers
 
 
 def random_vocabulary(size: Size) -> Vocabulary:
-    """Special ids as in camembert-base; there is no tokenizer behind it."""
+    """Special ids as in camembert-base, without a tokenizer."""
     mask = size.vocab - 1
     specials = (0, 1, 2, 3, 4, 5, 6, mask)
     return Vocabulary(
@@ -99,7 +99,7 @@ def random_vocabulary(size: Size) -> Vocabulary:
 
 
 def random_teacher(size: Size, vocabulary: Vocabulary, device: str) -> TeacherModel:
-    """Frozen, in the dtype that a teacher has on this device."""
+    """A frozen teacher, in the default dtype of a teacher on this device."""
     where, settings = torch.device(device), TeacherSettings(model="random")
     dtype = resolve_dtype(settings.dtype, where)
     model = random_model(size, size.layers, vocabulary)
@@ -110,7 +110,7 @@ def random_teacher(size: Size, vocabulary: Vocabulary, device: str) -> TeacherMo
 
 
 def random_model(size: Size, layers: int, vocabulary: Vocabulary) -> PreTrainedModel:
-    """A CamemBERT of so many layers, with random weights."""
+    """A CamemBERT of `layers` layers with random weights."""
     config = {
         "model_type": "camembert",
         "num_hidden_layers": layers,
@@ -125,52 +125,47 @@ def random_model(size: Size, layers: int, vocabulary: Vocabulary) -> PreTrainedM
 
 
 def _random_blocks(store: Store, vocabulary: Vocabulary, rows: int, length: int, number: int) -> Receipt:
-    """Full blocks of one shard, in the file that tasks.tokens.blocks writes."""
+    """Full blocks of one shard, in the file format of tasks.tokens.blocks."""
     schema = blocks_schema(length, vocabulary.size)
     kind = schema.field("input_ids").type
     ids = np.random.default_rng(number).integers(7, vocabulary.mask, (rows, length))
     ids[:, 0], ids[:, -1] = vocabulary.bos, vocabulary.eos
-    flat = pa.array(ids.ravel().astype(kind.value_type.to_pandas_dtype()))
+    flat = pa.array(ids.ravel().astype(str(kind.value_type)))
     ref = Ref("blocks", key_of("blocks", 1, {"rows": rows, "length": length, "number": number}, []), f"random-{number}")
     with store.scratch() as folder:
-        with ArrowWriter(folder / "blocks.arrow", schema) as writer:
+        with ArrowWriter(folder / BLOCKS_FILE, schema) as writer:
             lengths = pa.array(np.full(rows, length, np.int32))
             writer.write({"input_ids": pa.FixedSizeListArray.from_arrays(flat, type=kind), "length": lengths})
         return store.commit(ref, folder, schema=1, rows=rows, tokens=rows * length, settings={}, parents=[])
 
 
-# ---- what is made of it ------------------------------------------------------------------------------------
+# ---- targets and batches -----------------------------------------------------------------------------------
 
 
-def open_bench(bench: Bench, targets: TargetSettings) -> Capture:
-    """The teacher, calibrated on the first shard."""
+def calibrated_capture(bench: Bench, targets: TargetSettings) -> Capture:
+    """Capture settings of the bench's teacher, calibrated on the first shard."""
     capture = Capture(bench.teacher, bench.teacher.vocabulary, MaskSettings(), targets)
     receipt = calibrate(bench.store, [bench.blocks[0].ref], capture)
     calibration = read_calibration(bench.store, receipt.ref)
     return replace(capture, calibration=calibration, calibration_key=receipt.key)
 
 
-def cached(bench: Bench, targets: TargetSettings) -> tuple[tuple[Part, ...], Codec]:
-    """The manifest with the teacher's targets of every shard, and the codec that decodes them."""
-    capture = open_bench(bench, targets)
+def cache_targets(bench: Bench, targets: TargetSettings) -> tuple[tuple[Part, ...], Codec]:
+    """Writes the targets of every shard; returns the manifest that names them and the codec that decodes them."""
+    capture = calibrated_capture(bench, targets)
     receipts = [make_targets(bench.store, blocks.ref, capture) for blocks in bench.blocks]
-    made = zip(bench.parts, receipts, strict=True)
-    parts = tuple(part.model_copy(update={"targets": (receipt.key,)}) for part, receipt in made)
+    pairs = zip(bench.parts, receipts, strict=True)
+    parts = tuple(part.model_copy(update={"targets": (receipt.key,)}) for part, receipt in pairs)
     return parts, open_targets(bench.store, receipts[0].ref).codec
 
 
-def masking_of(bench: Bench, targets: TargetSettings) -> MaskingRule:
-    """How blocks become rows of a batch."""
+def masking_rule(bench: Bench, targets: TargetSettings) -> MaskingRule:
+    """Default masking of the bench's blocks."""
     return MaskingRule(bench.teacher.vocabulary, MaskSettings(), targets.positions == "all")
 
 
 def first_batch(bench: Bench, targets: TargetSettings, parts: tuple[Part, ...], rows: int) -> Batch:
-    """The first rows of the first shard; with the teacher's vectors where the parts have targets."""
-    reader = Reader(bench.store, parts, cached=bool(parts[0].targets))
+    """The first rows of the first shard, with encoded hidden states where the parts name targets."""
+    dataset = BlockDataset(bench.store, parts, cached=bool(parts[0].targets))
     zeros = np.zeros(rows, np.int64)
-    return make_batch(reader, masking_of(bench, targets), zeros, np.arange(rows), zeros)
-
-
-def weights_of(model: Any) -> int:
-    """Bytes of a model's parameters."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return make_batch(dataset, masking_rule(bench, targets), zeros, np.arange(rows), zeros)

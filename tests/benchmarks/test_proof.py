@@ -1,4 +1,4 @@
-"""The driver of the proof at tiny size: teacher, one student and one control, scored, tabled and drawn."""
+"""The proof at tiny size: teacher, one student and one control, scored, tabulated and plotted."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ sets = { ner = { path = "ner" } }
 
 
 @pytest.mark.slow
-def test_one_command_makes_table_and_pictures_and_a_second_makes_nothing_again(
+def test_one_command_writes_table_and_figures_and_a_second_computes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes, results = tmp_path / "recipes", tmp_path / "results"
@@ -48,8 +48,8 @@ def test_one_command_makes_table_and_pictures_and_a_second_makes_nothing_again(
     monkeypatch.setattr(proof, "PROTOCOL", protocol)
     write_ner(tmp_path / "sets" / "ner")
     folders = [f"--corpus={write_oscar(tmp_path / 'corpus')}", f"--tokenizer={save_tokenizer(tmp_path / 'tokenizer')}"]
-    words = [*folders, f"--sets={tmp_path / 'sets'}", f"--home={tmp_path / 'home'}", f"--results={results}"]
-    proof.main([*words, "student-0", "control-0"])
+    arguments = [*folders, f"--sets={tmp_path / 'sets'}", f"--home={tmp_path / 'home'}", f"--results={results}"]
+    proof.main([*arguments, "student-0", "control-0"])
 
     (record,) = results.glob("*-proof.json")
     found = json.loads(record.read_bytes())
@@ -62,6 +62,6 @@ def test_one_command_makes_table_and_pictures_and_a_second_makes_nothing_again(
     assert {"heldout", "ner"} <= set(found["student / teacher"])
     assert {path.name[-10:] for path in results.glob("*.png")} == {"scores.png", "curves.png"}
 
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "home" / "store").rglob("*.json")}
-    proof.main([*words, "--table", "student-0", "control-0"])
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "home" / "store").rglob("*.json")} == made
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home" / "store").rglob("*.json")}
+    proof.main([*arguments, "--table", "student-0", "control-0"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "home" / "store").rglob("*.json")} == before

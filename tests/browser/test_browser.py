@@ -1,4 +1,4 @@
-"""What people do in the browser all day: trigger a run from its form, look at it, retry what failed, one shard too."""
+"""The daily work in the browser: trigger a run from its form, read its page, retry a failed run, retry one shard."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.browser.conftest import ARGUMENTS, BROKEN_RECIPE, CHROMIUM, PATIENCE, Stack
-from tests.harness.place import BROKEN, made
+from tests.browser.conftest import ARGUMENTS, CHROMIUM, PATIENCE, TRUNCATED_RECIPE, Site
+from tests.harness.place import TRUNCATED, made
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -23,7 +23,7 @@ STEPS = 30
 
 
 @pytest.fixture
-def page(stack: Stack) -> Iterator["Page"]:
+def page(site: Site) -> Iterator["Page"]:
     """A page of a fresh browser."""
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
@@ -34,9 +34,9 @@ def page(stack: Stack) -> Iterator["Page"]:
         browser.close()
 
 
-def open_form(page: "Page", stack: Stack, flow: str, recipe: str) -> None:
+def open_form(page: "Page", site: Site, flow: str, recipe: str) -> None:
     """From the front page to the form of deployment FLOW/RECIPE, by clicks."""
-    page.goto(stack.prefect)
+    page.goto(site.up.prefect)
     page.get_by_role("link", name="Deployments").click()
     page.get_by_placeholder("Search deployments").fill(recipe)
     page.wait_for_url(lambda url: recipe in url)  # the page waits before it searches, and would take us back here
@@ -62,8 +62,8 @@ def wait_for_state(page: "Page", state: str) -> None:
     shown(page.get_by_role("main").get_by_text(state, exact=True).first).to_be_visible()
 
 
-def take_picture(page: "Page", path: Path) -> None:
-    """The page of a run as somebody sees it who opens it now."""
+def take_screenshot(page: "Page", path: Path) -> None:
+    """A screenshot of the page of a run, reloaded."""
     page.reload()
     shown(page.get_by_role("tab", name="Artifacts")).to_be_visible()
     page.wait_for_timeout(3000)  # its graph is drawn on a canvas, which says nothing of when it is done
@@ -77,22 +77,22 @@ def open_artifact(page: "Page", key: str) -> None:
     page.get_by_role("main").locator("a[href*='/artifacts/artifact/']").first.click()
 
 
-def test_a_run_is_triggered_from_its_form_and_found_in_mlflow(page: "Page", stack: Stack, screens: Path) -> None:
-    open_form(page, stack, "distill", "tiny")
+def test_a_run_is_triggered_from_its_form_and_found_in_mlflow(page: "Page", site: Site, screens: Path) -> None:
+    open_form(page, site, "distill", "tiny")
     page.get_by_label("Max Steps (Optional)").fill(str(STEPS))
     page.get_by_label("Mlm (Optional)").fill("0.4")
     page.screenshot(path=screens / "form.png")
     submit(page)
     wait_for_state(page, "Completed")
-    take_picture(page, screens / "run.png")
+    take_screenshot(page, screens / "run.png")
     open_artifact(page, "mlflow-run")
     page.get_by_role("main").get_by_role("link", name="MLflow run", exact=True).click()
-    check_mlflow(page, stack, screens)
+    check_mlflow(page, site, screens)
 
 
-def check_mlflow(page: "Page", stack: Stack, screens: Path) -> None:
+def check_mlflow(page: "Page", site: Site, screens: Path) -> None:
     """The MLflow run: the two fields as they were set, its tags and model version, and the curves of its training."""
-    (run,) = MlflowClient(stack.mlflow).search_runs(["1"], "tags.`distil.part` = 'chain' and params.name = 'tiny'")
+    (run,) = MlflowClient(site.up.mlflow).search_runs(["1"], "tags.`distil.part` = 'chain' and params.name = 'tiny'")
     assert run.info.run_id in page.url
     assert (run.data.params["train.max_steps"], run.data.params["loss.mlm"]) == (str(STEPS), "0.4")
     for text in ("train.max_steps", "distil.prefect_run_id"):
@@ -111,36 +111,36 @@ def check_mlflow(page: "Page", stack: Stack, screens: Path) -> None:
     page.screenshot(path=screens / "mlflow-curves.png")
 
 
-def test_a_failed_run_is_mended_by_its_retry_button(page: "Page", stack: Stack, screens: Path) -> None:
-    open_form(page, stack, "distill", BROKEN_RECIPE)
+def test_the_retry_button_completes_a_failed_run(page: "Page", site: Site, screens: Path) -> None:
+    open_form(page, site, "distill", TRUNCATED_RECIPE)
     submit(page)
     wait_for_state(page, "Failed")
     run = page.url
-    take_picture(page, screens / "failed-run.png")
+    take_screenshot(page, screens / "failed-run.png")
     open_artifact(page, "failures")
-    shown(page.get_by_role("cell", name=BROKEN, exact=True)).to_be_visible()
+    shown(page.get_by_role("cell", name=TRUNCATED, exact=True)).to_be_visible()
     page.screenshot(path=screens / "failures.png")
-    before = stack.place.stamps()
-    stack.broken_file.write_bytes(stack.whole_source)
+    before = site.place.stamps()
+    site.truncated_file.write_bytes(site.complete_source)
     page.goto(run)
     page.get_by_role("button", name="Open menu").first.click()
     page.get_by_role("menuitem", name="Retry").click()
     page.get_by_role("dialog").or_(page.get_by_role("alertdialog")).get_by_role("button", name="Retry").click()
     wait_for_state(page, "Completed")
-    fresh = made(before, stack.place.stamps(), "source", "shard", "blocks", "targets")
+    fresh = made(before, site.place.stamps(), "source", "shard", "blocks", "targets")
     assert {label.rsplit("-", 1)[0] for _, label in fresh} == {"fr_meta_part_2"}
     assert {kind for kind, _ in fresh} == {"source", "shard", "blocks", "targets"}
 
 
-def test_one_shard_is_retried_from_its_form(page: "Page", stack: Stack) -> None:
+def test_one_shard_is_retried_from_its_form(page: "Page", site: Site) -> None:
     """Two are lost, one is named."""
     # Of a source that both recipes have; part 2 is packed in one of them.
-    wanted, other = [one for one in stack.place.receipts("targets") if one.label.startswith("fr_meta_part_1")][:2]
+    wanted, other = [one for one in site.place.receipts("targets") if one.label.startswith("fr_meta_part_1")][:2]
     for lost in (wanted, other):
-        stack.place.store.withdraw(lost.ref)
-    before = stack.place.stamps()
-    open_form(page, stack, "retry-shard", "tiny")
+        site.place.store.withdraw(lost.ref)
+    before = site.place.stamps()
+    open_form(page, site, "retry-shard", "tiny")
     page.get_by_label("shard (Optional)").fill(wanted.label)
     submit(page)
     wait_for_state(page, "Completed")
-    assert made(before, stack.place.stamps()) == {("targets", wanted.label)}
+    assert made(before, site.place.stamps()) == {("targets", wanted.label)}

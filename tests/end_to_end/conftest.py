@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a teacher, a Prefect server, a process for many commands, and one whole history."""
+"""Shared by the end-to-end tests: a teacher, a Prefect server, a process for many commands, one history of runs."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.harness.place import BROKEN, History, Result, Shell, environment, make_place, mount
+from tests.harness.mounts import mount
+from tests.harness.place import TRUNCATED, History, Result, Shell, environment, make_place
 from tests.harness.server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
@@ -25,33 +26,33 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def history(tmp_path_factory: pytest.TempPathFactory, teacher: Path, server: str) -> History:
-    """The first run asks a server, the second brings its own, the third needs none."""
+    """The first run uses the shared server, the second starts its own, the third needs none."""
     folder = tmp_path_factory.mktemp("history")
     corpus = write_oscar(folder / "corpus")
-    plain = corpus / BROKEN.removesuffix(".zst")
+    plain = corpus / TRUNCATED.removesuffix(".zst")
     packed = zstandard.ZstdCompressor(write_checksum=True).compress(plain.read_bytes())
     plain.unlink()
-    (corpus / BROKEN).write_bytes(packed[: len(packed) // 2])
-    place = make_place(folder, corpus, teacher, workers=3)
-    broken = place.distil("run", server=server)
-    broken_stamps = place.stamps()
-    (corpus / BROKEN).write_bytes(packed)
-    whole = place.distil("run")
-    whole_stamps = place.stamps()
-    again = place.distil("run")
-    return History(place, broken, broken_stamps, whole, whole_stamps, again, place.stamps())
+    (corpus / TRUNCATED).write_bytes(packed[: len(packed) // 2])
+    place = make_place(folder, corpus, teacher, run={"workers": 3})
+    truncated = place.distil("run", server=server)
+    truncated_stamps = place.stamps()
+    (corpus / TRUNCATED).write_bytes(packed)
+    complete = place.distil("run")
+    complete_stamps = place.stamps()
+    repeated = place.distil("run")
+    return History(place, truncated, truncated_stamps, complete, complete_stamps, repeated, place.stamps())
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API URL of a Prefect server on a free port."""
-    with serving(tmp_path_factory.mktemp("server")) as url:
-        yield url
+    with serving(tmp_path_factory.mktemp("server")) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[Shell]:
-    """`shell("status", place.recipe, …)` runs `distil` in a process that stays, against the shared server."""
+    """`shell("status", place.recipe, …)` runs `distil` in one long-lived process, against the shared server."""
     folder = tmp_path_factory.mktemp("shell")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.harness.shell"],

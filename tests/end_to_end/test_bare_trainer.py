@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.harness.place import LIMIT, History, environment, run_folder_of
+from tests.harness.place import History, environment, run_folder_of
+from tests.harness.processes import LIMIT
 
 ABSENT = (
     "prefect", "mlflow", "datasets", "zstandard", "pandas", "sklearn", "rich", "typer", "pebble", "orjson",

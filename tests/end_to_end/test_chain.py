@@ -1,5 +1,6 @@
-"""The whole chain by `distil run`: what it leaves, what a second run does, what one broken source costs."""
+"""The chain by `distil run`: its results, a second run that has nothing to do, and a run with one truncated source."""
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from tests.harness.place import BROKEN, LENGTH, STEPS, History, made, refusal, tables
+from tests.harness.output import refusal, tables
+from tests.harness.place import TRUNCATED, History, Shell, made
+from tests.harness.recipe_values import LENGTH, STEPS
 
 SENTENCE = "Le maire signe <mask> avant la fin du mois."
 
@@ -52,18 +56,19 @@ def check_answers(answers: list[dict[str, Any]]) -> None:
 
 
 def test_the_run_ends_with_its_table(history: History) -> None:
-    assert history.whole.status == 0, history.whole.err
-    assert "Traceback" not in history.whole.out + history.whole.err
-    for text in ("snapshot", "targets", "masked top-1", "Le camembert est <mask> :)", "not run: score.protocol"):
-        assert text in history.whole.out
-    assert "distilled version 1" in history.whole.out.splitlines()[-1]
+    assert history.complete.status == 0, history.complete.err
+    assert "Traceback" not in history.complete.out + history.complete.err
+    texts = ("snapshot", "targets", "masked top-1", "Le camembert est <mask> :)", "student:", "distil up --home")
+    for text in (*texts, "not run: score.protocol names no"):
+        assert text in history.complete.out
+    assert "distilled version 1" in history.complete.out.splitlines()[-1]
 
 
 def test_the_model_folder_that_it_names_loads(history: History) -> None:
     (model,) = history.place.receipts("model")
     folder = history.place.home / "models" / "tiny"
     assert folder.resolve() == history.place.store.check(model)
-    assert any(str(folder) in cell for row in tables(history.whole.out) for cell in row)
+    assert any(str(folder) in cell for row in tables(history.complete.out) for cell in row)
     check_fill_mask(folder)
 
 
@@ -90,6 +95,43 @@ def test_mlflow_has_settings_data_sets_curve_and_one_version(history: History, c
     assert client.get_model_version_by_alias("distilled", "challenger").version == version.version
 
 
+def test_mlflow_has_the_teachers_perplexity_on_heldout_text(client: MlflowClient) -> None:
+    (scores,) = runs_of(client, "score-heldout")
+    assert scores.info.status == "FINISHED"
+    assert scores.data.metrics["teacher_perplexity"] > 1
+
+
+def test_the_gate_refuses_an_unscored_model_with_its_reason(history: History, client: MlflowClient) -> None:
+    tags = client.get_model_version("distilled", "1").tags
+    reason = "fine-tuning was not run: score.protocol names no"
+    assert tags["distil.gate.decision"] == "refused"
+    assert tags["distil.gate.reason"].startswith(reason)
+    assert "champion" not in client.get_registered_model("distilled").aliases
+    assert reason in " ".join(history.complete.out.split())
+
+
+def test_the_model_card_and_its_figure_are_next_to_the_model_and_in_mlflow(
+    history: History, client: MlflowClient
+) -> None:
+    folder = history.place.home / "models" / "tiny-card"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "fill-mask"
+    assert card.data.metrics == ["accuracy"]
+    assert "2 layers, distilled from `teacher`" in card.text
+    assert "- fine-tuning (student): score.protocol names no" in card.text
+    assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
+    model = Path(mlflow.artifacts.download_artifacts("models:/distilled@challenger")) / "model"
+    assert {"README.md", "scores.png", "model.safetensors", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+
+
+def test_status_counts_every_stage(history: History, shell: Shell) -> None:
+    rows = json.loads(shell("status", history.place.recipe, "--json").out)
+    for stage in ("source", "shard", "blocks", "calibration", "targets", "model"):
+        assert rows[stage]["done"] == rows[stage]["wanted"] > 0, stage
+        assert not rows[stage]["missing"], stage
+    assert rows["targets"]["bytes"] > 0
+
+
 def test_mlflow_leads_to_a_prefect_run_that_completed(history: History, client: MlflowClient) -> None:
     (chain,) = runs_of(client, "chain")
     with sqlite3.connect(f"file:{history.place.home}/prefect/prefect.db?mode=ro", uri=True) as database:
@@ -100,23 +142,23 @@ def test_mlflow_leads_to_a_prefect_run_that_completed(history: History, client: 
     assert version.tags["distil.prefect_run_id"] == chain.data.tags["distil.prefect_run_id"]
 
 
-def test_a_second_run_does_nothing_and_says_so(history: History, client: MlflowClient) -> None:
-    assert history.again.status == 0, history.again.err
-    assert "nothing to do" in history.again.out
-    assert history.again_stamps == history.whole_stamps
+def test_a_second_run_has_nothing_to_do(history: History, client: MlflowClient) -> None:
+    assert history.repeated.status == 0, history.repeated.err
+    assert "nothing to do" in history.repeated.out
+    assert history.repeated_stamps == history.complete_stamps
     assert len(client.search_model_versions("name = 'distilled'")) == 1
     assert len(runs_of(client, "chain")) == len(runs_of(client, "train")) == 1
 
 
-def test_a_source_cut_short_is_named_and_holds_back_only_itself(history: History) -> None:
-    assert BROKEN in refusal(history.broken)
-    heading, row = tables(history.broken.out)
+def test_a_truncated_source_fails_alone_with_its_name(history: History) -> None:
+    assert TRUNCATED in refusal(history.truncated)
+    heading, row = tables(history.truncated.out)
     said = dict(zip(heading, row, strict=True))
-    assert (said["stage"], said["file"]) == ("source", BROKEN)
+    assert (said["stage"], said["file"]) == ("source", TRUNCATED)
     assert said["howtoretry"] == f"distilretry{history.place.recipe}--stagesource--shardfr_meta_part_2"
-    done = {(kind, label) for kind, label, _ in history.broken_stamps}
+    done = {(kind, label) for kind, label, _ in history.truncated_stamps}
     kinds = {"source", "shard", "blocks", "targets"}
-    whole = {(kind, label) for kind, label, _ in history.whole_stamps if kind in kinds}
+    whole = {(kind, label) for kind, label, _ in history.complete_stamps if kind in kinds}
     others = {one for one in whole if "part_2" not in one[1]}
     assert {kind for kind, _ in others} == kinds
     assert others <= done
@@ -124,8 +166,8 @@ def test_a_source_cut_short_is_named_and_holds_back_only_itself(history: History
     assert not {kind for kind, _ in done} & {"model", "checkpoint"}
 
 
-def test_after_mending_the_same_command_computes_only_that_source(history: History) -> None:
-    fresh = made(history.broken_stamps, history.whole_stamps)
+def test_the_same_command_computes_only_the_replaced_source(history: History) -> None:
+    fresh = made(history.truncated_stamps, history.complete_stamps)
     data = {(kind, label) for kind, label in fresh if kind not in ("checkpoint", "model", "scores")}
     assert {kind for kind, _ in data} == {"source", "shard", "blocks", "targets"}
     assert all("part_2" in label for _, label in data)

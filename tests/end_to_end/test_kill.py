@@ -1,37 +1,23 @@
-"""`distil run` killed while it trains: it leaves no process, and the same command ends as if nothing had happened."""
+"""`distil run` killed while it trains: it leaves no process, and the same command completes it."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
 from tasks.train.metrics import read_metrics
-from tests.harness.place import LIMIT, MARK, History, Place, environment, run_folder_of
-from tests.harness.processes import started_for
+from tests.harness.place import History, Place, environment, run_folder_of
+from tests.harness.processes import LIMIT, started_for, wait_for
+from tests.harness.slow_trainer import slow_trainer
 
 STEPS = 300
 SETTINGS = (f"train.max_steps={STEPS}", "train.checkpoint_steps=25")
-
-
-def processes_of(place: Place) -> list[psutil.Process]:
-    """Everything that was started for this place, trainers too, which know nothing of Prefect."""
-    return started_for(MARK, place.folder)
-
-
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    end = time.monotonic() + LIMIT
-    while not what():
-        assert time.monotonic() < end, "it never came"
-        assert process is None or process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
 
 
 def has_trained(place: Place, step: int) -> bool:
@@ -41,9 +27,10 @@ def has_trained(place: Place, step: int) -> bool:
 
 
 def killed_at(place: Place, step: int, kill: Callable[[subprocess.Popen[str]], None]) -> None:
-    """Starts the run and kills it when it has trained so far."""
-    process = place.start("run", *SETTINGS, start_new_session=True)
-    wait_for(lambda: has_trained(place, step), process)
+    """Starts the run and kills it after this step."""
+    never = place.folder / "never"
+    process = place.start("run", *SETTINGS, slow_trainer(step, never), start_new_session=True)
+    wait_for(lambda: has_trained(place, step), process=process)
     kill(process)
     process.communicate(timeout=LIMIT)
 
@@ -53,7 +40,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 
 def undisturbed(place: Place, run: Path, folder: Path) -> str:
-    """The hash of the weights that the same RUN.json gives in a store of its own."""
+    """The hash of the weights that the same RUN.json gives in another store."""
     spec = json.loads(run.read_text(encoding="utf-8"))
     spec |= {"store": str(place.home / "store"), "folder": str(folder / "run")}
     path = folder / "run.json"
@@ -68,23 +55,24 @@ def weights(place: Place) -> str:
     return next(file.sha256 for file in model.files if file.name == "model.safetensors")
 
 
+@pytest.mark.guard
 @pytest.mark.slow
 def test_killed_twice_and_run_again(history: History, tmp_path: Path) -> None:
     before = ("model", "checkpoint", "scores")
     place = history.place.copy(tmp_path / "killed", without=before)
     killed_at(place, 60, kill_group)
-    wait_for(lambda: not processes_of(place))  # trainer and server notice that their parent died
+    wait_for(lambda: not started_for(place.folder))  # trainer and server notice that their parent died
 
     def kill_all(process: subprocess.Popen[str]) -> None:
-        for one in processes_of(place):
+        for one in started_for(place.folder):
             one.kill()
         kill_group(process)
 
     killed_at(place, 150, kill_all)
-    wait_for(lambda: not processes_of(place))
+    wait_for(lambda: not started_for(place.folder))
     result = place.distil("run", *SETTINGS)
     assert result.status == 0, result.err
-    assert processes_of(place) == []
+    assert started_for(place.folder) == []
 
     other = history.place.copy(tmp_path / "other", without=before)
     assert weights(place) == undisturbed(other, run_folder_of(place) / "run.json", tmp_path)

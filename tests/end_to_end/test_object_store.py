@@ -13,10 +13,13 @@ from storage.artifact import DataFile
 from storage.maintenance import verify
 from storage.store import Store
 from tests.end_to_end.test_chain import SENTENCE, check_answers, check_fill_mask
-from tests.end_to_end.test_kill import has_trained, kill_group, processes_of, wait_for, weights
+from tests.end_to_end.test_kill import has_trained, kill_group, weights
 from tests.end_to_end.test_real_text import settings_of
-from tests.harness.place import History, Place, ended, made, make_place, refusal
+from tests.harness.output import refusal
+from tests.harness.place import History, Place, ended, made, make_place
+from tests.harness.processes import started_for, wait_for
 from tests.harness.s3 import Endpoint
+from tests.harness.slow_trainer import slow_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +80,7 @@ def remote(s3: Endpoint, history: History, teacher: Path, tmp_path: Path) -> Rem
     return make_remote(s3, tmp_path / "place", history.place.folder / "corpus", teacher)
 
 
+@pytest.mark.guard
 def test_the_chain_in_a_bucket_gives_the_artifacts_of_a_local_run(
     remote: Remote, s3: Endpoint, local: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,11 +108,12 @@ def test_the_chain_in_a_bucket_gives_the_artifacts_of_a_local_run(
 
 def test_training_goes_on_from_the_bucket_after_everything_local_is_gone(remote: Remote, local: Place) -> None:
     settings = ("train.max_steps=60", "train.checkpoint_steps=10")
-    process = remote.start("run", *remote.settings, *settings, start_new_session=True)
-    wait_for(lambda: has_trained(remote, 25), process)
+    slow = slow_trainer(25, remote.folder / "never")
+    process = remote.start("run", *remote.settings, *settings, slow, start_new_session=True)
+    wait_for(lambda: has_trained(remote, 25), process=process)
     kill_group(process)
     process.communicate()
-    wait_for(lambda: not processes_of(remote))
+    wait_for(lambda: not started_for(remote.folder))
     before = remote.stamps()
     for name in ("cache", "scratch", "run"):
         shutil.rmtree(remote.home / name)
@@ -127,7 +132,7 @@ def test_an_endpoint_that_dies_is_named_and_what_was_committed_is_not_made_again
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     process = remote.start("run", *remote.settings, *QUICK)
-    wait_for(lambda: bool(list(s3.path("store/receipts/blocks").glob("*.receipt.json"))), process)
+    wait_for(lambda: bool(list(s3.path("store/receipts/blocks").glob("*.receipt.json"))), process=process)
     s3.kill()
     sentence = refusal(ended(process))
     assert "did not answer" in sentence
@@ -150,7 +155,7 @@ def test_a_server_killed_twice_in_uploads_leaves_no_receipt_of_a_short_object(
         killed_in_upload(s3, sign, process.poll)
         s3.start()
     first = ended(process)
-    if first.status != 0:  # the server was away for longer than anybody waits: the same command goes on
+    if first.status != 0:  # the server was away for longer than the retries last: the same command resumes
         assert "Traceback" not in first.err
         result = remote.distil("run", *remote.settings)
         assert result.status == 0, result.err

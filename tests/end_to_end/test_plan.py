@@ -1,4 +1,4 @@
-"""`distil plan` against what a run then made, and the check for room on the way in."""
+"""`distil plan` against what a run then made, and the check for free space before a run."""
 
 import io
 import json
@@ -13,13 +13,14 @@ from flows import plan as view
 from flows.pipeline import preparation as entrance
 from flows.views import forecast as forecast_view
 from storage.errors import FatalError
-from tasks.lineage import trace
-from tasks.plan import free_space as room
+from tasks.lineage import Workspace
+from tasks.plan import free_space
 from tasks.plan.forecast import Forecast, Prices
 from tasks.plan.timing import Machine
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import load_recipe
-from tests.harness.place import History, Place, Shell, make_place, refusal
+from tests.harness.output import refusal
+from tests.harness.place import History, Place, Shell, make_place
 
 SAMPLE = 4_000_000
 
@@ -31,7 +32,7 @@ def forecast(tmp_path_factory: pytest.TempPathFactory, history: History, teacher
     recipe = load_recipe(place.recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(view, "TIMED_SECONDS", 0.1)
-        patch.setattr(view, "look_at_machine", lambda: Machine(2, 1.0))
+        patch.setattr(view, "describe_machine", lambda: Machine(2, 1.0))
         found = view.forecast_of(recipe, sample_bytes=SAMPLE, prices=Prices())
     assert place.stamps() == {}
     return recipe, found
@@ -53,7 +54,7 @@ def test_bytes_are_those_that_the_run_made(forecast: tuple[Recipe, Forecast], hi
 def test_everything_was_timed(forecast: tuple[Recipe, Forecast]) -> None:
     found = forecast[1]
     assert all(found.seconds[stage].left > 0 for stage in ("source", "blocks", "targets", "train", "score"))
-    assert 1 <= found.pace.rows <= 6
+    assert 1 <= found.timings.rows <= 6
     assert found.break_even is not None
 
 
@@ -61,7 +62,7 @@ def test_tables_show_the_numbers_of_the_json(forecast: tuple[Recipe, Forecast]) 
     recipe, found = forecast
     out = io.StringIO()
     with redirect_stdout(out):
-        forecast_view.show(recipe, found)
+        forecast_view.show_forecast(recipe, found)
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
     shown = {cells[0]: cells[1:] for cells in lines if cells[0]}
     value: dict[str, Any] = json.loads(json.dumps(found.to_json()))
@@ -78,7 +79,7 @@ def test_tables_show_the_numbers_of_the_json(forecast: tuple[Recipe, Forecast]) 
 
 def test_what_is_done_is_not_left(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view, "TIMED_SECONDS", 0.1)
-    monkeypatch.setattr(view, "look_at_machine", lambda: Machine(2, 1.0))
+    monkeypatch.setattr(view, "describe_machine", lambda: Machine(2, 1.0))
     found = view.forecast_of(load_recipe(history.place.recipe), sample_bytes=SAMPLE, prices=Prices())
     assert all(amount.left == 0 < amount.done for amount in found.sizes.bytes.values())
     assert found.total_seconds.left == 0 < found.total_seconds.total
@@ -97,13 +98,13 @@ def test_the_command_prints_json_and_keeps_nothing(
     assert not place.home.joinpath("store").exists()
 
 
-# ---- the check for room ------------------------------------------------------------------------------------
+# ---- the check for free space ------------------------------------------------------------------------------
 
 
 def check(place: Place, monkeypatch: pytest.MonkeyPatch, free: int | None, *, training: bool = True) -> None:
     recipe = load_recipe(place.recipe)
     monkeypatch.setattr(entrance, "free_bytes", lambda store: free)
-    entrance.check_free_space(place.store, recipe, trace(place.store, recipe), training=training)
+    entrance.check_free_space(Workspace(place.store, recipe), training=training)
 
 
 def never(*_: object, **__: object) -> None:
@@ -111,15 +112,15 @@ def never(*_: object, **__: object) -> None:
 
 
 def test_nothing_to_do_is_never_refused_nor_sampled(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "take_sample", never)
+    monkeypatch.setattr(free_space, "take_sample", never)
     check(history.place, monkeypatch, free=0)
     check(history.place, monkeypatch, free=0, training=False)
 
 
-def test_much_room_needs_no_sample_and_an_object_store_is_not_asked(
+def test_ample_free_space_needs_no_sample_and_an_object_store_is_not_checked(
     history: History, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(room, "take_sample", never)
+    monkeypatch.setattr(free_space, "take_sample", never)
     place = make_place(tmp_path, history.place.folder / "corpus", teacher)
     check(place, monkeypatch, free=10**12)
     check(place, monkeypatch, free=None)
@@ -131,7 +132,7 @@ def test_what_fits_by_the_forecast_is_let_in_and_what_does_not_is_not(
     place = make_place(tmp_path, history.place.folder / "corpus", teacher)
     need = int(forecast[1].need)
     check(place, monkeypatch, free=need + 1000)
-    with pytest.raises(FatalError, match="has no room for this run"):
+    with pytest.raises(FatalError, match="for this run"):
         check(place, monkeypatch, free=need - 1000)
 
 
@@ -139,7 +140,7 @@ def test_only_what_is_missing_must_fit(history: History, monkeypatch: pytest.Mon
     place = history.place.copy(tmp_path / "place", without=("targets", "model", "checkpoint"))
     targets = sum(history.place.store.sizes("targets").values())
     check(place, monkeypatch, free=int(1.2 * targets), training=False)
-    with pytest.raises(FatalError, match="has no room"):
+    with pytest.raises(FatalError, match="for this run"):
         check(place, monkeypatch, free=int(0.9 * targets), training=False)
 
 
@@ -158,7 +159,7 @@ def test_a_run_on_a_small_disk_does_not_start(
 ) -> None:
     place = make_place(tmp_path / "place", history.place.folder / "corpus", teacher)
     said = refusal(shell("run", place.recipe, f"store={small_disk}/store"))
-    assert "has no room for this run" in said
+    assert "for this run" in said
     assert f"{small_disk}/store" in said
     assert "distil plan" in said
     assert not list(small_disk.rglob("*.receipt.json"))

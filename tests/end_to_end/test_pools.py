@@ -1,4 +1,4 @@
-"""Text on one work pool, teacher and training on another: two deployments that share only the store."""
+"""Text on one work pool, targets and training on another: two deployments that share only the store."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 
-from storage.store import NODE
+from storage.artifact import NODE
 from tasks.recipe.load import load_recipe
 from tests.harness.place import make_place
+from tests.harness.processes import wait_for
 from tests.harness.server import working
-from tests.harness.stack import HUNG_SECONDS, wait_for
 from tests.harness.tiny import write_oscar
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,7 @@ def pools(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
             yield server
 
 
+@pytest.mark.guard
 def test_text_is_made_on_one_pool_and_the_rest_on_another(pools: str, teacher: Path, tmp_path: Path) -> None:
     place = make_place(tmp_path / "place", write_oscar(tmp_path / "corpus", parts=2), teacher)
     text = tmp_path / "text.toml"
@@ -39,7 +40,7 @@ def test_text_is_made_on_one_pool_and_the_rest_on_another(pools: str, teacher: P
         deployment = client.read_deployment_by_name("distill/tiny")
         parameters = {"recipe": recipe.model_dump(mode="json", by_alias=True)}
         run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
-        wait_for(lambda: (state := client.read_flow_run(run.id).state) and state.is_final(), HUNG_SECONDS)
+        wait_for(lambda: (state := client.read_flow_run(run.id).state) and state.is_final())
         ended = client.read_flow_run(run.id)
         assert ended.state
         assert ended.state.is_completed(), ended.state
@@ -51,8 +52,8 @@ def test_text_is_made_on_one_pool_and_the_rest_on_another(pools: str, teacher: P
     assert hosts == {"shard": {"cpu"}, "blocks": {"cpu"}, "targets": {"gpu"}, "model": {"gpu"}}
 
 
-def test_a_deployment_that_is_not_there_is_named(teacher: Path, tmp_path: Path, server: str) -> None:
+def test_a_missing_deployment_is_named(teacher: Path, tmp_path: Path, server: str) -> None:
     place = make_place(tmp_path / "place", write_oscar(tmp_path / "corpus", parts=1), teacher)
-    result = place.distil("run", "run.text_on=prepare/nobody", server=server)
+    result = place.distil("run", "run.text_on=prepare/absent", server=server)
     assert result.status == 1
-    assert "run.text_on = prepare/nobody, but there is no such deployment" in result.err
+    assert "run.text_on = prepare/absent, but there is no such deployment" in result.err

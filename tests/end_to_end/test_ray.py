@@ -1,9 +1,7 @@
 """Shards, blocks and targets on a Ray cluster of two nodes: the same bytes, on both nodes, also when one is killed."""
 
-import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import FlowRunSort
 
 from storage.artifact import Receipt
-from tests.harness.place import Place, ended, environment, make_place, running
-from tests.harness.server import serving
+from tests.harness.place import Place, ended, environment, make_place
+from tests.harness.processes import kill_tree, running
 from tests.harness.tiny import write_oscar
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -30,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 KINDS = ("source", "shard", "blocks")
 SLOTS = 1
-"""CPUs of each node: so many tasks are in flight there."""
+"""CPUs of each node, which is the number of tasks in flight there."""
 START = ("ray.scripts.scripts", "start", "--block", f"--num-cpus={SLOTS}")
 
 
@@ -40,17 +37,6 @@ class Cluster:
 
     address: str
     second: subprocess.Popen[bytes]
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for a node and all that it started."""
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    for member in (*family, process):
-        try:
-            os.kill(member.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
 
 
 @pytest.fixture
@@ -76,7 +62,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def wait_for_nodes(address: str, wanted: int, folder: Path) -> None:
-    """Asks the cluster until so many nodes are alive."""
+    """Polls the cluster until the wanted number of nodes is alive."""
     asked = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
     end = time.monotonic() + 180
     while True:
@@ -86,12 +72,6 @@ def wait_for_nodes(address: str, wanted: int, folder: Path) -> None:
             return
         assert time.monotonic() < end, found.stderr + (folder / "second" / "log").read_text()
         time.sleep(1)
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("prefect")) as url:
-        yield url
 
 
 def places(tmp_path: Path, teacher: Path, parts: int, texts: int) -> tuple[Place, Place]:
@@ -105,12 +85,12 @@ def by_label(receipts: list[Receipt]) -> dict[tuple[str, str], Receipt]:
 
 
 def test_two_nodes_make_the_bytes_of_worker_processes(
-    cluster: Cluster, teacher: Path, tmp_path: Path, api: str
+    cluster: Cluster, teacher: Path, tmp_path: Path, server: str
 ) -> None:
     here, ray = places(tmp_path, teacher, parts=4, texts=200)
-    done = here.distil("prepare", server=api)
+    done = here.distil("prepare", server=server)
     assert done.status == 0, done.err
-    done = ray.distil("prepare", "run.engine=ray", f"ray.address={cluster.address}", server=api)
+    done = ray.distil("prepare", "run.engine=ray", f"ray.address={cluster.address}", server=server)
     assert done.status == 0, done.err
 
     mine, theirs = (by_label(place.receipts(*KINDS)) for place in (ray, here))
@@ -124,12 +104,13 @@ def test_two_nodes_make_the_bytes_of_worker_processes(
         assert receipt.info["digest"] == others[one].info["digest"]
 
 
+@pytest.mark.guard
 def test_a_killed_node_costs_only_what_was_in_flight_there(
-    cluster: Cluster, teacher: Path, tmp_path: Path, api: str
+    cluster: Cluster, teacher: Path, tmp_path: Path, server: str
 ) -> None:
     here, ray = places(tmp_path, teacher, parts=12, texts=60)
     settings = ("run.engine=ray", f"ray.address={cluster.address}", "run.task_seconds=0", "run.retry_seconds=1")
-    process = ray.start("prepare", *settings, server=api)
+    process = ray.start("prepare", *settings, server=server)
     hosts: set[str] = set()
     while len(hosts) < 2:  # both nodes have made some, and work on others
         assert process.poll() is None, process.communicate()
@@ -137,18 +118,20 @@ def test_a_killed_node_costs_only_what_was_in_flight_there(
         time.sleep(0.1)
     # A source that was being read has left shards already, which are made again with it.
     before = {stamp: made for stamp, made in ray.stamps().items() if stamp[0] != "shard"}
-    kill(cluster.second)
+    kill_tree(cluster.second)
     result = ended(process)
     assert result.status == 0, result.err
 
     after = ray.stamps()
     assert {stamp: after[stamp] for stamp in before} == before
-    with SyncPrefectClient(api) as client:
+    with SyncPrefectClient(server) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[newest_run(client)])))
     again = [run for run in runs if run.run_count > 1]
     assert len(again) <= SLOTS
-    assert "0 damaged and withdrawn, 1 missing" in ray.distil("verify", server=api).err  # the model, never asked for
-    assert here.distil("prepare", server=api).status == 0
+    assert (
+        "0 damaged and withdrawn, 1 missing" in ray.distil("verify", server=server).err
+    )  # the model, which `prepare` does not make
+    assert here.distil("prepare", server=server).status == 0
     mine, theirs = (by_label(place.receipts(*KINDS)) for place in (ray, here))
     assert {one: receipt.files for one, receipt in mine.items()} == {one: r.files for one, r in theirs.items()}
 

@@ -54,7 +54,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def count(path: Path, tokenizer: Tokenizer) -> Count:
-    """What a source holds, by plain Python: exact duplicates and one document in 200 are left out."""
+    """The documents of a source, by plain Python: exact duplicates and one document in 200 are left out."""
     found, seen, batch = Count(), set(), []
     for text in texts_of(path):
         digest = hashlib.sha256(text.encode()).digest()

@@ -1,11 +1,13 @@
-"""What was lost or damaged in the store is named, and `distil retry` rebuilds that and nothing else."""
+"""Lost and damaged artifacts are named, and `distil retry` rebuilds them and nothing else."""
 
 import shutil
 from pathlib import Path
 
 from storage import layout
+from storage.arrow import TARGETS_FILE
 from storage.maintenance import verify
-from tests.harness.place import History, Shell, made, refusal
+from tests.harness.output import refusal
+from tests.harness.place import History, Shell, made
 
 
 def flip_a_byte(path: Path) -> None:
@@ -33,7 +35,7 @@ def test_lost_and_damaged_targets_are_named_and_only_they_are_rebuilt(
     assert status.status == 0
     assert lines_of(status.out, "missing") == [f"targets {one.label}" for one in (without_data, without_receipt)]
 
-    flip_a_byte(store.local(damaged) / "targets.arrow")
+    flip_a_byte(store.local(damaged) / TARGETS_FILE)
     checked = shell("verify", place.recipe)
     assert "2 damaged and withdrawn, 1 missing" in refusal(checked)
     assert lines_of(checked.out, "missing") == [f"targets {without_receipt.label}"]

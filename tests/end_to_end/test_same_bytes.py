@@ -10,7 +10,7 @@ KINDS = ("source", "shard", "blocks")
 def test_one_worker_and_an_empty_store_give_the_bytes_of_three_workers(
     history: History, teacher: Path, shell: Shell, tmp_path: Path
 ) -> None:
-    alone = make_place(tmp_path, history.place.folder / "corpus", teacher, workers=1)
+    alone = make_place(tmp_path, history.place.folder / "corpus", teacher, run={"workers": 1})
     result = shell("prepare", alone.recipe, "targets.source=online")
     assert result.status == 0, result.err
     mine = {(one.kind, one.key, one.label): one.files for one in alone.receipts(*KINDS)}

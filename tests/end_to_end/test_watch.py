@@ -15,16 +15,18 @@ from flows.home import set_environment
 from flows.pipeline.finished import remember_done
 from flows.tracking.registry import CHAMPION
 from flows.tracking.runs import open_mlflow_runs
+from tasks.lineage import Workspace
 from tasks.recipe.load import load_recipe
 from tasks.recipe.run_spec import read_run
-from tests.harness.place import LIMIT, History, Place, ended, environment, made
-from tests.harness.stack import Stack, make_stack, wait_for
+from tests.harness.place import History, Place, ended, environment, made
+from tests.harness.processes import LIMIT, wait_for
+from tests.harness.server import PrefectServer, serving
 from tests.harness.tiny import write_oscar, write_sums
 
 pytestmark = pytest.mark.slow
 
 EVENT = ["prefect", "event", "emit", "corpus.snapshot.published", "--resource-id", "corpus.tiny"]
-"""What who publishes a snapshot calls."""
+"""The command of a publisher of snapshots."""
 WATCH = """
 [watch]
 folder = {folder}
@@ -34,14 +36,15 @@ warm_start = "champion"
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with make_stack(tmp_path_factory.mktemp("stack")) as stack:
-        stack.start_worker()
-        yield stack
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    with serving(tmp_path_factory.mktemp("server")) as own_server:
+        own_server.create_pool()
+        own_server.start_worker()
+        yield own_server
 
 
 @pytest.fixture
-def place(history: History, stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(history: History, own_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """All of the history but its place; its model is the champion, its corpus the snapshot 2026-9; all deployed."""
     sources = Path(shutil.copytree(history.place.folder / "corpus", tmp_path / "oscar" / "2026-9"))
     # By their checksums the store knows the copies; without, a run would have to read them first.
@@ -57,53 +60,54 @@ def place(history: History, stack: Stack, tmp_path: Path, monkeypatch: pytest.Mo
     run = book.run("chain", model.parents[0], "tiny")
     book.registry.register(run, "distilled", model.key, place.store.local(model), "Le juge <mask> le dossier.", {})
     book.client.set_registered_model_alias("distilled", CHAMPION, "1")
-    # What was done for the MLflow of another home is not done for this one until somebody says so.
+    # This home's MLflow has no record of the run; the store remembers it as recorded.
     specs = (read_run(str(path)) for path in (history.place.home / "run").glob("*/run.json"))
-    remember_done(place.store, recipe, next(run for run in specs if run.run_key == model.parents[0]), {})
-    deployed = place.distil("deploy", server=stack.url)
+    remember_done(Workspace(place.store, recipe), next(run for run in specs if run.run_key == model.parents[0]), {})
+    deployed = place.distil("deploy", server=own_server.url)
     assert deployed.status == 0, deployed.err
     return place
 
 
-def runs_of(stack: Stack, flow: str) -> list[FlowRun]:
-    with stack.client as client:
+def runs_of(own_server: PrefectServer, flow: str) -> list[FlowRun]:
+    with own_server.client as client:
         wanted = client.read_flow_by_name(flow).id
         return [run for run in client.read_flow_runs() if run.flow_id == wanted]
 
 
+@pytest.mark.guard
 def test_a_snapshot_copied_in_slowly_starts_one_run_that_computes_only_what_is_new(
-    place: Place, stack: Stack, tmp_path: Path
+    place: Place, own_server: PrefectServer, tmp_path: Path
 ) -> None:
     older, newer = tmp_path / "oscar" / "2026-9", tmp_path / "oscar" / "2026-10"
     files = [*sorted(older.glob("fr_meta*")), write_oscar(tmp_path / "later", parts=4) / "fr_meta_part_4.jsonl"]
     write_sums(newer, *files)
     for file in files[:-1]:
         shutil.copyfile(file, newer / file.name)
-    early = place.distil("watch", server=stack.url)
+    early = place.distil("watch", server=own_server.url)
     assert early.status == 0, early.err
     assert "2026-10 is not whole yet: fr_meta_part_4.jsonl is named in a checksum file but not there" in early.out
     assert "; nothing new: 2026-9 (" in early.out
     assert "is processed already" in early.out
-    assert runs_of(stack, "distill") == []
+    assert runs_of(own_server, "distill") == []
 
     before = place.stamps()
     shutil.copyfile(files[-1], newer / files[-1].name)
-    by_hand = place.start("watch", server=stack.url)
-    variables = environment(tmp_path, stack.url)
+    by_hand = place.start("watch", server=own_server.url)
+    variables = environment(tmp_path, own_server.url)
     subprocess.run([sys.executable, "-m", *EVENT], env=variables, check=True, timeout=LIMIT, stdout=subprocess.PIPE)
     said = ended(by_hand)
     assert said.status == 0, said.err
-    wait_for(lambda: [run for run in runs_of(stack, "watch-snapshots") if run.deployment_id])
-    (by_event,) = (run for run in runs_of(stack, "watch-snapshots") if run.deployment_id)
-    watched = stack.wait(by_event.id, "COMPLETED")
-    (run,) = runs_of(stack, "distill")
+    wait_for(lambda: [run for run in runs_of(own_server, "watch-snapshots") if run.deployment_id])
+    (by_event,) = (run for run in runs_of(own_server, "watch-snapshots") if run.deployment_id)
+    watched = own_server.wait(by_event.id, "COMPLETED")
+    (run,) = runs_of(own_server, "distill")
     assert watched.state
     for sentence in (said.out, str(watched.state.message)):
         assert str(run.id) in sentence
     assert run.parameters["recipe"]["corpus"]["url"] == str(newer)
     assert run.parameters["recipe"]["train"]["warm_start"] == "models:/distilled/1"
 
-    stack.wait(run.id, "COMPLETED")
+    own_server.wait(run.id, "COMPLETED")
     fresh = made(before, place.stamps())
     data = {(kind, label) for kind, label in fresh if kind not in ("checkpoint", "model", "scores")}
     assert {kind for kind, _ in data} == {"source", "shard", "blocks", "targets"}
@@ -116,6 +120,6 @@ def test_a_snapshot_copied_in_slowly_starts_one_run_that_computes_only_what_is_n
     weights = place.store.local(first) / "model.safetensors"
     assert (start / "model.safetensors").read_bytes() == weights.read_bytes()
 
-    again = place.distil("watch", server=stack.url)
+    again = place.distil("watch", server=own_server.url)
     assert "nothing new: 2026-10 (" in again.out
-    assert len(runs_of(stack, "distill")) == 1
+    assert len(runs_of(own_server, "distill")) == 1

@@ -1,4 +1,4 @@
-"""A Prefect server for tests that run tasks in this process, an MLflow, and the `distil` command as users call it."""
+"""A Prefect server for flows in the test's process, an MLflow, the `distil` command, and a server with deployments."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from flows.home import set_environment
-from tasks.recipe.load import make_recipe
 from tests.harness.place import Place, Result, make_place
+from tests.harness.recipe_values import recipe_toml, simple_recipe
 from tests.harness.server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
@@ -23,28 +23,13 @@ if TYPE_CHECKING:
 
 Distil = Callable[..., "subprocess.CompletedProcess[str]"]
 
-RECIPE = """
-name = "tiny"
-[corpus]
-url = "corpus"
-heldout_per_mille = 100
-[blocks]
-length = 32
-[teacher]
-model = "teacher"
-[student]
-layers = 2
-[train]
-batch_rows = 16
-max_steps = 40
-checkpoint_steps = 20
-validate_steps = 20
-log_steps = 5
-threads = 1
-[score]
-latency_runs = 1
-sentences = ["Le juge <mask> le dossier."]
-"""
+RECIPE: dict[str, Any] = {
+    "corpus": {"url": "corpus", "shard_bytes": 10_000_000},  # one shard per source
+    "teacher": "teacher",
+    "train": {"batch_rows": 16, "max_steps": 40, "checkpoint_steps": 20, "validate_steps": 20, "log_steps": 5},
+    "score": {"latency_runs": 1, "sentences": ["Le juge <mask> le dossier."]},
+}
+"""The changes that the recipe of `place` makes to a tiny one."""
 
 
 @pytest.fixture(scope="session")
@@ -57,14 +42,13 @@ def prefect_api() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> "MlflowRuns":
+def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> "MlflowRuns":
     """An MLflow of its own, on SQLite."""
     from flows.tracking.runs import open_mlflow_runs
 
     folder = tmp_path_factory.mktemp("mlflow")
     set_environment(str(folder))
-    values = {"name": "tiny", "home": str(folder), "corpus": {"url": "x"}, "teacher": {"model": "y"}}
-    return open_mlflow_runs(make_recipe(values, "test"))
+    return open_mlflow_runs(simple_recipe(home=str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +58,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     write_oscar(folder / "corpus", parts=3, texts=60)
     make_teacher(folder / "teacher")
-    (folder / "tiny.toml").write_text(RECIPE, encoding="utf-8")
+    (folder / "tiny.toml").write_text(recipe_toml(**RECIPE), encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="session")
 def environment(repo: Path) -> dict[str, str]:
-    """Like a shell in which nobody has set up Prefect or MLflow."""
+    """The environment of a shell without variables of Prefect and MLflow."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return known | {"PYTHONPATH": str(repo), "HF_HUB_OFFLINE": "1"}
 
@@ -103,8 +87,8 @@ def distil(place: Path, environment: dict[str, str]) -> Distil:
     return call
 
 
-class Patient(httpx.HTTPTransport):
-    """Asks again, as Prefect's own clients do, when the server answers that its SQLite is busy."""
+class RetryingTransport(httpx.HTTPTransport):
+    """Repeats a request, as Prefect's own clients do, when the server answers that its SQLite is busy."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         end = time.monotonic() + 60
@@ -114,7 +98,7 @@ class Patient(httpx.HTTPTransport):
         return answer
 
 
-class Stack(NamedTuple):
+class DeployedRecipe(NamedTuple):
     """A Prefect server, and the place whose recipe `tiny` is deployed to it."""
 
     api: str
@@ -125,8 +109,8 @@ class Stack(NamedTuple):
         return self.place.distil("deploy", *arguments, server=self.api)
 
     def client(self) -> httpx.Client:
-        """Speaks to the server as the UI does."""
-        return httpx.Client(base_url=self.api, timeout=60, transport=Patient())
+        """An HTTP client of the server's API, as the UI has one."""
+        return httpx.Client(base_url=self.api, timeout=60, transport=RetryingTransport())
 
     def deployment(self, flow: str) -> dict[str, Any]:
         """The deployment FLOW/tiny as the server returns it."""
@@ -136,13 +120,13 @@ class Stack(NamedTuple):
         return dict(answer.json())
 
     def create_run(self, flow: str, parameters: dict[str, Any]) -> httpx.Response:
-        """Asks for a run of FLOW/tiny."""
+        """Requests a run of FLOW/tiny."""
         with self.client() as client:
             path = f"/deployments/{self.deployment(flow)['id']}/create_flow_run"
             return client.post(path, json={"parameters": parameters})
 
     def recipe(self, **sections: dict[str, Any]) -> dict[str, Any]:
-        """The recipe as the form is filled at first, with some fields changed: `recipe(train={"lr": 7})`."""
+        """The recipe that the form is filled with, with some fields changed: `recipe(train={"lr": 7})`."""
         filled: dict[str, Any] = self.deployment("distill")["parameters"]["recipe"]
         return filled | {name: filled[name] | fields for name, fields in sections.items()}
 
@@ -161,16 +145,14 @@ class Stack(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedRecipe]:
     """A server to which one recipe has been deployed."""
-    folder = tmp_path_factory.mktemp("stack")
-    write_oscar(folder / "corpus")
+    folder = tmp_path_factory.mktemp("deployed")
     make_teacher(folder / "teacher")
-    place = make_place(folder, folder / "corpus", folder / "teacher")
-    with place.recipe.open("a", encoding="utf-8") as recipe:
-        recipe.write('\n[watch]\ncron = "17 3 * * *"\nactive = true\n')
-    with serving(folder / "server") as api:
-        stack = Stack(api, place)
-        done = stack.deploy()
+    watch = {"cron": "17 3 * * *", "active": True}
+    place = make_place(folder, write_oscar(folder / "corpus"), folder / "teacher", watch=watch)
+    with serving(folder / "server") as server:
+        deployed = DeployedRecipe(server.url, place)
+        done = deployed.deploy()
         assert done.status == 0, done.err
-        yield stack
+        yield deployed

@@ -61,7 +61,10 @@ def test_score_takes_models_recipe_settings_and_protocol_in_any_order(monkeypatc
 
     asked: list[object] = []
     monkeypatch.setattr(cli, "_recipe", lambda path, overrides: asked.append((path, overrides)))
-    monkeypatch.setattr(cli, "_flow", lambda recipe, module, name, *more: asked.append(more[1:]))
+    names = ("model", "others", "only", "force")
+    monkeypatch.setattr(
+        cli, "_run_flow", lambda recipe, module, flow, **given: asked.append(tuple(given[name] for name in names))
+    )
     call = CliRunner().invoke
     words = ["one", "two/three", "my.toml", "score.sets=/data", "--recipe", "/p/flue.toml", "--only", "xnli seed 1"]
     assert call(cli.app, ["score", *words]).exit_code == 0
@@ -118,9 +121,10 @@ def test_the_command_to_retry_has_the_file_and_settings_that_were_typed(
     monkeypatch.chdir(place)
     Path("far").mkdir(exist_ok=True)
     Path("far/more.toml").write_text('extends = "../tiny.toml"\n', encoding="utf-8")
-    loaded = cli._recipe(Path("far/more.toml"), ["corpus.url=corpus", "score.sentences=['a b']"])
+    typed = Path("far/more.toml"), ["corpus.url=corpus", "score.sentences=['a b']"]
+    loaded = cli._recipe(*typed)
     assert loaded.name == "tiny"
-    assert how_to_retry(loaded, "blocks", "a-0") == (
+    assert how_to_retry(loaded, "blocks", "a-0", cli._typed(*typed)) == (
         "distil retry far/more.toml corpus.url=corpus "
         """'score.sentences=['"'"'a b'"'"']' --stage blocks --shard a-0"""
     )

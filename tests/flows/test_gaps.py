@@ -12,12 +12,12 @@ from storage.fingerprint import sha256_bytes
 from storage.lease import Lease
 from storage.store import Store
 from tasks.corpus.shard import shard_source
-from tasks.lineage import trace, vocabulary_of
+from tasks.lineage import Workspace, trace, vocabulary_of
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import model_ref
+from tasks.recipe.run_spec import RUN_SCHEMA, model_ref
 from tasks.tokens.blocks import make_blocks
 from tests.harness.artifacts import put
+from tests.harness.recipe_values import teacherless_recipe
 from tests.harness.tiny import save_tokenizer, write_oscar
 
 
@@ -27,11 +27,8 @@ def recipe(tmp_path: Path) -> Recipe:
     values = {
         "name": "tiny",
         "corpus": {"url": str(tmp_path / "corpus"), "heldout_per_mille": 0},
-        "blocks": {"length": 32, "tokenizer": str(save_tokenizer(tmp_path / "tokenizer"))},
-        "loss": {"distil": 0, "cosine": 0, "mlm": 1},
-        "student": {"init": "config", "config": {"model_type": "roberta"}},
     }
-    return make_recipe(values, "test")
+    return teacherless_recipe(save_tokenizer(tmp_path / "tokenizer"), **values)
 
 
 @pytest.fixture
@@ -48,10 +45,10 @@ def store(tmp_path: Path, recipe: Recipe) -> Store:
 def test_a_lost_artifact_is_a_gap_unless_its_failure_was_reported(store: Store, recipe: Recipe) -> None:
     lost = trace(store, recipe).training_blocks[1]
     store.withdraw(lost)
-    lineage = trace(store, recipe)
-    assert silently_missing(store, Prepared(lineage, ())) == [lost]
+    workspace = Workspace(store, recipe)
+    assert silently_missing(Prepared(workspace, ())) == [lost]
     failure = store.fail(lost, FatalError("no"))
-    assert silently_missing(store, Prepared(lineage, (StageDone("blocks", 1, (failure,), 0.1),))) == []
+    assert silently_missing(Prepared(workspace, (StageDone("blocks", 1, (failure,), 0.1),))) == []
 
 
 def test_gc_refuses_while_it_cannot_know_what_a_source_holds(store: Store, recipe: Recipe) -> None:
@@ -78,6 +75,8 @@ def test_gc_drops_the_checkpoints_of_a_training_that_has_its_model(store: Store,
     for ref in (*(Ref("checkpoint", f"{run}-{7:09d}", "step 7") for run in (ended, going)), model_ref(ended, "tiny")):
         with store.scratch() as folder:
             (folder / "weights").write_bytes(b"bytes")
-            store.commit(ref, folder, schema=1, rows=1, tokens=1, settings={}, parents=[])
+            store.commit(
+                ref, folder, schema=1, rows=1, tokens=1, settings={}, parents=[], info={"run_schema": RUN_SCHEMA}
+            )
     checkpoints = {key for kind, key in artifacts_to_keep(store, [recipe]) if kind == "checkpoint"}
     assert checkpoints == {f"{going}-{7:09d}"}

@@ -11,7 +11,7 @@ import pytest
 from flows.home import registry_name, set_environment, tracking_uri, up_file, user, without_credentials
 from flows.services.process import is_healthy
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
+from tests.harness.recipe_values import simple_recipe
 
 
 def test_an_address_is_shown_without_its_password() -> None:
@@ -27,7 +27,7 @@ def test_a_server_is_shown_where_browsers_reach_it(monkeypatch: pytest.MonkeyPat
 
 
 def recipe_of(home: Path) -> Recipe:
-    return make_recipe({"name": "tiny", "home": str(home), "corpus": {"url": "x"}, "teacher": {"model": "y"}}, "test")
+    return simple_recipe(home=str(home))
 
 
 def test_every_command_uses_the_database_that_the_environment_names(

@@ -14,11 +14,11 @@ from flows.tracking.runs import open_mlflow_runs
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
-from tasks.lineage import trace, vocabulary_of
+from tasks.lineage import Workspace, trace, vocabulary_of
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import RunSpec
 from tasks.tokens.blocks import make_blocks
+from tests.harness.recipe_values import teacherless_recipe
 from tests.harness.tiny import make_teacher, write_oscar
 
 
@@ -31,11 +31,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_teacher(folder / "model")
     make_teacher(folder / "other", layers=3)
     recipe = recipe_of(folder)
-    book = open_mlflow_runs(recipe)
-    run = book.run("chain", "0" * 64, "tiny")
+    mlflow_runs = open_mlflow_runs(recipe)
+    run = mlflow_runs.run("chain", "0" * 64, "tiny")
     for name in ("model", "other"):
-        book.registry.register(run, "distilled", name, folder / name, "Le juge <mask> le dossier.", {})
-    book.client.set_registered_model_alias("distilled", CHAMPION, "1")
+        mlflow_runs.registry.register(run, "distilled", name, folder / name, "Le juge <mask> le dossier.", {})
+    mlflow_runs.client.set_registered_model_alias("distilled", CHAMPION, "1")
     store = Store(recipe.store)
     for source, _ in trace(store, recipe).sources:
         shard_source(store, source, recipe.corpus)
@@ -46,23 +46,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(place: Path, start: str = "", home: Path | None = None) -> Recipe:
     values = {
-        "name": "tiny",
         "home": str(home or place),
         "store": str(place / "store"),
         "corpus": {"url": str(place / "corpus"), "heldout_per_mille": 0},
-        "blocks": {"length": 32, "tokenizer": str(place / "model")},
-        "loss": {"distil": 0, "cosine": 0, "mlm": 1},
         "student": {"init": "config", "config": {"model_type": "camembert"}},
         "train": {"warm_start": start},
         "register": {"tracking_uri": f"sqlite:///{place}/mlflow/mlflow.db"},
     }
-    return make_recipe(values, "test")
+    return teacherless_recipe(place / "model", **values)
 
 
 def planned(place: Path, start: str, home: Path | None = None) -> RunSpec:
     recipe = recipe_of(place, start, home)
-    store = Store(recipe.store)
-    return planned_training(store, recipe, trace(store, recipe))
+    return planned_training(Workspace(Store(recipe.store), recipe))
 
 
 def test_the_same_model_gives_the_same_run_by_alias_number_or_folder_and_on_any_machine(

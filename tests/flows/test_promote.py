@@ -26,8 +26,8 @@ from flows.tracking.runs import open_mlflow_runs
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
 from tasks.release.results import NOT_RUN, SetResult
+from tests.harness.recipe_values import simple_recipe
 
 PROTOCOLS = {"heldout": sha256_bytes(b"heldout"), "ner": sha256_bytes(b"ner")}
 PERSON = PromotionRequest(by="marie")
@@ -42,15 +42,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make(home: Path, database: str, name: str, **gate: object) -> Recipe:
-    values = {
-        "name": "tiny",
-        "home": str(home),
-        "corpus": {"url": "x"},
-        "teacher": {"model": "y"},
-        "register": {"name": name, "tracking_uri": database},
-        "gate": gate,
-    }
-    return make_recipe(values, "test")
+    return simple_recipe(home=str(home), register={"name": name, "tracking_uri": database}, gate=gate)
 
 
 @pytest.fixture
@@ -98,21 +90,21 @@ def champion(registry: ModelRegistry, recipe: Recipe) -> str:
 
 def test_better_equal_worse_and_incomplete(registry: ModelRegistry, recipe: Recipe) -> None:
     first = version_of(registry, recipe, *CHAMPION)
-    assert decide(recipe, registry, first, PERSON).decision == PROMOTED
+    assert decide(recipe, registry, first, PERSON).outcome == PROMOTED
     assert tag(registry, first, "against") == "no champion"
-    for standings, decision, said in (
+    for results, outcome, said in (
         ((heldout(0.47), ner(0.880, 0.886, 0.883)), PROMOTED, "ner rose by 0.0100, from 0.8730 to 0.8830"),
         ((heldout(0.47), ner(0.880, 0.886, 0.883)), PROMOTED, "ner is 0.8830, equal to the best so far"),
         ((heldout(0.60), ner(0.860, 0.866, 0.863)), REFUSED, "ner fell by 0.0200"),
         ((heldout(0.60), SetResult("ner", "", (), "the set is away")), REFUSED, "ner was not run: the set is away"),
     ):
         before = champion(registry, recipe)
-        version = version_of(registry, recipe, *standings)
-        judgement = decide(recipe, registry, version, PERSON)
-        assert judgement.decision == tag(registry, version, "decision") == decision
+        version = version_of(registry, recipe, *results)
+        decision = decide(recipe, registry, version, PERSON)
+        assert decision.outcome == tag(registry, version, "decision") == outcome
         assert said in tag(registry, version, "reason")
         assert tag(registry, version, "against") == before
-        assert champion(registry, recipe) == (version.version if decision == PROMOTED else before)
+        assert champion(registry, recipe) == (version.version if outcome == PROMOTED else before)
         assert [row["set_name"] for row in json.loads(tag(registry, version, "table"))][:2] == ["heldout", "ner"]
         assert tag(registry, version, "by") == "marie"
 
@@ -120,22 +112,22 @@ def test_better_equal_worse_and_incomplete(registry: ModelRegistry, recipe: Reci
 def test_a_person_may_force_for_a_reason(registry: ModelRegistry, recipe: Recipe) -> None:
     decide(recipe, registry, version_of(registry, recipe, *CHAMPION), PERSON)
     worse = version_of(registry, recipe, heldout(0.3), ner(0.5, 0.6))
-    judgement = decide(recipe, registry, worse, PromotionRequest("marie", force=True, reason="the old one leaks names"))
-    assert judgement.decision == tag(registry, worse, "decision") == FORCED
+    decision = decide(recipe, registry, worse, PromotionRequest("marie", force=True, reason="the old one leaks names"))
+    assert decision.outcome == tag(registry, worse, "decision") == FORCED
     assert tag(registry, worse, "reason").startswith(
         "the old one leaks names (against the gate: heldout fell by 0.1600"
     )
     assert champion(registry, recipe) == worse.version
     # Whoever was champion stays a measure: the one that was forced does not lower the bar.
     assert (
-        decide(recipe, registry, version_of(registry, recipe, heldout(0.31), ner(0.5, 0.6)), PERSON).decision == REFUSED
+        decide(recipe, registry, version_of(registry, recipe, heldout(0.31), ner(0.5, 0.6)), PERSON).outcome == REFUSED
     )
 
 
 def test_the_champion_stays_when_it_is_asked_about_again(registry: ModelRegistry, recipe: Recipe) -> None:
     first = version_of(registry, recipe, *CHAMPION)
     decide(recipe, registry, first, PERSON)
-    assert decide(recipe, registry, first, PERSON).decision == ALREADY_CHAMPION
+    assert decide(recipe, registry, first, PERSON).outcome == ALREADY_CHAMPION
     assert tag(registry, first, "decision") == PROMOTED
 
 
@@ -144,12 +136,12 @@ def test_other_protocols_are_not_compared(registry: ModelRegistry, recipe: Recip
     decide(recipe, registry, first, PERSON)
     other = PROTOCOLS | {"heldout": sha256_bytes(b"a newer snapshot")}
     second = version_of(registry, recipe, heldout(0.9), ner(0.88), protocols=other)
-    judgement = decide(recipe, registry, second, PERSON)
-    assert judgement.decision == REFUSED
-    assert f"heldout cannot be compared: {first}, the champion, has no score by this protocol" in judgement.sentence
+    decision = decide(recipe, registry, second, PERSON)
+    assert decision.outcome == REFUSED
+    assert f"heldout cannot be compared: {first}, the champion, has no score by this protocol" in decision.sentence
     # The champion is scored by the new protocol as well; its older standing is kept beside it.
     first = record_results(registry, registry.version(first.name, "1"), [heldout(0.85)], other)
-    assert decide(recipe, registry, second, PERSON).decision == PROMOTED
+    assert decide(recipe, registry, second, PERSON).outcome == PROMOTED
     assert [standing.mean for standing in newest_results(first) if standing.set_name == "heldout"] == [0.85]
     third = version_of(registry, recipe, heldout(0.9), ner(0.88))
     assert f"heldout cannot be compared: {second}" in decide(recipe, registry, third, PERSON).sentence
@@ -160,13 +152,13 @@ def test_a_set_that_only_the_champion_has_is_missing(registry: ModelRegistry, re
     less = version_of(registry, recipe, heldout(0.6))
     assert "ner was not run" in decide(recipe, registry, less, PERSON).sentence
     lenient = make(Path(recipe.home), recipe.register_as.tracking_uri, recipe.register_as.name, optional=["ner"])
-    assert decide(lenient, registry, less, PERSON).decision == PROMOTED
+    assert decide(lenient, registry, less, PERSON).outcome == PROMOTED
 
 
 def test_a_champion_made_by_hand_counts(registry: ModelRegistry, recipe: Recipe) -> None:
     first, second = version_of(registry, recipe, heldout(0.5)), version_of(registry, recipe, heldout(0.6))
     registry.client.set_registered_model_alias(first.name, "champion", first.version)
-    assert decide(recipe, registry, second, PERSON).decision == PROMOTED
+    assert decide(recipe, registry, second, PERSON).outcome == PROMOTED
     assert CHAMPION_SINCE in registry.version(first.name, first.version).tags
     assert [one.version for one in registry.champions(first.name)] == ["1", "2"]
 
@@ -204,32 +196,32 @@ def promote_at_once(
     decide(recipe, registry, version, PromotionRequest(by=number))
 
 
-def test_who_waits_is_judged_against_the_champion_of_its_turn(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_a_waiting_version_is_compared_with_the_champion_of_its_turn(registry: ModelRegistry, recipe: Recipe) -> None:
     decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
     with ThreadPoolExecutor(1) as pool:
         with promotion_lock(recipe, high.name):
             waiting = pool.submit(decide, recipe, registry, low, PERSON)
             registry.set_champion(high, "2026-11-25T12:00:00", registry.champion(high.name))
-        judgement = waiting.result(120)
-    assert (judgement.decision, judgement.against) == (REFUSED, high.version)
+        decision = waiting.result(120)
+    assert (decision.outcome, decision.against) == (REFUSED, high.version)
     assert champion(registry, recipe) == high.version
 
 
-def test_who_was_judged_against_another_champion_is_not_crowned(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_a_version_compared_with_an_earlier_champion_is_not_promoted(registry: ModelRegistry, recipe: Recipe) -> None:
     """As when another machine, which has no lock with this one, promotes in the meantime."""
     decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
     old = registry.champion(recipe.register_as.name)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
     registry.set_champion(high, "2026-11-25T12:00:00", old)
-    with pytest.raises(RetryableError, match="was changed by somebody else"):
+    with pytest.raises(RetryableError, match="was changed by another process"):
         registry.set_champion(low, "2026-11-25T12:00:01", old)
     assert champion(registry, recipe) == high.version
     assert (registry.aliases_of(high), registry.aliases_of(low)) == (["champion"], [])
 
 
 @pytest.mark.slow
-def test_two_at_once_are_judged_one_after_the_other(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_two_promotions_at_once_are_decided_one_after_the_other(registry: ModelRegistry, recipe: Recipe) -> None:
     """Both beat the champion; the lower of them, where it comes second, does not beat the higher."""
     decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
@@ -262,11 +254,11 @@ def test_two_at_once_are_judged_one_after_the_other(registry: ModelRegistry, rec
 def test_what_was_not_run_and_is_asked_for_no_longer_does_not_block(registry: ModelRegistry, recipe: Recipe) -> None:
     lacking = SetResult("fine-tuning", "", (), "no protocol is named")
     version = version_of(registry, recipe, heldout(0.5), lacking, protocols=PROTOCOLS | {"fine-tuning": NOT_RUN})
-    assert decide(recipe, registry, version, PERSON).decision == REFUSED
+    assert decide(recipe, registry, version, PERSON).outcome == REFUSED
     record_results(registry, registry.version(version.name, version.version), [heldout(0.5), ner(0.8, 0.9)], PROTOCOLS)
-    assert decide(recipe, registry, version, PERSON).decision == PROMOTED
+    assert decide(recipe, registry, version, PERSON).outcome == PROMOTED
 
 
-def test_a_model_is_judged_by_its_own_recipe_only(recipe: Recipe) -> None:
+def test_only_its_own_recipe_decides_about_a_model(recipe: Recipe) -> None:
     with pytest.raises(FatalError, match=f"registers {recipe.register_as.name}, so its gate says nothing about other"):
         run_promote(recipe, model="other", version="1")

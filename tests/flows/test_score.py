@@ -14,6 +14,7 @@ import pytest
 
 from storage.store import Store
 from tests.harness.eval_sets import write_ner, write_pairs
+from tests.harness.recipe_values import simple_recipe
 from tests.harness.tiny import make_teacher
 
 PROTOCOL = """
@@ -139,10 +140,8 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
 
 def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
     from flows.score import is_own
-    from tasks.recipe.load import make_recipe
 
-    values = {"name": "a", "corpus": {"url": "x"}, "teacher": {"model": "y"}, "register": {"name": "mine"}}
-    recipe = make_recipe(values, "test")
+    recipe = simple_recipe(register={"name": "mine"})
     own = ("models:/mine@challenger", "models:/mine/3")
     assert all(is_own(recipe, uri) for uri in own)
     assert not any(is_own(recipe, uri) for uri in ("models:/mine-2@challenger", "models:/other/3", "mine/3", ""))
@@ -155,28 +154,25 @@ def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path)
     from flows.score import record
     from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
     from flows.tracking.runs import open_mlflow_runs
-    from tasks.recipe.load import make_recipe
 
     set_environment(str(tmp_path))
     make_teacher(tmp_path / "teacher")
     values = {
-        "name": "a",
         "home": str(tmp_path),
-        "corpus": {"url": "x"},
         "register": {"name": "mine", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
         "teacher": {"model": str(tmp_path / "teacher")},
     }
-    recipe = make_recipe(values, "test")
-    book = open_mlflow_runs(recipe)
-    run = book.run("chain", "0" * 64, "a")
+    recipe = simple_recipe(**values)
+    mlflow_runs = open_mlflow_runs(recipe)
+    run = mlflow_runs.run("chain", "0" * 64, "a")
     for name in ("mine", "other"):
-        book.client.create_registered_model(name)
-        book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
+        mlflow_runs.client.create_registered_model(name)
+        mlflow_runs.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
     models = [EvaluatedModel(name, name, tmp_path, f"models:/{name}/1") for name in ("mine", "other")]
     record(
         recipe,
         models,
         ScoredModels({name: {"heldout": {"top1": 0.5, "protocol": "a" * 64}} for name in ("mine", "other")}),
     )
-    assert protocols_by_set(book.registry.version("mine", "1")) == {"heldout": "a" * 12}
-    assert protocols_by_set(book.registry.version("other", "1")) == {}
+    assert protocols_by_set(mlflow_runs.registry.version("mine", "1")) == {"heldout": "a" * 12}
+    assert protocols_by_set(mlflow_runs.registry.version("other", "1")) == {}

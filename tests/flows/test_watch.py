@@ -24,7 +24,8 @@ from flows.home import open_store, set_environment, tracking_uri
 from flows.watch import LOOKS, watch_snapshots
 from tasks.corpus.listing import list_folder
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe, with_absolute_paths
+from tasks.recipe.load import with_absolute_paths
+from tests.harness.recipe_values import teacherless_recipe
 from tests.harness.tiny import save_tokenizer, write_oscar, write_sums
 
 Place = Callable[..., Recipe]
@@ -52,13 +53,10 @@ def place(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> P
             "name": name,
             "home": str(tmp_path),
             "corpus": {"url": str(url)},
-            "blocks": {"length": 32, "tokenizer": str(tokenizer)},
-            "loss": {"distil": 0, "cosine": 0, "mlm": 1},
-            "student": {"init": "config", "config": {"model_type": "roberta"}},
             "run": {"retries": 0},
             "watch": {"settle_seconds": 0.3} | settings,
         }
-        return with_absolute_paths(make_recipe(values, "test"))
+        return with_absolute_paths(teacherless_recipe(tokenizer, **values))
 
     return recipe
 
@@ -90,7 +88,7 @@ def corpora_of(runs: list[FlowRun]) -> list[str]:
 
 def test_a_slow_copy_is_left_alone_until_it_is_whole_and_then_starts_one_run(place: Place, tmp_path: Path) -> None:
     first, second = sorted(write_oscar(tmp_path / "source", parts=2, texts=8).iterdir())
-    corpus, recipe = tmp_path / "corpus", place(settle_seconds=1)
+    corpus, recipe = tmp_path / "corpus", place()
     write_sums(corpus, first, second)
     assert tick(recipe) == (
         "corpus is not whole yet: fr_meta_part_1.jsonl is named in a checksum file but not there, and so are 1 others"
@@ -102,10 +100,8 @@ def test_a_slow_copy_is_left_alone_until_it_is_whole_and_then_starts_one_run(pla
 
     def copy() -> None:
         with last.open("wb", buffering=0) as file:
-            for start in range(0, len(whole) - 100, 5):
-                file.write(whole[start : start + 5])
-                if done.wait(0.02):
-                    break
+            while not done.wait(0.02):  # for as long as the watcher needs to see it grow
+                file.write(b"12345")
         last.write_bytes(whole[:-100])
 
     copying = threading.Thread(target=copy)

@@ -23,7 +23,8 @@ from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import Part, RunSpec, make_run
 from tasks.targets.calibration import calibrate
 from tasks.targets.compute import make_targets, open_capture
-from tasks.tokens.blocks import count_tokens, make_blocks
+from tasks.tokens.blocks import make_blocks
+from tasks.tokens.token_counts import count_tokens
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.process import StopSignal
 from tasks.train.step import Ranks
@@ -117,7 +118,7 @@ def model(bench: Bench) -> Callable[[], object]:
 
 
 def metrics(bench: Bench) -> Callable[[], object]:
-    """The folder of runs beside the store, and the store elsewhere."""
+    """The folder of runs next to the store, and the store elsewhere."""
     run = bench.run(Path(bench.store.root).parent / "home")
     other = Store(bench.elsewhere / "store")
     make_parts(other, Path(bench.teacher.model), texts=8)

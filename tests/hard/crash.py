@@ -1,6 +1,6 @@
-"""Kills a tiny chain at its points, one point a life, runs it again to its end and looks whether anything shows.
+"""Kills a tiny chain at one of its points, runs it again to its end, and compares the result with an undisturbed run.
 
-    python -m tests.hard.crash --all --random 30         every point, and so many random moments
+    python -m tests.hard.crash --all --random 30         every point, and 30 random moments
     python -m tests.hard.crash --points 40               a spread over all kinds of points
     python -m tests.hard.crash --list, then --at "POINT"
 
@@ -33,10 +33,12 @@ from mlflow.tracking import MlflowClient
 from flows.pipeline.finished import all_done
 from storage.artifact import DataFile
 from storage.maintenance import verify
+from tasks.lineage import Workspace
 from tasks.recipe.load import load_recipe
 from tests.hard import points
-from tests.harness.place import MARK, REPO, Place, environment, make_place
-from tests.harness.processes import started_for
+from tests.hard.reliability import record
+from tests.harness.place import REPO, Place, environment, make_place
+from tests.harness.processes import MARK, started_for
 from tests.harness.server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
@@ -59,7 +61,7 @@ class Life:
 
 @dataclass
 class Matrix:
-    """What all lives share."""
+    """Everything that the lives share."""
 
     folder: Path
     nursery: "subprocess.Popen[str]"
@@ -70,10 +72,13 @@ class Matrix:
 
     def place(self, name: str) -> Place:
         """A home with nothing but an empty database of MLflow, which takes seconds to make."""
-        place = make_place(self.folder / name, self.folder / "corpus", self.folder / "teacher", workers=1)
-        text = place.recipe.read_text(encoding="utf-8")
-        text = text.replace("max_steps = 20", "max_steps = 8").replace("validate_steps = 10", "validate_steps = 4")
-        place.recipe.write_text(f"{text}retry_seconds = 0\n", encoding="utf-8")
+        place = make_place(
+            self.folder / name,
+            self.folder / "corpus",
+            self.folder / "teacher",
+            train={"max_steps": STEPS, "validate_steps": 4},
+            run={"workers": 1, "retry_seconds": 0},
+        )
         (place.home / "mlflow").mkdir(parents=True)
         shutil.copy(self.database, place.home / "mlflow" / "mlflow.db")
         return place
@@ -107,8 +112,8 @@ def matrix(folder: Path) -> Iterator[Matrix]:
     write_oscar(folder / "corpus", parts=1, texts=40)
     database = folder / "mlflow.db"
     MlflowClient(f"sqlite:///{database}").search_experiments()
-    with serving(folder / "server") as api, (folder / "nursery.log").open("w", encoding="utf-8") as log:
-        variables = environment(folder, api) | {"OPENBLAS_NUM_THREADS": "1"}
+    with serving(folder / "server") as server, (folder / "nursery.log").open("w", encoding="utf-8") as log:
+        variables = environment(folder, server.url) | {"OPENBLAS_NUM_THREADS": "1"}
         del variables[MARK]  # each life has one of its own
         variables["PYTHONPATH"] = f"{REPO / 'tests' / 'hard' / 'hook'}{os.pathsep}{REPO}"
         nursery = subprocess.Popen(
@@ -167,7 +172,7 @@ def live(made: Matrix, number: int, at: str, whom: str) -> Life:
 
 
 def live_until(made: Matrix, number: int, seconds: float) -> Life:
-    """Kills a new chain so long after its start."""
+    """Kills a new chain some seconds after its start."""
 
     def first(place: Place) -> bool:
         def kill(pid: int) -> None:
@@ -200,7 +205,7 @@ def _life(made: Matrix, number: int, at: str, whom: str, first: Callable[[Place]
 def left_behind(place: Place) -> list[str]:
     """Processes that were started for a place and do not end by themselves soon after its flow."""
     end = time.monotonic() + END_SECONDS
-    while (found := started_for(MARK, place.folder)) and time.monotonic() < end:
+    while (found := started_for(place.folder)) and time.monotonic() < end:
         time.sleep(0.05)
     return [str(process) for process in found]
 
@@ -210,7 +215,7 @@ def left_behind(place: Place) -> list[str]:
 
 def artifacts(place: Place) -> Files:
     """Files with their hashes by kind, key and label. Of checkpoints the last one: which others are there depends on
-    when the chain was told to stop; its run.json names the home. Scores hold paths and times."""
+    when the chain received its signal; its run.json names the home. Scores hold paths and times."""
     kinds = ("source", "shard", "blocks", "calibration", "targets", "model")
     last = [one for one in place.receipts("checkpoint") if one.settings["step"] == STEPS]
     return {
@@ -228,7 +233,7 @@ def found_wrong(made: Matrix, place: Place) -> list[str]:
             str(one[::2]) for one in here.keys() | made.files.keys() if here.get(one) != made.files.get(one)
         )
         faults.append(f"not the artifacts of an undisturbed run: {differ}")
-    if all_done(place.store, load_recipe(place.recipe)) is None:
+    if all_done(Workspace(place.store, load_recipe(place.recipe))) is None:
         faults.append("something is left to do")
     return faults + _wrong_in_mlflow(place)
 
@@ -298,7 +303,7 @@ def visit(made: Matrix, chosen: Sequence[str], moments: int, seed: int, limit: f
             yield live_until(made, len(chosen) + number, draw.uniform(0.0, made.seconds))
 
 
-def told(life: Life) -> str:
+def line_of(life: Life) -> str:
     """A line of the table."""
     end = "survived" if not life.faults else "; ".join(life.faults)
     return f"{life.at:<90} {life.whom:<4} {'killed' if life.struck else 'not reached':<12} {life.seconds:5.1f} s  {end}"
@@ -308,11 +313,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for each life, then the figures; 1 if anything showed."""
     parser = argparse.ArgumentParser(prog="python -m tests.hard.crash", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every point")
-    parser.add_argument("--points", type=int, default=40, help="so many, spread over all kinds")
-    parser.add_argument("--random", type=int, default=0, help="and so many random moments")
+    parser.add_argument("--points", type=int, default=40, help="number of points, spread over all kinds")
+    parser.add_argument("--random", type=int, default=0, help="number of random moments")
     parser.add_argument("--at", action="append", help="these points, as the table names them")
     parser.add_argument("--seed", type=int, default=8, help="of the random moments")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parser.add_argument("--list", action="store_true", help="only list the points")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, matrix(Path(folder)) as made:
@@ -325,9 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lives = []
         for life in visit(made, chosen, given.random, given.seed, given.minutes * 60):
             lives.append(life)
-            print(told(life), flush=True)
+            print(line_of(life), flush=True)
     bad = [life for life in lives if life.faults]
     struck = sum(life.struck for life in lives)
+    record(
+        "tests.hard.crash",
+        f"{len(lives)} of {len(made.points)} points and random moments: {struck} killed there, "
+        f"{len(lives) - len(bad)} without a trace",
+    )
     print(f"{len(lives)} lives, {struck} killed at their point or moment, {len(lives) - len(bad)} without a trace")
     return int(bool(bad))
 

@@ -45,20 +45,20 @@ class Call:
     op: str
     path: str
     objects: Objects
-    """What a listing sees, or what the whole store holds for a write; a fault may change it."""
+    """The objects that a listing sees, or all objects of the store for a write; a fault may change them."""
     gone: Objects
-    """What was deleted."""
+    """The deleted objects."""
     data: bytes = b""
-    """What is read, or is about to be written."""
+    """The bytes that are read or about to be written."""
     after: tuple[int, Exception] | None = None
-    """Bytes after which a read fails instead of going on."""
+    """Bytes after which a read fails instead of continuing."""
     kept: bool = True
     """False if nothing of a write is kept."""
 
 
 @dataclass
 class Fault:
-    """What happens to the next `times` operations of this kind on paths of this pattern."""
+    """An action on the next `times` operations of this kind on paths of this pattern."""
 
     op: str
     pattern: str
@@ -106,7 +106,7 @@ class Script:
 
 
 def reset(after: int = 0) -> Act:
-    """The connection breaks after so many bytes of a read; of anything else at once."""
+    """The connection breaks after `after` bytes of a read; of any other operation at once."""
 
     def act(call: Call) -> None:
         error = ConnectionResetError(104, "Connection reset by peer")
@@ -118,7 +118,7 @@ def reset(after: int = 0) -> Act:
 
 
 def short(size: int) -> Act:
-    """A read that gives so many bytes and then the end, as if there were no more."""
+    """A read that ends after `size` bytes, as if there were no more."""
 
     def act(call: Call) -> None:
         call.data = call.data[:size]
@@ -153,7 +153,7 @@ def refuse(error: Callable[[], Exception]) -> Act:
 
 
 def s3_error(status: int, code: str, message: str, **headers: str) -> Exception:
-    """What s3fs makes of an answer of S3."""
+    """The exception that s3fs raises for an answer of S3."""
     answer = {
         "Error": {"Code": code, "Message": message},
         "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": headers, "RetryAttempts": 4},
@@ -173,7 +173,7 @@ no_bucket = refuse(lambda: s3_error(404, "NoSuchBucket", "The specified bucket d
 
 
 class Clock:
-    """Time that passes only where somebody waits by it."""
+    """A clock that only `sleep` moves on."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -195,12 +195,12 @@ class Clock:
 
 
 def wait_for(event: threading.Event, began: threading.Event) -> Act:
-    """Slow: it sets `began`, and goes on when the event is set."""
+    """Slow: it sets `began`, and continues when the event is set."""
 
     def act(call: Call) -> None:
         began.set()
         if not event.wait(60):
-            raise TimeoutError("nobody let it go on")
+            raise TimeoutError("the event was never set")
 
     return act
 
@@ -212,7 +212,7 @@ def broken_close(call: Call) -> None:
 
 
 def lies(size: int | None) -> Act:
-    """A write that reports success and keeps so many bytes; None: no object at all."""
+    """A write that reports success and keeps `size` bytes; None: no object at all."""
 
     def act(call: Call) -> None:
         call.kept = size is not None
@@ -237,7 +237,7 @@ def each_once(*acts: Act) -> Act:
 
 
 class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """All instances share the objects of this process. Only what an object store tells is told of them."""
+    """All instances share the objects of this process. Only what an object store reports is reported."""
 
     protocol = "faulty"
     script = Script()
@@ -306,7 +306,7 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         return _Reader(call.data, call.after)
 
     def keep(self, path: str, data: bytes) -> None:
-        """What the end of a write does."""
+        """Ends a write."""
         call = self._call("write", path, data)
         if call.kept:
             with self.guard:

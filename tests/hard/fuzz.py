@@ -3,7 +3,7 @@
     python -m tests.hard.fuzz --seconds 60 [TARGET ...]         needs the extra `fuzz` (atheris)
 
 Each target runs in a process of its own, since libFuzzer ends the one that it runs in. Status 1 if one found something;
-the input that did it lies in the current folder as crash-….
+its input is saved in the current folder as crash-….
 """
 
 import argparse
@@ -52,6 +52,7 @@ def main() -> None:
         inside(sys.argv[2], int(sys.argv[3]))
         return
     # Deferred: the process of a target imports this with its instruments.
+    from tests.hard.reliability import record
     from tests.hard.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,6 +66,7 @@ def main() -> None:
     for target in given.targets or TARGETS:
         status, count = fuzz(target, given.seconds)
         print(f"{target:<10} {int(count):>12,} executions{'' if status == 0 else ', FOUND SOMETHING'}", flush=True)
+        record("tests.hard.fuzz", {f"executions of {target}": int(count), "findings": int(status != 0)})
         worst = max(worst, status)
     sys.exit(1 if worst else 0)
 

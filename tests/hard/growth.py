@@ -1,7 +1,7 @@
-"""What a soak (soak.py) looks at after each run, how much of it may grow in a run and why, and what did.
+"""The figures that a soak (soak.py) measures after each run, the growth per run that each may have, and the verdict.
 
-grown(samples)        # {"memory": 3.1}: those that grew more than they may, by so much a run
-verdict(samples)      # all of them, a line each
+grown(samples)        # {"memory": 3.1}: figures that grew more than they may, per run
+verdict(samples)      # all figures, one line each
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that a figure may grow in a run, and why so much; and what it may take once, at any time."""
+    """The most that a figure may grow per run, and the reason; `once` is allowed a single time, in any run."""
 
     limit: float
     unit: str
@@ -20,12 +20,12 @@ class Bound:
     once: float = 0.0
 
     def allowed(self, late: int) -> float:
-        """Growth a run over so many runs: a single step in their middle has a slope of 1.5 of its height over them."""
+        """Allowed growth per run over `late` runs: a single step in their middle has a slope of 1.5 of its height."""
         return self.limit + 1.5 * self.once / max(late, 1)
 
 
 ONE_IN_TWENTY = 0.05
-"""Of what is counted: less than one that stays in twenty runs, so one that each chain leaves (0.1 a run) is found."""
+"""For counts: fewer than one left per twenty runs, so one left by each chain (0.1 per run) is found."""
 BOUNDS: Mapping[str, Bound] = {
     "memory": Bound(0.3, "MB", "500 runs may take 150 MB, a fifth of a flow process with torch and MLflow", 10),
     "files": Bound(ONE_IN_TWENTY, "", "1024 is what a process may open", 1),
@@ -45,7 +45,7 @@ BOUNDS: Mapping[str, Bound] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """What was there after a run; figures by the names of BOUNDS, in their units."""
+    """The figures after a run, by the names of BOUNDS and in their units."""
 
     number: int
     flow: str
@@ -59,13 +59,13 @@ def late_of(values: Sequence[float]) -> Sequence[float]:
 
 
 def growth(values: Sequence[float]) -> float:
-    """Of one value after the other: the slope of the line through the late ones."""
+    """Growth per run: the slope of the line through the late values."""
     late = late_of(values)
     return float(np.polyfit(np.arange(len(late)), late, 1)[0]) if len(late) > 1 else 0.0
 
 
 def grown(samples: Sequence[Sample]) -> dict[str, float]:
-    """Growth a run of those figures that grew more than they may."""
+    """Growth per run of the figures that grew more than they may."""
     found = {name: growth([one.figures[name] for one in samples]) for name in BOUNDS}
     late = len(late_of(range(len(samples))))
     return {name: value for name, value in found.items() if value > BOUNDS[name].allowed(late)}
@@ -76,7 +76,7 @@ def heading() -> str:
     return f"{'run':>5} {'seconds':>8} " + " ".join(f"{name:>14}" for name in BOUNDS)
 
 
-def told(sample: Sample) -> str:
+def line_of(sample: Sample) -> str:
     """A line of the table."""
     values = " ".join(f"{sample.figures[name]:>14,.1f}" for name in BOUNDS)
     return f"{sample.number:>5} {sample.seconds:>8.1f} {values}"
@@ -89,5 +89,7 @@ def verdict(samples: Sequence[Sample]) -> str:
     for name, bound in BOUNDS.items():
         value = growth([one.figures[name] for one in samples])
         how = "GREW" if name in bad else "flat"
-        lines.append(f"{how}  {name:<15} {value:>9.3f} of {bound.allowed(late):.3g} {bound.unit} a run: {bound.reason}")
+        lines.append(
+            f"{how}  {name:<15} {value:>9.3f} of {bound.allowed(late):.3g} {bound.unit} per run: {bound.reason}"
+        )
     return "\n".join(lines)

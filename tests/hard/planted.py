@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from storage import layout
-from storage.arrow import TARGETS, ArrowWriter
+from storage.arrow import TARGETS_FILE, TARGETS_SCHEMA, ArrowWriter
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.targets.file import FILE, TargetRows, file_metadata, write_rows
+from tasks.targets.file import TargetRows, file_metadata, write_rows
 
 Change = Callable[[bytes], bytes | None]
-"""The bytes of a file -> what is there instead; None: nothing."""
+"""The bytes of a file -> the bytes that replace them; None deletes the file."""
 Body = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ def linked_copy(store: Store, folder: Path) -> Store:
 
 
 def mended_copy(store: Store, folder: Path) -> Store:
-    """A linked copy in `folder`; one that is there is made again what it was, as thousands of copies take minutes to
+    """A linked copy in `folder`; an existing one is restored, as thousands of copies take minutes to
     delete."""
     if not folder.exists():
         return linked_copy(store, folder)
@@ -64,7 +64,7 @@ def mended_copy(store: Store, folder: Path) -> Store:
 
 
 def _inodes(root: Path) -> dict[Path, int]:
-    """Of every file below; a link is a file of its own."""
+    """Stamps of every file below; a link is a file of its own."""
     paths = (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
     return {name: path.lstat().st_ino for path in paths if (name := path.relative_to(root)).parts[0] != "scratch"}
 
@@ -75,7 +75,7 @@ def damages(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> list[D
 
 
 def data_of(store: Store, receipt: Receipt, name: str) -> Path:
-    return Path(store.path(layout.data_path(receipt.kind, receipt.key, receipt.content, name)))
+    return Path(store.path(f"{layout.content_folder(receipt.kind, receipt.key, receipt.content)}/{name}"))
 
 
 def receipt_of(store: Store, receipt: Receipt) -> Path:
@@ -329,7 +329,7 @@ def forge_targets(store: Store, ref: Ref, original: TargetRows, shift_rows: int 
     """Commits as `ref`, whose key the file then names, the rows of other targets, rolled by rows or by vectors."""
     rows = np.roll(np.arange(len(original)), shift_rows)
     with store.scratch() as folder:
-        with ArrowWriter(folder / FILE, TARGETS, file_metadata(original.codec, ref, {})) as writer:
+        with ArrowWriter(folder / TARGETS_FILE, TARGETS_SCHEMA, file_metadata(original.codec, ref, {})) as writer:
             digests = [int(value).to_bytes(8, "little") for value in original.digests[rows]]
             payload = np.roll(original.payload(rows), shift_vectors, axis=0)
             write_rows(writer, digests, original.counts[rows], payload)

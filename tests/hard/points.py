@@ -64,7 +64,7 @@ CHANGING = (
     (re.compile(r"\.write-\w+"), ".write-*"),
     (re.compile(r"-\d{3,}$"), "-*"),
 )
-"""What differs in a name from life to life."""
+"""The parts of a name that differ from life to life."""
 
 
 def arm() -> None:

@@ -26,9 +26,9 @@ import psutil
 from mlflow.tracking import MlflowClient
 
 from flows.services.servers import RETENTION
-from tests.hard.growth import Sample, grown, heading, told, verdict
-from tests.harness.place import MARK, Place, environment, make_place
-from tests.harness.processes import started_for
+from tests.hard.growth import BOUNDS, Sample, grown, growth, heading, line_of, verdict
+from tests.hard.reliability import record
+from tests.harness.place import Place, environment, make_place
 from tests.harness.server import serving
 from tests.harness.tiny import documents, make_teacher
 
@@ -59,7 +59,7 @@ class Soak:
     trainings: int = 0
 
     def run(self, number: int, flow: str) -> Sample:
-        """Changes the corpus, runs the flow and looks at what is left. RuntimeError if it does not complete."""
+        """Changes the corpus, runs the flow and measures what is left. RuntimeError if it does not complete."""
         renew(self.corpus, number + SOURCES)
         self.trainings += flow == "distill"
         assert self.process.stdin
@@ -83,7 +83,7 @@ class Soak:
         return (self.place.folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def figures(self) -> dict[str, float]:
-        """What is there now."""
+        """The current figures."""
         flows = psutil.Process(self.process.pid)
         wal = self.database.with_name(f"{self.database.name}-wal")
         return {
@@ -159,20 +159,21 @@ def soaking(folder: Path) -> Iterator[Soak]:
     (folder / "tmp").mkdir()
     vacuum = {"PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": str(VACUUM_SECONDS)}
     vacuum["PREFECT_SERVER_SERVICES_DB_VACUUM_ORPHAN_CLEANUP_LOOP_SECONDS"] = str(VACUUM_SECONDS)
-    server = folder / "server"
-    with serving(server, RETENTION | vacuum) as api, (place.folder / "log").open("w", encoding="utf-8") as log:
+    log = place.folder / "log"
+    with serving(folder / "server", RETENTION | vacuum) as server, log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.hard.soaker", str(place.recipe)],
             cwd=folder,
-            env=environment(place.folder, api) | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")},
+            env=environment(place.folder, server.url) | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=output,
             text=True,
         )
         try:
-            database = server / "prefect.db"
-            (parent,) = (one for one in started_for(MARK, server) if one.ppid() == psutil.Process().pid)
+            database = server.folder / "prefect.db"
+            assert server.process
+            parent = psutil.Process(server.process.pid)
             used = used_kilobytes(database)
             made = Soak(place, folder / "corpus", folder / "tmp", process, parent, database, rows_of(database), used)
             made.answer()
@@ -184,17 +185,15 @@ def soaking(folder: Path) -> Iterator[Soak]:
 
 def small_place(folder: Path) -> Place:
     """A place with few steps and an empty database of MLflow, which takes seconds to make."""
-    place = make_place(folder / "place", folder / "corpus", folder / "teacher", workers=1)
-    text = place.recipe.read_text(encoding="utf-8")
-    text = text.replace("max_steps = 20", "max_steps = 4").replace("validate_steps = 10", "validate_steps = 4")
-    place.recipe.write_text(text, encoding="utf-8")
+    train = {"max_steps": 4, "validate_steps": 4}
+    place = make_place(folder / "place", folder / "corpus", folder / "teacher", train=train, run={"workers": 1})
     (place.home / "mlflow").mkdir(parents=True)
     MlflowClient(place.mlflow).search_experiments()
     return place
 
 
 def used_kilobytes(database: Path) -> float:
-    """Of pages in use: SQLite keeps the file and uses empty pages again."""
+    """Size of the pages in use: SQLite keeps the file and reuses empty pages."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)) as connection:
         count, free, size = (
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
@@ -212,7 +211,7 @@ def rows_of(database: Path) -> dict[str, int]:
 # ---- the runs --------------------------------------------------------------------------------------------------
 
 
-def soak(made: Soak, runs: int, seconds: float) -> Iterator[Sample]:
+def soak(made: Soak, runs: int, seconds: float = float("inf")) -> Iterator[Sample]:
     """Samples, as long as there is time. Before the first that counts, a chain and a corpus: they import, connect and
     fill what is kept once."""
     end = time.monotonic() + seconds
@@ -227,8 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line every ten runs, then the verdict; 1 if anything grew."""
     parser = argparse.ArgumentParser(prog="python -m tests.hard.soak", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=500)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--every", type=int, default=10, help="print a line every so many runs")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
+    parser.add_argument("--every", type=int, default=10, help="runs per printed line")
     given = parser.parse_args(arguments)
     samples = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, soaking(Path(folder)) as made:
@@ -236,9 +235,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for sample in soak(made, given.runs, given.minutes * 60):
             samples.append(sample)
             if sample.number % given.every == 0:
-                print(told(sample), flush=True)
+                print(line_of(sample), flush=True)
         left = made.retention()
     print(f"{len(samples)} runs\n{verdict(samples)}")
+    slopes = {name: growth([one.figures[name] for one in samples]) for name in ("memory", "server memory", "prefect")}
+    per_run = ", ".join(f"{value:+.2f} {BOUNDS[name].unit} {name}" for name, value in slopes.items())
+    other = ", ".join(grown(samples)) or "nothing"
+    record("tests.hard.soak", f"{len(samples)} runs; per run {per_run}; above its bound: {other}")
     print(f"after retention: {', '.join(left) if left else 'as at the beginning'}")
     return int(bool(left or grown(samples)))
 

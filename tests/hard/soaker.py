@@ -1,5 +1,5 @@
-"""A process that has imported all that a flow needs and runs one flow after the other in itself, as whoever serves a
-deployment does.
+"""A process that has imported all that a flow needs and runs one flow after the other in itself, as a process
+that serves a deployment does.
 
     python -m tests.hard.soaker RECIPE.toml          started by soak.py; PREFECT_API_URL names the server
 

@@ -1,4 +1,4 @@
-"""What is fuzzed: functions that take what others made, each as a call on bytes. Used by test_fuzz.py and by fuzz.py.
+"""Targets of fuzzing: functions that take input from outside, each as a call on bytes. For test_fuzz.py and fuzz.py.
 
     TARGETS["jsonl"](data, folder)          # returns, or raises what is no FatalError or RetryableError of ours
 
@@ -18,7 +18,7 @@ import torch
 
 from storage.artifact import failure_from_json, receipt_from_json
 from storage.errors import DistilError
-from tasks.corpus.document import Tally
+from tasks.corpus.quarantine import DocumentCounts
 from tasks.corpus.reader import read_documents
 from tasks.corpus.snapshot import parse_checksums
 from tasks.recipe.config import CorpusSettings, MaskSettings
@@ -37,11 +37,11 @@ def read(data: bytes, folder: Path, name: str) -> None:
     """Every document of a file of these bytes; their lengths and line numbers must hold."""
     path = folder / name
     path.write_bytes(data)
-    tally = Tally(name, SETTINGS, folder / "quarantine.jsonl")
-    for document in read_documents(path, name, SETTINGS, tally, folder):
+    counts = DocumentCounts(name, SETTINGS, folder / "quarantine.jsonl")
+    for document in read_documents(path, name, SETTINGS, counts, folder):
         if document.chars != len(document.text.decode()) or document.line < 1:
             raise ValueError(f"{document} is not what it says")
-    tally.finish()
+    counts.finish()
 
 
 def overridden(data: bytes, folder: Path) -> None:
@@ -74,7 +74,7 @@ def coded(data: bytes, _: Path) -> None:
 
 
 def masked(data: bytes, _: Path) -> None:
-    """Any ids in any lengths: as many positions as asked for, none special or padding, and nothing else changed."""
+    """Any ids in any lengths: the requested number of positions, none special or padding, and nothing else changed."""
     head, body = data[:2].ljust(2, b"\0"), data[2:]
     length = 1 + head[0] % 40
     ids = np.frombuffer(body[: len(body) // length * length], np.uint8).astype(np.int64).reshape(-1, length)

@@ -1,7 +1,7 @@
 """Small files that unpack to gigabytes end with one sentence that names them, in bounded memory and on a bounded disk.
 
 The files are bombs of full size (10 GB from 10 MB and less); what is scaled down is how much of one is unpacked before
-it is refused, by `corpus.max_unpacked_ratio` and HARMLESS of lines.py. The same at its real size is marked `slow`.
+it is refused, by `corpus.max_unpacked_ratio` and UNCHECKED_BYTES of lines.py. The full-size variant is marked `slow`.
 """
 
 import gzip
@@ -32,7 +32,7 @@ from tests.harness.tiny import save_tokenizer
 MB = 1 << 20
 PIECE = 20 * MB
 TIMES = 512
-ROOM = 150
+LIMIT_MEGABYTES = 150
 """Megabytes that a refusal may take beyond what the process had before."""
 
 MEASURE = """
@@ -41,15 +41,15 @@ from pathlib import Path
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus import lines, parquet_pages as pages, shard
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 from tasks.corpus.snapshot import take_snapshot
 from tests.harness.peak import peak_megabytes
 
 corpus, place, ratio, scale = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-lines.HARMLESS //= scale
-pages.HELD //= scale
-pages.PAGE //= scale
-settings = Corpus(url=corpus, max_unpacked_ratio=ratio, max_line_bytes=32_000_000 // scale)
+lines.UNCHECKED_BYTES //= scale
+pages.MAX_BATCH_BYTES //= scale
+pages.MAX_PAGE_BYTES //= scale
+settings = CorpusSettings(url=corpus, max_unpacked_ratio=ratio, max_line_bytes=32_000_000 // scale)
 before = peak_megabytes()
 for source in take_snapshot(settings).sources:
     try:
@@ -111,7 +111,7 @@ def test_each_bomb_is_refused_by_name_in_bounded_memory(tmp_path: Path) -> None:
     for name, reason in reasons.items():
         megabytes, sentence = found[name]
         assert re.match(f"{re.escape(name)}:? {reason}", sentence), sentence
-        assert megabytes < ROOM, name
+        assert megabytes < LIMIT_MEGABYTES, name
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file() and "notes" not in path.parts] == []
 
 
@@ -139,23 +139,23 @@ def test_a_parquet_page_is_known_before_it_is_read(tmp_path: Path, monkeypatch: 
     pq.write_table(pa.table({"text": [f"{number} mieux" for number in range(2000)]}), path, use_dictionary=False)
     store, settings = Store(tmp_path / "store"), CorpusSettings(url=str(folder), heldout_per_mille=0)
     (source,) = take_snapshot(settings).sources
-    monkeypatch.setattr("tasks.corpus.parquet_pages.PAGE", 1000)
+    monkeypatch.setattr("tasks.corpus.parquet_pages.MAX_PAGE_BYTES", 1000)
     with pytest.raises(FatalError, match=r"^a\.parquet: a page of its column text unpacks to .* smaller pages"):
         shard_source(store, source, settings)
     monkeypatch.undo()
-    monkeypatch.setattr("tasks.corpus.parquet_pages.HELD", 1)  # row by row
+    monkeypatch.setattr("tasks.corpus.parquet_pages.MAX_BATCH_BYTES", 1)  # row by row
     assert shard_source(store, source, settings).rows == 2000
     data = bytearray(path.read_bytes())
     data[4:12] = b"\xff" * 8  # the header of the first page
     path.write_bytes(data)
     (source,) = take_snapshot(settings).sources
-    with pytest.raises(FatalError, match=r"^a\.parquet is damaged: there is no page at byte 4"):
+    with pytest.raises(FatalError, match=r"^a\.parquet is damaged: no page at byte 4"):
         shard_source(store, source, settings)
 
 
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.parquet"])
 def test_a_plan_does_not_unpack_a_bomb_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("tasks.corpus.lines.HARMLESS", MB)
+    monkeypatch.setattr("tasks.corpus.lines.UNCHECKED_BYTES", MB)
     folder = tmp_path / "corpus"
     folder.mkdir()
     if name.endswith("parquet"):

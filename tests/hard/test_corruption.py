@@ -22,15 +22,15 @@ from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
 from tasks.eval.scores import ScoreKey, keep_scores, read_scores
-from tasks.lineage import plan_training, trace, vocabulary_of
+from tasks.lineage import Workspace, plan_training, trace, vocabulary_of
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import RunSpec
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture
 from tasks.targets.compute import make_targets, open_capture
 from tasks.targets.file import open_targets
-from tasks.tokens.blocks import count_tokens, make_blocks, read_counts
+from tasks.tokens.blocks import make_blocks
+from tasks.tokens.token_counts import count_tokens, read_counts
 from tasks.train.checkpoint import checkpoint_ref, load_checkpoint, steps_kept
 from tasks.train.optimizer import make_optimizer
 from tasks.train.process import StopSignal
@@ -38,6 +38,8 @@ from tasks.train.setup import set_up_training
 from tasks.train.step import Ranks
 from tasks.train.trainer import Trainer, train
 from tests.hard.planted import Damage, again, bytes_of, damages, forge_targets, linked_copy, mended_copy, version
+from tests.hard.reliability import record
+from tests.harness.recipe_values import simple_recipe
 from tests.harness.tiny import make_teacher, write_oscar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +69,6 @@ class Chain:
 
 def recipe_in(folder: Path) -> Recipe:
     values = {
-        "name": "tiny",
         "home": str(folder / "home"),
         "store": str(folder / "store"),
         "corpus": {"url": str(folder / "corpus"), "heldout_per_mille": 100},
@@ -77,11 +78,11 @@ def recipe_in(folder: Path) -> Recipe:
         "student": {"layers": 1},
         "train": {"batch_rows": 24, "checkpoint_steps": 1, "validate_steps": 0, "threads": 1, "device": "cpu"},
     }
-    return make_recipe(values, "test")
+    return simple_recipe(**values)
 
 
 def captures(store: Store, recipe: Recipe, counts: Ref, sample: list[Ref]) -> tuple[Capture, Capture]:
-    """Without and with the calibration, which is made if it is not there."""
+    """Without and with the calibration, which is made if it does not exist."""
     vocabulary = vocabulary_of(recipe)
     bare = open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, device="cpu")
     frozen = calibrate(store, sample, bare)
@@ -114,7 +115,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     counts = count_tokens(store, lineage.sample, vocabulary)
     bare, capture = captures(store, recipe, counts.ref, list(lineage.sample))
     targets = [make_targets(store, one.ref, capture) for one in blocks]
-    run = plan_training(store, recipe, lineage)
+    run = plan_training(Workspace(store, recipe))
     assert train(run, Ranks(), StopSignal())
     steps = [store.receipt(checkpoint_ref(run, step)) for step in steps_kept(store, run)]
     model = store.receipt(run.model_ref)
@@ -165,14 +166,14 @@ def count_again(chain: Chain, store: Store) -> None:
 def all_batches(chain: Chain, store: Store) -> None:
     """Every batch of the run, as the trainer reads them before each step."""
     chain.trainer.store = store
-    for _ in chain.trainer._loader(0):
+    for _ in chain.trainer._dataloader(0):
         pass
 
 
 def resume(chain: Chain, store: Store) -> None:
-    """Goes on from an older checkpoint and notes what was wrong with the newest."""
+    """Resumes from an older checkpoint and records what was wrong with the newest."""
     newest = chain.chosen["checkpoint"]
-    progress = load_checkpoint(store, chain.run, chain.trainer.built.student, chain.trainer.optimizer)
+    progress = load_checkpoint(store, chain.run, chain.trainer.setup.student, chain.trainer.optimizer)
     if progress.step < int(newest.settings["step"]):
         raise FatalError(next((f.message for f in store.failures("checkpoint") if f.key == newest.key), "not noted"))
 
@@ -195,12 +196,12 @@ OF_FILES = [f"receipt sealed: another {what}" for what in ("sha256", "size", "na
 
 
 def missed_by_stages(chain: Chain, kind: str, store: Store, damage: Damage) -> list[str]:
-    """What each reader did instead of refusing, in words."""
+    """A sentence for each reader that did not refuse the damage."""
     receipt = chain.chosen[kind]
     if store.missing([receipt.ref]):
         return []  # it is made again before anybody reads it
     if kind == "source" and (damage.name in OF_FILES or not damage.name.startswith(("receipt", "all exchanged"))):
-        return []  # nothing is made of what a source keeps beside its receipt: only people read its quarantine
+        return []  # no stage reads the files of a source, its quarantine: only people do
     said = []
     for reader in READERS[kind]:
         try:
@@ -209,7 +210,7 @@ def missed_by_stages(chain: Chain, kind: str, store: Store, damage: Damage) -> l
         except FatalError as error:
             if receipt.label not in str(error) and receipt.key not in str(error):
                 said.append(f"{damage.name}: not named: {error}")
-        except Exception as error:  # noqa: BLE001  whatever else is raised is a miss, to be shown beside the others
+        except Exception as error:  # noqa: BLE001  any other exception is a miss, to be shown with the others
             said.append(f"{damage.name}: {error!r}")
     return said
 
@@ -238,6 +239,7 @@ def test_every_damage_is_found_by_the_next_stage_and_by_verify(kind: str, chain:
             missed[who] += look(chain, kind, store, damage)
     counts = ", ".join(f"{who} missed {len(names)}" for who, names in missed.items())
     print(f"\n{kind}: {len(planted)} planted, {counts}")
+    record("tests/hard/test_corruption.py", {"planted": len(planted), "missed": sum(map(len, missed.values()))})
     assert len(planted) > 50
     assert missed == {"stage": [], "verify": []}
 

@@ -1,18 +1,19 @@
-"""A spread of the crash matrix (crash.py) over all kinds of points, as far as four minutes go."""
+"""Five points of the crash matrix and one random moment; crash.py visits the others."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.hard.crash import kind_of, matrix, spread, told, visit
+from tests.hard.crash import kind_of, line_of, matrix, spread, visit
 
 
-@pytest.mark.crash
+@pytest.mark.guard
+@pytest.mark.slow
 def test_a_chain_killed_at_its_points_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     with matrix(tmp_path) as made:
-        lives = list(visit(made, spread(made.points, 14), moments=2, seed=8, limit=150))
-    assert not [told(life) for life in lives if life.faults]
-    assert sum(life.struck for life in lives) >= 4, "hardly any was killed where it was to be"
+        lives = list(visit(made, spread(made.points, 5), moments=1, seed=8))
+    assert not [line_of(life) for life in lives if life.faults]
+    assert sum(life.struck for life in lives) >= 4, "most chains ended before they reached their point"
 
 
 def test_a_spread_takes_every_kind_before_it_takes_one_twice() -> None:

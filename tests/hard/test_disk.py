@@ -1,5 +1,5 @@
 """A disk that is really full, or really read-only, under every stage: one sentence, nothing half made counts, and the
-same call does it once there is room. Only root may mount such a disk; elsewhere these skip.
+same call does it once space is free. Only root may mount such a disk; elsewhere these skip.
 """
 
 import os
@@ -19,9 +19,9 @@ from storage.fingerprint import sha256_bytes
 from storage.maintenance import verify
 from storage.store import Store
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
 from tests.hard.bench import STAGES, Bench, make_bench
-from tests.harness.place import mount, remount
+from tests.harness.mounts import mount, remount
+from tests.harness.recipe_values import simple_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEGABYTE = 1 << 20
@@ -83,8 +83,7 @@ def test_a_disk_that_takes_nothing(bench: Bench, disk: Path, stage: str, bad: Ba
 def recipe_at(home: Path) -> Recipe:
     """Its MLflow is a database below the home, by name: MLflow sets a variable, for all that come after."""
     uri = f"sqlite:///{home}/mlflow.db"
-    values = {"name": "t", "home": str(home), "corpus": {"url": "x"}, "teacher": {"model": "y"}}
-    return make_recipe(values | {"register": {"tracking_uri": uri}}, "test")
+    return simple_recipe(home=str(home), register={"tracking_uri": uri})
 
 
 def record(home: Path) -> None:
@@ -96,7 +95,7 @@ def record(home: Path) -> None:
 
 @pytest.fixture
 def database(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home on the disk with an MLflow database of one experiment, which nobody has open."""
+    """A home on the disk with an MLflow database of one experiment, closed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # afterwards it is as before
     open_mlflow_runs(recipe_at(tmp_path))
     shutil.copy(tmp_path / "mlflow.db", disk / "mlflow.db")

@@ -1,6 +1,6 @@
 """Extreme sizes and numbers through blocks, targets and two steps of training: the right answer or a clear refusal.
 
-What one room alone can show stands there: a teacher that gives NaN in one row (targets/test_compute.py), temperatures
+Cases of one package are in its tests: a teacher that gives NaN in one row (targets/test_compute.py), temperatures
 and weights against the plain loss (test_loss.py), ids above 65,535 (test_blocks.py, test_codec.py).
 """
 
@@ -18,7 +18,6 @@ from storage.store import Store
 from tasks.models.files import fingerprint_of
 from tasks.models.teacher import load_teacher
 from tasks.recipe.config import BlockSettings
-from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import Part, RunSpec, make_run
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture
@@ -29,6 +28,7 @@ from tasks.train.metrics import read_metrics
 from tasks.train.process import StopSignal
 from tasks.train.step import Ranks
 from tasks.train.trainer import train
+from tests.harness.recipe_values import simple_recipe
 from tests.harness.tiny import documents, make_teacher, save_text_shard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +48,6 @@ def run_of(place: Path, teacher: Path, texts: list[str], length: int = 32, **sec
         "name": "extreme",
         "home": str(place),
         "store": str(place / "store"),
-        "corpus": {"url": "unused"},
         "teacher": {"model": str(teacher)},
         "blocks": {"length": length},
         "targets": {"calibration_rows": 8},
@@ -62,7 +61,7 @@ def run_of(place: Path, teacher: Path, texts: list[str], length: int = 32, **sec
             "threads": 1,
         },
     }
-    recipe = make_recipe(values | sections, "test")
+    recipe = simple_recipe(**values | sections)
     store, model = Store(recipe.store), load_teacher(recipe.teacher, "cpu")
     shard = save_text_shard(store, texts, "part-0000")
     blocks = make_blocks(store, shard, BlockSettings(length=length), model.vocabulary)

@@ -1,4 +1,4 @@
-"""A remote store that is slow, that fails and that lies: what may pass by itself is tried again with growing pauses up
+"""A remote store that is slow, fails or returns wrong data: transient errors are retried with exponential back-off up
 to a limit, what cannot is said at once, and nothing counts as made that is not whole.
 """
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from storage.arrow import BLOCKS_FILE
 from storage.errors import FatalError, RetryableError
 from storage.filesystem import PAUSES
 from storage.maintenance import verify
@@ -43,7 +44,7 @@ def script() -> "Script":
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What the store would have slept."""
+    """The pauses that the store would have made, in seconds."""
     clock = Clock()
     monkeypatch.setattr("storage.filesystem.time", SimpleNamespace(sleep=clock.sleep))
     return clock
@@ -88,7 +89,7 @@ def test_a_read_that_fails_is_tried_again(
     other = cold(store, tmp_path)
     script.add("read", OBJECTS[what], READS[fault](clock), times=2)
     folder = other.check(other.receipt(ref_of("a")))
-    assert (folder / "blocks.arrow").read_bytes() == b"bytes"
+    assert (folder / BLOCKS_FILE).read_bytes() == b"bytes"
     assert clock.waited == list(PAUSES)
     assert script.count("read", OBJECTS[what]) == 3
 
@@ -134,7 +135,7 @@ def test_a_write_that_fails_is_tried_again(
     receipt = put(store, "a")
     assert clock.waited == list(PAUSES)
     assert script.count("write", OBJECTS[what]) == 3
-    assert (cold(store, tmp_path).check(receipt) / "blocks.arrow").read_bytes() == b"bytes"
+    assert (cold(store, tmp_path).check(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
     assert verify(store) == []
 
 

@@ -11,7 +11,7 @@ from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
 from tasks.recipe.config import CorpusSettings
-from tasks.release.model_card import _code, _line
+from tasks.release.markdown import code_span, escape_line
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
 HOSTILE = f"[bold]b[/bold]{ESCAPE} [/] | <script>x</script> ![i](http://h) `c` \u202e\udcff"
@@ -19,25 +19,25 @@ CODES = set("\x1b\x07\u202e\udcff\r\0")
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> str:
-    """What reached the screen; printing it must not have failed, and no code may be in it."""
+    """The text that reached the screen; printing it must not fail, and it may hold no control code."""
     text = capsys.readouterr().out
     assert not CODES & set(text)
     return text
 
 
 def test_tables_on_a_screen_hold_no_codes_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    report.show_sheet(HOSTILE, {"heading": [("name", HOSTILE), (HOSTILE, "two\nlines")]})
+    report.show_table(report.Table(HOSTILE, {HOSTILE: [("name", HOSTILE), (HOSTILE, "two\nlines")]}))
     assert "[bold]b[/bold]" in shown(capsys)
-    report.show_table(HOSTILE, (("one", HOSTILE), [[HOSTILE, "two\nlines"]]))
+    report.show_table(report.Table(HOSTILE, {"": [[HOSTILE, "two\nlines"]]}, ("one", HOSTILE)))
     assert "[bold]b[/bold]" in shown(capsys)
-    report.show_failures([{"error": report.plain(HOSTILE)}])
+    report.show_table(report.failure_table([{"error": report.plain(HOSTILE)}]))
     assert "[bold]b[/bold]" in shown(capsys)
 
 
 def test_a_card_takes_no_codes() -> None:
-    assert _line(HOSTILE).isprintable()
-    assert _code(HOSTILE).isprintable()
-    assert "<script>" not in _line(HOSTILE)
+    assert escape_line(HOSTILE).isprintable()
+    assert code_span(HOSTILE).isprintable()
+    assert "<script>" not in escape_line(HOSTILE)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_a_file_holds_is_told_in_one_short_plain_line(tmp_path: Path, name:
 
 
 def test_hostile_documents_are_kept_as_they_are(tmp_path: Path) -> None:
-    """Text is data: nothing in a document is mended, it only never reaches a screen unescaped."""
+    """Text is data: no document is changed, and none reaches a screen unescaped."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     text = HOSTILE.replace("\udcff", "")

@@ -15,6 +15,7 @@ from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import parse_checksums, take_snapshot
 from tasks.recipe.config import CorpusSettings
 from tasks.recipe.load import load_recipe, make_recipe
+from tests.harness.recipe_values import recipe_values
 
 HASH = "a" * 64
 OUT = ("../../etc/passwd", "/etc/passwd", "a/../../b", "./../x", "a//b", "a\\b", "..", "a\0b", "a\x1b[2Jb", "a\u202eb")
@@ -90,18 +91,14 @@ def test_the_corpus_folder_may_be_a_link_but_nothing_in_it_may_lead_out(tmp_path
         take_snapshot(CorpusSettings(url=str(tmp_path / "link")))
 
 
-def recipe(**changes: Any) -> dict[str, Any]:
-    return {"name": "tiny", "corpus": {"url": "corpus"}, "teacher": {"model": "teacher"}} | changes
-
-
 @pytest.mark.parametrize(
     "name", ["../x", "/x", ".", "..", "", "a/b", "a\n", "a\0", "a" * 101, "a b", "é", "-x", "[b]x"]
 )
 def test_names_of_recipes_and_models_are_plain(name: str) -> None:
     with pytest.raises(FatalError, match=r"^form: name: "):
-        make_recipe(recipe(name=name), "form")
+        make_recipe(recipe_values(name=name), "form")
     with pytest.raises(FatalError, match=r"^form: register\.name: "):
-        make_recipe(recipe(register={"name": name}), "form")
+        make_recipe(recipe_values(register={"name": name}), "form")
 
 
 @pytest.mark.parametrize("value", ["a\0b", "m" * 5000, "../../../etc/passwd", "a\nb"])

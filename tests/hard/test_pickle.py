@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.place import LIMIT, REPO, environment, make_place
+from tests.harness.place import REPO, environment, make_place
+from tests.harness.processes import LIMIT
 from tests.harness.tiny import make_teacher, write_oscar
 
 GUARD = REPO / "tests" / "hard" / "guard"
@@ -17,9 +18,10 @@ PIPES = {
     "multiprocessing": "the standard library's pipes to its own worker processes",
     "docket": "Prefect's server, its own background tasks in its own memory",
 }
-ROOMS = ("storage", "tasks", "flows")
+PACKAGES = ("storage", "tasks", "flows")
 
 
+@pytest.mark.guard
 @pytest.mark.slow
 def test_a_whole_run_unpickles_nothing_but_what_its_own_processes_send_each_other(tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
@@ -37,7 +39,7 @@ def test_a_whole_run_unpickles_nothing_but_what_its_own_processes_send_each_othe
     )
     asked = set(seen.read_text(encoding="utf-8").split())
     assert done.returncode == 0, (asked, done.stderr)
-    assert any(name.startswith("multiprocessing") for name in asked), "the guard was not there"
+    assert any(name.startswith("multiprocessing") for name in asked), "the guard was not loaded"
     assert [name for name in asked if not name.startswith(tuple(PIPES))] == []
 
 
@@ -49,11 +51,11 @@ def name_of(call: ast.Call) -> str:
     return ast.unparse(call.func)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_sources_load_only_what_cannot_run_code(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_sources_load_only_what_cannot_run_code(package: str) -> None:
     loaders = ("pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "yaml.full_load", "yaml.unsafe_load")
     executors = ("eval", "exec", "marshal.loads", "shelve.open", "joblib.load")
-    calls = [(path, call) for path in sorted((REPO / room).rglob("*.py")) for call in calls_of(path)]
+    calls = [(path, call) for path in sorted((REPO / package).rglob("*.py")) for call in calls_of(path)]
     assert len(calls) > 50
     assert [f"{path}: {name_of(call)}" for path, call in calls if name_of(call) in (*loaders, *executors)] == []
     unsafe = [

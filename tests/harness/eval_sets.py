@@ -1,4 +1,11 @@
-"""Small evaluation sets in the official schemas; a label follows from one word, so that a tiny model learns it."""
+"""Writes small evaluation sets in the official schemas; one word determines the label, so that a tiny model learns it.
+
+    write_pairs(folder / "xnli" / "fr")
+    write_ner(folder / "wikiner")
+    write_reviews(folder / "cls")
+
+Each function returns its folder.
+"""
 
 import random
 from pathlib import Path
@@ -8,22 +15,22 @@ import pyarrow.parquet as pq
 
 from tests.harness.tiny import ENDINGS, OBJECTS, SUBJECTS
 
-TYPES = {"juge": 2, "médecin": 2, "préfecture": 1, "convention": 3, "employeur": 4}
-PLAIN = ("le", "signe", "refuse", "vérifie", "attestation", "un", "avant")
+TAG_OF_WORD = {"juge": 2, "médecin": 2, "préfecture": 1, "convention": 3, "employeur": 4}
+OTHER_WORDS = ("le", "signe", "refuse", "vérifie", "attestation", "un", "avant")
 VERBS = ("signe", "refuse", "demande")
-"""The verb of the second sentence is the label: entailment, neutral, contradiction."""
+"""The verb of the second sentence determines the label: entailment, neutral, contradiction."""
 
 
 def write_pairs(folder: Path, name: str = "xnli", train: int = 120, test: int = 30, seed: int = 0) -> Path:
-    """XNLI or PAWS-X: three splits of random sentences."""
-    draw = random.Random(seed)
+    """Writes XNLI or PAWS-X with three splits of random sentences."""
+    rng = random.Random(seed)
     first, second, labels = ("premise", "hypothesis", 3) if name == "xnli" else ("sentence1", "sentence2", 2)
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("validation", test), ("test", test)):
-        label = [draw.randrange(labels) for _ in range(rows)]
+        label = [rng.randrange(labels) for _ in range(rows)]
         table = {
-            first: [f"{draw.choice(SUBJECTS)} vérifie {draw.choice(OBJECTS)} {draw.choice(ENDINGS)}." for _ in label],
-            second: [f"{draw.choice(SUBJECTS)} {VERBS[one]} {draw.choice(OBJECTS)}." for one in label],
+            first: [f"{rng.choice(SUBJECTS)} vérifie {rng.choice(OBJECTS)} {rng.choice(ENDINGS)}." for _ in label],
+            second: [f"{rng.choice(SUBJECTS)} {VERBS[one]} {rng.choice(OBJECTS)}." for one in label],
             "label": label,
         }
         pq.write_table(pa.table(table), folder / f"{split}-00000-of-00001.parquet")
@@ -33,20 +40,20 @@ def write_pairs(folder: Path, name: str = "xnli", train: int = 120, test: int = 
 def write_ner(
     folder: Path, train: int = 200, test: int = 30, seed: int = 0, extra_test: tuple[list[str], ...] = ()
 ) -> Path:
-    """wikiner: train and test, the tag of a word given by the word alone."""
-    draw = random.Random(seed)
+    """Writes a train and a test split in the schema of wikiner_fr; the word alone determines its tag."""
+    rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
-        tokens = [draw.choices((*TYPES, *PLAIN), k=draw.randint(2, 6)) for _ in range(rows)]
+        tokens = [rng.choices((*TAG_OF_WORD, *OTHER_WORDS), k=rng.randint(2, 6)) for _ in range(rows)]
         tokens += [list(words) for words in extra_test] if split == "test" else []
-        tags = [[TYPES.get(word, 0) for word in words] for words in tokens]
+        tags = [[TAG_OF_WORD.get(word, 0) for word in words] for words in tokens]
         table = pa.table({"id": list(range(len(tokens))), "tokens": tokens, "ner_tags": tags})
         pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
     return folder
 
 
 def review(text: str = "Un bon livre.", rating: str = "5.0", dvd: bool = False, url: bool = True) -> str:
-    """One review as an unprocessed .review file has it."""
+    """One review in the format of an unprocessed .review file."""
     link = "<url>http://exemple</url>" if url else ""
     stars = f"<rating>{rating}</rating>" if rating else ""
     body = f"<text>{text}</text><title>Titre</title><summary>Court</summary>" if text else ""
@@ -56,7 +63,7 @@ def review(text: str = "Un bon livre.", rating: str = "5.0", dvd: bool = False, 
 
 
 def write_reviews(folder: Path, train: int = 20, test: int = 6) -> Path:
-    """CLS: books, dvd and music, half of them positive."""
+    """Writes the books, dvd and music reviews of CLS, half of them positive."""
     for category in ("books", "dvd", "music"):
         (folder / category).mkdir(parents=True, exist_ok=True)
         for split, rows in (("train", train), ("test", test)):

@@ -1,81 +1,35 @@
-"""A small project folder and the `distil` command on it, run as a user would run it: from another folder.
+"""A small project folder and the `distil` command on it, run from another folder as a user may.
 
 place = make_place(folder, corpus, teacher)
 result = place.distil("run", "train.max_steps=5")       # a process of its own
-place.stamps()                                          # what is in the store, and when it was made
+place.stamps()                                          # when each artifact of the store was made
 """
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-import pytest
-
 from storage.artifact import KINDS, Receipt
 from storage.store import Store
+from tests.harness.processes import LIMIT, MARK
+from tests.harness.recipe_values import recipe_toml
 
 REPO = Path(__file__).resolve().parents[2]
-BROKEN = "fr_meta_part_2.jsonl.zst"
-"""The source that is cut short in the first run of the history."""
-LENGTH = 32
-STEPS = 20
-MARK = "DISTIL_TEST_PLACE"
-"""In the environment of everything that is started for a place: the folder of the place."""
-LIMIT = 300.0
-"""Seconds after which a command is taken for hung."""
-
-RECIPE = """
-name = "tiny"
-home = {home}
-
-[corpus]
-url = {corpus}
-heldout_per_mille = 100
-shard_bytes = 10_000
-
-[blocks]
-length = {length}
-
-[teacher]
-model = {teacher}
-
-[student]
-layers = 2
-
-[train]
-batch_rows = 6
-max_steps = {steps}
-lr = 1e-3
-checkpoint_steps = 4
-validate_steps = 10
-validate_rows = 8
-log_steps = 1
-threads = 1
-device = "cpu"
-
-[score]
-heldout_rows = 16
-latency_runs = 0
-
-[run]
-workers = {workers}
-"""
+TRUNCATED = "fr_meta_part_2.jsonl.zst"
+"""The source that is truncated in the first run of the history."""
 
 Stamp = tuple[str, str, str]
 """Kind, label and key of an artifact."""
 
 
 class Result(NamedTuple):
-    """How a command ended and what it said."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -152,24 +106,23 @@ Shell = Callable[..., Result]
 
 @dataclass(frozen=True)
 class History:
-    """`distil run` three times in one place: with a source that is cut short, mended, and once more."""
+    """`distil run` three times in one place: with a truncated source, with the complete one, and once more."""
 
     place: Place
-    broken: Result
-    broken_stamps: dict[Stamp, str]
-    whole: Result
-    whole_stamps: dict[Stamp, str]
-    again: Result
-    again_stamps: dict[Stamp, str]
+    truncated: Result
+    truncated_stamps: dict[Stamp, str]
+    complete: Result
+    complete_stamps: dict[Stamp, str]
+    repeated: Result
+    repeated_stamps: dict[Stamp, str]
 
 
-def make_place(folder: Path, corpus: Path, teacher: Path, workers: int = 2) -> Place:
-    """A place with nothing in its store."""
+def make_place(folder: Path, corpus: Path, teacher: Path, **changes: Any) -> Place:
+    """A place with an empty store; `changes` of the recipe by section: `run={"workers": 3}`."""
     folder.mkdir(parents=True, exist_ok=True)
     place = Place(folder)
-    names = {"home": place.home, "corpus": corpus, "teacher": teacher}
-    quoted = {name: json.dumps(str(path)) for name, path in names.items()}
-    place.recipe.write_text(RECIPE.format(**quoted, length=LENGTH, steps=STEPS, workers=workers), encoding="utf-8")
+    text = recipe_toml(home=place.home, corpus=corpus, teacher=teacher, **changes)
+    place.recipe.write_text(text, encoding="utf-8")
     return place
 
 
@@ -180,7 +133,7 @@ def run_folder_of(place: Place) -> Path:
 
 
 def environment(folder: Path, server: str = "") -> dict[str, str]:
-    """The user's environment without what he may have set for Prefect and MLflow; nothing asks the network."""
+    """This process's environment without variables of Prefect and MLflow, and offline."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     if server:
         kept |= {"PREFECT_API_URL": server, "PREFECT_HOME": str(folder / "prefect-home")}
@@ -193,7 +146,7 @@ def environment(folder: Path, server: str = "") -> dict[str, str]:
 
 
 def ended(process: subprocess.Popen[str]) -> Result:
-    """Waits for the command and returns what it said."""
+    """Waits for the command to end; its status and output."""
     try:
         out, err = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -203,75 +156,7 @@ def ended(process: subprocess.Popen[str]) -> Result:
     return Result(process.returncode, out, err)
 
 
-def tables(out: str) -> list[list[str]]:
-    """The rows of all tables between two rules. Long words are folded in them, so cells come without white space."""
-    rows: list[list[str]] = []
-    inside = False
-    for line in out.splitlines():
-        cells = ["".join(cell.split()) for cell in re.split("[│┃]", line)[1:-1]]
-        if cells and inside:
-            rows[-1] = [before + cell for before, cell in zip(rows[-1], cells, strict=True)]
-        elif cells:
-            rows.append(cells)
-        inside = bool(cells)
-    return rows
-
-
-def refusal(result: Result) -> str:
-    """The one sentence of a command that was refused. Fails unless status is 1 and there is no traceback."""
-    assert result.status == 1, result
-    assert "Traceback" not in result.out + result.err
-    said = [line for line in result.err.splitlines() if line.startswith("distil: ")]
-    assert len(said) == 1, result.err
-    return said[0]
-
-
-@contextmanager
-def running(
-    module: list[str], folder: Path, variables: dict[str, str], said: Path | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python module as a process that says all into a file, folder/log if not told otherwise; it and its children are
-    ended afterwards."""
-    folder.mkdir(exist_ok=True)
-    with (said or folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module],
-            cwd=folder,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        yield process
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for child in family:
-            if child.is_running():
-                child.kill()
-
-
 def made(before: Mapping[Stamp, str], after: Mapping[Stamp, str], *kinds: str) -> set[tuple[str, str]]:
-    """Kind and label of what was made, or made again, between two looks; of these kinds, or of all."""
+    """Kind and label of the artifacts that were made, or made again, between two calls of `stamps`."""
     fresh = {stamp for stamp, created in after.items() if before.get(stamp) != created}
     return {(kind, label) for kind, label, _ in fresh if not kinds or kind in kinds}
-
-
-def mount(folder: Path, size: str) -> None:
-    """An empty file system in memory, of 128k or 32m, at a new folder. Skips where that may not be mounted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "distil-test", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
-
-
-def remount(folder: Path, options: str) -> None:
-    """Changes the size or the mode of a mounted file system."""
-    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)

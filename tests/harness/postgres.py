@@ -3,7 +3,7 @@
     with started_postgres() as database: database.prefect, database.mlflow
 
 Needs the programs of PostgreSQL (Debian: `apt-get install postgresql`). It refuses to run as root, so as root it runs
-as the user postgres, or nobody.
+as the user `postgres` or `nobody`.
 """
 
 import os
@@ -110,7 +110,7 @@ def started_postgres() -> Iterator[Postgres]:
 
 
 def _account() -> dict[str, Any]:
-    """Who the server runs as, as arguments of Popen; none when we are not root."""
+    """The account that the server runs as, as arguments of Popen; empty unless this process is root."""
     if os.geteuid() != 0:
         return {}
     known = {entry.pw_name: entry for entry in pwd.getpwall()}

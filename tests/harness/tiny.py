@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from storage.arrow import TEXT, ArrowWriter
+from storage.arrow import TEXT_FILE, TEXT_SCHEMA, ArrowWriter
 from storage.artifact import Ref
 from storage.fingerprint import key_of
 from storage.store import Store
@@ -107,7 +107,7 @@ def save_text_shard(store: Store, texts: list[str], label: str) -> Ref:
     """A text shard as tasks.corpus.shard would leave it."""
     ref = Ref("shard", key_of("shard", 1, {"label": label}, []), label)
     with store.scratch() as folder:
-        with ArrowWriter(folder / "text.arrow", TEXT) as writer:
+        with ArrowWriter(folder / TEXT_FILE, TEXT_SCHEMA) as writer:
             writer.write({"text": texts, "line": list(range(1, len(texts) + 1))})
         store.commit(ref, folder, schema=1, rows=len(texts), tokens=0, settings={}, parents=[])
     return ref

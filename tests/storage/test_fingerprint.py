@@ -1,4 +1,4 @@
-"""Keys depend on content alone."""
+"""Keys depend on content only."""
 
 import pytest
 
@@ -21,12 +21,12 @@ def test_key_changes_with_each_ingredient(
 
 
 def test_keys_never_change_silently() -> None:
-    """A changed key means that every store in the world is computed anew: do it on purpose."""
+    """A changed key makes every existing store recompute its artifacts; update this value only on purpose."""
     assert key_of("blocks", 1, {"length": 512}, ["0"]) == (
         "c2e173443f2e19aef393610ce169da78870580b0fe8d5ecf0e871c6d5245e6bd"
     )
 
 
-def test_nan_is_refused() -> None:
+def test_canonical_json_refuses_nan() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json({"x": float("nan")})

@@ -1,4 +1,7 @@
-"""Fixtures for the rooms' tests: little corpora of every schema, a store, a teacher's folder to damage."""
+"""Fixtures for the tests of tasks/: small corpora of every schema, an empty store, and a teacher's folder.
+
+def test_x(corpus: CorpusFolder, store: Store, folder: Path) -> None: ...
+"""
 
 import gzip
 import hashlib
@@ -26,17 +29,17 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class CorpusFolder:
-    """A folder that source files are written into; names that end in .gz or .zst are packed."""
+    """A folder to write source files into; files whose names end in .gz or .zst are compressed."""
 
     path: Path
     texts: tuple[str, ...] = TEXTS
 
     def settings(self, **changes: Any) -> CorpusSettings:
-        """The recipe section for this folder; nothing is held out unless asked for."""
+        """The recipe section for this folder; holds out nothing by default."""
         return CorpusSettings(**({"url": str(self.path), "heldout_per_mille": 0} | changes))
 
     def write(self, name: str, data: bytes) -> Path:
-        """One file of these bytes, packed as its name says."""
+        """Writes one file, compressed according to its name."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".gz"):
@@ -47,22 +50,25 @@ class CorpusFolder:
         return path
 
     def jsonl(self, name: str, records: Iterable[Any]) -> Path:
-        """One JSON record a line; a record that is bytes goes in as it is."""
-        lines = [one if isinstance(one, bytes) else json.dumps(one, ensure_ascii=False).encode() for one in records]
+        """One JSON record per line; records of type bytes are written unchanged."""
+        lines = [
+            record if isinstance(record, bytes) else json.dumps(record, ensure_ascii=False).encode()
+            for record in records
+        ]
         return self.write(name, b"".join(line + b"\n" for line in lines))
 
     def oscar_2301(self, name: str, texts: Iterable[str] | None = None, **metadata: Any) -> Path:
-        """OSCAR 23.01 and Colossal OSCAR."""
+        """A file of OSCAR 23.01 or Colossal OSCAR."""
         return self.jsonl(name, [record_2301(text, **metadata) for text in (texts or self.texts)])
 
     def oscar_2201(self, name: str, texts: Iterable[str] | None = None, **metadata: Any) -> Path:
-        """OSCAR 22.01."""
+        """A file of OSCAR 22.01."""
         labels = {"identification": {"label": "fr", "prob": 0.9}, "annotation": None, "sentence_identifications": []}
         records = [{"content": text, "warc_headers": {}, "metadata": labels | metadata} for text in texts or self.texts]
         return self.jsonl(name, records)
 
     def oscar_2109(self, number: int, texts: Iterable[str] | None = None) -> tuple[Path, Path]:
-        """An OSCAR 21.09 pair: text with a blank line after each document, and its metadata."""
+        """An OSCAR 21.09 pair: text with a blank line after each document, and its metadata file."""
         texts = tuple(texts or self.texts)
         metadata, offset = [], 0
         for text in texts:
@@ -80,7 +86,7 @@ class CorpusFolder:
         return path
 
     def checksums(self, name: str = "fr_sha256.txt", mark: str = " ") -> Path:
-        """A checksum file over everything in its folder, one space between hash and name as OSCAR has it."""
+        """A checksum file for every file of its folder, with one space between hash and name as in OSCAR."""
         folder = (self.path / name).parent
         files = sorted(path for path in folder.iterdir() if path.is_file() and "sha256" not in path.name)
         lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}{mark}{path.name}\n" for path in files]
@@ -90,7 +96,7 @@ class CorpusFolder:
 
 
 def record_2301(text: str, **metadata: Any) -> dict[str, Any]:
-    """One record of OSCAR 23.01, with the nulls that real ones have."""
+    """One record of OSCAR 23.01, with the nulls of real records."""
     labels = {
         "identification": {"label": "fr", "prob": 0.9},
         "harmful_pp": None,
@@ -118,8 +124,8 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher's folder. Not to be changed."""
-    from tests.harness.tiny import make_teacher  # deferred: it imports torch, which most of these tests do without
+    """The folder of a tiny teacher, shared by a module: read-only for tests."""
+    from tests.harness.tiny import make_teacher  # deferred: imports torch, which most of these tests do not need
 
     folder = tmp_path_factory.mktemp("original") / "teacher"
     make_teacher(folder)
@@ -128,5 +134,5 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(teacher_folder: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may damage."""
+    """A copy of the teacher's folder that a test may damage."""
     return Path(shutil.copytree(teacher_folder, tmp_path / "copy"))

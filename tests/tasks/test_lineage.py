@@ -11,7 +11,16 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
-from tasks.lineage import _sample_name, check_teacher, freeze_sample, plan_training, trace, training_key, vocabulary_of
+from tasks.lineage import (
+    Workspace,
+    _sample_name,
+    check_teacher,
+    freeze_sample,
+    plan_training,
+    trace,
+    training_key,
+    vocabulary_of,
+)
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tasks.targets.calibration import calibrate
@@ -62,7 +71,7 @@ def make_text(store: Store, recipe: Recipe) -> tuple[Ref, ...]:
 
 def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> None:
     old, new = recipe_of(place, "old"), recipe_of(place, "new")
-    freeze_sample(store, old, make_text(store, old)[:2])
+    freeze_sample(Workspace(store, old), make_text(store, old)[:2])
     make_text(store, new)
     assert trace(store, new).sample == trace(store, old).sample
     assert trace(store, new).calibration == trace(store, old).calibration
@@ -70,9 +79,9 @@ def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> Non
 
 def test_a_refused_source_is_let_in_without_another_sample(place: Path, store: Store) -> None:
     strict = recipe_of(place, "old")
-    freeze_sample(store, strict, make_text(store, strict)[2:])
-    corpus = strict.corpus.model_copy(update={"max_bad_lines": 50, "max_unpacked_ratio": 900})
-    lenient = trace(store, strict.model_copy(update={"corpus": corpus}))
+    freeze_sample(Workspace(store, strict), make_text(store, strict)[2:])
+    changes = {"corpus.max_bad_lines": 50, "corpus.max_unpacked_ratio": 900}
+    lenient = trace(store, strict.with_changes(changes))
     assert len(lenient.sample) == 2
     assert (lenient.sample, lenient.targets) == (trace(store, strict).sample, trace(store, strict).targets)
 
@@ -80,26 +89,26 @@ def test_a_refused_source_is_let_in_without_another_sample(place: Path, store: S
 def test_home_and_store_are_in_no_key(place: Path, store: Store) -> None:
     here = recipe_of(place, "old")
     make_text(store, here)
-    there = here.model_copy(update={"home": "/elsewhere", "store": "/elsewhere/store"})
-    lineages = [trace(store, recipe) for recipe in (here, there)]
-    assert lineages[0].stages() == lineages[1].stages()
-    assert training_key(here, lineages[0]) == training_key(there, lineages[1])
+    there = here.with_changes({"home": "/elsewhere", "store": "/elsewhere/store"})
+    workspaces = [Workspace(store, recipe) for recipe in (here, there)]
+    assert workspaces[0].lineage.stages() == workspaces[1].lineage.stages()
+    assert training_key(workspaces[0]) == training_key(workspaces[1])
 
 
-def test_the_name_of_a_pinned_sample_is_for_good(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_pinned_sample_is_for_good(place: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another name would lose the sample, and with it every target that is in the store."""
     monkeypatch.setattr("tasks.lineage.vocabulary_of", lambda recipe: SimpleNamespace(fingerprint="f" * 64))
     recipe = make_recipe({"name": "a", "corpus": {"url": str(place / "old")}, "teacher": {"model": "t"}}, "test")
-    before = _sample_name(recipe)
+    before = _sample_name(Workspace(store, recipe))
     assert before == "a0e4add7197e7ed0e10f1fc31d9146da91e280560395caa3197b0561c55e785b"
-    lines = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"text": "lines"})})
-    assert _sample_name(lines) != before
+    lines = recipe.with_changes({"corpus.text": "lines"})
+    assert _sample_name(Workspace(store, lines)) != before
 
 
 def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, store: Store) -> None:
     old = recipe_of(place, "old")
     blocks = make_text(store, old)
-    freeze_sample(store, old, blocks[2:])
+    freeze_sample(Workspace(store, old), blocks[2:])
     before = trace(store, old)
     store.withdraw(blocks[3])
     assert trace(store, old).targets == before.targets
@@ -108,7 +117,7 @@ def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, sto
 def test_a_sample_that_is_gone_for_good_serves_as_long_as_its_calibration_is_there(place: Path, store: Store) -> None:
     old, new = recipe_of(place, "old"), recipe_of(place, "new")
     blocks = make_text(store, old)
-    freeze_sample(store, old, blocks[:2])
+    freeze_sample(Workspace(store, old), blocks[:2])
     make_text(store, new)
     capture = open_capture(store, new.teacher, vocabulary_of(new), new.mask, new.targets, device="cpu")
     receipt = calibrate(store, blocks[:2], capture)
@@ -124,22 +133,31 @@ def test_a_run_is_named_without_asking_the_store(place: Path, store: Store) -> N
     blocks = make_text(store, recipe)
     receipt = Path(store.path(layout.receipt_path("blocks", blocks[0].key)))
     receipt.write_bytes(replace(store.receipt(blocks[0]), rows=0).to_json())
-    lineage = trace(store, recipe)
-    run = plan_training(store, recipe, lineage)
+    workspace = Workspace(store, recipe)
+    run = plan_training(workspace)
     assert len(run.manifest) == len(blocks) - 1
-    assert training_key(recipe, lineage) == run.run_key
+    assert training_key(workspace) == run.run_key
+
+
+def test_a_workspace_reads_the_store_once_until_it_is_refreshed(place: Path, store: Store) -> None:
+    workspace = Workspace(store, recipe_of(place, "old"))
+    assert workspace.lineage.shards == ()
+    make_text(store, workspace.recipe)
+    assert workspace.lineage.shards == ()
+    assert workspace.refreshed().lineage == trace(store, workspace.recipe)
+    assert workspace.with_warm_start("elsewhere").lineage is workspace.lineage
+    assert workspace.with_warm_start("elsewhere").recipe.train.warm_start == "elsewhere"
+    assert workspace.with_changes({"blocks.length": 64}).lineage.shards != ()
 
 
 def test_a_teacher_that_cannot_work_is_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:
     recipe = recipe_of(place, "old")
     check_teacher(recipe)
     (tmp_path / "config.json").write_text('{"vocab_size": 100}')
-    empty = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": str(tmp_path)})})
+    empty = recipe.with_changes({"teacher.model": str(tmp_path)})
     with pytest.raises(FatalError, match="no weights"):
         check_teacher(empty)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    foreign = empty.model_copy(
-        update={"blocks": recipe.blocks.model_copy(update={"tokenizer": str(place / "teacher")})}
-    )
+    foreign = empty.with_changes({"blocks.tokenizer": str(place / "teacher")})
     with pytest.raises(FatalError, match=r"set blocks\.tokenizer"):
         check_teacher(foreign)

@@ -1,10 +1,10 @@
-"""Where the files of an evaluation set are: a local folder, any fsspec URL, or a hub id; and its parquet tables.
+"""Locates the files of an evaluation set (local folder, fsspec URL or hub id) and reads its parquet files.
 
-    place = Place("facebook/xnli", "fr")              # or Place("/data/eval/xnli/fr"), Place("s3://bucket/xnli/fr")
-    for split, table, file in parquet_splits(place, read): ...
+    location = SetLocation("facebook/xnli", "fr")     # or SetLocation("/data/xnli/fr"), SetLocation("s3://bucket/xnli")
+    for split, table, file in parquet_splits(location, read):
+        ...
 
-A folder holds parquet files named by split: train-00000-of-00001.parquet, test.parquet, train/0000.parquet. Called by
-tasks.pair_set, tasks.ner_set and tasks.cls_set.
+Parquet files are named by split: train-00000-of-00001.parquet, test.parquet or train/0000.parquet.
 """
 
 import json
@@ -27,51 +27,52 @@ _SPLIT_FILE = re.compile(r"(?:^|/)(train|validation|test)(?:[-.][^/]*)?(?:/[^/]*
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder, a URL or a hub id; the folder below it that holds the set; the revision, for the hub."""
+class SetLocation:
+    """A folder, URL or hub id; the folder below it that holds the set; on the hub also the revision."""
 
     source: str
     folder: str = ""
     revision: str = ""
 
 
-def url_of(place: Place, pattern: str) -> str:
-    """The folder or URL of the set; a hub id becomes the folder that files named like `pattern` are downloaded to.
+def url_of(location: SetLocation, pattern: str) -> str:
+    """The folder or URL of the set; for a hub id, downloads the files that match `pattern` and returns their folder.
 
-    FatalError: neither a folder nor a hub id, no such set, or offline. RetryableError: the hub does not answer.
+    FatalError if the source is neither a folder nor a hub id, if the hub has no such set, or offline.
+    RetryableError if the hub does not answer.
     """
-    source = place.source
+    source = location.source
     if "://" not in source and not Path(source).is_dir():
         if not is_hub_id(source) or Path(source).exists():
             raise FatalError(f"{source}: no such folder; give a folder, a URL or a hub id such as OWNER/NAME", source)
-        wanted = f"{place.folder}/{pattern}" if place.folder else pattern
-        source = str(download_repository(DATA_SET, source, place.revision, (wanted,)))
-    return f"{source.rstrip('/')}/{place.folder}" if place.folder else source
+        full_pattern = f"{location.folder}/{pattern}" if location.folder else pattern
+        source = str(download_repository(DATA_SET, source, location.revision, (full_pattern,)))
+    return f"{source.rstrip('/')}/{location.folder}" if location.folder else source
 
 
 @contextmanager
-def reading(source: str) -> Iterator[None]:
-    """What goes wrong with files inside becomes FatalError, or RetryableError where the network does not answer."""
+def translate_read_errors(source: str) -> Iterator[None]:
+    """Turns read errors into FatalError, or into RetryableError if the network does not answer."""
     try:
         yield
     except client_errors(ValueError) as error:  # ArrowInvalid is a ValueError
-        ours = translated(error, source) if not isinstance(error, ValueError) and is_remote_error(error) else None
-        if ours:
-            raise ours from error
+        remote = translated(error, source) if not isinstance(error, ValueError) and is_remote_error(error) else None
+        if remote:
+            raise remote from error
         raise FatalError(f"{source} cannot be read ({error}); check the folder or URL and its files", source) from error
 
 
 def parquet_splits(
-    place: Place, read: Callable[[pq.ParquetFile, str], pa.Table]
+    location: SetLocation, read: Callable[[pq.ParquetFile, str], pa.Table]
 ) -> Iterator[tuple[str, pa.Table, str]]:
-    """(split, its whole table, the first file's name for messages), split by split; `read` takes one file each time.
+    """Yields (split, its table, path of its first file for error messages); `read(file, path)` reads one file.
 
-    FatalError: nothing that can be read, or files of several sets, which must not be mixed.
+    FatalError if files cannot be read or belong to several sets.
     """
-    url = url_of(place, "*.parquet")
-    with reading(place.source):
+    url = url_of(location, "*.parquet")
+    with translate_read_errors(location.source):
         fs, base = open_url(url)
-        for split, paths in _split_files(sorted(fs.find(base)), base, place.source).items():
+        for split, paths in _split_files(sorted(fs.find(base)), base, location.source).items():
             parts = []
             for path in paths:
                 with fs.open(path, "rb") as file:
@@ -80,20 +81,20 @@ def parquet_splits(
 
 
 def _split_files(paths: list[str], base: str, source: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
+    files: dict[str, list[str]] = defaultdict(list)
     folders = set()
     for path in paths:
         relative = path[len(base) :].lstrip("/")
         if match := _SPLIT_FILE.search(relative):
-            found[match[1]].append(path)
+            files[match[1]].append(path)
             folders.add(relative[: match.start()])
     if len(folders) > 1:
-        raise FatalError(f"{source}: several sets are below it ({', '.join(sorted(folders))}); name one", source)
-    return found
+        raise FatalError(f"{source}: holds several sets ({', '.join(sorted(folders))}); name one", source)
+    return files
 
 
 def label_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """Label names that `datasets` writes beside the columns, or nothing."""
+    """Names of the labels from the metadata that the `datasets` library writes; empty without that metadata."""
     raw = (schema.metadata or {}).get(b"huggingface")
     feature: Any = json.loads(raw)["info"]["features"].get(column, {}) if raw else {}
     inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
@@ -101,5 +102,5 @@ def label_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """True for both Arrow types of text."""
+    """Whether the type is one of the two Arrow string types."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -1,9 +1,9 @@
-"""A labelled set of sentences or pairs of sentences, as every loader of such a set gives it.
+"""A labelled set of texts or pairs of texts, and the split of held-out validation rows.
 
-    made = labelled_set("xnli", source, ("entailment", "neutral", "contradiction"), splits, rule="…")
-    made.train[0].first, made.counts["test"]["rows"], made.fingerprint
+    data = labelled_set("xnli", source, ("entailment", "neutral", "contradiction"), splits, counts, rule="…")
+    data.train[0].first, data.counts["test"]["rows"], data.fingerprint
 
-Called by tasks.cls_set and tasks.pair_set; tasks.ner_set, whose rows are words with tags, shares `hold_out`.
+The loaders of CLS, PAWS-X and XNLI return a `LabelledSet`; the loader of named entities shares `hold_out`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ Row = TypeVar("Row")
 
 
 class Example(NamedTuple):
-    """One text, or a pair of texts (`second` is "" for one alone), and the number of its label."""
+    """One text, or a pair of texts (`second` is "" for a single text), and the number of its label."""
 
     first: str
     second: str
@@ -30,11 +30,11 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A set as the protocol uses it.
+    """A set with its three splits.
 
-    `counts`: by split, rows as published and what became of them (`kept`, `dropped`, …); for the test split also how
-    many of its texts stand in the train split too, which are counted and stay where the set's authors left them.
-    `rule` says how a validation split was made and what was dropped.
+    `counts` has per split the number of published rows (`rows`), of rows in use (`kept`), of dropped rows (`dropped`),
+    and for the test split the number of rows that also occur in the train split (`also_in_train`); these stay in both
+    splits, as published. `rule` states how the validation split was made and which rows were dropped.
     """
 
     name: str
@@ -48,17 +48,17 @@ class LabelledSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over all rows as they are used; where the set lies is not part of it."""
-        parts = [digest([*row] for row in rows) for rows in (self.train, self.validation, self.test)]
+        """Hash of all rows in use; independent of the location of the set."""
+        parts = [sha256_of_rows([*row] for row in rows) for rows in (self.train, self.validation, self.test)]
         return sha256_bytes(canonical_json([self.labels, parts]))
 
 
-def digest(rows: Iterable[Sequence[object]]) -> str:
-    """sha256 over rows of plain values, one line of JSON each."""
-    found = hashlib.sha256()
+def sha256_of_rows(rows: Iterable[Sequence[object]]) -> str:
+    """sha256 of rows of plain values, one line of JSON per row."""
+    digest = hashlib.sha256()
     for row in rows:
-        found.update(canonical_json(row) + b"\n")
-    return found.hexdigest()
+        digest.update(canonical_json(row) + b"\n")
+    return digest.hexdigest()
 
 
 def labelled_set(
@@ -69,30 +69,33 @@ def labelled_set(
     counts: Mapping[str, Mapping[str, int]],
     rule: str,
 ) -> LabelledSet:
-    """Checks the splits and counts what train and test share. FatalError: an empty split, a label nobody trains on."""
+    """Checks the splits and counts the test rows that also occur in train.
+
+    FatalError if a split is empty or a label has no train row.
+    """
     for split in SPLITS:
         if not splits.get(split):
             raise FatalError(f"{source}: the {split} split of {name} has no rows; check the set", source)
-    absent = set(range(len(labels))) - {row.label for row in splits["train"]}
-    if absent:
-        lacking = ", ".join(f"{number} ({labels[number]})" for number in sorted(absent))
-        raise FatalError(f"{source}: no train row of {name} has label {lacking}; check the column label", source)
-    trained = {row[:2] for row in splits["train"]}
-    shared = sum(row[:2] in trained for row in splits["test"])
-    found = {split: dict(counts[split]) for split in SPLITS}
-    found["test"]["also_in_train"] = shared
+    missing = set(range(len(labels))) - {row.label for row in splits["train"]}
+    if missing:
+        listed = ", ".join(f"{number} ({labels[number]})" for number in sorted(missing))
+        raise FatalError(f"{source}: no train row of {name} has label {listed}; check the column label", source)
+    train_texts = {row[:2] for row in splits["train"]}
+    all_counts = {split: dict(counts[split]) for split in SPLITS}
+    all_counts["test"]["also_in_train"] = sum(row[:2] in train_texts for row in splits["test"])
     train, validation, test = (tuple(splits[split]) for split in SPLITS)
-    return LabelledSet(name, source, labels, train, validation, test, found, rule)
+    return LabelledSet(name, source, labels, train, validation, test, all_counts, rule)
 
 
 def hold_out(rows: Sequence[Row], text: Callable[[Row], str], share: float) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out: those whose text has the lowest sha256, a `share` of all, at least one.
+    """Splits rows into train rows and held-out rows; at least one row is held out.
 
-    So neither order nor seed matters, a row that is added moves hardly any other, and equal texts stay together.
+    Held out is the `share` of rows whose text has the lowest sha256. The split therefore depends neither on the order
+    of the rows nor on a seed, an added row moves few others, and rows with the same text are in the same part.
     """
     hashes = [sha256_bytes(text(row).encode()) for row in rows]
     if not hashes:
         return [], []
-    limit = sorted(hashes)[max(1, round(share * len(hashes))) - 1]
+    threshold = sorted(hashes)[max(1, round(share * len(hashes))) - 1]
     pairs = list(zip(rows, hashes, strict=True))
-    return [row for row, key in pairs if key > limit], [row for row, key in pairs if key <= limit]
+    return [row for row, key in pairs if key > threshold], [row for row, key in pairs if key <= threshold]

@@ -1,10 +1,10 @@
 """Loads a named-entity set in the schema of Jean-Baptiste/wikiner_fr: columns tokens, ner_tags (and id), tags 0 to 4.
 
-    ner = load_ner(Place("/data/wikineural/fr"))    # or any fsspec URL, or a hub id such as Jean-Baptiste/wikiner_fr
+    ner = load_ner("ner", SetLocation("Jean-Baptiste/wikiner_fr"))    # or a folder, or any fsspec URL
 
-Sentences that occur twice, inside a split or across splits, are taken out and counted, so that no test sentence is
-ever trained on. Where no validation split is published, a tenth of train is held out, by the hash of the words.
-Called by tasks.sets.
+WikiNER is text of Wikipedia with automatic annotations (Nothman et al., 2013). Sentences that occur twice, within a
+split or across splits, are removed and counted, so that no test sentence is in the train split. If no validation split
+is published, a tenth of train is held out, by the hash of the words.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,19 +16,19 @@ import pyarrow.parquet as pq
 
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
-from tasks.eval.datasets.files import Place, is_text, label_names, parquet_splits
-from tasks.eval.datasets.labelled import digest, hold_out
+from tasks.eval.datasets.files import SetLocation, is_text, label_names, parquet_splits
+from tasks.eval.datasets.labelled import hold_out, sha256_of_rows
 from tasks.eval.metrics import LABELS
 
 SPLITS = ("test", "validation", "train")
-"""In the order in which they may keep a sentence that is in several: the test split stays as it is."""
+"""In order of precedence: a sentence that occurs in several splits stays in the first of them."""
 
 VALIDATION_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and their tags (numbers in LABELS), as many of one as of the other."""
+    """Words and their tags (indices into `LABELS`), one tag per word."""
 
     words: tuple[str, ...]
     tags: tuple[int, ...]
@@ -36,11 +36,12 @@ class Sentence:
 
 @dataclass(frozen=True)
 class NerSet:
-    """A set without duplicates, and its test split as published beside it.
+    """A set without duplicate sentences, and its test split as published.
 
-    `test_published` holds every test sentence; `distinct` are the places in it of those that stand in `test`.
-    `counts`: rows as published, duplicates inside the split, rows that are in a split before it (test, validation,
-    train), rows kept; by split. `rule` says the same in words.
+    `test_published` holds every test sentence, and `distinct` the indices in it of the sentences of `test`. `counts`
+    has per split the number of published rows (`rows`), of duplicates in the split (`duplicates`), of rows that also
+    occur in a split of higher precedence (`in_other_split`), and of rows in use (`kept`). `rule` states which sentences
+    were removed and how the validation split was made.
     """
 
     name: str
@@ -55,27 +56,28 @@ class NerSet:
     @property
     def test(self) -> tuple[Sentence, ...]:
         """The test split, each sentence once."""
-        return tuple(self.test_published[place] for place in self.distinct)
+        return tuple(self.test_published[row] for row in self.distinct)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over all sentences as they are used; where the set lies is not part of it."""
+        """Hash of all sentences in use; independent of the location of the set."""
         splits = (self.train, self.validation, self.test_published)
-        return sha256_bytes(canonical_json([digest((row.words, row.tags) for row in rows) for rows in splits]))
+        return sha256_bytes(canonical_json([sha256_of_rows((row.words, row.tags) for row in rows) for rows in splits]))
 
 
-def load_ner(name: str, place: Place) -> NerSet:
-    """Reads and checks a set. FatalError: nothing there, no train or test split, other columns or labels, bad rows.
+def load_ner(name: str, location: SetLocation) -> NerSet:
+    """Reads and checks a set.
 
-    RetryableError where the network does not answer.
+    FatalError if the train or test split is missing, or if columns, labels or rows violate the schema.
+    RetryableError if the network does not answer.
     """
-    tables = parquet_splits(place, _columns)
+    tables = parquet_splits(location, _columns)
     published = {split: tuple(_sentences(table, file)) for split, table, file in tables}
     for split in ("train", "test"):
         if not published.get(split):
             raise FatalError(
-                f"{place.source}: no {split} sentences; the folder needs parquet files named train-… and test-…",
-                place.source,
+                f"{location.source}: no {split} sentences; the folder needs parquet files named train-… and test-…",
+                location.source,
             )
     seen: set[tuple[str, ...]] = set()
     kept: dict[str, list[int]] = {}
@@ -91,10 +93,10 @@ def load_ner(name: str, place: Place) -> NerSet:
         counts["validation"]["kept"], counts["train"]["kept"] = len(validation), len(train)
         rule += "; a tenth of train held out for validation, by the lowest sha256 of the words"
     if not train:
-        raise FatalError(f"{place.source}: no train sentence is left beside the other splits", place.source)
+        raise FatalError(f"{location.source}: no train sentence is left that is not in another split", location.source)
     return NerSet(
         name=name,
-        source=place.source,
+        source=location.source,
         train=tuple(train),
         validation=tuple(validation),
         test_published=published["test"],
@@ -105,26 +107,27 @@ def load_ner(name: str, place: Place) -> NerSet:
 
 
 def _distinct(rows: tuple[Sentence, ...], seen: set[tuple[str, ...]]) -> tuple[list[int], dict[str, int]]:
-    """Places of sentences that are neither in `seen` nor earlier in `rows`, and counts. Words decide, not tags."""
+    """Indices of sentences that are neither in `seen` nor earlier in `rows`, and counts; compares words, not tags."""
     own: set[tuple[str, ...]] = set()
     kept = []
-    elsewhere = 0
-    for place, sentence in enumerate(rows):
+    in_other_split = 0
+    for row, sentence in enumerate(rows):
         if sentence.words in own:
             continue
         own.add(sentence.words)
         if sentence.words in seen:
-            elsewhere += 1
+            in_other_split += 1
         else:
-            kept.append(place)
-    return kept, {"rows": len(rows), "duplicates": len(rows) - len(own), "in_other_split": elsewhere, "kept": len(kept)}
+            kept.append(row)
+    counts = {"rows": len(rows), "duplicates": len(rows) - len(own), "in_other_split": in_other_split}
+    return kept, counts | {"kept": len(kept)}
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
 
 
 def _columns(file: pq.ParquetFile, path: str) -> pa.Table:
-    """tokens and ner_tags of one file, after a look at their types and at the label names if the file has them."""
+    """Reads tokens and ner_tags of one file; checks their types and, if the file has them, the label names."""
     schema = file.schema_arrow
     for name, fits in (("tokens", is_text), ("ner_tags", pa.types.is_integer)):
         kind = schema.field(name).type if name in schema.names else None
@@ -143,13 +146,15 @@ def _columns(file: pq.ParquetFile, path: str) -> pa.Table:
 
 
 def _sentences(table: pa.Table, file: str) -> Iterator[Sentence]:
-    """Checked rows; those without a single word are left out."""
+    """Yields checked rows; rows without words are left out."""
     columns = zip(table.column("tokens").to_pylist(), table.column("ner_tags").to_pylist(), strict=True)
     for row, (words, tags) in enumerate(columns):
         if not words and not tags:
             continue
         if len(words or ()) != len(tags or ()) or None in words:
-            raise FatalError(f"{file}, row {row}: tokens and ner_tags are not of one length; mend the row", file, row)
+            raise FatalError(
+                f"{file}, row {row}: tokens and ner_tags differ in length, or a token is null; fix the row", file, row
+            )
         if not set(tags) <= set(range(len(LABELS))):
             raise FatalError(
                 f"{file}, row {row}: ner_tags has {sorted(set(tags), key=str)} but only 0 to 4 are known "

@@ -6,25 +6,25 @@ from typing import Any
 
 import pytest
 
-from flows.home import TYPED_COMMAND
 from flows.pipeline import finished
 from flows.pipeline.finished import Done, all_done, remember_done, show_done
 from flows.views.places import places
 from flows.views.tables import Rows
+from storage.arrow import BLOCKS_FILE
 from storage.store import Store
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
 from tests.harness.artifacts import put
+from tests.harness.recipe_values import simple_recipe
 
 
 def recipe_of(home: Path) -> Recipe:
-    values = {"name": "tiny", "home": str(home), "store": str(home.parent / "store"), "corpus": {"url": "x"}}
-    return make_recipe(values | {"teacher": {"model": "y"}}, "test")
+    return simple_recipe(home=str(home), store=str(home.parent / "store"))
 
 
 @pytest.fixture(autouse=True)
 def nobody_set_up_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "PREFECT_UI_URL", TYPED_COMMAND):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "PREFECT_UI_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -39,21 +39,20 @@ def test_a_second_user_of_a_shared_store_sees_his_own_folders(
         "Where to look": [("the model", "pipeline('fill-mask', model='/home/a/models/tiny')")],
         "Time": [("total", "1 s")],
     }
-    show_done(store, recipe, Done("nothing to do", sheet, receipt.ref))
+    show_done(Workspace(store, recipe), Done("nothing to do", sheet, receipt.ref))
     said = "".join(capsys.readouterr().out.split())
     link = tmp_path / "b" / "models" / "tiny"
-    assert (link / "blocks.arrow").read_bytes() == b"bytes"
+    assert (link / BLOCKS_FILE).read_bytes() == b"bytes"
     assert "/home/a" not in said
     assert said.count(str(link)) == 2
 
 
-def test_a_database_has_no_page_so_the_way_to_one_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_has_no_page_so_the_way_to_one_is_shown(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "my home")
     rows = dict(places(recipe, tmp_path, "postgresql+psycopg2://me:secret@db/mlflow"))
     assert rows["curves, models and runs"] == f"distil up --home '{tmp_path}/my home'"
     assert rows["what is there"] == "distil status RECIPE.toml"
-    monkeypatch.setenv(TYPED_COMMAND, "a.toml train.lr=1")
-    rows = dict(places(recipe, tmp_path, "http://me:secret@mlflow:5000"))
+    rows = dict(places(recipe, tmp_path, "http://me:secret@mlflow:5000", "a.toml train.lr=1"))
     assert rows["curves and models"] == "http://mlflow:5000"
     assert rows["what is there"] == "distil status a.toml train.lr=1"
 
@@ -63,14 +62,14 @@ def test_what_is_done_for_one_mlflow_is_not_done_for_another(tmp_path: Path, mon
     model = put(store, "tiny", kind="model").ref
     lineage = SimpleNamespace(shards=(1,), targets=(1,), lacks=lambda store: False)
     run: Any = SimpleNamespace(run_key="b" * 64, rows=7)
-    monkeypatch.setattr(finished, "trace", lambda store, recipe: lineage)
-    monkeypatch.setattr(finished.start, "key", lambda recipe, lineage: run.run_key)
+    monkeypatch.setattr("tasks.lineage._trace", lambda workspace: lineage)
+    monkeypatch.setattr(finished, "planned_key", lambda workspace: run.run_key)
     monkeypatch.setattr(finished, "model_ref", lambda key, name: model)
-    remember_done(store, recipe, run, {})
-    assert all_done(store, recipe)
-    assert not all_done(store, recipe_of(tmp_path / "b")), "its own database has nothing of it"
+    remember_done(Workspace(store, recipe), run, {})
+    assert all_done(Workspace(store, recipe))
+    assert not all_done(Workspace(store, recipe_of(tmp_path / "b"))), "its own database has nothing of it"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
-    assert not all_done(store, recipe)
-    remember_done(store, recipe, run, {})
+    assert not all_done(Workspace(store, recipe))
+    remember_done(Workspace(store, recipe), run, {})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:another@mlflow:5000")
-    assert all_done(store, recipe_of(tmp_path / "b")), "one server for both, whatever the password"
+    assert all_done(Workspace(store, recipe_of(tmp_path / "b"))), "one server for both, whatever the password"

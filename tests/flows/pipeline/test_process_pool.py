@@ -110,7 +110,7 @@ def attempts(note: Path) -> int:
 
 def reset_at_first(store: Store, note: Path) -> None:
     """A store behind a network that resets the first connection."""
-    with store.access():
+    with store.translate_errors():
         if attempts(note) == 1:
             raise ConnectionResetError("connection reset by peer")
 

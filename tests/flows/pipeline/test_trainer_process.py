@@ -1,15 +1,13 @@
 """The trainer as a child: its sentence becomes ours, and nothing of it is left behind."""
 
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.pipeline.trainer_process import GRACE_SECONDS, Tail, command, launch_trainer, signal_on_parent_death
+from flows.pipeline.trainer_process import GRACE_SECONDS, Tail, command, launch_trainer
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import (
@@ -93,27 +91,3 @@ def test_only_new_lines_are_followed_until_the_file_is_cut_back(tmp_path: Path) 
     fresh.write_text('{"step": 1}\n')
     fresh.replace(path)
     assert tail.lines() == [{"step": 1}]
-
-
-def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
-    note = tmp_path / "child"
-    code = (
-        "import subprocess, sys, time; from flows.pipeline.trainer_process import end_with_parent\n"
-        "child = subprocess.Popen(['sleep', '600'], start_new_session=True, preexec_fn=end_with_parent())\n"
-        f"open({str(note)!r}, 'w').write(f'{{child.pid}}\\n')\n"
-        "time.sleep(600)"
-    )
-    assert callable(signal_on_parent_death())
-    parent = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(lambda: note.exists() and note.read_text().endswith("\n"))
-    parent.kill()
-    parent.wait()
-    child = Path("/proc") / note.read_text().strip()
-    wait_for(lambda: not child.exists() or "Z" in (child / "stat").read_text().split()[2])
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it did not happen within a minute"
-        time.sleep(0.05)

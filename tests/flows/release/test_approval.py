@@ -17,8 +17,9 @@ import pytest
 
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import load_recipe, make_recipe
+from tasks.recipe.load import load_recipe
 from tasks.release.results import SetResult
+from tests.harness.recipe_values import simple_recipe
 
 if TYPE_CHECKING:
     from flows.tracking.runs import MlflowRuns
@@ -33,14 +34,11 @@ def recipe(tmp_path: Path, prefect_api: None, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(approval, "POLL_SECONDS", 1)
     values = {
-        "name": "tiny",
         "home": str(tmp_path),
-        "corpus": {"url": "x"},
-        "teacher": {"model": "y"},
         "register": {"name": f"tiny-{os.urandom(4).hex()}", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
         "gate": {"approval": True},
     }
-    return make_recipe(values, "test")
+    return simple_recipe(**values)
 
 
 def paused_run(asked: "Future[object]", seen: set[UUID]) -> UUID:
@@ -77,20 +75,23 @@ def scored_version(recipe: Recipe) -> "MlflowRuns":
     from flows.release.version_results import record_results
     from flows.tracking.runs import open_mlflow_runs
 
-    book, name = open_mlflow_runs(recipe), recipe.register_as.name
-    run = book.run("chain", sha256_bytes(b"approval"), "tiny")
-    book.client.create_registered_model(name)
-    book.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
+    mlflow_runs, name = open_mlflow_runs(recipe), recipe.register_as.name
+    run = mlflow_runs.run("chain", sha256_bytes(b"approval"), "tiny")
+    mlflow_runs.client.create_registered_model(name)
+    mlflow_runs.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
     record_results(
-        book.registry, book.registry.version(name, "1"), [SetResult("heldout", "top1", (0.5,))], {"heldout": "a" * 64}
+        mlflow_runs.registry,
+        mlflow_runs.registry.version(name, "1"),
+        [SetResult("heldout", "top1", (0.5,))],
+        {"heldout": "a" * 64},
     )
-    return book
+    return mlflow_runs
 
 
 def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
     from flows.promote import promote
 
-    book, name = scored_version(recipe), recipe.register_as.name
+    mlflow_runs, name = scored_version(recipe), recipe.register_as.name
     seen: set[UUID] = set()
     with ThreadPoolExecutor(1) as pool:
 
@@ -101,20 +102,20 @@ def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
         first = paused_run(asked, seen)
         assert answer(first, {"approve": "perhaps", "by": "marie"}) == "PAUSED"
         assert answer(first, {"approve": True}) == "PAUSED"  # nobody's name
-        assert book.registry.champion(name) is None
+        assert mlflow_runs.registry.champion(name) is None
         assert answer(first, {"approve": False, "by": "marie", "reason": "wait for NER"}) == "RUNNING"
         refused = asked.result(WAIT)
         assert (refused.name, refused.is_failed()) == ("Refused", True)  # type: ignore[attr-defined]
-        assert book.registry.champion(name) is None
-        tags = book.registry.version(name, "1").tags
+        assert mlflow_runs.registry.champion(name) is None
+        tags = mlflow_runs.registry.version(name, "1").tags
         assert tags["distil.gate.decision"] == "declined"
         assert tags["distil.gate.reason"] == "declined by marie: wait for NER"
 
         asked = ask()
         assert answer(paused_run(asked, seen), {"approve": True, "by": "marie"}) == "RUNNING"
         assert asked.result(WAIT).is_completed()  # type: ignore[attr-defined]
-        assert book.registry.champion(name) == book.registry.version(name, "1")
-        tags = book.registry.version(name, "1").tags
+        assert mlflow_runs.registry.champion(name) == mlflow_runs.registry.version(name, "1")
+        tags = mlflow_runs.registry.version(name, "1").tags
         assert (tags["distil.gate.decision"], tags["distil.gate.approved_by"]) == ("promoted", "marie")
 
 
@@ -137,7 +138,7 @@ def test_without_distil_up_the_link_leads_to_the_server_of_the_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "home" / "mlflow").mkdir(parents=True)
-    book = scored_version(load_recipe(tmp_path / "tiny.toml"))
+    mlflow_runs = scored_version(load_recipe(tmp_path / "tiny.toml"))
     command = [sys.executable, "-m", "flows.cli", "promote", "tiny.toml", "--version", "1"]
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=said)
@@ -152,7 +153,7 @@ def test_without_distil_up_the_link_leads_to_the_server_of_the_run(
     finally:
         process.kill()
         process.wait()
-    assert book.registry.version("distilled", "1").tags["distil.gate.approved_by"] == "marie"
+    assert mlflow_runs.registry.version("distilled", "1").tags["distil.gate.approved_by"] == "marie"
 
 
 def link_in(said: Path, process: "subprocess.Popen[bytes]") -> tuple[str, str, str]:

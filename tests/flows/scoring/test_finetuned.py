@@ -11,11 +11,12 @@ from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
 from flows.scoring.finetuned import SeedSelection, finetuned_scores
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.eval import seeds as work
+from tasks.eval import finetuned_scores as work
 from tasks.eval.protocol import Protocol
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
-from tasks.recipe.load import make_recipe
 from tests.harness.eval_sets import write_pairs
+from tests.harness.recipe_values import simple_recipe
 
 PROTOCOL = Protocol(name="tiny", sets={"xnli": {"path": "xnli"}, "paws-x": {"path": "absent"}})
 STUDENT, TEACHER = (
@@ -27,14 +28,7 @@ STUDENT, TEACHER = (
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     write_pairs(tmp_path / "sets" / "xnli", train=12, test=6)
-    values = {
-        "name": "tiny",
-        "corpus": {"url": "x"},
-        "teacher": {"model": "y"},
-        "score": {"sets": str(tmp_path / "sets")},
-        "run": {"retries": 0},
-    }
-    return make_recipe(values, "test")
+    return simple_recipe(score={"sets": str(tmp_path / "sets")}, run={"retries": 0})
 
 
 @pytest.fixture
@@ -54,12 +48,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return found
 
 
-def judged(
-    store: Store, recipe: Recipe, pairs: SeedSelection = module.ALL_SEEDS, teacher: EvaluatedModel | None = TEACHER
+def scored(
+    store: Store, recipe: Recipe, seeds: SeedSelection = module.ALL_SEEDS, teacher: EvaluatedModel | None = TEACHER
 ) -> ScoredModels:
     @flow(persist_result=False)
     def run() -> None:
-        found.append(finetuned_scores(store, recipe, PROTOCOL, [STUDENT], teacher, pairs))
+        found.append(finetuned_scores(Workspace(store, recipe), PROTOCOL, [STUDENT], teacher, seeds))
 
     found: list[ScoredModels] = []
     run()
@@ -74,7 +68,7 @@ def test_every_pair_is_a_task_run_of_its_own(
     monkeypatch.setattr(
         module, "run_one", lambda verb, label, *more: names.append(f"{verb} {label}") or real(verb, label, *more)
     )
-    judged(Store(tmp_path / "store"), recipe, teacher=None)
+    scored(Store(tmp_path / "store"), recipe, teacher=None)
     assert names == ["load xnli", *(f"score xnli seed {seed} student" for seed in (0, 1, 2)), "load paws-x"]
 
 
@@ -82,7 +76,7 @@ def test_a_set_that_is_not_there_and_a_seed_that_fails_hold_back_nothing_else(
     prefect_api: None, recipe: Recipe, asked: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "store")
-    found = judged(store, recipe)
+    found = scored(store, recipe)
     assert asked == [(name, seed) for name in ("student", "teacher") for seed in (0, 1, 2)]
     assert found.failures == ("xnli seed 1 of teacher: out of luck",)
     assert found.scores["student"]["xnli"]["summary"]["accuracy"]["mean"] == 1.0
@@ -93,7 +87,7 @@ def test_a_set_that_is_not_there_and_a_seed_that_fails_hold_back_nothing_else(
     for model in ("student", "teacher"):
         assert "no such folder" in found.scores[model]["paws-x"]["reason"]
     asked.clear()
-    judged(store, recipe)
+    scored(store, recipe)
     assert asked == [("teacher", 1)]
 
 
@@ -101,11 +95,11 @@ def test_one_pair_alone_and_forced(
     prefect_api: None, recipe: Recipe, asked: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "store")
-    judged(store, recipe, SeedSelection("xnli seed 0"), teacher=None)
+    scored(store, recipe, SeedSelection("xnli seed 0"), teacher=None)
     assert asked == [("student", 0)]
-    judged(store, recipe, SeedSelection("xnli seed 0"), teacher=None)
+    scored(store, recipe, SeedSelection("xnli seed 0"), teacher=None)
     assert asked == [("student", 0)]
-    judged(store, recipe, SeedSelection("xnli seed 0", force=True), teacher=None)
+    scored(store, recipe, SeedSelection("xnli seed 0", force=True), teacher=None)
     assert asked == [("student", 0)] * 2
-    assert judged(store, recipe, SeedSelection("paws-x"), teacher=None).scores["student"]["xnli"]["status"] == "not run"
+    assert scored(store, recipe, SeedSelection("paws-x"), teacher=None).scores["student"]["xnli"]["status"] == "not run"
     assert asked == [("student", 0)] * 2

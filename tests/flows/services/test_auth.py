@@ -12,7 +12,8 @@ import pytest
 
 from flows.services.auth import mlflow_access, prefect_access
 from storage.errors import FatalError
-from tests.harness.up import Up, ask, running, wait_for
+from tests.harness.processes import wait_for
+from tests.harness.up import Up, request_json, running_up
 
 AUTH = "teller:Camembert-au-lait-cru-7"
 NAME, PASSWORD = "keeper", "Roquefort-affine-en-cave-9"
@@ -74,7 +75,7 @@ def basic(login: str) -> dict[str, str]:
 def refused(url: str, body: dict[str, object] | None, headers: dict[str, str]) -> bool:
     """True if the server answers 401."""
     try:
-        ask(url, body, headers)
+        request_json(url, body, headers)
     except urllib.error.HTTPError as error:
         error.close()
         return error.code == 401
@@ -90,9 +91,9 @@ def everything_said(up: Up) -> str:
     assert all(told)
     login = basic(f"{NAME}:{PASSWORD}")
     api = f"{up.mlflow}/api/2.0/mlflow"
-    experiments = ask(f"{api}/experiments/search?max_results=100", None, login)["experiments"]
-    runs = ask(f"{api}/runs/search", {"experiment_ids": [one["experiment_id"] for one in experiments]}, login)
-    versions = ask(f"{api}/model-versions/search", None, login)
+    experiments = request_json(f"{api}/experiments/search?max_results=100", None, login)["experiments"]
+    runs = request_json(f"{api}/runs/search", {"experiment_ids": [one["experiment_id"] for one in experiments]}, login)
+    versions = request_json(f"{api}/model-versions/search", None, login)
     assert runs["runs"]
     assert versions["model_versions"]
     return json.dumps([told, runs, versions])
@@ -106,6 +107,7 @@ def holding(folder: Path, *secrets: str) -> list[str]:
     return [str(path) for path in files if any(secret in path.read_bytes() for secret in wanted)]
 
 
+@pytest.mark.guard
 @pytest.mark.slow
 def test_a_whole_run_with_both_passwords_on(place: Path, environment: dict[str, str], tmp_path: Path) -> None:
     secret = environment | {
@@ -114,7 +116,7 @@ def test_a_whole_run_with_both_passwords_on(place: Path, environment: dict[str, 
         "MLFLOW_TRACKING_PASSWORD": PASSWORD,
     }
     recipe = place / "tiny.toml"
-    with running(tmp_path, secret, recipe) as up:
+    with running_up(tmp_path, secret, recipe) as up:
         api, search = f"http://127.0.0.1:{up.port}/api", f"{up.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
         for headers in ({}, basic("teller:wrong"), basic(f"{NAME}:wrong-wrong-wrong")):
             assert refused(f"{api}/flow_runs/filter", {}, headers)
@@ -144,5 +146,5 @@ def test_a_whole_run_with_both_passwords_on(place: Path, environment: dict[str, 
         assert PASSWORD in (Path("/proc") / str(up.process.pid) / "environ").read_text(encoding="utf-8")
     assert holding(tmp_path, AUTH, PASSWORD, f"{NAME}:{PASSWORD}") == []
     wrong = secret | {"MLFLOW_TRACKING_PASSWORD": "Munster-affine-en-cave-9"}
-    with pytest.raises(AssertionError, match="it knows those of its first start"), running(tmp_path, wrong, recipe):
+    with pytest.raises(AssertionError, match="it knows those of its first start"), running_up(tmp_path, wrong, recipe):
         pass

@@ -15,8 +15,8 @@ import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tests.flows.conftest import Stack
-from tests.harness.place import refusal
+from tests.flows.conftest import DeployedRecipe
+from tests.harness.output import refusal
 from tests.harness.server import working
 
 pytestmark = pytest.mark.slow
@@ -44,26 +44,26 @@ def listening() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
         server.shutdown()
 
 
-def fail(stack: Stack, run: str, message: str) -> None:
+def fail(deployed: DeployedRecipe, run: str, message: str) -> None:
     """Puts a run into the state Failed, as a flow does at its end."""
-    with stack.client() as client:
+    with deployed.client() as client:
         state = {"type": "FAILED", "name": "Failed", "message": message}
         client.post(f"/flow_runs/{run}/set_state", json={"state": state, "force": True}).raise_for_status()
 
 
-def test_a_failed_run_is_told_through_a_block(stack: Stack) -> None:
+def test_a_failed_run_is_told_through_a_block(deployed: DeployedRecipe) -> None:
     """Only ours: the run of somebody else's flow fails first and is not told."""
-    with listening() as (url, posted), stack.client() as client:
-        with temporary_settings({PREFECT_API_URL: stack.api}):
+    with listening() as (url, posted), deployed.client() as client:
+        with temporary_settings({PREFECT_API_URL: deployed.api}):
             text = {"title": "{{subject}}", "text": "{{body}}"}
             CustomWebhookNotificationBlock(name="on-call", url=url, json_data=text).save("on-call")
         for _ in range(2):
-            assert stack.deploy("--notify", "custom-webhook/on-call").status == 0
+            assert deployed.deploy("--notify", "custom-webhook/on-call").status == 0
         told = client.post("/automations/filter", json={}).json()
         assert [one["name"] for one in told].count("distil: tell of failures") == 1
         theirs = client.post("/flows/", json={"name": "theirs"}).json()["id"]
-        fail(stack, client.post("/flow_runs/", json={"flow_id": theirs}).json()["id"], "not ours")
-        fail(stack, stack.create_run("score", {}).json()["id"], "no such model: x; name a folder")
+        fail(deployed, client.post("/flow_runs/", json={"flow_id": theirs}).json()["id"], "not ours")
+        fail(deployed, deployed.create_run("score", {}).json()["id"], "no such model: x; name a folder")
         first = posted.get(timeout=60)
     assert first["title"].startswith("score/")
     assert first["title"].endswith(": Failed")
@@ -75,52 +75,53 @@ def test_a_failed_run_is_told_through_a_block(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("block", "said"), [("slack-webhook/nobody", "has no block slack-webhook/nobody"), ("oops", "has no block oops")]
 )
-def test_a_block_that_is_not_there_is_named(stack: Stack, block: str, said: str) -> None:
-    assert said in refusal(stack.deploy("--notify", block))
+def test_a_block_that_is_not_there_is_named(deployed: DeployedRecipe, block: str, said: str) -> None:
+    assert said in refusal(deployed.deploy("--notify", block))
 
 
-def test_a_block_that_cannot_notify_is_named(stack: Stack) -> None:
+def test_a_block_that_cannot_notify_is_named(deployed: DeployedRecipe) -> None:
     from prefect.blocks.system import Secret
 
-    with temporary_settings({PREFECT_API_URL: stack.api}):
+    with temporary_settings({PREFECT_API_URL: deployed.api}):
         Secret(value="x").save("quiet")
-    assert "the block secret/quiet cannot notify" in refusal(stack.deploy("--notify", "secret/quiet"))
+    assert "the block secret/quiet cannot notify" in refusal(deployed.deploy("--notify", "secret/quiet"))
 
 
-def test_a_run_killed_with_its_worker_is_crashed_within_two_minutes(stack: Stack, tmp_path: Path) -> None:
+@pytest.mark.guard
+def test_a_run_killed_with_its_worker_is_crashed_within_two_minutes(deployed: DeployedRecipe, tmp_path: Path) -> None:
     """And the next one in the queue, which it held up, may begin."""
-    endless = stack.recipe(train={"max_steps": 1_000_000})
-    run = stack.create_run("distill", {"recipe": endless}).json()["id"]
-    with working(tmp_path / "worker", stack.api, "distil") as worker:
-        wait_for_heartbeat(stack, run)
+    endless = deployed.recipe(train={"max_steps": 1_000_000})
+    run = deployed.create_run("distill", {"recipe": endless}).json()["id"]
+    with working(tmp_path / "worker", deployed.api, "distil") as worker:
+        wait_for_heartbeat(deployed, run)
         family = psutil.Process(worker.pid).children(recursive=True)
         for process in (psutil.Process(worker.pid), *family):
             if process.is_running():
                 process.kill()
-    assert stack.run_state(run)["type"] == "RUNNING"
-    following = stack.create_run("distill", {}).json()["id"]
-    assert due(stack) == []
-    state = stack.ended(run, TWO_MINUTES)
+    assert deployed.run_state(run)["type"] == "RUNNING"
+    following = deployed.create_run("distill", {}).json()["id"]
+    assert due(deployed) == []
+    state = deployed.ended(run, TWO_MINUTES)
     assert state["type"] == "CRASHED"
     assert "no sign of life for 90 seconds" in state["message"]
-    assert due(stack) == [following]
-    with stack.client() as client:
+    assert due(deployed) == [following]
+    with deployed.client() as client:
         client.delete(f"/flow_runs/{following}").raise_for_status()
 
 
-def due(stack: Stack) -> list[str]:
+def due(deployed: DeployedRecipe) -> list[str]:
     """The runs that the queue `distill` would give a worker now."""
-    with stack.client() as client:
+    with deployed.client() as client:
         body = {"work_queue_names": ["distill"]}
         runs = client.post("/work_pools/distil/get_scheduled_flow_runs", json=body).json()
     return [run["flow_run"]["id"] for run in runs]
 
 
-def wait_for_heartbeat(stack: Stack, run: str) -> None:
+def wait_for_heartbeat(deployed: DeployedRecipe, run: str) -> None:
     """Returns when the server has had a sign of life of the run."""
     wanted = {"event": {"name": ["prefect.flow-run.heartbeat"]}, "any_resource": {"id": [f"prefect.flow-run.{run}"]}}
     end = time.monotonic() + 180
-    with stack.client() as client:
+    with deployed.client() as client:
         while not client.post("/events/filter", json={"filter": wanted}).json()["events"]:
-            assert time.monotonic() < end, stack.run_state(run)
+            assert time.monotonic() < end, deployed.run_state(run)
             time.sleep(0.3)

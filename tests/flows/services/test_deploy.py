@@ -1,24 +1,29 @@
 """Deployments as `distil deploy` registers them: what the server has, its forms, and what it refuses."""
 
+import contextvars
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments import run_deployment
 from prefect.events import Event
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.services.deploy import CHECKOUT, PROJECT, WorkPool, deploy, render
+from flows.services.deploy import CHECKOUT, PROJECT, WorkPool, deploy, ensure_work_pool, render
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import load_recipe
-from tests.flows.conftest import Stack
-from tests.harness.place import make_place, refusal
+from tests.flows.conftest import DeployedRecipe
+from tests.harness.output import refusal
+from tests.harness.place import make_place
 from tests.harness.server import working
 
 FLOWS = ["distill", "prepare", "score", "promote", "retry-shard", "watch-snapshots"]
@@ -108,21 +113,60 @@ def test_the_command_line_refuses_a_bad_value_and_an_unknown_name(distil, overri
     assert "Traceback" not in done.stderr
 
 
+# ---- the work pool -----------------------------------------------------------------------------------------
+
+
+def test_two_at_once_create_one_work_pool(prefect_api: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both read that there is no pool, and no queue, before either creates one."""
+    both = threading.Barrier(2, timeout=60)
+
+    def slow(read: Callable[..., Any]) -> Callable[..., Any]:
+        missed: set[tuple[int, object]] = set()
+
+        def wait_where_nothing_is(client: SyncPrefectClient, name: str, *more: Any) -> Any:
+            try:
+                return read(client, name, *more)
+            except ObjectNotFound:
+                if (call := (threading.get_ident(), name)) not in missed:
+                    missed.add(call)
+                    both.wait()
+                raise
+
+        return wait_where_nothing_is
+
+    for read in ("read_work_pool", "read_work_queue_by_name"):
+        monkeypatch.setattr(SyncPrefectClient, read, slow(getattr(SyncPrefectClient, read)))
+
+    def create() -> None:
+        with get_client(sync_client=True) as client:
+            ensure_work_pool(client, WorkPool("raced"))
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(contextvars.copy_context().run, create) for _ in range(2)]:
+            done.result()
+    with get_client(sync_client=True) as client:
+        assert client.read_work_pool("raced").type == "process"
+        assert [client.read_work_queue_by_name(queue, "raced").concurrency_limit for queue in OWN_QUEUE] == [1, 1]
+        with pytest.raises(FatalError, match="is of type process, not docker"):
+            ensure_work_pool(client, WorkPool("raced", "docker", "image"))
+
+
 # ---- what the server has -----------------------------------------------------------------------------------
 
 
+@pytest.mark.guard
 @pytest.mark.slow
-def test_the_server_has_one_deployment_for_each_flow(stack: Stack) -> None:
+def test_the_server_has_one_deployment_for_each_flow(deployed: DeployedRecipe) -> None:
     for flow in FLOWS:
-        deployment = stack.deployment(flow)
+        deployment = deployed.deployment(flow)
         assert set(deployment["tags"]) == {"distil", "tiny"}
         assert deployment["description"]
         assert deployment["work_pool_name"] == "distil"
         assert deployment["work_queue_name"] == (flow if flow in OWN_QUEUE else "default")
         assert deployment["concurrency_limit"] is None
-        assert Recipe.model_validate(deployment["parameters"]["recipe"]) == load_recipe(stack.place.recipe)
+        assert Recipe.model_validate(deployment["parameters"]["recipe"]) == load_recipe(deployed.place.recipe)
         assert bool(deployment["schedules"]) == (flow == "watch-snapshots")
-    with stack.client() as client:
+    with deployed.client() as client:
         queues = client.post("/work_pools/distil/queues/filter", json={}).json()
     assert {queue["name"]: queue["concurrency_limit"] for queue in queues} == {
         "default": None,
@@ -132,19 +176,19 @@ def test_the_server_has_one_deployment_for_each_flow(stack: Stack) -> None:
 
 
 @pytest.mark.slow
-def test_deploying_again_changes_nothing(stack: Stack) -> None:
+def test_deploying_again_changes_nothing(deployed: DeployedRecipe) -> None:
     def look() -> list[Any]:
-        with stack.client() as client:
+        with deployed.client() as client:
             automations = client.post("/automations/filter", json={}).json()
             pool = client.get("/work_pools/distil").json()["id"]
-        ids = [(stack.deployment(flow)["id"], stack.deployment(flow)["parameters"]) for flow in FLOWS]
-        plan = [(plan["id"], plan["schedule"], plan["active"]) for plan in stack.deployment(FLOWS[-1])["schedules"]]
+        ids = [(deployed.deployment(flow)["id"], deployed.deployment(flow)["parameters"]) for flow in FLOWS]
+        plan = [(plan["id"], plan["schedule"], plan["active"]) for plan in deployed.deployment(FLOWS[-1])["schedules"]]
         # The watcher's trigger is made anew by Prefect; ours must stay untouched, with what they wait for.
         ours = [one if one["name"].endswith("runs") else one["name"] for one in automations]
         return [ids, plan, sorted(map(str, ours)), pool]
 
     before = look()
-    again = stack.deploy()
+    again = deployed.deploy()
     assert again.status == 0
     assert [line.split()[0] for line in again.out.splitlines()] == sorted(f"{flow}/tiny" for flow in FLOWS)
     assert "17 3 * * *" in again.out
@@ -155,11 +199,11 @@ def test_deploying_again_changes_nothing(stack: Stack) -> None:
 
 
 @pytest.mark.slow
-def test_a_published_snapshot_starts_the_watcher_and_nothing_else(stack: Stack) -> None:
+def test_a_published_snapshot_starts_the_watcher_and_nothing_else(deployed: DeployedRecipe) -> None:
     """That of its own corpus; one of another, said before, starts nothing."""
     ids = ("corpus.tiny-2", "corpus.other", "corpus.tiny")
     events = [Event(event="corpus.snapshot.published", resource={"prefect.resource.id": one}) for one in ids]
-    with stack.client() as client:
+    with deployed.client() as client:
 
         def automatic() -> list[dict[str, Any]]:
             runs = client.post("/flow_runs/filter", json={}).json()
@@ -171,18 +215,18 @@ def test_a_published_snapshot_starts_the_watcher_and_nothing_else(stack: Stack) 
             time.sleep(0.3)
         time.sleep(3)  # what the others would start comes within that time
         started = automatic()
-    assert [run["deployment_id"] for run in started] == [stack.deployment("watch-snapshots")["id"]]
+    assert [run["deployment_id"] for run in started] == [deployed.deployment("watch-snapshots")["id"]]
     assert "distil" in started[0]["tags"]
 
 
 @pytest.mark.slow
-def test_a_docker_pool_is_made_by_prefects_own_schema(stack: Stack, tmp_path: Path) -> None:
+def test_a_docker_pool_is_made_by_prefects_own_schema(deployed: DeployedRecipe, tmp_path: Path) -> None:
     place = make_place(tmp_path, tmp_path, tmp_path)
     place.recipe.write_text(place.recipe.read_text().replace('name = "tiny"', 'name = "far"'), encoding="utf-8")
-    far = stack._replace(place=place)
+    far = deployed._replace(place=place)
     done = far.deploy("--pool", "boxes", "--pool-type", "docker", "--image", "registry/distil:1")
     assert done.status == 0, done.err
-    with stack.client() as client:
+    with deployed.client() as client:
         pool = client.get("/work_pools/boxes").json()
         variables = client.get("/deployments/name/distill/far").json()["job_variables"]
         known = client.get("/collections/views/aggregate-worker-metadata").json()
@@ -218,10 +262,11 @@ def numbers(field: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from numbers(part)
 
 
+@pytest.mark.guard
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", FLOWS)
-def test_every_field_has_a_description_a_default_and_bounds(stack: Stack, flow: str) -> None:
-    deployment = stack.deployment(flow)
+def test_every_field_has_a_description_a_default_and_bounds(deployed: DeployedRecipe, flow: str) -> None:
+    deployment = deployed.deployment(flow)
     schema = deployment["parameter_openapi_schema"]
     found = list(fields(schema, schema["definitions"], deployment["parameters"]))
     assert len(found) > 80
@@ -234,8 +279,8 @@ def test_every_field_has_a_description_a_default_and_bounds(stack: Stack, flow: 
 
 
 @pytest.mark.slow
-def test_the_form_is_grouped_as_the_recipe_file_and_the_recipe_comes_last(stack: Stack) -> None:
-    schema = stack.deployment("retry-shard")["parameter_openapi_schema"]
+def test_the_form_is_grouped_as_the_recipe_file_and_the_recipe_comes_last(deployed: DeployedRecipe) -> None:
+    schema = deployed.deployment("retry-shard")["parameter_openapi_schema"]
     assert list(schema["definitions"]["Recipe"]["properties"]) == [
         field.alias or name for name, field in Recipe.model_fields.items()
     ]
@@ -251,39 +296,40 @@ def test_the_form_is_grouped_as_the_recipe_file_and_the_recipe_comes_last(stack:
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.guard
 @pytest.mark.slow
-def test_bad_parameters_are_refused_before_a_run_exists(stack: Stack) -> None:
-    with stack.client() as client:
+def test_bad_parameters_are_refused_before_a_run_exists(deployed: DeployedRecipe) -> None:
+    with deployed.client() as client:
         before = client.post("/flow_runs/count", json={}).json()
         for flow, parameters, said in (
-            ("distill", {"recipe": stack.recipe(train={"lr": 7})}, "recipe.train.lr"),
-            ("distill", {"recipe": stack.recipe(train={"lrr": 1e-3})}, "lrr"),
-            ("prepare", {"recipe": stack.recipe() | {"trian": {}}}, "trian"),
+            ("distill", {"recipe": deployed.recipe(train={"lr": 7})}, "recipe.train.lr"),
+            ("distill", {"recipe": deployed.recipe(train={"lrr": 1e-3})}, "lrr"),
+            ("prepare", {"recipe": deployed.recipe() | {"trian": {}}}, "trian"),
             ("retry-shard", {"stage": "sharrd"}, "stage"),
             ("retry-shard", {"stagee": "shard"}, "stagee"),
         ):
-            answer = stack.create_run(flow, parameters)
+            answer = deployed.create_run(flow, parameters)
             assert answer.status_code == 409, answer.text
             assert said in answer.json()["detail"]
         assert client.post("/flow_runs/count", json={}).json() == before
 
 
 @pytest.mark.slow
-def test_run_deployment_refuses_them_too(stack: Stack) -> None:
-    with temporary_settings({PREFECT_API_URL: stack.api}):
-        for parameters in ({"recipe": stack.recipe(mask={"rate": 0.9})}, {"recipes": {}}):
+def test_run_deployment_refuses_them_too(deployed: DeployedRecipe) -> None:
+    with temporary_settings({PREFECT_API_URL: deployed.api}):
+        for parameters in ({"recipe": deployed.recipe(mask={"rate": 0.9})}, {"recipes": {}}):
             with pytest.raises(PrefectHTTPStatusError, match="409"):
                 run_deployment("distill/tiny", parameters=parameters, timeout=0, as_subflow=False)
 
 
 @pytest.mark.slow
-def test_rules_across_fields_end_a_run_at_once_with_one_sentence(stack: Stack, tmp_path: Path) -> None:
+def test_rules_across_fields_end_a_run_at_once_with_one_sentence(deployed: DeployedRecipe, tmp_path: Path) -> None:
     """In a worker that starts it in an empty folder."""
     nothing = {"distil": 0.0, "cosine": 0.0, "mlm": 0.0}
-    answer = stack.create_run("distill", {"recipe": stack.recipe(loss=nothing)})
+    answer = deployed.create_run("distill", {"recipe": deployed.recipe(loss=nothing)})
     assert answer.status_code == 201
     run = answer.json()["id"]
-    with working(tmp_path / "worker", stack.api, "distil"):
-        state = stack.ended(run)
+    with working(tmp_path / "worker", deployed.api, "distil"):
+        state = deployed.ended(run)
     assert state["type"] == "FAILED"
     assert state["message"] == ("recipe: loss: distil, cosine and mlm are all 0; give at least one a positive weight")

@@ -13,7 +13,7 @@ import pytest
 
 from flows.services.process import free_port, start, stop, wait_until_up
 from storage.errors import FatalError
-from tests.harness.up import MARK, left
+from tests.harness.processes import MARK, started_for
 
 FAMILY = """
 import subprocess, sys, time
@@ -31,7 +31,7 @@ LEAVES = "import pathlib\nwhile not pathlib.Path('ready').exists(): time.sleep(0
 def marked(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An environment by which every process of this test is found; what a failed test leaves is ended."""
     yield dict(os.environ) | {MARK: str(tmp_path)}
-    for process in left(tmp_path):
+    for process in started_for(tmp_path):
         process.kill()
 
 
@@ -49,16 +49,16 @@ def family(answer: str, end: str) -> list[str]:
 def test_stop_ends_children_in_other_sessions_even_deaf_ones(tmp_path: Path, marked: dict[str, str]) -> None:
     service = start("family", family(DEAF, STAYS), tmp_path, marked, grace=0.5)
     wait_for((tmp_path / "ready").exists)
-    assert len(left(tmp_path)) == 3  # keeper, parent, child
+    assert len(started_for(tmp_path)) == 3  # keeper, parent, child
     stop(service)
-    assert left(tmp_path) == []
+    assert started_for(tmp_path) == []
 
 
 def test_what_a_dead_command_leaves_gets_time_to_save(tmp_path: Path, marked: dict[str, str]) -> None:
     service = start("family", family(SAVES, LEAVES), tmp_path, marked, grace=30)
     assert service.process.wait(60) == 0
     assert (tmp_path / "saved").exists()
-    assert left(tmp_path) == []
+    assert started_for(tmp_path) == []
 
 
 def test_the_status_of_a_killed_command_is_passed_on(tmp_path: Path, marked: dict[str, str]) -> None:
@@ -68,7 +68,7 @@ def test_the_status_of_a_killed_command_is_passed_on(tmp_path: Path, marked: dic
     command.kill()
     assert service.process.wait(60) == 128 + signal.SIGKILL
     assert (tmp_path / "saved").exists()
-    assert left(tmp_path) == []
+    assert started_for(tmp_path) == []
 
 
 def test_nothing_is_left_when_we_are_killed(tmp_path: Path, marked: dict[str, str]) -> None:
@@ -81,7 +81,7 @@ def test_nothing_is_left_when_we_are_killed(tmp_path: Path, marked: dict[str, st
     wait_for((tmp_path / "ready").exists)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not left(tmp_path))
+    wait_for(lambda: not started_for(tmp_path))
 
 
 def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path: Path, marked: dict[str, str]) -> None:

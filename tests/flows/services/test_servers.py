@@ -14,7 +14,7 @@ import pytest
 
 from flows.services import servers as server
 from flows.services.process import Service
-from tests.harness.place import running
+from tests.harness.processes import running
 
 DEPLOY = """
 import sys
@@ -22,7 +22,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments import run_deployment
 from prefect.deployments.runner import RunnerDeployment
-from tasks.recipe import load_recipe
+from tasks.recipe.load import load_recipe
 
 repo, recipe = sys.argv[1:3]
 values = load_recipe(recipe, ["train.max_steps=5"]).model_dump(mode="json", by_alias=True)
@@ -30,7 +30,7 @@ with get_client(sync_client=True) as client:
     client.create_work_pool(WorkPoolCreate(name="local", type="process"))
 for entry, flow, more in (
     ("distill.py:distill", "distill", {}),
-    ("corpus.py:prepare", "prepare", {}),
+    ("prepare.py:prepare", "prepare", {}),
     ("retry.py:retry_shard", "retry-shard", {"stage": "blocks", "shard": "fr_meta_part_2-0000", "force": True}),
     ("score.py:score", "score", {"model": values["teacher"]["model"]}),
 ):

@@ -14,9 +14,8 @@ from flows.services import up
 from flows.services.process import free_port
 from flows.services.servers import live_up
 from tasks.train.metrics import read_metrics
-from tests.harness.up import Up, ask, flow_processes, kill, launched, left, running, wait_for
-
-FLOW = {"name": "earlier"}
+from tests.harness.processes import kill, started_for, wait_for
+from tests.harness.up import Up, flow_processes, request_json, running_up, start_up
 
 
 def one_sentence(process: "subprocess.Popen[bytes]", folder: Path) -> str:
@@ -24,46 +23,6 @@ def one_sentence(process: "subprocess.Popen[bytes]", folder: Path) -> str:
     assert process.wait(60) == 1
     (sentence,) = (folder / "out").read_text(encoding="utf-8").splitlines()
     return sentence
-
-
-def names(served: Up) -> set[str]:
-    return {run["name"] for run in served.post("flow_runs/filter", {})}
-
-
-@pytest.mark.slow
-def test_up_ctrl_c_and_up_again(place: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    recipe = place / "tiny.toml"
-    home = tmp_path / "up" / "home"
-    (home / "mlflow").mkdir(parents=True)
-    local = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
-    mine = local.create_run(local.create_experiment("by-a-plain-run"), run_name="earlier").info.run_id
-    with running(tmp_path / "up", environment, recipe) as first:
-        here = f"http://127.0.0.1:{first.port}"
-        assert live_up(str(home)) == {
-            "pid": first.process.pid,
-            "prefect_api": f"{here}/api",
-            "prefect_ui": here,
-            "mlflow": first.mlflow,
-        }
-        assert ask(f"{here}/ui-settings")["api_url"] == f"{here}/api"
-        assert {one["name"] for one in first.post("deployments/filter", {})} == {"tiny"}
-        assert ask(f"{first.mlflow}/api/2.0/mlflow/runs/get?run_id={mine}")["run"]["info"]["run_name"] == "earlier"
-        flow = first.post("flows/", FLOW)["id"]
-        first.post("flow_runs/", {"flow_id": flow, "name": "earlier", "state": {"type": "COMPLETED"}})
-        other = tmp_path / "other"
-        second = launched(other, environment, str(recipe), "--home", str(home))
-        assert f"another `distil up` serves {home}" in one_sentence(second, other)
-        taken = launched(other, environment, str(recipe), "--home", str(other), "--port", str(first.port))
-        assert f"port {first.port} is taken, so Prefect cannot have it" in one_sentence(taken, other)
-        assert first.stop(signal.SIGINT) == 0
-        assert left(tmp_path / "up") == []
-        assert live_up(str(home)) is None
-        assert free_port("Prefect", first.port) == first.port
-        assert free_port("MLflow", first.mlflow_port) == first.mlflow_port
-    with running(tmp_path / "up", environment, recipe) as again:
-        assert "earlier" in names(again)
-        assert again.stop(signal.SIGTERM) == 0
-        assert left(tmp_path / "up") == []
 
 
 def test_a_trainer_has_time_for_its_checkpoint() -> None:
@@ -80,10 +39,12 @@ def endless(place: Path) -> Path:
     return path
 
 
-def steps(home: Path) -> int:
-    """How far the training got, by its own metrics."""
-    files = list((home / "run").glob("*/metrics.jsonl"))
-    lines = read_metrics(files[0]) if files else []
+def steps(home: Path, name: str = "endless") -> int:
+    """The last step of the training of the recipe `name`, by its metrics; 0 before its first."""
+    # Not parsed: a retry is rewriting run.json while this reads it.
+    runs = (path for path in (home / "run").glob("*/run.json") if f'"name": "{name}"' in path.read_text())
+    files = [run.with_name("metrics.jsonl") for run in runs]
+    lines = [line for file in files if file.exists() for line in read_metrics(file)]
     return int(lines[-1]["step"]) if lines else 0
 
 
@@ -93,66 +54,95 @@ def checkpoints(home: Path) -> list[int]:
     return sorted(int(receipt["settings"]["step"]) for receipt in found)
 
 
+def check_addresses(up: Up, home: Path) -> None:
+    """The servers answer where up.json says, and both recipes are deployed."""
+    assert live_up(str(home)) == {
+        "pid": up.process.pid,
+        "prefect_api": f"{up.prefect}/api",
+        "prefect_ui": up.prefect,
+        "mlflow": up.mlflow,
+    }
+    assert request_json(f"{up.prefect}/ui-settings")["api_url"] == f"{up.prefect}/api"
+    assert {one["name"] for one in up.post("deployments/filter", {})} == {"tiny", "endless"}
+
+
+def check_refusals(up: Up, environment: dict[str, str], recipe: Path, home: Path, other: Path) -> None:
+    """A second `distil up` on the same home or port is refused in one sentence."""
+    second = start_up(other, environment, str(recipe), "--home", str(home))
+    assert f"another `distil up` serves {home}" in one_sentence(second, other)
+    taken = start_up(other, environment, str(recipe), "--home", str(other), "--port", str(up.port))
+    assert f"port {up.port} is taken, so Prefect cannot have it" in one_sentence(taken, other)
+
+
+def check_stopped(up: Up, home: Path) -> None:
+    """No process is left, and both ports are free."""
+    assert started_for(up.folder) == []
+    assert live_up(str(home)) is None
+    assert free_port("Prefect", up.port) == up.port
+    assert free_port("MLflow", up.mlflow_port) == up.mlflow_port
+
+
+@pytest.mark.guard
 @pytest.mark.slow
-def test_a_training_saves_at_ctrl_c_and_is_marked_after_a_kill(
+def test_up_keeps_runs_and_trainings_over_ctrl_c_and_kill(
     place: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    recipe, home = endless(place), tmp_path / "home"
-    with running(tmp_path, environment, recipe) as first:
+    """A training saves a checkpoint at Ctrl-C; after a SIGKILL the next `distil up` marks its run Crashed."""
+    recipes, folder = (place / "tiny.toml", endless(place)), tmp_path / "up"
+    home = folder / "home"
+    (home / "mlflow").mkdir(parents=True)
+    local = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    earlier = local.create_run(local.create_experiment("by-a-plain-run"), run_name="earlier").info.run_id
+    with running_up(folder, environment, *recipes) as first:
+        check_addresses(first, home)
+        found = request_json(f"{first.mlflow}/api/2.0/mlflow/runs/get?run_id={earlier}")
+        assert found["run"]["info"]["run_name"] == "earlier"
         run = first.run_deployment("distill/endless")
+        check_refusals(first, environment, recipes[0], home, tmp_path / "other")
         wait_for(lambda: steps(home) >= 20)
         assert checkpoints(home) == []
         assert first.stop(signal.SIGINT) == 0
-        assert left(tmp_path) == []
+        check_stopped(first, home)
     (saved,) = checkpoints(home)
     assert saved >= 20
-    with running(tmp_path, environment, recipe) as second:
-        assert second.state(run) == "Crashed"  # it said so itself
-        assert "left behind" not in second.said
+    with running_up(folder, environment, *recipes) as second:
+        assert second.state(run) == "Crashed"  # as the flow reported when it was stopped
+        assert "left behind" not in second.output
         second.post(f"flow_runs/{run}/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}})
         wait_for(lambda: steps(home) >= saved + 20)
         assert second.stop(signal.SIGKILL) == -signal.SIGKILL
-        wait_for(lambda: not left(tmp_path))
-    with running(tmp_path, environment, recipe) as third:
+        wait_for(lambda: not started_for(folder))
+    with running_up(folder, environment, *recipes) as third:
         assert third.state(run) == "Crashed"
-        assert third.stop(signal.SIGINT) == 0
+        assert third.stop(signal.SIGTERM) == 0
+        check_stopped(third, home)
 
 
 @pytest.mark.slow
-def test_commands_use_it_and_it_ends_when_a_part_dies(place: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    recipe = place / "tiny.toml"
-    with running(tmp_path, environment, recipe) as served:
-        command = ["run", str(recipe), f"home={tmp_path / 'home'}", "train.max_steps=5"]
-        done = distil(environment, tmp_path, *command)
-        assert done.returncode == 0, done.stderr
-        assert f"{served.mlflow}/#/experiments/" in done.stdout
-        (made,) = [run for run in served.post("flow_runs/filter", {}) if run["name"] == "tiny"]
-        assert made["state"]["name"] == "Completed"
-        (link,) = [one for one in served.post("artifacts/filter", {}) if one["key"] == "mlflow-run"]
-        assert served.mlflow in link["data"]
-        (worker,) = [one for one in left(tmp_path) if one.cmdline()[1:3] == ["-m", "flows.services.worker"]]
-        kill(worker)
-        assert served.process.wait(60) == 1
-        assert f"worker ended by itself with status 137, so all was stopped; see {tmp_path}" in served.said
-        assert left(tmp_path) == []
-
-
-@pytest.mark.slow
-def test_a_killed_worker_takes_its_flow_and_trainer_along(
+def test_commands_use_its_servers_and_a_killed_worker_ends_it(
     place: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    recipe, home = endless(place), tmp_path / "home"
-    with running(tmp_path, environment, recipe) as first:
-        run = first.run_deployment("distill/endless")
-        wait_for(lambda: steps(home) >= 20)
+    """The flow and the trainer of the killed worker end too, after a checkpoint."""
+    recipe, home = place / "tiny.toml", tmp_path / "home"
+    with running_up(tmp_path, environment, recipe, endless(place)) as up:
+        done = distil(environment, tmp_path, "run", str(recipe), f"home={home}", "train.max_steps=5")
+        assert done.returncode == 0, done.stderr
+        assert f"{up.mlflow}/#/experiments/" in done.stdout
+        (made,) = [run for run in up.post("flow_runs/filter", {}) if run["name"] == "tiny"]
+        assert made["state"]["name"] == "Completed"
+        (link,) = [one for one in up.post("artifacts/filter", {}) if one["key"] == "mlflow-run"]
+        assert up.mlflow in link["data"]
+
+        finished = set(checkpoints(home))
+        up.run_deployment("distill/endless")
+        wait_for(lambda: steps(home, "endless") >= 20)
         assert flow_processes(tmp_path)
-        (worker,) = [one for one in left(tmp_path) if one.cmdline()[1:3] == ["-m", "flows.services.worker"]]
-        kill(worker)
-        assert first.process.wait(120) == 1
-        assert left(tmp_path) == []
-    assert checkpoints(home)[-1] >= 20
-    with running(tmp_path, environment, recipe) as second:
-        assert second.state(run) == "Crashed"
+        (worker,) = [one for one in started_for(tmp_path) if one.cmdline()[1:3] == ["-m", "flows.services.worker"]]
+        kill(worker.pid)
+        assert up.process.wait(120) == 1
+        assert f"worker ended by itself with status 137, so all was stopped; see {tmp_path}" in up.output
+        assert started_for(tmp_path) == []
+    assert max(set(checkpoints(home)) - finished) >= 20
 
 
 def distil(environment: dict[str, str], folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -5,7 +5,7 @@ from typing import Any
 
 from flows.scoring.record import plain_figures
 from flows.views.comparison import agreement, comparison_table, fill_mask_table, notes
-from flows.views.tables import markdown_table
+from flows.views.tables import markdown
 from tasks.eval.intervals import over_seeds
 from tasks.eval.scores import not_run
 
@@ -67,7 +67,8 @@ MODELS = {
 
 
 def test_one_column_a_model_and_the_first_against_its_teacher() -> None:
-    header, rows = comparison_table(MODELS)
+    table = comparison_table("all", MODELS)
+    header, rows = table.header, table.sections[""]
     assert header == ["", "small", "control", "teacher", "small / teacher"]
     found = {row[0]: row[1:] for row in rows}
     assert found["held-out top-1, %"] == ["40.0 ± 2.0", "40.0 ± 2.0", "50.0 ± 2.0", "0.900 [0.850, 0.950]"]
@@ -82,11 +83,11 @@ def test_one_column_a_model_and_the_first_against_its_teacher() -> None:
 
 def test_without_a_protocol_the_teacher_is_known_from_held_out_text() -> None:
     alone = {"small": {part: MODELS["small"][part] for part in ("heldout", "size-and-speed")}}
-    header, rows = comparison_table(alone)
-    assert header == ["", "small", "teacher", "small / teacher"]
-    assert rows[0] == ["held-out top-1, %", "40.0 ± 2.0", "50.0 ± 2.0", "0.900 [0.850, 0.950]"]
+    table = comparison_table("alone", alone)
+    assert table.header == ["", "small", "teacher", "small / teacher"]
+    assert table.sections[""][0] == ["held-out top-1, %", "40.0 ± 2.0", "50.0 ± 2.0", "0.900 [0.850, 0.950]"]
     own = {"small": {"heldout": {"top1": 0.4, "top1_se": 0.01, "perplexity": 2.0}}}
-    assert comparison_table(own).header == ["", "small"]
+    assert comparison_table("own", own).header == ["", "small"]
 
 
 def test_columns_keep_their_order_when_the_store_has_sorted_the_names() -> None:
@@ -96,7 +97,7 @@ def test_columns_keep_their_order_when_the_store_has_sorted_the_names() -> None:
     table = fill_mask_table(models)
     assert table is not None
     assert table.header == ["sentence", "zeta", "teacher"]
-    assert {row[0]: row[-1] for row in comparison_table(models).rows}["parameters"] == "0.50"
+    assert {row[0]: row[-1] for row in comparison_table("sorted", models).sections[""]}["parameters"] == "0.50"
 
 
 def test_what_was_not_run_is_noted_with_its_reason() -> None:
@@ -114,11 +115,12 @@ def test_fill_mask_side_by_side_with_agreement() -> None:
     table = fill_mask_table(MODELS)
     assert table is not None
     assert table.header == ["sentence", "small", "teacher"]
-    assert table.rows[0] == ["A <mask>", "x 25 %\ny 25 %", "x 25 %\nz 25 %"]
-    assert table.rows[-1] == ["same first token as teacher", "1 of 2, 1.5 of 5 tokens shared", ""]
+    rows = table.sections[""]
+    assert rows[0] == ["A <mask>", "x 25 %\ny 25 %", "x 25 %\nz 25 %"]
+    assert rows[-1] == ["same first token as teacher", "1 of 2, 1.5 of 5 tokens shared", ""]
     assert agreement(MODELS["small"]["fill-mask"], "small", "small") == ""
     assert fill_mask_table({"small": {}}) is None
-    assert "x 25 %<br>y 25 %" in markdown_table(table)
+    assert "x 25 %<br>y 25 %" in markdown(table)
 
 
 def test_figures_have_the_same_names_for_every_model() -> None:

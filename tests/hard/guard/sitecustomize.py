@@ -1,4 +1,4 @@
-"""On PYTHONPATH of a run in which nobody may unpickle: who does is written down, and refused unless it is named.
+"""On PYTHONPATH of a run that refuses unpickling: a module that unpickles is recorded, and refused unless named.
 
 DISTIL_UNPICKLED is the file to write into, DISTIL_MAY_UNPICKLE the modules that may, with dots and commas. Tests only.
 """

@@ -1,4 +1,4 @@
-"""Sources become shards: the right documents, the same bytes every time, and nothing where something is wrong."""
+"""Shards of a source: the expected documents, reproducible bytes, and no receipt after an error."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ import fsspec
 import pytest
 import zstandard
 
-from storage.arrow import read_table
+from storage.arrow import TEXT_FILE, open_arrow
 from storage.artifact import Receipt, Ref
 from storage.errors import FatalError, RetryableError
 from storage.store import Store
@@ -33,7 +33,7 @@ def shard(store: Store, settings: CorpusSettings, **options: Any) -> Receipt:
 
 
 def rows_of(store: Store, refs: tuple[Ref, ...]) -> list[tuple[str, int]]:
-    tables = [read_table(store.check(store.receipt(ref)) / "text.arrow") for ref in refs]
+    tables = [open_arrow(store.check(store.receipt(ref)) / TEXT_FILE).read_all() for ref in refs]
     return [(row["text"], row["line"]) for table in tables for row in table.to_pylist()]
 
 
@@ -41,7 +41,7 @@ def is_heldout(text: str, per_mille: int) -> bool:
     return int(hashlib.sha256(text.encode("utf-8")).hexdigest(), 16) % 1000 < per_mille
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------
+# ---- documents that are kept -------------------------------------------------------------------------------
 
 
 def test_text_and_line_numbers_arrive_unchanged(corpus: Any, store: Store) -> None:
@@ -62,7 +62,7 @@ def test_text_and_line_numbers_arrive_unchanged(corpus: Any, store: Store) -> No
     assert receipt.info["schema"] == "oscar-23.01"
 
 
-def test_every_filter_counts_what_it_drops(corpus: Any, store: Store) -> None:
+def test_every_filter_counts_the_documents_that_it_drops(corpus: Any, store: Store) -> None:
     def record(text: str, **metadata: Any) -> dict[str, Any]:
         labels = {"identification": {"label": "fr", "prob": 0.9}, "harmful_pp": 500.0, "quality_warnings": None}
         return {"content": text, "metadata": labels | metadata}
@@ -107,37 +107,37 @@ def test_every_filter_counts_what_it_drops(corpus: Any, store: Store) -> None:
     assert quarantine == {"line": 9, "reason": "a document of 41 characters", "excerpt": "x" * 41}
 
 
-def test_filters_that_are_off_drop_nothing(corpus: Any, store: Store) -> None:
+def test_disabled_filters_drop_nothing(corpus: Any, store: Store) -> None:
     corpus.oscar_2301("a.jsonl", ["un", "un"], identification={"label": "en", "prob": 0.1}, harmful_pp=1.0)
     receipt = shard(store, corpus.settings(language="", deduplicate=False))
     assert rows_of(store, shards_of(receipt)) == [("un", 1), ("un", 2)]
 
 
-def test_heldout_documents_are_apart_and_by_the_rule(corpus: Any, store: Store) -> None:
+def test_heldout_documents_get_their_own_shard(corpus: Any, store: Store) -> None:
     texts = [f"Document numéro {i % 300}" for i in range(600)]
     corpus.jsonl("a.jsonl", [{"text": text} for text in texts])
     receipt = shard(store, corpus.settings(heldout_per_mille=100))
-    kept, apart = rows_of(store, shards_of(receipt)), rows_of(store, heldout_of(receipt))
+    kept, heldout = rows_of(store, shards_of(receipt)), rows_of(store, heldout_of(receipt))
     first = {text: line for line, text in reversed(list(enumerate(texts, 1)))}
-    assert apart == [
-        (text, line) for text, line in sorted(first.items(), key=lambda one: one[1]) if is_heldout(text, 100)
+    assert heldout == [
+        (text, line) for text, line in sorted(first.items(), key=lambda row: row[1]) if is_heldout(text, 100)
     ]
     assert kept == [
-        (text, line) for text, line in sorted(first.items(), key=lambda one: one[1]) if not is_heldout(text, 100)
+        (text, line) for text, line in sorted(first.items(), key=lambda row: row[1]) if not is_heldout(text, 100)
     ]
-    assert 10 < len(apart) < 60
+    assert 10 < len(heldout) < 60
     assert [ref.label for ref in heldout_of(receipt)] == ["a-heldout"]
-    assert (receipt.info["counts"]["heldout"], receipt.info["counts"]["duplicate"]) == (len(apart), 300)
+    assert (receipt.info["counts"]["heldout"], receipt.info["counts"]["duplicate"]) == (len(heldout), 300)
 
 
-def test_a_source_of_which_nothing_is_kept_has_no_shards(corpus: Any, store: Store) -> None:
+def test_source_without_kept_documents_has_no_shards(corpus: Any, store: Store) -> None:
     corpus.oscar_2301("a.jsonl", identification={"label": "en", "prob": 1.0})
     receipt = shard(store, corpus.settings())
     assert shards_of(receipt) == heldout_of(receipt) == ()
     assert (receipt.rows, receipt.info["counts"]["language"]) == (0, 3)
 
 
-def test_a_large_source_is_cut_into_shards_of_about_the_size_asked_for(corpus: Any, store: Store) -> None:
+def test_large_source_is_cut_into_shards_of_about_shard_bytes(corpus: Any, store: Store) -> None:
     texts = [f"{i} {'mot ' * 200}" for i in range(200)]
     corpus.jsonl("a.jsonl", [{"text": text} for text in texts])
     receipt = shard(store, corpus.settings(shard_bytes=50_000))
@@ -149,14 +149,14 @@ def test_a_large_source_is_cut_into_shards_of_about_the_size_asked_for(corpus: A
     assert len({ref.key for ref in shards_of(receipt)}) == 4
 
 
-def test_duplicates_are_looked_for_inside_one_shard_only(corpus: Any, store: Store) -> None:
+def test_duplicates_are_dropped_within_one_shard_only(corpus: Any, store: Store) -> None:
     corpus.jsonl("a.jsonl", [{"text": "a" * 6000}, {"text": "b" * 6000}, {"text": "b" * 6000}, {"text": "b" * 6000}])
     receipt = shard(store, corpus.settings(shard_bytes=10_000))
     assert [text[0] for text, _ in rows_of(store, shards_of(receipt))] == ["a", "b", "b"]
     assert receipt.info["counts"]["duplicate"] == 1
 
 
-def test_a_2109_pair(corpus: Any, store: Store) -> None:
+def test_oscar_2109_pair_becomes_one_source(corpus: Any, store: Store) -> None:
     corpus.oscar_2109(1)
     corpus.checksums()
     receipt = shard(store, corpus.settings())
@@ -164,7 +164,7 @@ def test_a_2109_pair(corpus: Any, store: Store) -> None:
     assert receipt.label == "fr_part_1"
 
 
-def test_the_tiny_corpus_against_a_plain_count(shared_data: Path, store: Store) -> None:
+def test_tiny_corpus_matches_a_plain_recount(shared_data: Path, store: Store) -> None:
     settings = CorpusSettings(url=str(shared_data / "corpus" / "tiny"))
     for source in take_snapshot(settings).sources:
         receipt = shard_source(store, source, settings)
@@ -177,7 +177,7 @@ def test_the_tiny_corpus_against_a_plain_count(shared_data: Path, store: Store) 
         assert receipt.info["counts"]["bytes"] == sum(len(text.encode()) for text in unique)
 
 
-# ---- the same bytes, and only once -------------------------------------------------------------------------
+# ---- reproducible bytes, made once -------------------------------------------------------------------------
 
 
 def bytes_of(store: Store, receipt: Receipt) -> dict[str, str]:
@@ -185,23 +185,23 @@ def bytes_of(store: Store, receipt: Receipt) -> dict[str, str]:
     return {ref.label: file.sha256 for ref in refs for file in store.receipt(ref).files}
 
 
-def test_shards_are_byte_identical_wherever_and_whenever_they_are_made(corpus: Any, tmp_path: Path) -> None:
+def test_shards_are_byte_identical_on_any_file_system(corpus: Any, tmp_path: Path) -> None:
     corpus.jsonl("a.jsonl.zst", [{"text": f"{i} {'été ' * 50}"} for i in range(500)])
     settings = corpus.settings(shard_bytes=20_000, heldout_per_mille=50)
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/shard-test/a.jsonl.zst", (corpus.path / "a.jsonl.zst").read_bytes())
-    here = Store(tmp_path / "one")
-    first = shard(here, settings)
-    there = Store("memory://shard-test-store", cache=tmp_path / "cache")
-    second = shard(there, settings.model_copy(update={"url": "memory://shard-test", "max_bad_lines": 99}))
+    local = Store(tmp_path / "one")
+    first = shard(local, settings)
+    remote = Store("memory://shard-test-store", cache=tmp_path / "cache")
+    second = shard(remote, settings.model_copy(update={"url": "memory://shard-test", "max_bad_lines": 99}))
     assert first.key == second.key
-    assert bytes_of(here, first) == bytes_of(there, second)
+    assert bytes_of(local, first) == bytes_of(remote, second)
     assert len(shards_of(first)) > 3
     assert len(heldout_of(first)) == 1
     assert list((tmp_path / "scratch").glob("*")) == []
 
 
-def test_the_second_time_nothing_is_written(corpus: Any, store: Store) -> None:
+def test_repeated_call_writes_nothing(corpus: Any, store: Store) -> None:
     corpus.oscar_2301("a.jsonl")
     settings = corpus.settings()
     first = shard(store, settings)
@@ -212,7 +212,7 @@ def test_the_second_time_nothing_is_written(corpus: Any, store: Store) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(store.root).rglob("*")} != before
 
 
-def test_the_same_content_under_another_name_or_time_is_the_same_artifact(corpus: Any, store: Store) -> None:
+def test_same_content_with_another_name_or_mtime_is_the_same_artifact(corpus: Any, store: Store) -> None:
     path = corpus.oscar_2301("a.jsonl")
     first = shard(store, corpus.settings())
     path.rename(corpus.path / "b.jsonl")
@@ -220,7 +220,7 @@ def test_the_same_content_under_another_name_or_time_is_the_same_artifact(corpus
     assert shard(store, corpus.settings()) == first
 
 
-def test_what_changes_the_bytes_changes_the_key(corpus: Any, store: Store) -> None:
+def test_settings_that_change_the_bytes_change_the_key(corpus: Any, store: Store) -> None:
     corpus.oscar_2301("a.jsonl")
     source = only_source(corpus.settings())
     changes: list[dict[str, Any]] = [{}, {"min_chars": 5}, {"heldout_per_mille": 5}, {"deduplicate": False}]
@@ -230,13 +230,13 @@ def test_what_changes_the_bytes_changes_the_key(corpus: Any, store: Store) -> No
     assert source_ref(source, "c" * 64, corpus.settings(pattern="*.jsonl")).key in keys
 
 
-def test_settings_that_are_newer_than_a_store_do_not_change_its_keys() -> None:
+def test_newer_settings_leave_existing_keys_valid() -> None:
     source = Source("a.jsonl", url="/corpus/a.jsonl", size=1, stamp="", sha256=None, label="a")
     key = source_ref(source, "c" * 64, CorpusSettings(url="/corpus")).key
     assert key == "d877424993306b2136e5ab41ae67ac5a5d65f0d10a0d18195bfded2bf72ed139"
 
 
-def test_a_shard_whose_receipt_was_withdrawn_is_made_again(corpus: Any, store: Store) -> None:
+def test_withdrawn_shard_is_made_again(corpus: Any, store: Store) -> None:
     corpus.jsonl("a.jsonl", [{"text": f"{i} {'mot ' * 200}"} for i in range(50)])
     settings = corpus.settings(shard_bytes=10_000)
     receipt = shard(store, settings)
@@ -245,14 +245,14 @@ def test_a_shard_whose_receipt_was_withdrawn_is_made_again(corpus: Any, store: S
     assert store.missing(shards_of(receipt)) == []
 
 
-# ---- refused, and nothing counts as done -------------------------------------------------------------------
+# ---- errors, without a receipt -----------------------------------------------------------------------------
 
 
-def nothing_was_made(store: Store) -> bool:
+def store_is_empty(store: Store) -> bool:
     return not store.keys("source") and not store.keys("shard") and not any(Path(store.root).glob("scratch/*"))
 
 
-def test_a_wrong_checksum_is_refused_before_any_receipt(corpus: Any, store: Store) -> None:
+def test_wrong_checksum_fails_before_any_receipt(corpus: Any, store: Store) -> None:
     path = corpus.oscar_2301("part_1.jsonl")
     corpus.checksums()
     path.write_bytes(path.read_bytes().replace(b"camembert", b"reblochon"))
@@ -260,52 +260,54 @@ def test_a_wrong_checksum_is_refused_before_any_receipt(corpus: Any, store: Stor
     with pytest.raises(FatalError, match=r"^part_1\.jsonl: its sha256 is .* but the checksum file says") as caught:
         shard_source(store, source, corpus.settings())
     assert caught.value.file == "part_1.jsonl"
-    assert nothing_was_made(store)
+    assert store_is_empty(store)
 
 
-def test_the_metadata_of_a_pair_is_checked_too(corpus: Any, store: Store) -> None:
+def test_checksum_of_pair_metadata_is_verified(corpus: Any, store: Store) -> None:
     _, metadata = corpus.oscar_2109(1)
     corpus.checksums()
     metadata.write_bytes(metadata.read_bytes() + b"x")
     with pytest.raises(FatalError, match=r"fr_meta_part_1\.jsonl\.gz: its sha256 is"):
         shard(store, corpus.settings())
-    assert nothing_was_made(store)
+    assert store_is_empty(store)
 
 
 @pytest.mark.parametrize("name", ["part_1.jsonl.zst", "part_1.jsonl.gz"])
-def test_a_truncated_archive_is_refused_then_mended(corpus: Any, store: Store, name: str) -> None:
+def test_truncated_archive_fails_and_succeeds_once_complete(corpus: Any, store: Store, name: str) -> None:
     path = corpus.jsonl(name, [{"text": f"{i} {i**7} {i**11}"} for i in range(3000)])
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-50])
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-50])
     with pytest.raises(FatalError, match=rf"{name} is cut short"):
         shard(store, corpus.settings())
-    assert nothing_was_made(store)
-    path.write_bytes(whole)
+    assert store_is_empty(store)
+    path.write_bytes(complete)
     assert shard(store, corpus.settings()).rows == 3000
 
 
-def test_an_empty_file_is_refused(corpus: Any, store: Store) -> None:
+def test_empty_file_fails(corpus: Any, store: Store) -> None:
     corpus.write("part_1.jsonl", b"")
     with pytest.raises(FatalError, match=r"part_1\.jsonl is empty"):
         shard(store, corpus.settings())
-    assert nothing_was_made(store)
+    assert store_is_empty(store)
 
 
 def test_oversized_documents_count_as_bad_lines(corpus: Any, store: Store) -> None:
     corpus.jsonl("part_1.jsonl", [{"text": "x" * 100 + str(i)} for i in range(12)])
     with pytest.raises(FatalError, match="12 of 12 lines are bad"):
         shard(store, corpus.settings(max_chars=50))
-    assert nothing_was_made(store)
+    assert store_is_empty(store)
 
 
-def test_a_file_that_goes_or_changes_under_way(corpus: Any, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_changes_or_disappears_during_the_read_fails(
+    corpus: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = corpus.oscar_2301("part_1.jsonl")
     source = only_source(corpus.settings())
 
-    def and_touch(store: Store, source: Source, content: str) -> None:
+    def touch_instead(store: Store, source: Source, content: str) -> None:
         os.utime(path, (1, 1))
 
-    monkeypatch.setattr("tasks.corpus.shard.remember_content", and_touch)
+    monkeypatch.setattr("tasks.corpus.shard.remember_source_content", touch_instead)
     with pytest.raises(RetryableError, match=r"part_1\.jsonl was changed while it was read"):
         shard_source(store, source, corpus.settings())
     path.unlink()
@@ -314,7 +316,7 @@ def test_a_file_that_goes_or_changes_under_way(corpus: Any, store: Store, monkey
     assert not store.keys("source")
 
 
-def test_content_is_remembered_after_the_first_read(corpus: Any, store: Store) -> None:
+def test_content_hash_is_remembered_after_the_first_read(corpus: Any, store: Store) -> None:
     path = corpus.oscar_2301("part_1.jsonl")
     source = only_source(corpus.settings())
     shard_source(store, source, corpus.settings())
@@ -326,12 +328,12 @@ def test_content_is_remembered_after_the_first_read(corpus: Any, store: Store) -
 MEASURE = """
 import sys
 from storage.store import Store
-from tasks.recipe.config import Corpus
+from tasks.recipe.config import CorpusSettings
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
 from tests.harness.peak import peak_megabytes
 
-settings = Corpus(url=sys.argv[1], max_chars=100_000_000, max_unpacked_ratio=10**6)  # its text repeats itself
+settings = CorpusSettings(url=sys.argv[1], max_chars=100_000_000, max_unpacked_ratio=10**6)  # its text repeats itself
 (source,) = take_snapshot(settings).sources
 receipt = shard_source(Store(sys.argv[2]), source, settings)
 print(receipt.info["counts"]["documents"], len(receipt.info["shards"]), round(peak_megabytes()))
@@ -343,11 +345,11 @@ print(receipt.info["counts"]["documents"], len(receipt.info["shards"]), round(pe
     ("name", "documents", "words", "shards"),
     [
         ("long.jsonl.zst", 300_000, 1200, 17),  # 2.1 GB
-        ("short.txt.gz", 3_000_000, 3, 3),  # many hashes for de-duplication
+        ("short.txt.gz", 3_000_000, 3, 3),  # many hashes for deduplication
         ("blob.jsonl.zst", 20, 5_000_000, 4),  # lines of 30 MB
     ],
 )
-def test_a_huge_source_needs_less_than_1_gb(
+def test_huge_source_needs_less_than_1_gb(
     corpus: Any, tmp_path: Path, repo: Path, name: str, documents: int, words: int, shards: int
 ) -> None:
     form = '{"content": "%d %s"}\n' if "json" in name else "%d %s\n"
@@ -358,8 +360,8 @@ def test_a_huge_source_needs_less_than_1_gb(
             file.write(form % (number, filler))
     command = [sys.executable, "-c", MEASURE, str(corpus.path), str(tmp_path / "store")]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True, timeout=600)
-    found, made, megabytes = map(int, done.stdout.split())
+    documents_read, shards_made, megabytes = map(int, done.stdout.split())
     print(f"{name}: {megabytes} MB")
-    assert found == documents
-    assert made == shards
+    assert documents_read == documents
+    assert shards_made == shards
     assert megabytes < 1_000

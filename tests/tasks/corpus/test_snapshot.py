@@ -1,4 +1,4 @@
-"""A listing that a key can be built on: complete, ordered, checked, and confined to its folder."""
+"""Snapshots of a corpus folder: complete, ordered, verified against checksum files, and confined to the folder."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_sources_in_natural_order_with_sizes_and_checksums(corpus: Any) -> None:
     assert all(source.sha256 and source.size == Path(source.url).stat().st_size for source in snapshot.sources)
 
 
-def test_what_is_no_source_is_left_out(corpus: Any) -> None:
+def test_files_that_are_not_sources_are_ignored(corpus: Any) -> None:
     corpus.oscar_2301("part_1.jsonl.zst")
     for name in (
         "README.md",
@@ -52,15 +52,15 @@ def test_what_is_no_source_is_left_out(corpus: Any) -> None:
     assert labels(corpus.settings()) == ["part_1"]
 
 
-def test_pattern_chooses_by_file_name(corpus: Any) -> None:
+def test_pattern_matches_file_names(corpus: Any) -> None:
     for number in range(1, 4):
         corpus.oscar_2301(f"a/part_{number}.jsonl")
     assert labels(corpus.settings(pattern="part_[12].*")) == ["part_1", "part_2"]
-    with pytest.raises(FatalError, match=r"holds no source file that fits \*\.parquet"):
+    with pytest.raises(FatalError, match=r"holds no source file that matches \*\.parquet"):
         take_snapshot(corpus.settings(pattern="*.parquet"))
 
 
-def test_a_2109_pair_is_one_source(corpus: Any) -> None:
+def test_oscar_2109_pair_is_one_source(corpus: Any) -> None:
     for number in (1, 2):
         corpus.oscar_2109(number)
     corpus.oscar_2201("fr_meta_part_3.jsonl.gz")
@@ -105,7 +105,7 @@ def test_labels_are_unique_and_safe(corpus: Any, names: list[str], expected: lis
         unique=True,
     )
 )
-def test_any_file_names_give_unique_safe_labels(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+def test_any_file_names_get_unique_safe_labels(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     folder = tmp_path_factory.mktemp("names")
     for name in names:
         if len(name.encode()) < 200 and name not in (".", ".."):
@@ -117,7 +117,7 @@ def test_any_file_names_give_unique_safe_labels(tmp_path_factory: pytest.TempPat
     )
 
 
-def test_files_of_one_stem_get_a_hash_of_their_name(corpus: Any) -> None:
+def test_labels_of_files_with_one_stem_get_a_hash(corpus: Any) -> None:
     for name in ("part_1.txt", "part_1.jsonl", "Part_1.parquet"):
         corpus.write(name, b"x\n")
     found = labels(corpus.settings())
@@ -134,7 +134,7 @@ names = st.text(st.sampled_from("abé_-. 0"), min_size=1, max_size=8).filter(
 
 
 @given(st.dictionaries(names, st.binary(min_size=32, max_size=32)), st.sampled_from([" ", "  ", " *"]), st.booleans())
-def test_checksum_lines_as_oscar_and_sha256sum_write_them(hashes: dict[str, bytes], mark: str, windows: bool) -> None:
+def test_checksum_lines_of_oscar_and_sha256sum_are_parsed(hashes: dict[str, bytes], mark: str, windows: bool) -> None:
     text = "".join(f"{digest.hex()}{mark}{name}\n" for name, digest in hashes.items())
     if windows:
         text = "\ufeff" + text.replace("\n", "\r\n")
@@ -145,7 +145,7 @@ def test_checksum_lines_as_oscar_and_sha256sum_write_them(hashes: dict[str, byte
     "name",
     ["../up.jsonl", "/etc/passwd", "a/../../b", "a//b", "..", "a\\b", "a\tb", "a\x00b", "a\u202eb", "*/etc/passwd"],
 )
-def test_names_that_lead_out_of_the_folder_are_refused(name: str) -> None:
+def test_checksum_names_outside_the_folder_fail(name: str) -> None:
     with pytest.raises(FatalError, match=r"fr_sha256.txt, line 2: the name .* leads out of the folder") as caught:
         parse_checksums(f"{HASH} fine.jsonl\n{HASH} {name}\n", "fr_sha256.txt")
     assert (caught.value.file, caught.value.line) == ("fr_sha256.txt", 2)
@@ -154,32 +154,32 @@ def test_names_that_lead_out_of_the_folder_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "line", ["hello", HASH, HASH[1:] + " a", "g" * 64 + " a", f"SHA256 (a) = {HASH}", HASH + "   "]
 )
-def test_lines_of_another_form_are_refused(line: str) -> None:
+def test_malformed_checksum_lines_fail(line: str) -> None:
     with pytest.raises(FatalError, match="x, line 1: not `sha256 name`"):
         parse_checksums(line, "x")
 
 
-def test_two_hashes_of_one_name_are_refused() -> None:
+def test_two_hashes_for_one_name_fail() -> None:
     assert parse_checksums(f"{HASH} a\n{HASH.upper()}  ./a\n", "x") == {"a": HASH}
     with pytest.raises(FatalError, match="second, different hash of a"):
         parse_checksums(f"{HASH} a\n{'0' * 64} a\n", "x")
 
 
-def test_an_absent_file_that_a_checksum_file_names(corpus: Any) -> None:
-    gone = corpus.oscar_2301("fr_meta/part_2.jsonl")
+def test_missing_file_that_a_checksum_file_names_fails(corpus: Any) -> None:
+    missing = corpus.oscar_2301("fr_meta/part_2.jsonl")
     corpus.oscar_2301("fr_meta/part_1.jsonl")
     corpus.checksums("fr_meta/fr_sha256.txt")
-    gone.unlink()
+    missing.unlink()
     with pytest.raises(FatalError, match=r"fr_meta/part_2\.jsonl is named in a checksum file but is not there"):
         take_snapshot(corpus.settings())
     assert take_snapshot(corpus.settings(), partial=True).absent == ("fr_meta/part_2.jsonl",)
     assert labels(corpus.settings(pattern="part_1*")) == ["part_1"]
 
 
-# ---- refused folders ---------------------------------------------------------------------------------------
+# ---- invalid folders ---------------------------------------------------------------------------------------
 
 
-def test_folders_that_cannot_be_a_corpus(tmp_path: Path) -> None:
+def test_invalid_corpus_folders_fail(tmp_path: Path) -> None:
     with pytest.raises(FatalError, match="no folder that exists"):
         take_snapshot(CorpusSettings(url=str(tmp_path / "nothing")))
     with pytest.raises(FatalError, match="holds no source file; correct"):
@@ -192,7 +192,7 @@ def test_folders_that_cannot_be_a_corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["outside.jsonl", "outside", "nothing"])
-def test_links_that_lead_out_are_refused_by_name(corpus: Any, tmp_path: Path, target: str) -> None:
+def test_links_out_of_the_folder_fail_with_their_name(corpus: Any, tmp_path: Path, target: str) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside.jsonl").write_text("{}")
     corpus.oscar_2301("part_1.jsonl")
@@ -201,16 +201,16 @@ def test_links_that_lead_out_are_refused_by_name(corpus: Any, tmp_path: Path, ta
         take_snapshot(corpus.settings())
 
 
-def test_links_that_stay_inside_are_followed_once(corpus: Any) -> None:
-    real = corpus.oscar_2301("real/part_1.jsonl")
-    (corpus.path / "part_2.jsonl").symlink_to(real)
+def test_links_inside_the_folder_are_followed_once(corpus: Any) -> None:
+    target = corpus.oscar_2301("real/part_1.jsonl")
+    (corpus.path / "part_2.jsonl").symlink_to(target)
     (corpus.path / "real" / "loop").symlink_to(corpus.path)
     sources = take_snapshot(corpus.settings()).sources
     assert [source.name for source in sources] == ["part_2.jsonl", "real/part_1.jsonl"]
-    assert sources[0].size == real.stat().st_size
+    assert sources[0].size == target.stat().st_size
 
 
-def test_a_pipe_is_refused(corpus: Any) -> None:
+def test_named_pipe_fails(corpus: Any) -> None:
     corpus.oscar_2301("part_1.jsonl")
     os.mkfifo(corpus.path / "part_2.jsonl")
     with pytest.raises(FatalError, match="neither a file nor a folder"):
@@ -220,7 +220,7 @@ def test_a_pipe_is_refused(corpus: Any) -> None:
 # ---- identity ----------------------------------------------------------------------------------------------
 
 
-def test_fingerprint_follows_content_with_checksums_and_stamps_without(corpus: Any) -> None:
+def test_fingerprint_covers_checksums_or_else_stamps(corpus: Any) -> None:
     path = corpus.oscar_2301("part_1.jsonl")
     first = take_snapshot(corpus.settings()).fingerprint
     os.utime(path, (1, 1))
@@ -232,7 +232,7 @@ def test_fingerprint_follows_content_with_checksums_and_stamps_without(corpus: A
     assert take_snapshot(corpus.settings()).fingerprint == checked != touched
 
 
-def test_content_is_remembered_until_the_file_changes(corpus: Any, store: Store) -> None:
+def test_content_hash_is_remembered_until_the_file_changes(corpus: Any, store: Store) -> None:
     path = corpus.oscar_2301("part_1.jsonl")
     (source,) = take_snapshot(corpus.settings()).sources
     assert source_content(store, source) is None
@@ -243,7 +243,7 @@ def test_content_is_remembered_until_the_file_changes(corpus: Any, store: Store)
     assert source_content(store, source) is None
 
 
-def test_any_fsspec_url(corpus: Any) -> None:
+def test_snapshot_of_an_fsspec_url(corpus: Any) -> None:
     fs = fsspec.filesystem("memory")
     path = corpus.oscar_2301("part_1.jsonl.zst")
     corpus.checksums()
@@ -258,7 +258,7 @@ def test_any_fsspec_url(corpus: Any) -> None:
     assert not source.is_local
 
 
-def test_a_real_corpus(shared_data: Path) -> None:
+def test_snapshot_of_a_real_corpus(shared_data: Path) -> None:
     snapshot = take_snapshot(CorpusSettings(url=str(shared_data / "corpus" / "2026-09")))
     assert [source.label for source in snapshot.sources] == [f"fr_meta_part_{number}" for number in range(1, 15)]
     assert all(source.sha256 for source in snapshot.sources)

@@ -1,4 +1,4 @@
-"""Held-out figures against a plain computation from full logits; scores kept by (model, protocol, set, seed)."""
+"""Held-out figures against a direct computation from full logits."""
 
 import math
 from collections import Counter
@@ -10,9 +10,16 @@ from torch.nn import functional as F
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.eval import heldout as score
-from tasks.eval.heldout import block_counts, clustered_error, heldout_protocol, score_heldout, score_mask, spread_rows
-from tasks.eval.scores import ScoreKey, make_scores, not_run
+from tasks.eval import heldout
+from tasks.eval.heldout import (
+    block_counts,
+    clustered_standard_error,
+    evenly_spaced_rows,
+    heldout_protocol,
+    score_heldout,
+    score_mask,
+)
+from tasks.eval.scores import ScoreKey
 from tasks.models.student import make_student
 from tasks.recipe.config import MaskSettings
 from tasks.tokens.blocks import open_blocks
@@ -25,7 +32,7 @@ KEY = "a" * 64
 
 
 @pytest.fixture(scope="module", params=["camembert", "modernbert"])
-def scene(request, tmp_path_factory):
+def inputs(request, tmp_path_factory):
     """Student, teacher, vocabulary and the blocks of two shards (the last block of each is padded)."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
@@ -39,12 +46,12 @@ def scene(request, tmp_path_factory):
 
 
 def flat(figures):
-    """The figures without the sums by block."""
+    """The figures without the sums per block."""
     return {name: value for name, value in figures.items() if name != "by_block"}
 
 
 def every_position(model, vocabulary, blocks):
-    """Log-probabilities [n, V] and labels [n] of every masked position, from the model's own whole forward."""
+    """Log-probabilities [n, V] and labels [n] of every masked position, from the model's own full forward pass."""
     log_probs, labels = [], []
     for part in blocks:
         rows = np.arange(len(part))
@@ -60,13 +67,13 @@ def every_position(model, vocabulary, blocks):
     return torch.stack(log_probs), torch.tensor(labels)
 
 
-def test_figures_equal_a_plain_computation_from_full_logits(scene):
-    student, teacher, vocabulary, blocks = scene
+def test_figures_equal_a_direct_computation_from_full_logits(inputs):
+    student, teacher, vocabulary, blocks = inputs
     found = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
     own, labels = every_position(student, vocabulary, blocks)
-    told, _ = every_position(teacher, vocabulary, blocks)
+    of_teacher, _ = every_position(teacher, vocabulary, blocks)
     top1 = float((own.argmax(-1) == labels).double().mean())
-    teacher_top1 = float((told.argmax(-1) == labels).double().mean())
+    teacher_top1 = float((of_teacher.argmax(-1) == labels).double().mean())
     frequent = Counter(labels.tolist()).most_common(1)[0][1] / len(labels)
     assert found["positions"] == len(labels)
     assert found["blocks"] == sum(map(len, blocks))
@@ -75,15 +82,15 @@ def test_figures_equal_a_plain_computation_from_full_logits(scene):
     assert found["frequent_top1"] == pytest.approx(frequent)
     assert found["mlm_loss"] == pytest.approx(float(F.nll_loss(own, labels)), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(float(F.nll_loss(own, labels))), rel=1e-4)
-    assert found["teacher_perplexity"] == pytest.approx(math.exp(float(F.nll_loss(told, labels))), rel=1e-4)
-    kl = F.kl_div(own, told, reduction="batchmean", log_target=True)
+    assert found["teacher_perplexity"] == pytest.approx(math.exp(float(F.nll_loss(of_teacher, labels))), rel=1e-4)
+    kl = F.kl_div(own, of_teacher, reduction="batchmean", log_target=True)
     assert found["kl"] == pytest.approx(float(kl), rel=1e-4)
-    assert found["agreement"] == pytest.approx(float((own.argmax(-1) == told.argmax(-1)).double().mean()))
+    assert found["agreement"] == pytest.approx(float((own.argmax(-1) == of_teacher.argmax(-1)).double().mean()))
     assert all(isinstance(value, float) for value in flat(found).values())
 
 
-def test_sums_by_block_give_the_figures_back(scene):
-    student, teacher, vocabulary, blocks = scene
+def test_sums_per_block_add_up_to_the_figures(inputs):
+    student, teacher, vocabulary, blocks = inputs
     found = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
     for name, figure in (("hits", "top1"), ("teacher_hits", "teacher_top1"), ("kl", "kl")):
         counts = block_counts(found, name)
@@ -91,26 +98,26 @@ def test_sums_by_block_give_the_figures_back(scene):
         assert counts[0, :, 0].sum() / counts[0, :, 1].sum() == pytest.approx(found[figure])
 
 
-def test_the_size_of_chunks_changes_nothing(scene, monkeypatch):
-    student, teacher, vocabulary, blocks = scene
-    whole = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
-    monkeypatch.setattr(score, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(score, "FORWARD_TOKENS", 96)
-    pieces = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
-    assert flat(pieces) == pytest.approx(flat(whole), rel=1e-5)
+def test_chunk_size_does_not_change_the_figures(inputs, monkeypatch):
+    student, teacher, vocabulary, blocks = inputs
+    one_chunk = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
+    monkeypatch.setattr(heldout, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(heldout, "FORWARD_TOKENS", 96)
+    many_chunks = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
+    assert flat(many_chunks) == pytest.approx(flat(one_chunk), rel=1e-5)
 
 
-def test_a_model_agrees_with_itself(scene):
-    _, teacher, vocabulary, blocks = scene
+def test_model_agrees_with_itself(inputs):
+    _, teacher, vocabulary, blocks = inputs
     found = score_heldout(teacher, vocabulary, blocks, MASK, 10_000, teacher)
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert found["agreement"] == 1
     assert found["top1"] == found["teacher_top1"]
 
 
-def test_kept_counts_from_the_most_frequent_token():
+def test_kept_is_relative_to_the_most_frequent_token():
     label = np.array([3, 3, 3, 3, 5, 6, 7, 8, 9, 10])
-    seen = {
+    columns = {
         "label": label,
         "block": np.arange(10) // 2,
         "at_mask": np.ones(10, bool),
@@ -121,38 +128,38 @@ def test_kept_counts_from_the_most_frequent_token():
         "kl": np.zeros(10),
         "agree": np.ones(10),
     }
-    assert score._figures(seen)["kept"] == pytest.approx((0.6 - 0.4) / (0.8 - 0.4))
-    seen["teacher_hit"] = np.arange(10) < 4
-    assert "kept" not in score._figures(seen)
+    assert heldout._figures(columns)["kept"] == pytest.approx((0.6 - 0.4) / (0.8 - 0.4))
+    columns["teacher_hit"] = np.arange(10) < 4
+    assert "kept" not in heldout._figures(columns)
 
 
-def test_masks_are_the_same_for_all_recipes_and_never_those_of_training(scene):
-    student, _, vocabulary, blocks = scene
+def test_masks_are_equal_for_all_recipes_and_differ_from_training_masks(inputs):
+    student, _, vocabulary, blocks = inputs
     plain = score_heldout(student, vocabulary, blocks, MASK, 10_000)
     other = score_heldout(student, vocabulary, blocks, MaskSettings(seed=7, kind="smoothed", variants=3), 10_000)
     assert plain == other
-    for seed in (0, 7, score.MASK_SEED):
+    for seed in (0, 7, heldout.MASK_SEED):
         assert score_mask(MaskSettings(seed=seed)).seed != seed
 
 
-def test_dropout_is_off_while_scoring_and_the_mode_comes_back(scene):
-    _, teacher, vocabulary, blocks = scene
+def test_dropout_is_off_while_scoring_and_the_training_mode_is_restored(inputs):
+    _, teacher, vocabulary, blocks = inputs
     student = make_student(teacher, vocabulary, layers=2, dropout=0.5).float().train()
     first = score_heldout(student, vocabulary, blocks, MASK, 8)
     assert first == score_heldout(student, vocabulary, blocks, MASK, 8)
     assert student.training
 
 
-def test_the_limit_takes_blocks_evenly_from_all_shards(scene):
-    student, _, vocabulary, blocks = scene
+def test_limit_takes_evenly_spaced_blocks_of_all_shards(inputs):
+    student, _, vocabulary, blocks = inputs
     found = score_heldout(student, vocabulary, blocks, MASK, 3)
     assert found["blocks"] == 3
-    assert spread_rows(10, 3).tolist() == [0, 3, 6]
-    assert spread_rows(3, 10).tolist() == [0, 1, 2]
+    assert evenly_spaced_rows(10, 3).tolist() == [0, 3, 6]
+    assert evenly_spaced_rows(3, 10).tolist() == [0, 1, 2]
 
 
-def test_several_masks_show_every_block_again_elsewhere(scene):
-    student, teacher, vocabulary, blocks = scene
+def test_several_masks_score_each_block_at_different_positions(inputs):
+    student, teacher, vocabulary, blocks = inputs
     once = score_heldout(student, vocabulary, blocks, MASK, 8, teacher)
     found = score_heldout(student, vocabulary, blocks, MASK, 8, teacher, masks=3)
     assert found["blocks"] == once["blocks"] == 8
@@ -162,8 +169,8 @@ def test_several_masks_show_every_block_again_elsewhere(scene):
     assert heldout_protocol(blocks, MASK, 8, masks=3) != heldout_protocol(blocks, MASK, 8)
 
 
-def test_rows_that_pad_the_decoder_do_not_count(scene):
-    student, teacher, vocabulary, blocks = scene
+def test_padding_rows_of_the_decoder_do_not_count(inputs):
+    student, teacher, vocabulary, blocks = inputs
     before = score_heldout(student, vocabulary, blocks, MASK, 8, teacher)
     wider = make_student(teacher, vocabulary, layers=2).float().eval()
     wider.load_state_dict(student.state_dict())
@@ -174,8 +181,8 @@ def test_rows_that_pad_the_decoder_do_not_count(scene):
     assert flat(found) == pytest.approx(flat(before), rel=1e-5)
 
 
-def test_nothing_to_score_is_said_and_broken_weights_are_refused(scene):
-    _, teacher, vocabulary, blocks = scene
+def test_no_text_is_not_run_and_broken_weights_fail(inputs):
+    _, teacher, vocabulary, blocks = inputs
     assert score_heldout(teacher, vocabulary, [], MASK, 8)["status"] == "not run"
     broken = make_student(teacher, vocabulary, layers=2).float()
     with torch.no_grad():
@@ -184,48 +191,19 @@ def test_nothing_to_score_is_said_and_broken_weights_are_refused(scene):
         score_heldout(broken, vocabulary, blocks, MASK, 8)
 
 
-def test_clustered_error_is_that_of_block_means_for_equal_blocks():
+def test_clustered_standard_error_is_that_of_block_means_for_equal_blocks():
     values = np.random.default_rng(0).random(60)
     means = values.reshape(12, 5).mean(axis=1)
-    assert clustered_error(values, np.repeat(np.arange(12), 5)) == pytest.approx(means.std(ddof=1) / math.sqrt(12))
-    hanging_together = np.repeat(means > 0.5, 5).astype(float)
-    alone = clustered_error(hanging_together, np.arange(60))
-    assert clustered_error(hanging_together, np.repeat(np.arange(12), 5)) > 2 * alone
+    assert clustered_standard_error(values, np.repeat(np.arange(12), 5)) == pytest.approx(
+        means.std(ddof=1) / math.sqrt(12)
+    )
+    correlated = np.repeat(means > 0.5, 5).astype(float)
+    independent = clustered_standard_error(correlated, np.arange(60))
+    assert clustered_standard_error(correlated, np.repeat(np.arange(12), 5)) > 2 * independent
 
 
-def test_scores_are_kept_by_model_protocol_set_and_seed(tmp_path):
-    store = Store(tmp_path)
-    asked = []
-
-    def compute():
-        asked.append(1)
-        return {"top1": 0.25, "by": {"LOC": 1.0}}
-
-    trial = ScoreKey(KEY, {"lr": 1e-3}, "heldout")
-    assert make_scores(store, trial, compute) == {"top1": 0.25, "by": {"LOC": 1.0}}
-    assert make_scores(store, trial, compute) == {"top1": 0.25, "by": {"LOC": 1.0}}
-    assert len(asked) == 1
-    for other in (
-        ScoreKey("b" * 64, {"lr": 1e-3}, "heldout"),
-        ScoreKey(KEY, {"lr": 2e-3}, "heldout"),
-        ScoreKey(KEY, {"lr": 1e-3}, "ner"),
-        ScoreKey(KEY, {"lr": 1e-3}, "heldout", seed=1),
-    ):
-        make_scores(store, other, compute)
-    assert len(asked) == 5
-    make_scores(store, trial, compute, force=True)
-    assert len(asked) == 6
-
-
-def test_what_was_not_run_is_not_kept(tmp_path):
-    store, trial = Store(tmp_path), ScoreKey(KEY, {}, "ner")
-    assert make_scores(store, trial, lambda: not_run("no such set"))["reason"] == "no such set"
-    assert not store.has(trial.ref)
-    assert make_scores(store, trial, lambda: {"f1": 1.0}) == {"f1": 1.0}
-
-
-def test_new_heldout_text_makes_new_scores(scene):
-    *_, blocks = scene
+def test_new_heldout_text_changes_the_key(inputs):
+    *_, blocks = inputs
     settings = [heldout_protocol(part, MASK, 8, "t") for part in (blocks, blocks[:1])]
     refs = {ScoreKey(KEY, protocol, "heldout").ref for protocol in settings}
     assert len(refs) == 2

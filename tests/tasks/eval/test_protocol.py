@@ -1,4 +1,4 @@
-"""Protocol files: the bundled ones, what a set changes, what is refused and how it is named."""
+"""Protocol files: the bundled protocols, tuning per set, and errors with the file and field."""
 
 import pytest
 from pydantic import BaseModel
@@ -26,26 +26,26 @@ def written(folder, text):
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "deployments" / "score").glob("*.toml")), ids=lambda path: path.stem)
-def test_the_bundled_protocols(path):
+def test_bundled_protocols(path):
     protocol = load_protocol(path)
     assert protocol.name == path.stem
     assert len(protocol.seeds) >= 3
     assert all(len(protocol.tuning_of(name).lr) > 1 for name in protocol.sets)
 
 
-def test_flue_has_every_set():
+def test_flue_protocol_has_every_set():
     protocol = load_protocol(REPO / "deployments" / "score" / "flue.toml")
     assert set(protocol.sets) == {"cls", "cls-books", "cls-dvd", "cls-music", "paws-x", "xnli", "ner"}
 
 
-def test_a_set_changes_the_tuning_of_all(tmp_path):
+def test_set_overrides_the_common_tuning(tmp_path):
     protocol = load_protocol(written(tmp_path, TEXT))
     assert (protocol.tuning_of("xnli").epochs, protocol.tuning_of("ner").epochs) == (2, 5)
     assert protocol.tuning_of("xnli").lr == protocol.tuning_of("ner").lr == (1e-3,)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "field"),
     [
         ("epochs = 5", "epochs = 0", "tuning.epochs"),
         ("epochs = 5", "epoch = 5", "tuning.epoch"),
@@ -58,19 +58,19 @@ def test_a_set_changes_the_tuning_of_all(tmp_path):
         ("lr = [1e-3]", "lr = [2.0]", "tuning.lr"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_file(tmp_path, before, after, said):
+def test_invalid_field_fails_with_its_name_and_file(tmp_path, before, after, field):
     path = written(tmp_path, TEXT.replace(before, after))
     with pytest.raises(FatalError) as caught:
         load_protocol(path)
     assert str(path) in str(caught.value)
-    assert said in str(caught.value)
+    assert field in str(caught.value)
 
 
-def test_no_file(tmp_path):
+def test_missing_file_fails(tmp_path):
     with pytest.raises(FatalError, match="no such protocol file"):
         load_protocol(tmp_path / "absent.toml")
 
 
 @pytest.mark.parametrize("section", [Protocol, SetPlan, Tuning])
-def test_every_field_is_described(section: type[BaseModel]):
+def test_every_field_has_a_description(section: type[BaseModel]):
     assert all(field.description for field in section.model_fields.values())

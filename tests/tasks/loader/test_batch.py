@@ -1,4 +1,4 @@
-"""The loader over many shards and several epochs: the same batches as one by one."""
+"""The dataloader over many shards and several epochs gives the batches that make_batch gives one at a time."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.harness.tiny import make_parts, make_teacher
 SHARDS, WINDOW, ROWS, VARIANTS = 9, 2, 4, 2
 
 
-def test_the_loader_gives_every_batch_of_every_epoch_under_its_own_mask(tmp_path: Path) -> None:
+def test_the_loader_yields_every_batch_of_every_epoch_under_its_mask_variant(tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
     store = Store(tmp_path / "store")
     parts = make_parts(store, tmp_path / "teacher", shards=SHARDS, texts=3)
@@ -26,11 +26,12 @@ def test_the_loader_gives_every_batch_of_every_epoch_under_its_own_mask(tmp_path
     order = DataOrder(tuple(part.rows for part in parts), WINDOW, seed=3)
     steps = 2 * order.rows // ROWS
     loaded, plain = BlockDataset(store, parts, cached=False), BlockDataset(store, parts, cached=False)
-    ahead = ReadAhead(loaded, order, steps * ROWS, VARIANTS)
-    loader = BatchLoader(loaded, masking, order, step_ranges(0, steps, ROWS, 0, 0, 1), ahead, prefetch=2, pin=False)
+    read_ahead = ReadAhead(loaded, order, steps * ROWS, VARIANTS)
+    ranges = step_ranges(0, steps, ROWS, 0, 0, 1)
+    loader = BatchLoader(loaded, masking, order, ranges, read_ahead, prefetch=2, pin=False)
     for step, (batch,) in enumerate(loader):
-        part, row, epoch = order.stretch(step * ROWS, (step + 1) * ROWS)
-        wanted = make_batch(plain, masking, part, row, epoch % VARIANTS)
-        assert torch.equal(batch.input_ids, wanted.input_ids)
-        assert torch.equal(batch.labels, wanted.labels)
+        part, row, epoch = order.slice(step * ROWS, (step + 1) * ROWS)
+        expected = make_batch(plain, masking, part, row, epoch % VARIANTS)
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        assert torch.equal(batch.labels, expected.labels)
     assert step == steps - 1

@@ -1,4 +1,4 @@
-"""The fast path of every family against the model's own forward: values, gradients, padding, dropout."""
+"""The fast path of every family against the model's own forward: values, gradients, padding, dropout, compilation."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from storage.errors import FatalError
-from tasks.models.forward import decoder_of, head_features, hidden_rows, logits_rows, longest_input, supports
+from tasks.models.forward import decoder_of, head_features, hidden_rows, logits_in_chunks, longest_input, supports
+from tests.harness.logits import logits_rows
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 ROBERTA = SIZES | {"num_hidden_layers": 3, "max_position_embeddings": 34, "pad_token_id": 1, "initializer_range": 0.3}
@@ -16,7 +17,7 @@ FAMILIES = {
     "roberta": ("Roberta", ROBERTA),
     "xlm-roberta": ("XLMRoberta", ROBERTA),
     "bert": ("Bert", ROBERTA | {"pad_token_id": 0}),
-    # Attention reaches two tokens to each side in the sliding layers; the last layer is full or sliding by turns.
+    # Sliding layers attend two tokens to each side; the number of layers decides if the last one is full or sliding.
     "modernbert-sliding": ("ModernBert", ROBERTA | {"local_attention": 4}),
     "modernbert-full": ("ModernBert", ROBERTA | {"local_attention": 4, "num_hidden_layers": 4}),
     "modernbert-biases": ("ModernBert", ROBERTA | {"local_attention": 128, "attention_bias": True, "norm_bias": True}),
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(family: str, attention: str = "sdpa", dropout: float = 0.0, double: bool = False):
-    """A tiny model with random weights, none of them trivial (biases and norms too)."""
+    """A tiny model with random weights, biases and norms."""
     name, sizes = FAMILIES[family]
     dropouts = ("embedding_dropout", "mlp_dropout", "attention_dropout") if name == "ModernBert" else ()
     dropouts = dropouts or ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -45,7 +46,7 @@ def make_model(family: str, attention: str = "sdpa", dropout: float = 0.0, doubl
 
 
 def make_batch(pad: int = 1, padded: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Three blocks, two of them with padding; five positions each, in no order, the last one a slot to ignore."""
+    """Three blocks, two of them with padding; five positions each, unsorted, the last one an unused slot."""
     generator = torch.Generator().manual_seed(5)
     input_ids = torch.randint(5, 60, (3, LENGTH), generator=generator)
     lengths = torch.tensor([LENGTH, 13, 6])
@@ -80,7 +81,7 @@ def test_rows_equal_the_full_forward(family, attention, padded):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_of_the_full_forward(family, attention):
-    double = "modernbert" not in family  # which has float32 at its heart, whatever the dtype of its weights
+    double = "modernbert" not in family  # which computes parts in float32 for weights of any dtype
     model = make_model(family, attention, double=double)
     input_ids, mask, positions = make_batch(model.config.pad_token_id)
     target = torch.randn(3, 5, 60, generator=torch.Generator().manual_seed(1), dtype=next(model.parameters()).dtype)
@@ -108,7 +109,7 @@ def dropout_modules(model) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_of_the_last_layer_is_that_of_the_model(family):
+def test_the_fast_path_applies_every_dropout_of_the_model(family):
     """Every dropout module that the full forward calls is called on the fast path too, and attention drops as well."""
     model = make_model(family, dropout=0.5).train()
     input_ids, mask, positions = make_batch(model.config.pad_token_id)
@@ -134,10 +135,10 @@ def test_dropout_of_the_last_layer_is_that_of_the_model(family):
         full = run(lambda: model(input_ids=input_ids, attention_mask=mask))
         rows = run(lambda: hidden_rows(model, input_ids, mask, positions))
         model.eval()
-        quiet = run(lambda: hidden_rows(model, input_ids, mask, positions))
+        in_evaluation = run(lambda: hidden_rows(model, input_ids, mask, positions))
     assert full == rows
     assert set(full[1]) == {0.5}
-    assert set(quiet[1]) == {0.0}
+    assert set(in_evaluation[1]) == {0.0}
 
 
 @pytest.mark.parametrize("family", ["camembert", "modernbert-full"])
@@ -166,6 +167,22 @@ def test_head_and_decoder_give_the_logits(family):
     torch.testing.assert_close(logits, output.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary_size", [None, 57])
+def test_logits_in_chunks_join_to_the_logits_of_the_model(vocabulary_size):
+    model = make_model("camembert")
+    input_ids, _, _ = make_batch(padded=False)
+    with torch.no_grad():
+        output = model(input_ids=input_ids, output_hidden_states=True)
+    hidden_ND = output.hidden_states[-1].flatten(0, 1)
+    chunks = list(logits_in_chunks(model, hidden_ND, chunk_rows=25, vocabulary_size=vocabulary_size))
+    assert [len(chunk) for chunk in chunks] == [25, 25, 10]
+    assert {chunk.dtype for chunk in chunks} == {torch.float32}
+    assert not any(chunk.requires_grad for chunk in chunks)
+    expected = output.logits.flatten(0, 1)[:, :vocabulary_size]
+    torch.testing.assert_close(torch.cat(chunks), expected, rtol=1e-5, atol=1e-5)
+    assert sum(len(chunk) for chunk in logits_in_chunks(model, hidden_ND[:0])) == 0
+
+
 def test_a_decoder_without_bias_gets_zeros():
     config = transformers.ModernBertConfig(**FAMILIES["modernbert-full"][1], decoder_bias=False)
     weight, bias = decoder_of(transformers.ModernBertForMaskedLM(config))
@@ -173,7 +190,7 @@ def test_a_decoder_without_bias_gets_zeros():
     assert not bias.any()
 
 
-def test_an_unknown_head_is_refused_by_name():
+def test_an_unknown_head_fails_with_its_class_name():
     sizes = {"vocab_size": 60, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 32}
     model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes))
     assert not supports(model)
@@ -183,7 +200,7 @@ def test_an_unknown_head_is_refused_by_name():
         decoder_of(model)
 
 
-def test_a_family_without_fast_path_computes_everything_and_picks():
+def test_without_fast_path_all_positions_are_computed_and_selected():
     sizes = {"vocab_size": 60, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 32}
     model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes)).eval()
     input_ids, mask, positions = make_batch(0)
@@ -194,7 +211,7 @@ def test_a_family_without_fast_path_computes_everything_and_picks():
 
 
 def test_a_block_of_padding_only_stays_finite():
-    """Static shapes may need an empty block: its rows are ignored, but they must not bring NaN into the gradients."""
+    """Static shapes may need an empty block: its rows are ignored, but must not add NaN to the gradients."""
     for family in FAMILIES:
         for attention in ("sdpa", "eager"):
             model = make_model(family, attention)
@@ -213,8 +230,8 @@ def test_longest_input_of_each_family():
 
 
 @pytest.mark.parametrize("family", ["camembert", "modernbert-sliding"])
-def test_one_graph_for_the_compiler(family):
-    """No graph break, with and without a mask: nothing on the fast path asks for a value on the device."""
+def test_the_fast_path_compiles_to_one_graph(family):
+    """No graph break, with and without a mask: the fast path never reads a value from the device."""
     model = make_model(family)
     compiled = torch.compile(logits_rows, backend="eager", fullgraph=True)
     for padded in (True, False):

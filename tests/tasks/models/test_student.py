@@ -1,4 +1,4 @@
-"""The student: which layers it takes, what it copies, and that it survives saving and loading."""
+"""The student: choice of layers, copied weights, and saving and loading."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ FAMILIES = ["Camembert", "Roberta", "XLMRoberta", "Bert", "ModernBert"]
 
 
 def make_vocabulary(**changes) -> Vocabulary:
-    """A tokenizer whose ids are those of camembert-base: bos 5 and eos 6, not 0 and 2."""
+    """A vocabulary with the special ids of camembert-base: bos 5 and eos 6, not 0 and 2."""
     ids = {"pad": 1, "bos": 5, "eos": 6, "mask": 59, "unk": 3, "specials": (0, 1, 2, 3, 4, 5, 6, 59), "unknowns": (3,)}
     return Vocabulary(**({"name": "tiny", "folder": "", "fingerprint": "f", "size": 60} | ids | changes))
 
 
 def make_teacher(family: str, **changes):
-    """A tiny model with random weights, biases and norms too; attention reaches two tokens in sliding layers."""
+    """A tiny model with random weights, biases and norms; sliding layers attend two tokens to each side."""
     sizes = SIZES | ({"local_attention": 4} if family == "ModernBert" else {}) | changes
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForMaskedLM")(getattr(transformers, f"{family}Config")(**sizes)).eval()
@@ -43,20 +43,20 @@ def logits_of(model):
 @pytest.mark.parametrize(
     ("teacher", "student", "expected"),
     [
-        (12, 6, [0, 2, 4, 7, 9, 11]),  # the reference's
+        (12, 6, [0, 2, 4, 7, 9, 11]),  # as in DistilBERT
         (12, 12, list(range(12))),
         (12, 1, [0]),
         (4, 2, [0, 3]),
         (12, 3, [0, 6, 11]),
     ],
 )
-def test_layers_are_spread_evenly(teacher, student, expected):
+def test_layers_are_chosen_evenly(teacher, student, expected):
     assert layer_choice(teacher, student) == expected
 
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 96).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
-def test_layers_ascend_from_the_first_to_the_last(sizes):
+def test_chosen_layers_ascend_from_the_first_to_the_last(sizes):
     teacher, student = sizes
     chosen = layer_choice(teacher, student)
     assert len(chosen) == student
@@ -65,7 +65,7 @@ def test_layers_ascend_from_the_first_to_the_last(sizes):
     assert chosen[-1] == (teacher - 1 if student > 1 else 0)
 
 
-def test_an_explicit_choice_is_taken():
+def test_an_explicit_choice_of_layers_is_used():
     assert layer_choice(12, 3, (1, 5, 11)) == [1, 5, 11]
 
 
@@ -81,14 +81,14 @@ def test_an_explicit_choice_is_taken():
         (2, (3, 3), "student.choice"),
     ],
 )
-def test_an_impossible_choice_names_its_field(layers, choice, field):
+def test_an_invalid_choice_of_layers_names_its_field(layers, choice, field):
     with pytest.raises(FatalError, match=field):
         layer_choice(12, layers, choice)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_student_with_all_layers_is_the_teacher(family):
-    """The reference trainer leaves lm_head.dense and its norm at random; then these logits differ."""
+def test_a_student_with_all_layers_equals_the_teacher(family):
+    """Includes lm_head.dense and its norm; with random ones these logits would differ."""
     teacher = make_teacher(family)
     student = make_student(teacher, make_vocabulary(), layers=5)
     assert torch.equal(logits_of(student), logits_of(teacher))
@@ -99,8 +99,8 @@ def test_a_student_with_all_layers_is_the_teacher(family):
         assert mine[name].data_ptr() != parameter.data_ptr(), name
 
 
-def test_the_head_left_out_is_what_the_reference_got_wrong():
-    """Guards the test above: with dense and norm at their initial values the first KL is far from 0."""
+def test_a_random_lm_head_has_a_large_initial_kl():
+    """Checks that the test above can fail: with dense layer and norm at initial values, the KL is far from 0."""
     teacher = make_teacher("Camembert")
     student = make_student(teacher, make_vocabulary(), layers=5)
     with torch.no_grad():
@@ -113,8 +113,8 @@ def test_the_head_left_out_is_what_the_reference_got_wrong():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("layers", "choice"), [(3, ()), (2, (0, 2)), (1, ())])
-def test_each_layer_is_the_chosen_one(family, layers, choice):
-    """The student computes what the teacher computes when the other layers are taken out of it."""
+def test_each_student_layer_is_the_chosen_teacher_layer(family, layers, choice):
+    """The student equals the teacher without the other layers."""
     teacher = make_teacher(family)
     student = make_student(teacher, make_vocabulary(), layers=layers, choice=choice)
     chosen = layer_choice(5, layers, choice)
@@ -127,7 +127,7 @@ def test_each_layer_is_the_chosen_one(family, layers, choice):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_student_loads_to_the_same_model(family, tied, tmp_path):
+def test_a_saved_student_loads_unchanged(family, tied, tmp_path):
     student = make_student(
         make_teacher(family, tie_word_embeddings=tied), make_vocabulary(), layers=2, choice=(0, 2), dropout=0.1
     )
@@ -146,7 +146,7 @@ def test_a_saved_student_loads_to_the_same_model(family, tied, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_the_setting_not_the_teachers(family):
+def test_dropout_is_set_by_the_recipe(family):
     for dropout in (0.0, 0.25):
         student = make_student(make_teacher(family), make_vocabulary(), layers=2, dropout=dropout)
         rates = {module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)}
@@ -166,7 +166,7 @@ def test_a_modernbert_student_keeps_layer_0():
     make_student(make_teacher("Camembert"), make_vocabulary(), layers=2, choice=(1, 4))
 
 
-def test_another_pad_id_is_refused_where_positions_depend_on_it():
+def test_another_pad_id_fails_if_positions_depend_on_it():
     with pytest.raises(FatalError, match="pad id"):
         make_student(make_teacher("Camembert"), make_vocabulary(pad=0), layers=2)
     student = make_student(make_teacher("Bert"), make_vocabulary(pad=0), layers=5)
@@ -179,7 +179,7 @@ def test_a_bfloat16_teacher_gives_a_float32_student():
     assert student.config.dtype == torch.float32
 
 
-def test_scratch_depends_on_its_seed_alone():
+def test_random_initialisation_depends_on_the_seed_alone():
     teacher = make_teacher("Camembert")
 
     def weights(seed, init="scratch"):
@@ -209,7 +209,7 @@ def test_a_fresh_model_fits_the_tokenizer(model_type):
     assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (1, 5, 6)
 
 
-def test_a_fresh_modernbert_takes_the_short_form_of_its_layers():
+def test_a_fresh_modernbert_accepts_global_attn_every_n_layers():
     config = {"model_type": "modernbert", "global_attn_every_n_layers": 2, **FRESH, "vocab_size": 64}
     model = make_fresh(config, make_vocabulary())
     assert model.config.layer_types == ["full_attention", "sliding_attention"]
@@ -228,7 +228,7 @@ def test_a_fresh_modernbert_takes_the_short_form_of_its_layers():
         ({"model_type": "gpt2"}, "masked language model"),
     ],
 )
-def test_a_config_that_makes_no_model_is_refused(config, field):
+def test_an_invalid_student_config_names_its_field(config, field):
     with pytest.raises(FatalError, match=field):
         make_fresh(config, make_vocabulary())
 

@@ -1,4 +1,4 @@
-"""A model is used on the ids that it was trained on: those of tokenizer.json, whatever a class makes of them."""
+"""A model is used with the ids of its tokenizer.json, even if the class that AutoTokenizer picks gives others."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,8 @@ TEXT = "Le maire\u00a0signe le dossier\u202f."
 
 
 @pytest.fixture
-def own_rules(tmp_path: Path) -> Path:
-    """A CamemBERT whose file knows no white space but the plain one; transformers' class parts words at any."""
+def mismatched(tmp_path: Path) -> Path:
+    """A CamemBERT whose file splits at plain spaces only, while the class of transformers splits at all white space."""
     folder = tmp_path / "teacher"
     make_teacher(folder, "camembert", layers=2)
     definition = json.loads((folder / "tokenizer.json").read_text())
@@ -28,21 +28,21 @@ def own_rules(tmp_path: Path) -> Path:
     return folder
 
 
-def by_file(folder: Path) -> list[int]:
+def ids_of_file(folder: Path) -> list[int]:
     return list(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids)
 
 
-def test_the_class_alone_reads_other_ids(own_rules: Path) -> None:
-    assert AutoTokenizer.from_pretrained(own_rules)(TEXT).input_ids != by_file(own_rules)
+def test_auto_tokenizer_gives_other_ids(mismatched: Path) -> None:
+    assert AutoTokenizer.from_pretrained(mismatched)(TEXT).input_ids != ids_of_file(mismatched)
 
 
-def test_scores_and_fine_tuning_read_as_the_file_does(own_rules: Path) -> None:
-    assert exact_tokenizer(own_rules)(TEXT).input_ids == by_file(own_rules)
-    assert _tokenizer_of(own_rules)[1](TEXT).input_ids == by_file(own_rules)
+def test_evaluation_and_fine_tuning_use_the_ids_of_the_file(mismatched: Path) -> None:
+    assert exact_tokenizer(mismatched)(TEXT).input_ids == ids_of_file(mismatched)
+    assert _tokenizer_of(mismatched)[1](TEXT).input_ids == ids_of_file(mismatched)
 
 
-def test_how_it_is_to_be_used_is_no_other_reading(tmp_path: Path) -> None:
-    """RoBERTa's own tokenizer parts bytes; words of a sentence get a space before each when that is asked for."""
+def test_options_do_not_affect_the_comparison_with_the_file(tmp_path: Path) -> None:
+    """RoBERTa's byte-level tokenizer puts a space before each pre-split word if add_prefix_space is set."""
     letters = {letter: 5 + number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     specials = {piece: number for number, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
     RobertaTokenizer(vocab=specials | letters, merges=[]).save_pretrained(tmp_path)
@@ -53,19 +53,19 @@ def test_how_it_is_to_be_used_is_no_other_reading(tmp_path: Path) -> None:
     assert words.input_ids != exact_tokenizer(tmp_path)("un dossier").input_ids
 
 
-def test_who_loads_the_student_reads_as_the_file_does(own_rules: Path, tmp_path: Path) -> None:
+def test_the_exported_student_loads_with_the_ids_of_the_file(mismatched: Path, tmp_path: Path) -> None:
     student = tmp_path / "student"
     student.mkdir()
-    (student / "config.json").write_text((own_rules / "config.json").read_text())
-    copy_tokenizer(own_rules, student)
+    (student / "config.json").write_text((mismatched / "config.json").read_text())
+    copy_tokenizer(mismatched, student)
     loaded = AutoTokenizer.from_pretrained(student)
-    assert loaded(TEXT).input_ids == by_file(own_rules)
+    assert loaded(TEXT).input_ids == ids_of_file(mismatched)
     assert loaded.mask_token == "<mask>"
     assert json.loads((student / "tokenizer_config.json").read_text())["tokenizer_class"] == PLAIN
-    assert (student / "tokenizer.json").read_bytes() == (own_rules / "tokenizer.json").read_bytes()
+    assert (student / "tokenizer.json").read_bytes() == (mismatched / "tokenizer.json").read_bytes()
 
 
-def test_files_that_are_read_as_they_are_stay_as_they_are(tmp_path: Path) -> None:
+def test_files_of_a_matching_tokenizer_are_copied_unchanged(tmp_path: Path) -> None:
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     make_teacher(teacher, "modernbert", layers=2)
     student.mkdir()

@@ -1,4 +1,4 @@
-"""The model card: what the hub reads, what people read, and text from outside that stays text."""
+"""The model card: metadata for the hub, text for readers, and the escaping of untrusted text."""
 
 import re
 from dataclasses import replace
@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
-from tasks.release.model_card import CardFacts, model_card, plain_name
+from tasks.release.model_card import CardFacts, model_card
+from tasks.release.redact import public_name
 from tasks.release.results import ModelSummary, SetResult
 
 STUDENT = ModelSummary(
@@ -55,12 +56,12 @@ def facts(**changes: object) -> CardFacts:
         run_key="a" * 64,
         model_key="b" * 64,
         versions={"torch": "2.13.0"},
-        picture="scores.png",
+        figure="scores.png",
     )
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def test_the_hub_reads_its_metadata() -> None:
+def test_front_matter_is_valid_for_the_hub() -> None:
     card = ModelCard(model_card(facts()))
     assert isinstance(card.data, ModelCardData)
     assert card.data.to_dict() == {
@@ -75,7 +76,7 @@ def test_the_hub_reads_its_metadata() -> None:
     }
 
 
-def test_figures_stand_beside_those_of_the_teacher() -> None:
+def test_scores_appear_next_to_those_of_the_teacher() -> None:
     text = model_card(facts())
     assert "| heldout, top1 | 46.9 | 50.2 |" in text
     assert "| ner, entity\\_f1 | 87.1 ± 0.6 (3) | 89.2 ± 0.8 (3) |" in text
@@ -85,11 +86,11 @@ def test_figures_stand_beside_those_of_the_teacher() -> None:
     assert "| CPU, batch 1, ms | 43.4 | 88.5 |" in text
 
 
-def test_ratios_have_their_interval_and_a_control_its_column() -> None:
+def test_ratios_have_an_interval_and_the_control_has_a_column() -> None:
     student = replace(STUDENT, ratios={"ner": {"value": 0.9765, "low": 0.961, "high": 0.99}})
     control = ModelSummary("control", (SetResult("heldout", "top1", (0.459,), error=0.01),), parameters=68_128_261)
     text = model_card(facts(models=(student, TEACHER, control)))
-    assert "| | student | teacher | control | student / teacher |" in text
+    assert "| set, metric | student | teacher | control | student / teacher |" in text
     assert "| heldout, top1 | 46.9 | 50.2 | 45.9 ± 2.0 |  |" in text
     assert "| ner, entity\\_f1 | 87.1 ± 0.6 (3) | 89.2 ± 0.8 (3) | not run | 0.977 (0.961 to 0.990) |" in text
     assert "| parameters, million | 68.1 | 110.7 | 68.1 | 0.62 |" in text
@@ -97,32 +98,32 @@ def test_ratios_have_their_interval_and_a_control_its_column() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "expected",
     [
         "0.5 × T² × KL(teacher ‖ student)",
         "| temperature | 2 |",
         "cached, hidden states as int8",
-        "| positions with distil and cosine | masked |",
+        "| positions with distillation and cosine loss | masked |",
         "| documents | 1,234,567 |",
-        "| time in steps | 2 h 15 min |",
+        "| time in training steps | 2 h 15 min |",
         "1 x NVIDIA H200",
-        "layers of the teacher, evenly spread",
+        "layers of the teacher, evenly spaced",
         "![Scores, size and speed](scores.png)",
         'pipeline("fill-mask", model="distilled")',
         "torch 2.13.0",
     ],
 )
-def test_it_tells_how_the_model_was_made(said: str) -> None:
-    assert said in model_card(facts())
+def test_card_states_how_the_model_was_made(expected: str) -> None:
+    assert expected in model_card(facts())
 
 
-def test_a_warm_start_is_not_said_to_be_made_of_the_teachers_layers() -> None:
+def test_warm_start_is_named_instead_of_the_teachers_layers() -> None:
     text = model_card(facts(recipe=recipe(train={"warm_start": "models:/distilled@champion"})))
     assert "warm start, all weights of distilled@champion" in text
     assert "layers of the teacher" not in text
 
 
-def test_places_of_a_machine_are_not_told() -> None:
+def test_paths_and_urls_are_removed() -> None:
     bare = recipe(
         teacher={"model": "/home/marie/models/teacher"},
         corpus={"url": "s3://bucket/oscar-2301?token=abc"},
@@ -135,13 +136,13 @@ def test_places_of_a_machine_are_not_told() -> None:
     text = model_card(facts(models=(ModelSummary("student", (SetResult("ner", "entity_f1", (), away),)),)))
     assert "score.ner: wikiner: no such folder; give another, or ner" in text
     assert not re.search("marie|bucket|token=", text)
-    assert plain_name("almanach/camembert-base") == "almanach/camembert-base"
+    assert public_name("almanach/camembert-base") == "almanach/camembert-base"
 
 
 HOSTILE = "x\n---\nlicense: apache-2.0\n# Heading | cell <script>alert(1)</script> [a](http://b) `c` ${d}: - *"
 
 
-def test_hostile_text_stays_text() -> None:
+def test_untrusted_text_cannot_break_out_of_its_place() -> None:
     model = ModelSummary("stu|dent\n# no", (SetResult("n|er", "f<1>", (), HOSTILE),))
     hostile = recipe(
         corpus={"url": HOSTILE, "language": HOSTILE},
@@ -176,7 +177,7 @@ def test_hostile_text_stays_text() -> None:
             assert len(re.findall(r"(?<!\\)\|", line)) == 3, line
 
 
-def test_a_model_without_a_teacher_has_a_card_too() -> None:
+def test_model_without_a_teacher_has_a_card() -> None:
     values = {
         "loss": {"distil": 0, "cosine": 0, "mlm": 1},
         "teacher": {"model": ""},

@@ -1,4 +1,4 @@
-"""Calibration and targets: what is kept is what the teacher says, and no wrong file gets past the checks."""
+"""Calibration and targets: stored values match the live teacher, and every wrong or damaged file is detected."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from storage.arrow import TARGETS, ArrowWriter, metadata_of, open_arrow
+from storage.arrow import TARGETS_FILE, TARGETS_SCHEMA, ArrowWriter, metadata_of, open_arrow
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
@@ -19,15 +19,16 @@ from tasks.recipe.run_spec import Part, make_run
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture, masked_inputs
 from tasks.targets.compute import make_targets, open_capture
-from tasks.targets.file import FILE, check_digests, file_metadata, open_targets, read_targets, write_rows
+from tasks.targets.file import check_digests, file_metadata, open_targets, read_targets, write_rows
 from tasks.targets.keys import targets_ref
 from tasks.targets.parity import LIMIT, fidelity, probe, probe_cache
-from tasks.tokens.blocks import count_tokens, counts_ref, make_blocks, open_blocks
+from tasks.tokens.blocks import make_blocks, open_blocks
 from tasks.tokens.mask import row_digests
+from tasks.tokens.token_counts import count_tokens, counts_ref
 from tests.harness.tiny import documents, make_parts, save_text_shard
 
 ENCODINGS = ["int8", "int4", "bf16", "topk"]
-NO_CHANGE = MaskSettings()
+DEFAULT_MASK = MaskSettings()
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,16 +41,16 @@ def parts(store: Store, teacher_folder: Path) -> tuple[Part, ...]:
 
 @pytest.fixture
 def capture(store: Store, teacher_folder: Path, parts: tuple[Part, ...]) -> Capture:
-    """Everything that make_targets needs, for int8 on masked positions."""
+    """A capture with calibration, for int8 on masked positions."""
     return capture_for(store, teacher_folder, parts)
 
 
 def capture_for(
-    store: Store, folder: Path, parts: tuple[Part, ...], mask: MaskSettings = NO_CHANGE, **targets: object
+    store: Store, folder: Path, parts: tuple[Part, ...], mask: MaskSettings = DEFAULT_MASK, **targets: object
 ) -> Capture:
     settings = TargetSettings(calibration_rows=24, **targets)
     sample = [part.blocks_ref() for part in parts]
-    model = load_teacher(TeacherSettings(model=str(folder), batch_rows=7), "cpu")  # 7: the last batch is a smaller one
+    model = load_teacher(TeacherSettings(model=str(folder), batch_rows=7), "cpu")  # 7: the last batch is smaller
     bare = Capture(model, model.vocabulary, mask, settings)
     receipt = calibrate(store, sample, bare)
     return replace(bare, calibration=read_calibration(store, receipt.ref), calibration_key=receipt.key)
@@ -63,19 +64,19 @@ def ref_of(capture: Capture, blocks: Ref, variant: int = 0) -> Ref:
 
 @torch.no_grad()
 def live_hidden(capture: Capture, input_ids: np.ndarray, length: int) -> torch.Tensor:
-    """[L, D] of one row by the model's own forward, without padding and without any fast path."""
+    """Hidden states [L, D] of one row by the model's own forward, without padding and fast path."""
     ids = torch.from_numpy(input_ids[None, :length])
     return capture.teacher.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
 
 
-# ---- what is kept --------------------------------------------------------------------------------------------
+# ---- stored values --------------------------------------------------------------------------------------------
 
 
-def test_targets_are_what_the_teacher_says_at_the_masked_positions(store, parts, capture):
+def test_targets_match_the_teacher_at_the_masked_positions(store, parts, capture):
     refs = [part.blocks_ref() for part in parts]
     receipt = make_targets(store, refs[1], capture)
     blocks, targets = open_blocks(store, refs[1]), open_targets(store, receipt.ref)
-    rows = np.array([len(blocks) - 1, 3, 0, 3, 11])  # any order, twice too; the last block is padded
+    rows = np.array([len(blocks) - 1, 3, 0, 3, 11])  # unsorted, one row twice; the last block is padded
     inputs = masked_inputs(capture, blocks, rows, 0)
     expected = [
         live_hidden(capture, ids, length)[positions[valid]]
@@ -85,13 +86,13 @@ def test_targets_are_what_the_teacher_says_at_the_masked_positions(store, parts,
     ]
     decoded = targets.codec.decode(torch.from_numpy(targets.payload(rows)))
     assert targets.counts[rows].tolist() == [len(part) for part in expected]
-    sd = capture.calibration.sd
-    assert float(((decoded - torch.cat(expected)) / sd).abs().max()) < 0.03
+    std = capture.calibration.std
+    assert float(((decoded - torch.cat(expected)) / std).abs().max()) < 0.03
     assert targets.payload(np.array([], np.int64)).shape == (0, 34)
     check_digests(targets, rows, row_digests(inputs.input_ids, inputs.lengths))
 
 
-def test_all_positions_are_those_of_each_block_without_padding(store, teacher_folder):
+def test_positions_all_covers_every_attended_position(store, teacher_folder):
     shard = save_text_shard(store, documents(6, seed=3), "short-0000")
     settings = BlockSettings(length=48, packing="documents")
     model = load_teacher(TeacherSettings(model=str(teacher_folder)), "cpu")
@@ -111,7 +112,7 @@ def test_all_positions_are_those_of_each_block_without_padding(store, teacher_fo
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_receipt_and_file_say_what_they_hold(store, teacher_folder, parts, encoding):
+def test_receipt_and_metadata_describe_the_file(store, teacher_folder, parts, encoding):
     capture = capture_for(store, teacher_folder, parts, encoding=encoding)
     part = parts[0]
     receipt = make_targets(store, part.blocks_ref(), capture)
@@ -121,8 +122,8 @@ def test_receipt_and_file_say_what_they_hold(store, teacher_folder, parts, encod
     assert receipt.info["probe"]["rows"] == 6
     assert receipt.info["probe"]["kl"] < 5e-3
     assert receipt.info["probe"]["cosine"] < 6e-3
-    table = open_arrow(store.local(receipt) / FILE).read_all()
-    assert table.schema.remove_metadata().equals(TARGETS)
+    table = open_arrow(store.local(receipt) / TARGETS_FILE).read_all()
+    assert table.schema.remove_metadata().equals(TARGETS_SCHEMA)
     lengths = {len(value) for value in table.column("payload").to_pylist()}
     sizes = {count * receipt.info["bytes"] for count in table.column("positions").to_pylist()}
     assert lengths == sizes
@@ -140,7 +141,7 @@ def test_receipt_and_file_say_what_they_hold(store, teacher_folder, parts, encod
     assert bool(metadata["calibration"]) == (encoding in ("int8", "int4"))
 
 
-def test_what_is_there_is_not_made_again_unless_forced(store, parts, capture, monkeypatch):
+def test_existing_targets_are_kept_unless_forced(store, parts, capture, monkeypatch):
     blocks = parts[0].blocks_ref()
     first = make_targets(store, blocks, capture)
     monkeypatch.setattr(capture.teacher.model, "forward", None)
@@ -149,11 +150,11 @@ def test_what_is_there_is_not_made_again_unless_forced(store, parts, capture, mo
     assert calibrate(store, [part.blocks_ref() for part in parts], capture).key == capture.calibration_key
     monkeypatch.undo()
     again = make_targets(store, blocks, capture, force=True)
-    assert again.files == first.files  # the same bytes, on one machine
+    assert again.files == first.files  # deterministic on one machine
     assert again.created >= first.created
 
 
-def test_mask_variants_are_targets_of_their_own(store, teacher_folder, parts):
+def test_mask_variants_are_separate_targets(store, teacher_folder, parts):
     capture = capture_for(store, teacher_folder, parts, MaskSettings(variants=2))
     receipts = [make_targets(store, parts[0].blocks_ref(), capture, variant) for variant in (0, 1)]
     assert [receipt.label for receipt in receipts] == ["part-0000.v0", "part-0000.v1"]
@@ -161,7 +162,7 @@ def test_mask_variants_are_targets_of_their_own(store, teacher_folder, parts):
     assert not np.isin(digests[0], digests[1]).any()
 
 
-def test_smoothed_masks_take_token_counts(store, teacher_folder, parts):
+def test_smoothed_masks_use_token_counts(store, teacher_folder, parts):
     sample = [part.blocks_ref() for part in parts]
     teacher = TeacherSettings(model=str(teacher_folder))
     counts = count_tokens(store, sample, load_teacher(teacher, "cpu").vocabulary)
@@ -185,7 +186,7 @@ def test_a_shard_without_blocks_has_empty_targets(store, parts, capture):
 # ---- calibration ---------------------------------------------------------------------------------------------
 
 
-def test_calibration_is_mean_and_deviation_over_the_whole_sample(store, teacher_folder, parts):
+def test_calibration_is_mean_and_std_over_the_sample(store, teacher_folder, parts):
     capture = capture_for(store, teacher_folder, parts)
     everything = replace(capture, targets=TargetSettings(calibration_rows=10_000))
     receipt = calibrate(store, [part.blocks_ref() for part in parts], everything)
@@ -200,16 +201,16 @@ def test_calibration_is_mean_and_deviation_over_the_whole_sample(store, teacher_
     assert len(everywhere) == receipt.info["positions"]
     found = read_calibration(store, receipt.ref)
     torch.testing.assert_close(found.mean, everywhere.mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.sd, everywhere.std(0, correction=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.std, everywhere.std(0, correction=0), rtol=1e-4, atol=1e-5)
     assert not torch.equal(found.mean, capture.calibration.mean)  # which is of 24 blocks
 
 
-def test_a_calibrated_encoding_without_calibration_is_refused(store, parts, capture):
+def test_a_calibrated_encoding_without_calibration_fails(store, parts, capture):
     with pytest.raises(FatalError, match="int8 needs a calibration of 32 channels"):
         make_targets(store, parts[0].blocks_ref(), replace(capture, calibration=None))
 
 
-def test_there_is_nothing_to_calibrate_on_in_empty_blocks(store, capture):
+def test_calibrating_on_empty_blocks_fails(store, capture):
     blocks = make_blocks(store, save_text_shard(store, [], "empty-0000"), BlockSettings(length=32), capture.vocabulary)
     with pytest.raises(FatalError, match="no position to calibrate on"):
         calibrate(store, [blocks.ref], capture)
@@ -220,7 +221,7 @@ def test_there_is_nothing_to_calibrate_on_in_empty_blocks(store, capture):
 
 @pytest.mark.parametrize("factor", [1, 50])
 def test_int8_stays_below_the_limit_with_two_outlier_channels(store, parts, capture, factor):
-    """Last norm times 50 in two channels, the head's dense layer by 50 there: the same function."""
+    """Multiplies two channels of the last norm, and divides their weights in the LM head, by `factor`: equal logits."""
     model, channels = capture.teacher.model, [3, 17]
     norm = model.base_model.encoder.layer[-1].output.LayerNorm
     norm.weight[channels] *= factor
@@ -245,12 +246,12 @@ def test_int8_stays_below_the_limit_with_two_outlier_channels(store, parts, capt
 
 
 def forge(store: Store, capture: Capture, of: Ref, source: Ref, shift_rows: int = 0, shift_vectors: int = 0) -> None:
-    """Commits, in the place of the targets of `of`, those of `source`, rolled by rows or by vectors."""
+    """Commits the targets of `source` under the key of `of`, rolled by rows or by vectors."""
     original = open_targets(store, ref_of(capture, source))
     rows = np.roll(np.arange(len(original)), shift_rows)
     ref = ref_of(capture, of)
     with store.scratch() as folder:
-        with ArrowWriter(folder / FILE, TARGETS, file_metadata(original.codec, ref, {})) as writer:
+        with ArrowWriter(folder / TARGETS_FILE, TARGETS_SCHEMA, file_metadata(original.codec, ref, {})) as writer:
             digests = [int(value).to_bytes(8, "little") for value in original.digests[rows]]
             payload = np.roll(original.payload(rows), shift_vectors, axis=0)
             write_rows(writer, digests, original.counts[rows], payload)
@@ -258,15 +259,15 @@ def forge(store: Store, capture: Capture, of: Ref, source: Ref, shift_rows: int 
 
 
 def check_all_rows(store: Store, capture: Capture, blocks_ref: Ref) -> None:
-    """What the trainer does with the rows that it reads."""
+    """Checks every row as the dataloader does."""
     blocks, targets = open_blocks(store, blocks_ref), open_targets(store, ref_of(capture, blocks_ref))
     rows = np.arange(len(blocks))
     check_digests(targets, rows, masked_inputs(capture, blocks, rows, 0).digests)
 
 
-def test_a_flipped_byte_is_found_when_the_file_is_opened(store, parts, capture):
+def test_a_flipped_byte_is_detected_on_open(store, parts, capture):
     receipt = make_targets(store, parts[0].blocks_ref(), capture)
-    path = store.local(receipt) / FILE
+    path = store.local(receipt) / TARGETS_FILE
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
@@ -274,20 +275,20 @@ def test_a_flipped_byte_is_found_when_the_file_is_opened(store, parts, capture):
         open_targets(store, receipt.ref)
 
 
-def test_a_cut_off_file_is_found(store, parts, capture):
+def test_a_truncated_file_is_detected_on_open(store, parts, capture):
     receipt = make_targets(store, parts[0].blocks_ref(), capture)
-    path = store.local(receipt) / FILE
+    path = store.local(receipt) / TARGETS_FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(FatalError, match=r"targets part-0000: .*has another size"):
         open_targets(store, receipt.ref)
 
 
-def test_two_files_exchanged_are_found_even_without_hashes(store, parts, capture):
+def test_swapped_files_are_detected_even_without_hashes(store, parts, capture):
     paths, refs = [], []
     for part in parts:
         receipt = make_targets(store, part.blocks_ref(), capture)
         refs.append(receipt.ref)
-        paths.append(store.local(receipt) / FILE)
+        paths.append(store.local(receipt) / TARGETS_FILE)
     contents = [path.read_bytes() for path in paths]
     for path, content in zip(paths, reversed(contents), strict=True):
         path.write_bytes(content)
@@ -297,7 +298,7 @@ def test_two_files_exchanged_are_found_even_without_hashes(store, parts, capture
         read_targets(paths[1], refs[1])
 
 
-def test_a_receipt_of_another_shard_is_found(store, parts, capture):
+def test_a_receipt_of_another_shard_is_detected(store, parts, capture):
     refs = [make_targets(store, part.blocks_ref(), capture).ref for part in parts]
     receipts = {path.name[:64]: path for path in Path(store.root).glob("receipts/targets/*.receipt.json")}
     receipts[refs[0].key].write_bytes(receipts[refs[1].key].read_bytes())
@@ -306,7 +307,7 @@ def test_a_receipt_of_another_shard_is_found(store, parts, capture):
 
 
 @pytest.mark.parametrize("shift", [1, -1, 5])
-def test_rows_shifted_are_found_by_their_digests(store, parts, capture, shift):
+def test_shifted_rows_are_detected_by_their_digests(store, parts, capture, shift):
     blocks = parts[0].blocks_ref()
     make_targets(store, blocks, capture)
     forge(store, capture, blocks, blocks, shift_rows=shift)
@@ -316,7 +317,7 @@ def test_rows_shifted_are_found_by_their_digests(store, parts, capture, shift):
         probe(capture, open_blocks(store, blocks), open_targets(store, ref_of(capture, blocks)), 0)
 
 
-def test_targets_of_another_shard_are_found_by_their_digests(store, parts, capture):
+def test_targets_of_another_shard_are_detected_by_their_digests(store, parts, capture):
     first, second = (part.blocks_ref() for part in parts)
     make_targets(store, second, capture)
     forge(store, capture, first, second)
@@ -324,7 +325,7 @@ def test_targets_of_another_shard_are_found_by_their_digests(store, parts, captu
         check_all_rows(store, capture, first)
 
 
-def test_another_mask_is_found_by_the_digests(store, teacher_folder, parts, capture):
+def test_another_mask_is_detected_by_the_digests(store, teacher_folder, parts, capture):
     blocks = parts[0].blocks_ref()
     make_targets(store, blocks, capture)
     check_all_rows(store, capture, blocks)
@@ -337,7 +338,7 @@ def test_another_mask_is_found_by_the_digests(store, teacher_folder, parts, capt
             probe(other, opened, targets, variant)
 
 
-def test_a_row_beyond_the_end_is_found(store, parts, capture):
+def test_a_row_beyond_the_end_is_detected(store, parts, capture):
     blocks = parts[0].blocks_ref()
     make_targets(store, blocks, capture)
     targets = open_targets(store, ref_of(capture, blocks))
@@ -346,7 +347,7 @@ def test_a_row_beyond_the_end_is_found(store, parts, capture):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_vectors_shifted_under_right_digests_do_not_pass_the_probe(store, teacher_folder, parts, encoding):
+def test_shifted_vectors_under_correct_digests_fail_the_probe(store, teacher_folder, parts, encoding):
     capture = capture_for(store, teacher_folder, parts, encoding=encoding)
     blocks = parts[0].blocks_ref()
     make_targets(store, blocks, capture)
@@ -356,7 +357,7 @@ def test_vectors_shifted_under_right_digests_do_not_pass_the_probe(store, teache
         probe(capture, open_blocks(store, blocks), open_targets(store, ref_of(capture, blocks)), 0)
 
 
-def test_another_teacher_does_not_pass_the_probe(store, parts, capture):
+def test_another_teacher_fails_the_probe(store, parts, capture):
     blocks = parts[0].blocks_ref()
     make_targets(store, blocks, capture)
     with torch.no_grad():
@@ -366,15 +367,15 @@ def test_another_teacher_does_not_pass_the_probe(store, parts, capture):
         probe(capture, open_blocks(store, blocks), open_targets(store, ref_of(capture, blocks)), 0)
 
 
-def test_targets_that_fail_the_probe_are_not_kept(store, parts, capture, monkeypatch):
-    """A codec that loses too much: the shard is refused with what to do, and nothing counts as done."""
-    far = replace(capture.calibration, sd=capture.calibration.sd * 1e6)
+def test_targets_that_fail_the_probe_are_not_committed(store, parts, capture, monkeypatch):
+    """With a codec that loses too much, the message names the remedy and nothing is committed."""
+    far = replace(capture.calibration, std=capture.calibration.std * 1e6)
     with pytest.raises(FatalError, match=r"part-0000 differ .* take a finer targets.encoding"):
         make_targets(store, parts[0].blocks_ref(), replace(capture, calibration=far))
     assert not store.keys("targets")
 
 
-def test_topk_that_decodes_to_nan_does_not_pass_the_probe(store, teacher_folder, parts):
+def test_topk_that_decodes_to_nan_fails_the_probe(store, teacher_folder, parts):
     capture = capture_for(store, teacher_folder, parts, encoding="topk")
     blocks = open_blocks(store, parts[0].blocks_ref())
     targets = open_targets(store, make_targets(store, parts[0].blocks_ref(), capture).ref)
@@ -387,12 +388,12 @@ def test_topk_that_decodes_to_nan_does_not_pass_the_probe(store, teacher_folder,
 
 
 def first_new_token(rows):
-    """The last row that reads a token which no row before it does, and that token."""
+    """The last row that contains a token of no earlier row, and that token."""
     return max((min(n for n, row in enumerate(rows) if token in row), token) for token in set().union(*rows))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_nan_from_the_teacher_names_shard_and_row(store, teacher_folder, parts, encoding):
+def test_a_non_finite_teacher_output_names_shard_and_row(store, teacher_folder, parts, encoding):
     capture = capture_for(store, teacher_folder, parts, encoding=encoding)
     blocks = open_blocks(store, parts[0].blocks_ref())
     inputs = masked_inputs(capture, blocks, np.arange(len(blocks)), 0)
@@ -400,14 +401,14 @@ def test_nan_from_the_teacher_names_shard_and_row(store, teacher_folder, parts, 
     first, token = first_new_token(rows)
     with torch.no_grad():
         embeddings = capture.teacher.model.base_model.embeddings.word_embeddings
-        embeddings.weight = nn.Parameter(embeddings.weight.clone())  # no longer the decoder's too
+        embeddings.weight = nn.Parameter(embeddings.weight.clone())  # untied from the decoder
         embeddings.weight[token] = torch.inf
     with pytest.raises(FatalError, match=rf"blocks part-0000, row {first}: the teacher .* gave NaN or infinity"):
         make_targets(store, parts[0].blocks_ref(), capture)
     assert not store.keys("targets")
 
 
-def test_blocks_longer_than_the_teacher_reads_are_refused(store, capture):
+def test_blocks_longer_than_the_maximum_input_are_refused(store, capture):
     shard = save_text_shard(store, documents(4), "long-0000")
     blocks = make_blocks(store, shard, BlockSettings(length=256), capture.vocabulary)
     with pytest.raises(FatalError, match=r"blocks.length = 256, but the teacher .* reads at most 128 tokens"):
@@ -422,7 +423,7 @@ def test_a_tokenizer_that_does_not_fit_the_teacher_is_refused(store, teacher_fol
         )
 
 
-# ---- training opens its cache --------------------------------------------------------------------------------
+# ---- probe before training --------------------------------------------------------------------------------
 
 
 def run_over(store: Store, folder: Path, parts: tuple[Part, ...], capture: Capture):
@@ -441,7 +442,7 @@ def run_over(store: Store, folder: Path, parts: tuple[Part, ...], capture: Captu
     return make_run(recipe, manifest=manifest, heldout=(), teacher_fingerprint=fingerprint, start="", counts="")
 
 
-def test_training_probes_its_cache_before_it_begins(store, tmp_path, parts, capture):
+def test_probe_cache_checks_parts_of_the_manifest(store, tmp_path, parts, capture):
     run = run_over(store, tmp_path, parts, capture)
     found = probe_cache(store, run, capture.teacher)
     assert [parity.rows for parity in found] == [6, 6]
@@ -451,16 +452,16 @@ def test_training_probes_its_cache_before_it_begins(store, tmp_path, parts, capt
         probe_cache(store, run, capture.teacher)
 
 
-def test_a_file_of_another_version_is_refused(store, parts, capture):
+def test_a_file_with_unknown_metadata_is_refused(store, parts, capture):
     blocks = parts[0].blocks_ref()
     ref = make_targets(store, blocks, capture).ref
-    table = open_arrow(store.local(store.receipt(ref)) / FILE).read_all()
+    table = open_arrow(store.local(store.receipt(ref)) / TARGETS_FILE).read_all()
     metadata = metadata_of(table.schema)
     del metadata["top_k"]
     with store.scratch() as folder:
         with (
-            pa.OSFile(str(folder / FILE), "wb") as file,
-            pa.ipc.new_file(file, TARGETS.with_metadata(metadata)) as writer,
+            pa.OSFile(str(folder / TARGETS_FILE), "wb") as file,
+            pa.ipc.new_file(file, TARGETS_SCHEMA.with_metadata(metadata)) as writer,
         ):
             writer.write_table(table.replace_schema_metadata(metadata))
         store.commit(ref, folder, schema=1, rows=1, tokens=0, settings={}, parents=[])

@@ -1,11 +1,11 @@
-"""Keys of targets and calibrations: what decides their bytes is in them, and nothing else."""
+"""Keys of targets and calibrations change with everything that decides their bytes, and with nothing else."""
 
 from storage.artifact import Ref
 from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
 from tasks.targets.keys import calibration_ref, targets_ref
 
 
-def test_a_key_changes_with_all_that_changes_the_bytes_and_with_nothing_else():
+def test_a_targets_key_changes_exactly_with_the_settings_that_change_its_bytes():
     blocks = Ref("blocks", "a" * 64, "part-0000")
     usual = {
         "blocks": blocks,
@@ -44,7 +44,7 @@ def test_a_key_changes_with_all_that_changes_the_bytes_and_with_nothing_else():
         assert targets_ref(**(usual | same)).key == key
 
 
-def test_calibration_is_shared_by_encodings_and_keyed_by_its_sample():
+def test_encodings_share_a_calibration_and_its_key_follows_the_sample():
     sample = [Ref("blocks", letter * 64, f"part-{letter}") for letter in "ab"]
     arguments = ("f", TeacherSettings(model="x"), MaskSettings())
     key = calibration_ref(sample, *arguments, TargetSettings()).key

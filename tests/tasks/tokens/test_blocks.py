@@ -1,4 +1,4 @@
-"""Blocks: every token of every document, in order, in whole blocks, in the same bytes whoever makes them."""
+"""Blocks contain every token of every document in order, in bytes that depend on the key alone; token counts."""
 
 import io
 import json
@@ -12,14 +12,15 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from storage.arrow import TEXT, ArrowWriter, read_table
+from storage.arrow import BLOCKS_FILE, TEXT_FILE, TEXT_SCHEMA, ArrowWriter, open_arrow
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.fingerprint import key_of
 from storage.store import Store
 from tasks.recipe.config import BlockSettings as Settings
 from tasks.tokens import tokenize_shard as tokens
-from tasks.tokens.blocks import Blocks, blocks_ref, count_tokens, counts_ref, make_blocks, open_blocks, read_counts
+from tasks.tokens.blocks import Blocks, blocks_ref, make_blocks, open_blocks
+from tasks.tokens.token_counts import count_tokens, counts_ref, read_counts
 from tasks.tokens.vocabulary import Vocabulary, load_tokenizer, load_vocabulary
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -27,7 +28,7 @@ BOS, PAD, EOS, UNK, MASK = range(5)
 
 
 def words_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """A tokenizer that gives the word `w17` the id 17."""
+    """A tokenizer that maps the word `w17` to id 17."""
     words = {word: index for index, word in enumerate(SPECIALS)} | {f"w{index}": index for index in range(5, size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -50,7 +51,7 @@ def store(tmp_path: Path) -> Store:
 def write_shard(store: Store, texts: list[str], label: str = "part-0000", batch: int = 3) -> Ref:
     ref = Ref("shard", key_of("shard", 1, {"texts": texts}, []), label)
     with store.scratch() as folder:
-        with ArrowWriter(folder / "text.arrow", TEXT) as writer:
+        with ArrowWriter(folder / TEXT_FILE, TEXT_SCHEMA) as writer:
             for start in range(0, len(texts), batch):
                 part = texts[start : start + batch]
                 writer.write({"text": part, "line": list(range(start, start + len(part)))})
@@ -62,7 +63,7 @@ def to_text(ids: list[int]) -> str:
     return " ".join(f"w{index}" for index in ids)
 
 
-def made(store: Store, texts: list[str], settings: Settings, vocabulary: Vocabulary) -> Blocks:
+def blocks_of(store: Store, texts: list[str], settings: Settings, vocabulary: Vocabulary) -> Blocks:
     receipt = make_blocks(store, write_shard(store, texts), settings, vocabulary, force=True)
     blocks = open_blocks(store, receipt.ref)
     assert receipt.rows == len(blocks)
@@ -81,7 +82,7 @@ def expected(documents: list[list[int]], settings: Settings, vocabulary: Vocabul
 
 
 def rows_of(blocks: Blocks, pad: int) -> list[list[int]]:
-    """The attended ids of every row; what lies behind them must be padding."""
+    """The attended ids of every row; all others must be padding."""
     assert all((ids[length:] == pad).all() for ids, length in zip(blocks.input_ids, blocks.lengths, strict=True))
     return [ids[:length].tolist() for ids, length in zip(blocks.input_ids, blocks.lengths, strict=True)]
 
@@ -90,7 +91,7 @@ def rows_of(blocks: Blocks, pad: int) -> list[list[int]]:
 
 
 def test_packed_joins_documents_and_pads_only_the_tail(store: Store, vocabulary: Vocabulary) -> None:
-    blocks = made(store, ["w10 w11 w12", "w20 w21 w22 w23 w24", "w30"], Settings(length=8), vocabulary)
+    blocks = blocks_of(store, ["w10 w11 w12", "w20 w21 w22 w23 w24", "w30"], Settings(length=8), vocabulary)
     assert blocks.input_ids.tolist() == [
         [BOS, 10, 11, 12, EOS, 20, 21, EOS],
         [BOS, 22, 23, 24, EOS, 30, EOS, PAD],
@@ -99,9 +100,9 @@ def test_packed_joins_documents_and_pads_only_the_tail(store: Store, vocabulary:
     assert blocks.input_ids.dtype == np.uint16
 
 
-def test_documents_each_begin_a_block_and_long_ones_take_several(store: Store, vocabulary: Vocabulary) -> None:
+def test_each_document_starts_a_block_and_long_ones_take_several(store: Store, vocabulary: Vocabulary) -> None:
     settings = Settings(length=8, packing="documents")
-    blocks = made(store, ["w10 w11 w12", to_text(list(range(20, 33))), "w40"], settings, vocabulary)
+    blocks = blocks_of(store, ["w10 w11 w12", to_text(list(range(20, 33))), "w40"], settings, vocabulary)
     assert blocks.input_ids.tolist() == [
         [BOS, 10, 11, 12, EOS, PAD, PAD, PAD],
         [BOS, 20, 21, 22, 23, 24, 25, EOS],
@@ -112,10 +113,10 @@ def test_documents_each_begin_a_block_and_long_ones_take_several(store: Store, v
 
 
 @pytest.mark.parametrize("packing", ["packed", "documents"])
-def test_whatever_the_sizes_nothing_is_lost(
+def test_documents_of_all_sizes_are_packed_without_loss(
     store: Store, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, packing: str
 ) -> None:
-    """Against plain Python, with pieces so small that documents are tokenised in parts; empty documents among them."""
+    """Compared with plain Python; small pieces split documents into parts, and some documents are empty."""
     for seed in range(25):
         draw = random.Random(seed)
         monkeypatch.setattr(tokens, "PIECE_BYTES", draw.choice([1, 5, 40, 1000]))
@@ -123,7 +124,7 @@ def test_whatever_the_sizes_nothing_is_lost(
         sizes = [draw.choice([0, 0, 1, 2, 5, 6, 7, 14, 30]) for _ in range(draw.randint(0, 12))]
         documents = [[draw.randrange(5, 100) for _ in range(size)] for size in sizes]
         texts = [to_text(document) or draw.choice(["", "  \n"]) for document in documents]
-        blocks = made(store, texts, settings, vocabulary)
+        blocks = blocks_of(store, texts, settings, vocabulary)
         assert rows_of(blocks, PAD) == expected(documents, settings, vocabulary)
         info = store.receipt(blocks_ref(write_shard(store, texts), settings, vocabulary)).info
         assert info["documents"] == len(documents)
@@ -133,20 +134,20 @@ def test_whatever_the_sizes_nothing_is_lost(
 
 @pytest.mark.parametrize("packing", ["packed", "documents"])
 @pytest.mark.parametrize("texts", [[], [""], ["w9"], [to_text(list(range(10, 16)))]])
-def test_the_smallest_shards(store: Store, vocabulary: Vocabulary, packing: str, texts: list[str]) -> None:
-    blocks = made(store, texts, Settings(length=8, packing=packing), vocabulary)
+def test_empty_and_minimal_shards(store: Store, vocabulary: Vocabulary, packing: str, texts: list[str]) -> None:
+    blocks = blocks_of(store, texts, Settings(length=8, packing=packing), vocabulary)
     assert blocks.input_ids.shape == (1 if any(texts) else 0, 8)
     assert [len(row) - 2 for row in rows_of(blocks, PAD)] == [len(text.split()) for text in texts if text]
 
 
-def test_ids_above_65535_take_four_bytes(store: Store, tmp_path: Path) -> None:
+def test_ids_above_65535_are_stored_as_uint32(store: Store, tmp_path: Path) -> None:
     wide = words_vocabulary(tmp_path / "wide", 70_000)
-    blocks = made(store, ["w69999 w5"], Settings(length=8), wide)
+    blocks = blocks_of(store, ["w69999 w5"], Settings(length=8), wide)
     assert blocks.input_ids.dtype == np.uint32
     assert rows_of(blocks, PAD) == [[BOS, 69_999, 5, EOS]]
 
 
-def test_text_that_spells_a_special_token_is_text(store: Store, vocabulary: Vocabulary) -> None:
+def test_a_special_token_spelled_in_text_becomes_unknown(store: Store, vocabulary: Vocabulary) -> None:
     text = "w10 <s> w11 <mask> w12 </s> <spare> <pad> inconnu w13"
     shard = write_shard(store, [text])
     receipt = make_blocks(store, shard, Settings(length=16), vocabulary)
@@ -156,7 +157,7 @@ def test_text_that_spells_a_special_token_is_text(store: Store, vocabulary: Voca
     assert receipt.info["unknown"] == 1
 
 
-# ---- the same bytes, once ----------------------------------------------------------------------------------
+# ---- deterministic bytes, keys ----------------------------------------------------------------------------------
 
 
 def test_bytes_do_not_depend_on_threads_or_pieces(
@@ -176,7 +177,7 @@ def test_bytes_do_not_depend_on_threads_or_pieces(
     assert len(files) == 1
 
 
-def test_blocks_are_made_once(store: Store, vocabulary: Vocabulary) -> None:
+def test_existing_blocks_are_kept_unless_forced(store: Store, vocabulary: Vocabulary) -> None:
     shard = write_shard(store, ["w10 w11"])
     first = make_blocks(store, shard, Settings(length=8), vocabulary)
     assert make_blocks(store, shard, Settings(length=8), vocabulary) == first
@@ -187,7 +188,7 @@ def test_blocks_are_made_once(store: Store, vocabulary: Vocabulary) -> None:
     assert first.parents == (shard.key,)
 
 
-def test_the_key_follows_length_packing_tokenizer_and_shard(
+def test_the_key_depends_on_length_packing_tokenizer_and_shard(
     store: Store, vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
     shard, other = write_shard(store, ["w10"]), write_shard(store, ["w11"])
@@ -204,9 +205,9 @@ def test_the_key_follows_length_packing_tokenizer_and_shard(
     assert blocks_ref(shard, elsewhere, vocabulary) == blocks_ref(shard, Settings(), vocabulary)
 
 
-def test_a_flipped_byte_is_noticed(store: Store, vocabulary: Vocabulary) -> None:
+def test_a_flipped_byte_is_detected_on_open(store: Store, vocabulary: Vocabulary) -> None:
     receipt = make_blocks(store, write_shard(store, ["w10 w11"]), Settings(length=8), vocabulary)
-    path = store.local(receipt) / "blocks.arrow"
+    path = store.local(receipt) / BLOCKS_FILE
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -214,7 +215,7 @@ def test_a_flipped_byte_is_noticed(store: Store, vocabulary: Vocabulary) -> None
         open_blocks(store, receipt.ref)
 
 
-def test_blocks_that_are_not_there(store: Store, vocabulary: Vocabulary) -> None:
+def test_missing_blocks_fail_with_their_label(store: Store, vocabulary: Vocabulary) -> None:
     shard = write_shard(store, ["w10"])
     with pytest.raises(FatalError, match="blocks part-0000 is not in the store"):
         open_blocks(store, blocks_ref(shard, Settings(), vocabulary))
@@ -224,7 +225,7 @@ def test_blocks_that_are_not_there(store: Store, vocabulary: Vocabulary) -> None
 
 
 def tiny_texts(shared_data: Path) -> list[str]:
-    """One part of the small French corpus, read without this project."""
+    """One part of the small French corpus, read without the code under test."""
     path = min((shared_data / "corpus" / "tiny").rglob("*.jsonl.zst"))
     with path.open("rb") as file:
         stream = zstandard.ZstdDecompressor().stream_reader(file)
@@ -232,7 +233,7 @@ def tiny_texts(shared_data: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("packing", ["packed", "documents"])
-def test_french_text_against_an_independent_count(store: Store, shared_data: Path, packing: str) -> None:
+def test_french_text_gives_the_blocks_of_plain_python(store: Store, shared_data: Path, packing: str) -> None:
     texts = tiny_texts(shared_data)[:150]
     folder = shared_data / "tokenizer" / "camembert-base"
     camembert = load_vocabulary(str(folder))
@@ -246,7 +247,7 @@ def test_french_text_against_an_independent_count(store: Store, shared_data: Pat
 
 
 def save_byte_level(folder: Path, texts: list[str]) -> None:
-    """A small tokenizer of the kind that RoBERTa and ModernBERT use."""
+    """A small byte-level BPE tokenizer, as in RoBERTa and ModernBERT."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=SPECIALS, show_progress=False)
@@ -255,7 +256,7 @@ def save_byte_level(folder: Path, texts: list[str]) -> None:
 
 
 def save_word_piece(folder: Path, texts: list[str]) -> None:
-    """A small tokenizer of the kind that BERT uses."""
+    """A small WordPiece tokenizer, as in BERT."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -265,7 +266,7 @@ def save_word_piece(folder: Path, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("save", [None, save_byte_level, save_word_piece])
-def test_a_long_document_gives_the_same_tokens_in_parts(
+def test_a_document_split_into_parts_gives_the_same_tokens(
     tmp_path: Path,
     shared_data: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -281,15 +282,15 @@ def test_a_long_document_gives_the_same_tokens_in_parts(
     store, settings = Store(tmp_path / "store"), Settings(length=64)
     text = "\n\n".join(texts) + " " + "a" * 5000
     receipt = make_blocks(store, write_shard(store, [text]), settings, vocabulary)
-    whole = load_tokenizer(vocabulary).encode(text, add_special_tokens=False).ids
-    assert rows_of(open_blocks(store, receipt.ref), vocabulary.pad) == expected([whole], settings, vocabulary)
+    unsplit = load_tokenizer(vocabulary).encode(text, add_special_tokens=False).ids
+    assert rows_of(open_blocks(store, receipt.ref), vocabulary.pad) == expected([unsplit], settings, vocabulary)
 
 
 def test_blocks_open_as_a_hugging_face_dataset(store: Store, vocabulary: Vocabulary, tmp_path: Path) -> None:
     from datasets import load_dataset
 
     receipt = make_blocks(store, write_shard(store, ["w10 w11", "w12"]), Settings(length=8), vocabulary)
-    files = str(store.local(receipt) / "blocks.arrow")
+    files = str(store.local(receipt) / BLOCKS_FILE)
     rows = load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[0] == {"input_ids": [BOS, 10, 11, EOS, 12, EOS, PAD, PAD], "length": 6}
 
@@ -297,7 +298,7 @@ def test_blocks_open_as_a_hugging_face_dataset(store: Store, vocabulary: Vocabul
 # ---- counts ------------------------------------------------------------------------------------------------
 
 
-def test_counts_of_a_sample_leave_padding_out(store: Store, vocabulary: Vocabulary) -> None:
+def test_token_counts_exclude_padding(store: Store, vocabulary: Vocabulary) -> None:
     shards = [write_shard(store, ["w10 w11 w10"], "a"), write_shard(store, ["w10 w99"], "b")]
     sample = [make_blocks(store, shard, Settings(length=8), vocabulary).ref for shard in shards]
     receipt = count_tokens(store, sample, vocabulary)
@@ -310,9 +311,9 @@ def test_counts_of_a_sample_leave_padding_out(store: Store, vocabulary: Vocabula
     assert counts_ref(sample[:1]) != counts_ref(sample)
 
 
-def test_the_file_is_one_batch_so_that_rows_map_as_one_array(store: Store, vocabulary: Vocabulary) -> None:
-    blocks = made(store, ["w10 w11"] * 500, Settings(length=8), vocabulary)
+def test_blocks_are_memory_mapped_as_one_array(store: Store, vocabulary: Vocabulary) -> None:
+    blocks = blocks_of(store, ["w10 w11"] * 500, Settings(length=8), vocabulary)
     assert not blocks.input_ids.flags.owndata
     assert not blocks.input_ids.flags.writeable
-    table = read_table(store.local(store.receipt(Ref("blocks", blocks.key, ""))) / "blocks.arrow")
+    table = open_arrow(store.local(store.receipt(Ref("blocks", blocks.key, ""))) / BLOCKS_FILE).read_all()
     assert table.column("input_ids").num_chunks == 1

@@ -1,11 +1,11 @@
-"""Masks: the same everywhere and for ever, fair, and never on special tokens."""
+"""Masks: reproducible on every machine and in every version, unbiased, and never on special tokens."""
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from tasks.recipe.config import MaskSettings
-from tasks.tokens.mask import IGNORE_INDEX, MaskedRows, mask_rows, philox, philox_rows, row_digests
+from tasks.tokens.mask import IGNORE_INDEX, MaskedRows, mask_rows, row_digests
 from tasks.tokens.vocabulary import Vocabulary
 
 KEY = "ab" * 32
@@ -35,7 +35,7 @@ Array = npt.NDArray[np.int64]
 
 
 def blocks(lengths: list[int], length: int, low: int = 5, size: int = 1000) -> tuple[Array, Array]:
-    """bos, `n - 2` ordinary ids (repeatable), eos, padding."""
+    """Rows of bos, ordinary ids (the same in every call), eos and padding; their lengths."""
     ids = np.random.RandomState(7).randint(low, size, (len(lengths), length))
     ends = np.array(lengths)
     ids[np.arange(length) >= ends[:, None]] = PAD
@@ -67,44 +67,15 @@ def is_chosen(masked: MaskedRows) -> npt.NDArray[np.bool_]:
 
 
 def near(count: float, total: int, share: float) -> bool:
-    """Within five standard deviations of a binomial."""
+    """Within five standard deviations of a binomial distribution."""
     return abs(count - total * share) < 5 * (total * share * (1 - share)) ** 0.5
 
 
-# ---- the stream --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_gives_the_published_answers(
-    counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]
-) -> None:
-    """Known answers of Philox4x32-10 as published with Random123 (file kat_vectors)."""
-    c0, c1, c2, c3 = (np.array([word], dtype=np.uint64) for word in counter)
-    assert tuple(int(word[0]) for word in philox((c0, c1, c2, c3), key)) == words
-
-
-def test_every_row_and_stream_has_its_own_words() -> None:
-    rows = np.array([0, 1, 2**32, 2**32 + 1])
-    words = np.concatenate([philox_rows((1, 2), rows, stream, 6) for stream in (0, 1)])
-    assert words.shape == (8, 6)
-    assert len(np.unique(words)) == 48
-    assert words.max() < 2**32
-    assert (philox_rows((1, 2), rows, 0, 5) == words[:4, :5]).all()
+# ---- golden masks ------------------------------------------------------------------------------------------
 
 
 def test_masks_are_frozen() -> None:
-    """If this fails, masks changed: every cached target would be stale. Raise the schema of targets, then mend it."""
+    """If this fails, masks changed and every cached target is stale: raise the schema of targets, then fix the test."""
     ids = np.array([[BOS, *range(100, 118), EOS], [BOS, *range(200, 209), EOS, *[PAD] * 9]])
     lengths = np.array([20, 11])
     uniform = run(ids, lengths, MaskSettings(seed=3, rate=0.3), rows=np.array([5, 2**33 + 1]), variant=2)
@@ -119,12 +90,12 @@ def test_masks_are_frozen() -> None:
     assert [digest.hex() for digest in row_digests(uniform.input_ids, lengths)] == GOLDEN_DIGESTS
 
 
-# ---- what a mask is ----------------------------------------------------------------------------------------
+# ---- properties of a mask ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["uniform", "smoothed"])
 @pytest.mark.parametrize("rate", [0.05, 0.15, 0.5])
-def test_each_row_gets_its_share_and_nothing_else_changes(kind: str, rate: float) -> None:
+def test_each_row_gets_the_mask_rate_and_nothing_else_changes(kind: str, rate: float) -> None:
     ids, lengths = blocks([64, 3, 40, 10, 64, 20] * 20, 64)
     ids[0, 5] = UNK
     before = ids.copy()
@@ -144,14 +115,14 @@ def test_each_row_gets_its_share_and_nothing_else_changes(kind: str, rate: float
         assert (np.diff(positions[valid]) > 0).all()
 
 
-def test_shares_that_are_whole_numbers_stay_whole() -> None:
+def test_integer_products_of_rate_and_length_are_not_rounded_up() -> None:
     # 0.07 x 100 is a little over 7 in binary.
     ids, lengths = blocks([100, 20], 100)
     assert run(ids, lengths, MaskSettings(rate=0.07)).valid.sum(axis=1).tolist() == [7, 2]
     assert run(ids, lengths, MaskSettings(rate=0.15)).valid.sum(axis=1).tolist() == [15, 3]
 
 
-def test_rows_with_little_or_nothing_to_mask() -> None:
+def test_rows_with_few_or_no_maskable_tokens() -> None:
     ids = np.array([[BOS, EOS, PAD, PAD, PAD, PAD, PAD, PAD], [BOS, UNK, UNK, 9, UNK, EOS, PAD, PAD]])
     masked = run(ids, np.array([2, 6]), MaskSettings(rate=0.5))
     assert masked.valid.sum(axis=1).tolist() == [0, 1]
@@ -165,13 +136,13 @@ def test_rows_with_little_or_nothing_to_mask() -> None:
 def test_a_row_does_not_depend_on_its_batch() -> None:
     ids, lengths = blocks([32, 20, 9, 32, 27] * 8, 32)
     rows = np.arange(1000, 1040)
-    whole = run(ids.astype(np.uint16), lengths.astype(np.int32), rows=rows)
+    together = run(ids.astype(np.uint16), lengths.astype(np.int32), rows=rows)
     order = np.random.RandomState(1).permutation(40)
     shuffled = run(ids[order], lengths[order], rows=rows[order])
-    for ours, theirs in zip(whole, shuffled, strict=True):
+    for ours, theirs in zip(together, shuffled, strict=True):
         assert (ours[order] == theirs).all()
     alone = run(ids[17:18], lengths[17:18], rows=rows[17:18])
-    assert all((ours[17:18] == theirs).all() for ours, theirs in zip(whole, alone, strict=True))
+    assert all((ours[17:18] == theirs).all() for ours, theirs in zip(together, alone, strict=True))
 
 
 def test_seed_blocks_variant_and_row_each_change_the_mask() -> None:
@@ -195,10 +166,10 @@ def test_smoothed_masks_need_counts() -> None:
         run(ids, lengths, MaskSettings(kind="smoothed"))
 
 
-# ---- fairness ----------------------------------------------------------------------------------------------
+# ---- distribution ----------------------------------------------------------------------------------------------
 
 
-def test_uniform_masks_take_every_position_equally_often() -> None:
+def test_uniform_masks_choose_every_position_equally_often() -> None:
     ids, lengths = blocks([66] * 4000, 66)
     hits = is_chosen(run(ids, lengths)).sum(axis=0)
     assert hits[0] == hits[65] == 0
@@ -206,7 +177,7 @@ def test_uniform_masks_take_every_position_equally_often() -> None:
     assert all(near(count, 4000, 10 / 64) for count in hits[1:65])
 
 
-def test_eighty_ten_ten() -> None:
+def test_chosen_tokens_are_replaced_80_10_10() -> None:
     size = 50
     ids, lengths = blocks([130] * 3000, 130, size=size)
     masked = run(ids, lengths, vocabulary=vocabulary_of(size))
@@ -222,8 +193,8 @@ def test_eighty_ten_ten() -> None:
     assert all(near(count, len(drawn), 1 / ordinary) for count in histogram[5:])
 
 
-def test_smoothed_masks_draw_by_count_to_the_power_minus_0_7() -> None:
-    """With one position a row, the chance of each is exactly its weight over the sum of weights."""
+def test_smoothed_masks_draw_with_weight_count_to_the_minus_0_7() -> None:
+    """With one position per row, the probability of each is exactly its weight over the sum of weights."""
     counts = np.zeros(1000, dtype=np.int64)
     counts[10:15] = [0, 1, 10, 100, 10_000]
     ids = np.tile([BOS, 10, 11, 12, EOS, 13, 14, PAD], (20_000, 1))
@@ -240,13 +211,13 @@ def test_smoothed_masks_draw_by_count_to_the_power_minus_0_7() -> None:
 # ---- digests -----------------------------------------------------------------------------------------------
 
 
-def test_digests_name_what_the_teacher_read() -> None:
+def test_digests_identify_the_attended_input() -> None:
     ids, lengths = blocks([8, 5, 8], 8)
     digests = row_digests(ids, lengths)
     assert len(set(digests)) == 3
     assert {len(digest) for digest in digests} == {8}
     changed = ids.copy()
-    changed[1, 6] = 99  # behind the end of row 1: nobody reads it
+    changed[1, 6] = 99  # padding of row 1, not attended
     assert row_digests(changed, lengths) == digests
     assert row_digests(ids.astype(np.uint16), lengths.astype(np.int32)) == digests
     changed[1, 2] += 1

@@ -1,4 +1,4 @@
-"""What the ids of a tokenizer mean, for the families that teachers come from, and what a broken folder gets."""
+"""Vocabularies of the supported tokenizer families, and the errors of a broken folder."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def byte_level(specials: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def test_camembert_has_a_row_for_32005_pieces_although_its_tokenizer_counts_32006(shared_data: Path) -> None:
+def test_the_size_of_camembert_is_32005_although_its_tokenizer_has_32006_tokens(shared_data: Path) -> None:
     vocabulary = load_vocabulary(str(shared_data / "tokenizer" / "camembert-base"))
     assert vocabulary.size == 32005
     assert (vocabulary.mask, vocabulary.pad, vocabulary.bos, vocabulary.eos, vocabulary.unk) == (32004, 1, 5, 6, 4)
@@ -52,7 +52,7 @@ def test_camembert_has_a_row_for_32005_pieces_although_its_tokenizer_counts_3200
     assert load_tokenizer(vocabulary).encode("Le camembert", add_special_tokens=False).tokens[0] == "▁Le"
 
 
-def test_bert_puts_cls_and_sep_around_a_text(tmp_path: Path) -> None:
+def test_bert_uses_cls_and_sep_as_bos_and_eos(tmp_path: Path) -> None:
     config = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": {"content": "[MASK]"}}
     vocabulary = load_vocabulary(save(tmp_path, word_piece(), config))
     assert (vocabulary.size, vocabulary.pad, vocabulary.unk) == (8, 0, 1)
@@ -60,8 +60,8 @@ def test_bert_puts_cls_and_sep_around_a_text(tmp_path: Path) -> None:
     assert vocabulary.specials == (0, 1, 2, 3, 4)
 
 
-def test_special_tokens_behind_a_byte_level_vocabulary_have_rows(tmp_path: Path) -> None:
-    # ModernBERT: 256 bytes here, then specials with a role, then a spare one that the model has no row for.
+def test_special_tokens_with_a_role_after_the_vocabulary_count(tmp_path: Path) -> None:
+    # As in ModernBERT: 256 bytes, specials with a role, and a spare one without an embedding row.
     specials = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[spare]"]
     vocabulary = load_vocabulary(save(tmp_path, byte_level(specials), {}))
     assert (vocabulary.unk, vocabulary.bos, vocabulary.eos, vocabulary.pad, vocabulary.mask) == (
@@ -75,7 +75,7 @@ def test_special_tokens_behind_a_byte_level_vocabulary_have_rows(tmp_path: Path)
     assert vocabulary.specials == (256, 257, 258, 259, 260)
 
 
-def test_usual_spellings_serve_where_the_configuration_is_silent(tmp_path: Path) -> None:
+def test_usual_spellings_are_used_without_a_configuration(tmp_path: Path) -> None:
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     folder = save(tmp_path, byte_level(specials), None)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<pad>", "sep_token": "</s>"}))
@@ -89,7 +89,7 @@ def test_usual_spellings_serve_where_the_configuration_is_silent(tmp_path: Path)
     )
 
 
-def test_ordinary_added_tokens_count_as_pieces(tmp_path: Path) -> None:
+def test_ordinary_added_tokens_count(tmp_path: Path) -> None:
     tokenizer = word_piece()
     tokenizer.add_tokens([AddedToken("camembert")])
     assert load_vocabulary(save(tmp_path, tokenizer, {})).size == len(BERT) + 1
@@ -108,7 +108,7 @@ def test_the_fingerprint_follows_the_ids_and_nothing_else(tmp_path: Path) -> Non
     assert len({first.fingerprint, other_words.fingerprint, other_role.fingerprint}) == 3
 
 
-def test_a_model_has_to_have_a_row_for_every_piece(shared_data: Path) -> None:
+def test_a_model_needs_an_embedding_row_for_every_token(shared_data: Path) -> None:
     vocabulary = load_vocabulary(str(shared_data / "tokenizer" / "camembert-base"))
     check_vocabulary_fits(vocabulary, 32005, "camembert-base")
     check_vocabulary_fits(vocabulary, 32064, "padded to a multiple of 64")
@@ -117,7 +117,7 @@ def test_a_model_has_to_have_a_row_for_every_piece(shared_data: Path) -> None:
             check_vocabulary_fits(vocabulary, rows, "other")
 
 
-def test_what_is_not_a_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_tokenizer_fails_with_cause_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FatalError, match=r"empty: there is no tokenizer\.json; make one with .*save_pretrained"):
         load_vocabulary(str(tmp_path / "empty"))
@@ -136,12 +136,12 @@ def test_what_is_not_a_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> N
         load_vocabulary(str(tmp_path / "cut"))
 
 
-def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_are_downloaded_and_their_errors_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path / "cache", word_piece(), {})
-    asked: list[tuple[str, str | None]] = []
+    requested: list[tuple[str, str | None]] = []
 
     def download(name: str, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision))
+        requested.append((name, revision))
         assert not any(pattern.endswith(("safetensors", "bin", "*")) for pattern in allow_patterns)
         if name == "hub/unknown":
             raise RepositoryNotFoundError("404", response=Response(404, request=Request("GET", "https://hub")))
@@ -163,10 +163,10 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(folder).mkdir()
     with pytest.raises(FatalError, match=r"there is no tokenizer\.json"):
         load_vocabulary("hub/known", "v2")
-    assert asked[0] == ("hub/known", "v1")
+    assert requested[0] == ("hub/known", "v1")
 
 
-def test_worker_processes_start_without_torch_and_transformers(repo: Path) -> None:
+def test_tokens_import_neither_torch_nor_transformers(repo: Path) -> None:
     code = (
         "import sys, tasks.tokens.blocks, tasks.tokens.mask\n"
         "print([name for name in ('torch', 'transformers', 'huggingface_hub', 'prefect') if name in sys.modules])"
@@ -175,9 +175,9 @@ def test_worker_processes_start_without_torch_and_transformers(repo: Path) -> No
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("tokenizer", "asked"), [("", ("bert", "v2")), ("own", ("own",))])
-def test_the_teachers_revision_is_not_asked_of_another_tokenizer(
-    tokenizer: str, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tokenizer", "expected"), [("", ("bert", "v2")), ("own", ("own",))])
+def test_the_teachers_revision_is_not_used_for_another_tokenizer(
+    tokenizer: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.tokens.vocabulary.load_vocabulary", lambda *names: names)
-    assert vocabulary_for(BlockSettings(tokenizer=tokenizer), TeacherSettings(model="bert", revision="v2")) == asked
+    assert vocabulary_for(BlockSettings(tokenizer=tokenizer), TeacherSettings(model="bert", revision="v2")) == expected

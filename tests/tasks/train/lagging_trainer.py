@@ -1,6 +1,8 @@
-"""The recording trainer on a store whose listing lags: all ranks but the first do not see the newest checkpoint.
+"""A program for tests: the recording trainer on a store whose listing lags.
 
-torchrun --nproc-per-node 2 -m tests.tasks.train.lagging_trainer RUN.json
+    torchrun --nproc-per-node 2 -m tests.tasks.train.lagging_trainer RUN.json
+
+Started by test_trainer.py. All ranks but the first do not see the newest checkpoint.
 """
 
 import os
@@ -9,11 +11,11 @@ from storage.store import Store
 from tasks.recipe.run_spec import RunSpec
 from tasks.train import checkpoint
 from tasks.train.__main__ import exit_with_status, main
-from tests.tasks.train.recording_trainer import noting
+from tests.tasks.train.recording_trainer import record_rows
 
 
-def lagging() -> None:
-    """From now on this process does not see the newest checkpoint."""
+def hide_newest_checkpoint() -> None:
+    """Makes listings of checkpoints in this process leave out the newest one."""
     steps_kept = checkpoint.steps_kept
 
     def all_but_the_newest(store: Store, run: RunSpec) -> list[int]:
@@ -23,7 +25,7 @@ def lagging() -> None:
 
 
 if __name__ == "__main__":
-    noting()
+    record_rows()
     if os.environ["RANK"] != "0":
-        lagging()
+        hide_newest_checkpoint()
     exit_with_status(main)

@@ -1,9 +1,10 @@
-"""The trainer, with a note of every row that it learned from: what test_train.py looks at after a change of ranks.
+"""A program for tests: the trainer, which also records every row that it trains on.
 
     python -m tests.tasks.train.recording_trainer RUN.json                            or with torchrun
 
-Each rank appends a line {"step", "rank", "rows"} for each of its steps to rows.jsonl in the run's folder; a row is the
-sha256 of its masked tokens, which no other block has.
+Started by test_trainer.py to compare the rows before and after a change of ranks. Each rank appends a line
+{"step", "rank", "rows"} per step to rows.jsonl in the run folder. A row is identified by the sha256 of its masked
+tokens, which no other block shares.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tasks.train import trainer as train
+from tasks.train import trainer
 from tasks.train.__main__ import exit_with_status, main
 from tasks.train.checkpoint import TrainingProgress
 from tasks.train.trainer import Trainer
@@ -25,26 +26,26 @@ def row_names(input_ids_BL: torch.Tensor) -> list[str]:
     return [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in input_ids_BL]
 
 
-def noting() -> None:
-    """From now on the trainer notes what it does; nothing else about it changes."""
-    step, advance = train.gradient_step, Trainer._advance
+def record_rows() -> None:
+    """Makes the trainer of this process record its rows; changes nothing else about it."""
+    gradient_step, advance = trainer.gradient_step, Trainer._advance
     seen: list[str] = []
 
-    def gradient_step(distiller: Any, supervision: Any, batches: Any, *rest: Any) -> torch.Tensor:
+    def recording_step(student_with_loss: Any, signal_source: Any, batches: Any, *rest: Any) -> torch.Tensor:
         seen[:] = [name for batch in batches for name in row_names(batch.input_ids)]
-        return step(distiller, supervision, batches, *rest)
+        return gradient_step(student_with_loss, signal_source, batches, *rest)
 
-    def advanced(self: Trainer, progress: TrainingProgress, tokens: int) -> TrainingProgress:
+    def recording_advance(self: Trainer, progress: TrainingProgress, tokens: int) -> TrainingProgress:
         after = advance(self, progress, tokens)
-        line = {"step": after.step, "rank": self.world.rank, "rows": seen}
+        line = {"step": after.step, "rank": self.ranks.rank, "rows": seen}
         with (Path(self.run.folder) / FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
         return after
 
-    train.gradient_step = gradient_step
-    Trainer._advance = advanced  # type: ignore[method-assign]
+    trainer.gradient_step = recording_step
+    Trainer._advance = recording_advance  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    noting()
+    record_rows()
     exit_with_status(main)

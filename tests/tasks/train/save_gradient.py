@@ -1,6 +1,8 @@
-"""The gradient of one step over all ranks, saved by rank 0: what test_step.py compares between one rank and two.
+"""A program for tests: saves the gradient of one step over all ranks.
 
-torchrun --nproc-per-node 2 -m tests.tasks.train.save_gradient STORE TEACHER PARTS.json OUT.safetensors
+    torchrun --nproc-per-node 2 -m tests.tasks.train.save_gradient STORE TEACHER PARTS.json OUT.safetensors
+
+Started by test_step.py, which compares the gradient of one rank with that of two.
 """
 
 import json
@@ -30,21 +32,26 @@ ROWS = 8
 
 def main(store: str, teacher_folder: str, parts_file: str, out: str) -> int:
     dist.init_process_group("gloo")
-    world = Ranks(dist.get_rank(), dist.get_world_size())
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
     parts = tuple(Part(**values) for values in json.loads(Path(parts_file).read_text()))
     teacher = load_teacher(TeacherSettings(model=teacher_folder), "cpu")
     student = make_student(teacher.model, teacher.vocabulary, layers=2)
-    # Rank 0 takes full blocks and rank 1 the padded tails, so their counts differ.
+    # Rank 0 takes full blocks and rank 1 padded ones, so their counts differ.
     rows = np.array([*range(ROWS // 2), *(parts[0].rows - 1 - n for n in range(ROWS // 2))])
-    own = np.array_split(rows, world.ranks)[world.rank]
+    own = np.array_split(rows, ranks.world_size)[ranks.rank]
     masking = MaskingRule(teacher.vocabulary, MaskSettings(), every_position=False)
-    nobody = np.zeros(len(own), np.int64)
-    batch = make_batch(BlockDataset(Store(store), parts, cached=False), masking, nobody, own, nobody)
-    distiller = DistributedDataParallel(StudentWithLoss(student, LossSettings(), compile_encoder=False))
+    zeros = np.zeros(len(own), np.int64)
+    batch = make_batch(BlockDataset(Store(store), parts, cached=False), masking, zeros, own, zeros)
+    student_with_loss = DistributedDataParallel(StudentWithLoss(student, LossSettings(), compile_encoder=False))
     gradient_step(
-        distiller, OnlineTeacher(teacher, LossSettings()), [batch], sum_counts([batch], False, world), world, None
+        student_with_loss,
+        OnlineTeacher(teacher, LossSettings()),
+        [batch],
+        sum_counts([batch], False, ranks),
+        ranks,
+        None,
     )
-    if world.rank == 0:
+    if ranks.rank == 0:
         save_file({name: p.grad for name, p in student.named_parameters() if p.grad is not None}, out)
     return 0
 

@@ -1,4 +1,4 @@
-"""The loss: golden values, the fused form against the plain one, and what training relies on."""
+"""The loss: golden values of the DistilBERT code, the fused form against the plain one, and its edge cases."""
 
 import math
 
@@ -14,7 +14,6 @@ from tasks.train.loss import (
     RowCounts,
     Weights,
     combined_loss,
-    count_rows,
     decoder_logits,
     fused_loss,
     pad_decoder,
@@ -23,11 +22,19 @@ from tasks.train.loss import (
 WEIGHTS = Weights(distil=0.5, cosine=0.3, mlm=0.2)
 
 
+def count_rows(labels_N: Tensor, valid_N: Tensor | None = None) -> RowCounts:
+    """Selected and masked rows of one micro-batch, as tensors on its device."""
+    masked_N = labels_N != -100
+    if valid_N is None:
+        return RowCounts(torch.full((), labels_N.numel(), device=labels_N.device), masked_N.sum())
+    return RowCounts(valid_N.sum(), (masked_N & valid_N).sum())
+
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def golden_inputs() -> dict[str, Tensor]:
-    """The published case of the reference trainer: B=2, L=5, V=11, H=4, lengths 5 and 3, float64."""
+    """The golden case, computed with the DistilBERT code: B=2, L=5, V=11, H=4, lengths 5 and 3, float64."""
 
     def wave(function, size, *shape):
         return function(torch.arange(size, dtype=torch.float64)).reshape(*shape)
@@ -61,7 +68,7 @@ def fused_on_selected(leaves, case, keep):
 
 
 def fused_with_identity(leaves, case, keep, valid):
-    """Features are the logits, the decoder is the identity."""
+    """The fused loss on given logits: features are the logits, the decoder is the identity."""
     student_NV, hidden_ND = leaves[0][keep], leaves[1][keep]
     teacher_NV, labels_N = case["teacher_logits"][keep], case["labels"][keep]
     eye, zero = torch.eye(11, dtype=torch.float64), torch.zeros(11, dtype=torch.float64)
@@ -82,13 +89,13 @@ def fused_with_identity(leaves, case, keep, valid):
 
 
 def fused_on_all(leaves, case, keep):
-    """All ten positions, the padding as slots that do not count."""
+    """All ten positions, the padding as unused slots."""
     flat = {name: tensor.flatten(0, 1) for name, tensor in case.items()}
     return fused_with_identity([leaf.flatten(0, 1) for leaf in leaves], flat, slice(None), keep.flatten())
 
 
 @pytest.mark.parametrize("form", [plain, fused_on_selected, fused_on_all])
-def test_golden_values_of_the_reference(form):
+def test_golden_values_of_the_distilbert_code(form):
     case = golden_inputs()
     leaves = [case[name].clone().requires_grad_() for name in ("student_logits", "student_hidden")]
     losses = form(leaves, case, case["attended"])
@@ -102,12 +109,12 @@ def test_golden_values_of_the_reference(form):
         assert torch.equal(leaf.grad[~case["attended"]], torch.zeros_like(leaf.grad[~case["attended"]]))
 
 
-WRONG_READINGS = {"no T^2": 0.46899, "mean over V": 0.17054, "padding included": 1.61714, "3-D batchmean": 8.08572}
-WRONG_READINGS |= {"reverse KL": 1.74377, "cross-entropy": 10.23332}
+WRONG_DEFINITIONS = {"no T^2": 0.46899, "mean over V": 0.17054, "padding included": 1.61714, "3-D batchmean": 8.08572}
+WRONG_DEFINITIONS |= {"reverse KL": 1.74377, "cross-entropy": 10.23332}
 
 
-def test_the_golden_case_tells_wrong_readings_apart():
-    """Each wrong reading gives the value that is published for it, so the golden value excludes them all."""
+def test_the_golden_values_exclude_wrong_definitions_of_the_loss():
+    """Each wrong definition gives a known other value, so the golden value excludes them all."""
     case = golden_inputs()
     keep = case["attended"]
     log_q, log_p = ((case[name] / 2).log_softmax(-1) for name in ("student_logits", "teacher_logits"))
@@ -121,13 +128,13 @@ def test_the_golden_case_tells_wrong_readings_apart():
         "cross-entropy": -(log_p.exp() * log_q).sum(-1)[keep].mean() * 4,
     }
     ours = float(plain([case["student_logits"], case["student_hidden"]], case, keep).distil)
-    for name, value in WRONG_READINGS.items():
+    for name, value in WRONG_DEFINITIONS.items():
         assert float(computed[name]) == pytest.approx(value, abs=2e-5), name
         assert abs(ours - value) > 0.1, name
 
 
 class Case:
-    """Random rows, heads and decoders of any shape in float64, computed in both forms."""
+    """Random rows, heads and decoders of any shape; `plain` and `fused` compute both forms of the loss."""
 
     def __init__(self, rows, vocabulary, features, hidden, seed=0, dtype=torch.float64):
         generator = torch.Generator().manual_seed(seed)
@@ -149,7 +156,7 @@ class Case:
         return [self.features, self.weight, self.bias, self.hidden]
 
     def gradients(self, total):
-        """The gradients to features, weight, bias and hidden."""
+        """Gradients to features, weight, bias and hidden."""
         grads = torch.autograd.grad(total, self.leaves, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, self.leaves, strict=True)]
 
@@ -207,9 +214,9 @@ def test_fused_equals_plain(rows, vocabulary, features, temperature, weights, ch
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
-def test_micro_batches_add_up_to_the_whole_step(pieces):
+def test_micro_batches_add_up_to_the_step(pieces):
     case = Case(rows=16, vocabulary=13, features=4, hidden=5, dtype=torch.float32)
-    whole = case.gradients(case.plain().total)
+    expected = case.gradients(case.plain().total)
     counts = count_rows(case.labels)
     summed = [torch.zeros_like(leaf) for leaf in case.leaves]
     total = 0.0
@@ -218,11 +225,11 @@ def test_micro_batches_add_up_to_the_whole_step(pieces):
         total += float(losses.total.detach())
         summed = [one + other for one, other in zip(summed, case.gradients(losses.total), strict=True)]
     assert total == pytest.approx(float(case.plain().total.detach()), rel=1e-6)
-    for one, other in zip(summed, whole, strict=True):
+    for one, other in zip(summed, expected, strict=True):
         assert float((one - other).norm() / other.norm()) <= 1e-6
 
 
-def test_slots_that_do_not_count_add_nothing_whatever_they_hold():
+def test_unused_slots_add_exactly_nothing_even_if_nan():
     case = Case(rows=6, vocabulary=9, features=3, hidden=4)
     valid = torch.tensor([True, False, True, True, False, False])
     expected = case.fused(keep=valid)
@@ -241,7 +248,7 @@ def test_slots_that_do_not_count_add_nothing_whatever_they_hold():
     assert torch.equal(padded_grads[3][~valid], torch.zeros(3, 4, dtype=torch.float64))
 
 
-def test_a_micro_batch_of_padding_only_gives_zero_and_no_nan():
+def test_a_micro_batch_of_unused_slots_gives_zero_and_no_nan():
     case = Case(rows=4, vocabulary=9, features=3, hidden=4)
     valid = torch.zeros(4, dtype=torch.bool)
     losses = case.fused(valid_N=valid)
@@ -256,7 +263,7 @@ def test_no_masked_row_gives_no_mlm_loss():
     assert_same(case, case.fused(), case.plain())
 
 
-def test_equal_logits_cost_nothing_to_distil():
+def test_equal_logits_have_no_distil_loss():
     logits = torch.full((3, 7), 2.5, dtype=torch.float64)
     hidden = torch.ones(3, 4, dtype=torch.float64)
     labels = torch.tensor([1, -100, 2])
@@ -267,7 +274,7 @@ def test_equal_logits_cost_nothing_to_distil():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 10.0])
-def test_rows_that_pad_the_vocabulary_change_nothing(temperature):
+def test_padding_rows_of_the_decoder_change_nothing(temperature):
     case = Case(rows=5, vocabulary=13, features=3, hidden=4, dtype=torch.float32)
     expected = case.plain(temperature=temperature)
     weight, bias = pad_decoder(case.weight, case.bias, 8)
@@ -288,8 +295,8 @@ def test_rows_that_pad_the_vocabulary_change_nothing(temperature):
     assert_same(case, padded, expected, tolerance=2e-6)
 
 
-def test_targets_that_come_as_logits_of_a_few_tokens():
-    """Top-k targets: the provider scatters what it has into full logits; nothing else is asked of it."""
+def test_top_k_targets():
+    """The target provider scatters its top-k logits into full rows; the loss needs nothing else."""
     case = Case(rows=5, vocabulary=9, features=3, hidden=4)
     full = torch.full((5, 9), -30.0, dtype=torch.float64)
     full[:, :3] = torch.log_softmax(case.teacher[0][:, :3], -1)
@@ -329,7 +336,7 @@ def test_plain_mlm_training_needs_no_teacher():
 
 
 @pytest.mark.parametrize("weights", [Weights(1, 0, 0), Weights(0, 1, 0)])
-def test_a_part_with_weight_must_have_its_teacher(weights):
+def test_a_term_with_weight_needs_its_teacher_input(weights):
     case = Case(rows=2, vocabulary=3, features=2, hidden=2)
     arguments = {"weights": weights, "temperature": 2.0, "counts": RowCounts(2, 1)}
     with pytest.raises(ValueError, match="needs"):
@@ -338,14 +345,14 @@ def test_a_part_with_weight_must_have_its_teacher(weights):
         case.fused(temperature=0.0)
 
 
-def test_the_gradient_follows_a_factor_on_the_total():
+def test_a_factor_on_the_total_scales_the_gradient():
     case = Case(rows=5, vocabulary=9, features=3, hidden=4)
     once, twice = case.gradients(case.fused().total), case.gradients(case.fused().total * 2)
     for one, other in zip(once, twice, strict=True):
         torch.testing.assert_close(one * 2, other)
 
 
-def test_under_no_grad_the_values_are_the_same():
+def test_no_grad_gives_the_same_values():
     case = Case(rows=5, vocabulary=9, features=3, hidden=4)
     expected = case.fused()
     with torch.no_grad():
@@ -367,7 +374,7 @@ def test_bfloat16_autocast_stays_near_float32():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operation gave."""
+    """Records the number of elements of the largest tensor that any operation returned."""
 
     largest = 0
 
@@ -379,7 +386,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_nothing_of_rows_times_vocabulary_is_ever_made():
+def test_no_tensor_of_rows_times_vocabulary_is_created():
     case = Case(rows=512, vocabulary=300, features=8, hidden=8, dtype=torch.float32)
     with LargestTensor() as fused:
         case.fused(chunk_rows=32).total.backward()
@@ -389,8 +396,8 @@ def test_nothing_of_rows_times_vocabulary_is_ever_made():
     assert plainly.largest == 512 * 300
 
 
-def test_one_graph_for_the_compiler():
-    """No graph break: nothing in the loss asks for a value on the device."""
+def test_the_loss_compiles_to_one_graph():
+    """No graph break: nothing in the loss reads a value back from the device."""
     case = Case(rows=12, vocabulary=9, features=3, hidden=4)
     valid = torch.arange(12) < 9
 

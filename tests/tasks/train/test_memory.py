@@ -1,7 +1,6 @@
-"""The memory of a train step at the size of camembert-base, traced with fake tensors: shapes without numbers.
+"""Peak memory of a training step at the size of camembert-base, traced with fake tensors (shapes without data).
 
-What the loss takes on top of the encoder must not grow with rows x vocabulary beyond one chunk (here that of a CPU,
-256 rows).
+The memory that the loss adds to the encoder's must not grow with rows x vocabulary beyond one chunk (256 rows).
 """
 
 from collections.abc import Iterator
@@ -23,21 +22,21 @@ from tests.harness.live_tensors import LiveTensors
 
 VOCABULARY, WIDTH, LENGTH = 32_005, 768, 512
 CHUNK = 256
-"""Rows of a chunk on a CPU."""
-TOGETHER = 7
-"""Tensors [chunk, V] that may be alive together: logits, log-probabilities and gradients of student and teacher."""
+"""Rows per chunk on a CPU."""
+MAX_ALIVE = 7
+"""Tensors [chunk, V] that may be alive at once: logits, log-probabilities and gradients of student and teacher."""
 FLOAT = 4
 
 
 @pytest.fixture(autouse=True)
 def fake() -> Iterator[None]:
-    """Every tensor of a test is fake: 16,384 rows take no memory and no time."""
+    """Every tensor of a test is fake, so 16,384 rows take no memory and no time."""
     with FakeTensorMode():
         yield
 
 
 def camembert(vocabulary: int) -> Any:
-    """A student of six layers, without numbers."""
+    """A student of six layers, without data."""
     config = CamembertConfig(
         vocab_size=vocabulary,
         num_hidden_layers=6,
@@ -57,35 +56,35 @@ def batch_of(blocks: int) -> Batch:
 
 
 def trace(blocks: int, vocabulary: int) -> LiveTensors:
-    """Forward, loss and backward of one micro-batch, with hidden states of the teacher as a cache gives them."""
+    """Forward, loss and backward of one micro-batch, with the teacher's hidden states from a cache."""
     student, batch = camembert(vocabulary), batch_of(blocks)
-    distiller = StudentWithLoss(student, LossSettings(), compile_encoder=False)
+    student_with_loss = StudentWithLoss(student, LossSettings(), compile_encoder=False)
     hidden_ND = torch.empty(batch.rows, WIDTH)
     with LiveTensors() as live:
         with torch.no_grad():
-            told = TeacherSignal(decoder_logits(head_features(student, hidden_ND), *decoder_of(student)), hidden_ND)
-        losses = distiller(batch, told, RowCounts(float(batch.rows), float(batch.masked)))
+            signal = TeacherSignal(decoder_logits(head_features(student, hidden_ND), *decoder_of(student)), hidden_ND)
+        losses = student_with_loss(batch, signal, RowCounts(float(batch.rows), float(batch.masked)))
         losses.total.backward()
     return live
 
 
 @pytest.mark.slow
 def test_the_step_does_not_grow_with_rows_times_vocabulary() -> None:
-    """What a full vocabulary costs over one of eight tokens is the same for 16 k rows as for 4 k rows."""
+    """A full vocabulary adds the same memory to that of an eight-token vocabulary for 16 k rows as for 4 k rows."""
     peaks = {(blocks, size): trace(blocks, size).peak for blocks in (8, 32) for size in (8, VOCABULARY)}
     few, many = (peaks[blocks, VOCABULARY] - peaks[blocks, 8] for blocks in (8, 32))
     one_chunk = CHUNK * VOCABULARY * FLOAT
-    whole = 32 * LENGTH * VOCABULARY * FLOAT
+    full_size = 32 * LENGTH * VOCABULARY * FLOAT
     decoder = VOCABULARY * WIDTH * FLOAT
     print(
-        f"\n16,384 rows cost {many / 1e6:,.0f} MB, 4,096 rows {few / 1e6:,.0f} MB; one [N, V] is {whole / 1e6:,.0f} MB"
+        f"\n16,384 rows: {many / 1e6:,.0f} MB, 4,096 rows: {few / 1e6:,.0f} MB; one [N, V]: {full_size / 1e6:,.0f} MB"
     )
-    assert many < TOGETHER * one_chunk + 3 * decoder < whole
+    assert many < MAX_ALIVE * one_chunk + 3 * decoder < full_size
     assert many - few < 0.05 * one_chunk
 
 
 @pytest.mark.parametrize("rows", [4096, 16_384])
-def test_only_a_few_chunks_of_logits_are_alive_together(rows: int) -> None:
+def test_only_a_few_chunks_of_logits_are_alive_at_once(rows: int) -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape).requires_grad_()
 
@@ -105,5 +104,5 @@ def test_only_a_few_chunks_of_logits_are_alive_together(rows: int) -> None:
         )
         losses.total.backward()
     print(f"\n{live.most((CHUNK, VOCABULARY))} of [{CHUNK}, {VOCABULARY}] at once")
-    assert 2 <= live.most((CHUNK, VOCABULARY)) <= TOGETHER
+    assert 2 <= live.most((CHUNK, VOCABULARY)) <= MAX_ALIVE
     assert live.most((rows, VOCABULARY)) == 0

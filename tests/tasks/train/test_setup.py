@@ -1,4 +1,4 @@
-"""What a training starts from: the right tokenizer and weights, and refusals before the first step."""
+"""Set-up of a training: tokenizer, weights and dtypes, and errors before the first step."""
 
 from pathlib import Path
 
@@ -10,9 +10,12 @@ from transformers import AutoModelForMaskedLM
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.models.files import fingerprint_of
+from tasks.models.teacher import load_teacher
+from tasks.recipe.config import TeacherSettings
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_spec import RunSpec, make_run
 from tasks.train.setup import set_up_training
+from tasks.train.teacher_signal import OnlineTeacher
 from tests.harness.tiny import make_parts, make_teacher, save_tokenizer
 
 CPU = torch.device("cpu")
@@ -27,7 +30,7 @@ FRESH = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, and another model of the same kind to start from."""
+    """A teacher, another model of the same class for warm starts, and a store of blocks."""
     folder = tmp_path_factory.mktemp("build")
     make_teacher(folder / "teacher")
     make_teacher(folder / "other", layers=3)
@@ -52,18 +55,47 @@ def run_of(place: Path, start: str = "", **sections: dict[str, object]) -> RunSp
     return make_run(recipe, manifest=parts, heldout=(), teacher_fingerprint=fingerprint, start=start, counts="")
 
 
-def built(run: RunSpec) -> torch.nn.Module:
+def student_of(run: RunSpec) -> torch.nn.Module:
     return set_up_training(run, Store(run.store), CPU).student
 
 
-def test_the_student_starts_from_the_saved_weights_whatever_the_teachers_dtype(place: Path) -> None:
-    teacher = {"model": str(place / "teacher"), "dtype": "bfloat16"}
-    saved = load_file(place / "teacher" / "model.safetensors")
-    name = "lm_head.dense.weight"
-    assert torch.equal(dict(built(run_of(place, teacher=teacher)).named_parameters())[name], saved[name])
+@pytest.mark.parametrize("family", ["camembert", "modernbert"])
+def test_one_load_gives_a_float32_student_and_a_bfloat16_teacher(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student has the file's float32 weights; the teacher gives the bits of one that was loaded in bfloat16."""
+    make_teacher(tmp_path / "teacher", family)
+    settings = TeacherSettings(model=str(tmp_path / "teacher"), dtype="bfloat16")
+    loaded = load_teacher(settings, "cpu")
+    loads = []
+    monkeypatch.setattr("tasks.train.setup.load_teacher", lambda *given: loads.append(given) or load_teacher(*given))
+    make_parts(Store(tmp_path / "store"), tmp_path / "teacher", shards=1, texts=4)
+    setup = set_up_training(
+        run_of(tmp_path, teacher=settings.model_dump(), student={"layers": 4}), Store(tmp_path / "store"), CPU
+    )
+    assert len(loads) == 1
+
+    saved = load_file(tmp_path / "teacher" / "model.safetensors")
+    student = setup.student.state_dict()
+    assert {tensor.dtype for tensor in student.values()} == {torch.float32}
+    assert all(torch.equal(student[name], value) for name, value in saved.items())
+
+    assert isinstance(setup.signal_source, OnlineTeacher)
+    teacher = setup.signal_source.teacher
+    assert (teacher.dtype, teacher.settings, teacher.device) == (loaded.dtype, loaded.settings, loaded.device)
+    for (name, ours), (other, theirs) in zip(all_tensors(teacher.model), all_tensors(loaded.model), strict=True):
+        assert name == other
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs), name
+    ids = torch.arange(5, 37)[None]
+    assert torch.equal(teacher.model(ids).logits, loaded.model(ids).logits)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused_with_a_teacher_in_the_loop_too(place: Path, tmp_path: Path) -> None:
+def all_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def test_a_tokenizer_that_does_not_fit_the_online_teacher_is_refused(place: Path, tmp_path: Path) -> None:
     saved = AutoModelForMaskedLM.from_pretrained(place / "teacher")
     saved.resize_token_embeddings(saved.config.vocab_size + 300)
     saved.save_pretrained(tmp_path / "large")
@@ -71,7 +103,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_with_a_teacher_in_the_loop_too
     run = run_of(place, teacher={"model": str(place / "teacher")})
     own = run.model_copy(update={"teacher": run.teacher.model_copy(update={"model": str(tmp_path / "large")})})
     with pytest.raises(FatalError, match=r"set blocks\.tokenizer"):
-        built(own.model_copy(update={"teacher_fingerprint": fingerprint_of(own.teacher)}))
+        student_of(own.model_copy(update={"teacher_fingerprint": fingerprint_of(own.teacher)}))
 
 
 @pytest.mark.parametrize(
@@ -83,30 +115,30 @@ def test_a_fresh_student_of_another_shape_is_refused(place: Path, config: dict[s
     if "vocab_size" in config:
         config = config | {"vocab_size": teacher_rows - 1}
     with pytest.raises(FatalError, match=field):
-        built(run_of(place, student={"init": "config", "layers": 1, "config": FRESH | config}))
+        student_of(run_of(place, student={"init": "config", "layers": 1, "config": FRESH | config}))
 
 
-def test_a_warm_start_has_the_weights_of_its_folder_and_the_dropout_of_the_recipe(place: Path) -> None:
+def test_a_warm_start_takes_weights_from_its_folder_and_dropout_from_the_recipe(place: Path) -> None:
     run = run_of(place, student={"layers": 2, "dropout": 0.25}, train={"warm_start": str(place / "other")})
-    student = built(run)
+    student = student_of(run)
     saved = load_file(place / "other" / "model.safetensors")
     found = student.state_dict()
     assert all(torch.equal(found[name], value) for name, value in saved.items())
     assert student.config.hidden_dropout_prob == student.config.attention_probs_dropout_prob == 0.25
 
 
-def test_a_warm_start_without_its_head_or_changed_since_is_refused(place: Path, tmp_path: Path) -> None:
+def test_a_warm_start_without_lm_head_or_changed_since_planning_is_refused(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "headless"
     make_teacher(folder)
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "lm_head.dense" not in k}, folder / "model.safetensors")
     with pytest.raises(FatalError, match=r"^train\.warm_start .* lack lm_head\.dense"):
-        built(run_of(place, train={"warm_start": str(folder)}))
+        student_of(run_of(place, train={"warm_start": str(folder)}))
     with pytest.raises(FatalError, match="changed since this run was planned"):
-        built(run_of(place, start="0" * 64, train={"warm_start": str(place / "other")}))
+        student_of(run_of(place, start="0" * 64, train={"warm_start": str(place / "other")}))
 
 
-def test_the_teachers_dtype_and_attention_are_in_the_key_of_an_online_run_only(place: Path) -> None:
+def test_the_teachers_dtype_and_attention_are_in_the_run_key_of_online_runs_only(place: Path) -> None:
     eager = {"model": str(place / "teacher"), "attention": "eager"}
     assert run_of(place, teacher=eager).run_key != run_of(place).run_key
     cached = {"source": "cached"}

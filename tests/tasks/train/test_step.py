@@ -1,4 +1,4 @@
-"""One optimizer step: the gradient does not depend on how the step is split."""
+"""One optimizer step: its gradient does not depend on the number of micro-batches or ranks."""
 
 import json
 import os
@@ -24,9 +24,12 @@ from tests.harness.tiny import make_parts, make_teacher
 
 ROWS = 8
 
+Material = tuple[Store, TeacherModel, tuple[Part, ...]]
+"""A store with the blocks of the parts, and a teacher."""
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, TeacherModel, tuple[Part, ...]]:
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     folder = tmp_path_factory.mktemp("step")
     make_teacher(folder / "teacher")
     store = Store(folder / "store")
@@ -34,45 +37,39 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, TeacherModel
     return store, load_teacher(TeacherSettings(model=str(folder / "teacher")), "cpu"), parts
 
 
-def batches_of(world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int, every_position: bool) -> list[Batch]:
-    store, teacher, parts = world
-    # The last row of each part is padded, so splits hold unequal numbers of positions.
+def batches_of(material: Material, pieces: int, every_position: bool) -> list[Batch]:
+    store, teacher, parts = material
+    # The last block of each part is padded, so splits have unequal numbers of positions.
     part = np.array([0, 1] * (ROWS // 2))
     row = np.array([parts[p].rows - 1 - i // 2 for i, p in enumerate(part)])
     masking = MaskingRule(teacher.vocabulary, MaskSettings(), every_position)
-    corpus = BlockDataset(store, parts, cached=False)
+    dataset = BlockDataset(store, parts, cached=False)
     return [
-        make_batch(corpus, masking, part[chosen], row[chosen], np.zeros(len(chosen), np.int64))
+        make_batch(dataset, masking, part[chosen], row[chosen], np.zeros(len(chosen), np.int64))
         for chosen in np.array_split(np.arange(ROWS), pieces)
     ]
 
 
-def gradient(
-    world: tuple[Store, TeacherModel, tuple[Part, ...]], batches: list[Batch], loss: LossSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _, teacher, _ = world
+def gradient(material: Material, batches: list[Batch], loss: LossSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    _, teacher, _ = material
     student = make_student(teacher.model, teacher.vocabulary, layers=2)
-    distiller = StudentWithLoss(student, loss, compile_encoder=False)
-    sums = sum_counts(batches, False, Ranks())
-    parts = gradient_step(distiller, OnlineTeacher(teacher, loss), batches, sums, Ranks(), None)
-    return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), parts
+    student_with_loss = StudentWithLoss(student, loss, compile_encoder=False)
+    step_counts = sum_counts(batches, False, Ranks())
+    losses = gradient_step(student_with_loss, OnlineTeacher(teacher, loss), batches, step_counts, Ranks(), None)
+    return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), losses
 
 
 @pytest.mark.parametrize("every_position", [False, True])
 @pytest.mark.parametrize("pieces", [2, 4, 8])
-def test_splitting_a_step_does_not_change_the_gradient(
-    world: tuple[Store, TeacherModel, tuple[Part, ...]], pieces: int, every_position: bool
-) -> None:
-    whole, loss_whole = gradient(world, batches_of(world, 1, every_position), LossSettings())
-    split, loss_split = gradient(world, batches_of(world, pieces, every_position), LossSettings())
+def test_splitting_a_step_does_not_change_the_gradient(material: Material, pieces: int, every_position: bool) -> None:
+    whole, loss_whole = gradient(material, batches_of(material, 1, every_position), LossSettings())
+    split, loss_split = gradient(material, batches_of(material, pieces, every_position), LossSettings())
     assert (whole - split).norm() / whole.norm() <= 1e-6
     torch.testing.assert_close(loss_split, loss_whole, rtol=1e-5, atol=1e-6)
 
 
-def test_two_gloo_ranks_give_the_gradient_of_one(
-    world: tuple[Store, TeacherModel, tuple[Part, ...]], tmp_path: Path, repo: Path
-) -> None:
-    store, teacher, parts = world
+def test_two_gloo_ranks_give_the_gradient_of_one(material: Material, tmp_path: Path, repo: Path) -> None:
+    store, teacher, parts = material
     (tmp_path / "parts.json").write_text(json.dumps([part.model_dump() for part in parts]))
     gradients = []
     for ranks in (1, 2):
@@ -92,17 +89,17 @@ def test_two_gloo_ranks_give_the_gradient_of_one(
     assert (one - two).norm() / one.norm() <= 1e-6
 
 
-def test_counts_are_of_the_whole_step(world: tuple[Store, TeacherModel, tuple[Part, ...]]) -> None:
-    one, four = batches_of(world, 1, False), batches_of(world, 4, False)
+def test_counts_do_not_depend_on_micro_batches(material: Material) -> None:
+    one, four = batches_of(material, 1, False), batches_of(material, 4, False)
     expected = sum_counts(one, False, Ranks())
     assert sum_counts(four, False, Ranks()) == expected
     assert expected == StepCounts(int(one[0].valid.sum()), int((one[0].labels != -100).sum()), one[0].tokens, False)
 
 
 def test_all_positions_carry_loss_only_where_attended(
-    world: tuple[Store, TeacherModel, tuple[Part, ...]],
+    material: Material,
 ) -> None:
-    (batch,) = batches_of(world, 1, True)
+    (batch,) = batches_of(material, 1, True)
     assert batch.positions is None
     assert batch.attention_mask is not None
     assert torch.equal(batch.valid, batch.attention_mask)

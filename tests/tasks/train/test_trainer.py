@@ -1,4 +1,4 @@
-"""The trainer as a process: it ends with the same bits however often it is killed, and never on bad numbers."""
+"""The trainer as a process: a killed run resumes and ends with the same bits, on any number of ranks."""
 
 import errno
 import json
@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,8 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.loader.batch import MaskingRule, make_batch
 from tasks.loader.dataset import BlockDataset
-from tasks.models.files import fingerprint_of
-from tasks.recipe.config import LossSettings, Recipe, TrainSettings
-from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import RunSpec, make_run, write_run
+from tasks.recipe.config import LossSettings, TrainSettings
+from tasks.recipe.run_spec import RunSpec, write_run
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.__main__ import main
 from tasks.train.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint, steps_kept
@@ -36,89 +33,8 @@ from tasks.train.setup import set_up_training
 from tasks.train.step import Ranks
 from tasks.train.trainer import make_metrics_writer
 from tasks.train.trainer import train as run_training
-from tests.harness.tiny import make_parts, make_teacher
-from tests.tasks.train import recording_trainer as noted
-
-REPO = Path(__file__).resolve().parents[3]
-STEPS = 30
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher and a store of blocks."""
-    folder = tmp_path_factory.mktemp("train")
-    make_teacher(folder / "teacher")
-    make_parts(Store(folder / "store"), folder / "teacher", shards=3)
-    return folder
-
-
-def recipe_of(place: Path, home: Path, **train: object) -> Recipe:
-    values = {
-        "name": "tiny",
-        "home": str(home),
-        "store": str(home / "store"),
-        "corpus": {"url": "unused"},
-        "teacher": {"model": str(place / "teacher")},
-        "blocks": {"length": 32},
-        "targets": {"source": "online"},
-        "student": {"layers": 2, "dropout": 0.1},
-        "train": {
-            "batch_rows": 6,
-            "max_steps": STEPS,
-            "lr": 1e-3,
-            "checkpoint_steps": 4,
-            "validate_steps": 10,
-            "validate_rows": 8,
-            "log_steps": 1,
-            "threads": 1,
-            "device": "cpu",
-        }
-        | train,
-    }
-    return make_recipe(values, "test")
-
-
-def run_of(place: Path, home: Path, **train: object) -> RunSpec:
-    """A run over copies of the prepared blocks, in a home of its own."""
-    recipe = recipe_of(place, home, **train)
-    parts = make_parts(Store(recipe.store), place / "teacher", shards=3)
-    return make_run(
-        recipe,
-        manifest=parts[:2],
-        heldout=parts[2:],
-        teacher_fingerprint=fingerprint_of(recipe.teacher),
-        start="",
-        counts="",
-    )
-
-
-def start(run: RunSpec, ranks: int = 1, trainer: str = "tasks.train") -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", trainer, str(write_run(run))]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=run.folder)
-
-
-def finish(run: RunSpec, ranks: int = 1, trainer: str = "tasks.train") -> dict[str, torch.Tensor]:
-    process = start(run, ranks, trainer)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    return weights_of(run)
-
-
-def weights_of(run: RunSpec) -> dict[str, torch.Tensor]:
-    store = Store(run.store)
-    return load_file(store.check(store.receipt(run.model_ref)) / "model.safetensors")
-
-
-def wait_for_step(run: RunSpec, process: subprocess.Popen[str], step: int) -> None:
-    """Returns when metrics.jsonl has reached a step, or the process has ended."""
-    path = Path(run.folder) / "metrics.jsonl"
-    while process.poll() is None:
-        lines = read_metrics(path)
-        if lines and lines[-1]["step"] >= step:
-            return
-        time.sleep(0.002)
+from tests.tasks.train import recording_trainer
+from tests.tasks.train.runs import REPO, STEPS, finish, run_of, start, wait_for_step, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +47,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_learns_and_leaves_model_metrics_and_result(
+def test_a_run_reduces_its_loss_and_writes_model_metrics_and_result(
     undisturbed: tuple[RunSpec, dict[str, torch.Tensor]],
 ) -> None:
     run, _ = undisturbed
@@ -143,13 +59,11 @@ def test_a_run_learns_and_leaves_model_metrics_and_result(
     result = json.loads((Path(run.folder) / "result.json").read_text())
     assert Ref(**result["model"]) == run.model_ref
     store = Store(run.store)
-    kept = steps_kept(store, run)
-    assert kept[-1] == STEPS
-    looks = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
-    assert min(looks, key=lambda step: looks[step]) in kept, "the best is kept, whatever checkpoint_steps is"
+    assert steps_kept(store, run) == [28, STEPS], "the newest two; none for the lowest held-out loss"
+    assert (result["result"], result["step"]) == ("last", STEPS)
 
 
-def test_bfloat16_on_a_cpu_is_a_run_of_its_own_that_stays_near_float32(
+def test_bfloat16_on_a_cpu_has_its_own_run_key_and_stays_near_float32(
     undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], place: Path, tmp_path: Path
 ) -> None:
     run = run_of(place, tmp_path, dtype="bfloat16")
@@ -164,7 +78,7 @@ def test_bfloat16_on_a_cpu_is_a_run_of_its_own_that_stays_near_float32(
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
-def test_a_model_that_is_there_gets_its_result_written_again(
+def test_a_missing_result_file_is_written_again_for_a_finished_model(
     undisturbed: tuple[RunSpec, dict[str, torch.Tensor]],
 ) -> None:
     run, _ = undisturbed
@@ -226,10 +140,10 @@ def logits(run: RunSpec) -> torch.Tensor:
 def test_two_ranks_end_like_one(
     place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """Without dropout, at the default learning rate; the loss parts too, since counts are of all ranks.
+    """Without dropout, at the default learning rate. The losses agree too, since counts are summed over ranks.
 
-    Key biases are left out: softmax does not see them, so their gradient is rounding, which AdamW turns into steps of
-    full size. How far they go depends on the processor; that both models say the same shows that it does not matter.
+    Key biases are left out: they cancel in the softmax, so their gradient is rounding error, which AdamW turns into
+    full-size steps whose direction depends on the processor. That the logits agree shows that they do not matter.
     """
     values = {"max_steps": 50, "batch_rows": 6, "lr": 5e-4}
     one, two = run_of(place, tmp_path / "one", **values), run_of(place, tmp_path / "two", **values)
@@ -243,7 +157,7 @@ def test_two_ranks_end_like_one(
     assert curves[0][-2]["loss"] == pytest.approx(curves[1][-2]["loss"], rel=1e-4)
 
 
-def test_two_ranks_killed_and_resumed_on_one_see_every_block_once(place: Path, tmp_path: Path) -> None:
+def test_two_ranks_killed_and_resumed_on_one_read_every_block_once(place: Path, tmp_path: Path) -> None:
     run = run_of(place, tmp_path, max_steps=0, epochs=1.0, batch_rows=6, checkpoint_steps=5)
     process = start(run, ranks=2, trainer="tests.tasks.train.recording_trainer")
     wait_for_step(run, process, 13)
@@ -251,11 +165,11 @@ def test_two_ranks_killed_and_resumed_on_one_see_every_block_once(place: Path, t
         rank.kill()
     process.kill()
     process.communicate()
-    notes = Path(run.folder) / noted.FILE
-    first = [json.loads(line) for line in notes.read_text().splitlines() if line.endswith("}")]
-    notes.unlink()
+    records = Path(run.folder) / recording_trainer.FILE
+    first = [json.loads(line) for line in records.read_text().splitlines() if line.endswith("}")]
+    records.unlink()
     finish(run, ranks=1, trainer="tests.tasks.train.recording_trainer")
-    second = [json.loads(line) for line in notes.read_text().splitlines()]
+    second = [json.loads(line) for line in records.read_text().splitlines()]
 
     resumed = second[0]["step"] - 1
     assert resumed >= 10
@@ -264,17 +178,17 @@ def test_two_ranks_killed_and_resumed_on_one_see_every_block_once(place: Path, t
     seen = [row for line in sorted(kept, key=lambda line: (line["step"], line["rank"])) for row in line["rows"]]
     assert len(seen) == run.total_steps * 6
     masking = MaskingRule(load_vocabulary(run.teacher.model), run.mask, every_position=False)
-    corpus = BlockDataset(Store(run.store), run.manifest, cached=False)
+    dataset = BlockDataset(Store(run.store), run.manifest, cached=False)
     wanted = []
     for number, part in enumerate(run.manifest):
         rows = np.arange(part.rows)
-        batch = make_batch(corpus, masking, np.full_like(rows, number), rows, np.zeros_like(rows))
-        wanted += noted.row_names(batch.input_ids)
+        batch = make_batch(dataset, masking, np.full_like(rows, number), rows, np.zeros_like(rows))
+        wanted += recording_trainer.row_names(batch.input_ids)
     assert sorted(seen[: run.rows]) == sorted(wanted)
     assert len(set(wanted)) == run.rows
 
 
-def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_finds(place: Path, tmp_path: Path) -> None:
+def test_all_ranks_resume_from_the_checkpoint_that_rank_0_finds(place: Path, tmp_path: Path) -> None:
     run = run_of(place, tmp_path, batch_rows=6, checkpoint_steps=5, validate_steps=0)
     process = start(run)
     wait_for_step(run, process, 13)
@@ -282,9 +196,9 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_finds(place: Pat
     process.communicate()
     newest = steps_kept(Store(run.store), run)[-1]
     finish(run, ranks=2, trainer="tests.tasks.train.lagging_trainer")
-    notes = [json.loads(line) for line in (Path(run.folder) / noted.FILE).read_text().splitlines()]
+    records = [json.loads(line) for line in (Path(run.folder) / recording_trainer.FILE).read_text().splitlines()]
     for rank in (0, 1):
-        assert [line["step"] for line in notes if line["rank"] == rank] == list(range(newest + 1, STEPS + 1))
+        assert [line["step"] for line in records if line["rank"] == rank] == list(range(newest + 1, STEPS + 1))
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_checkpoint(
@@ -304,7 +218,7 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_checkpo
         assert all(torch.isfinite(value).all() for value in load_file(folder / "model.safetensors").values())
 
 
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     place: Path, undisturbed: tuple[RunSpec, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     run = run_of(place, tmp_path)
@@ -321,12 +235,47 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert same(finish(run), undisturbed[1])
 
 
-def test_what_moves_a_run_to_another_machine_is_not_in_its_key(place: Path, tmp_path: Path) -> None:
+def test_settings_of_the_machine_are_not_in_the_run_key(place: Path, tmp_path: Path) -> None:
     base = run_of(place, tmp_path)
     for moved in ({"micro_rows": 2}, {"ranks": 2}, {"log_steps": 7}, {"threads": 2}, {"device": "auto"}):
         assert run_of(place, tmp_path, **moved).run_key == base.run_key
     for changed in ({"lr": 2e-3}, {"seed": 1}, {"batch_rows": 5}, {"max_steps": 31}):
         assert run_of(place, tmp_path, **changed).run_key != base.run_key
+
+
+def test_a_trainer_continues_when_the_shell_that_started_it_exits(place: Path, tmp_path: Path) -> None:
+    """As at logout, or after `nohup python -m tasks.train RUN.json &` in a script."""
+    run = run_of(place, tmp_path, max_steps=300, validate_steps=0)
+    command = [sys.executable, "-m", "tasks.train", str(write_run(run))]
+    shell = '"$@" >errors 2>&1 & echo $!; while [ ! -s metrics.jsonl ]; do sleep 0.01; done'
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    started = subprocess.run(
+        ["sh", "-c", shell, "sh", *command],
+        env=environment | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=run.folder,
+        timeout=120,
+    )
+    trainer = psutil.Process(int(started.stdout))
+    assert not (Path(run.folder) / "result.json").exists(), "the trainer ended before the shell did"
+    psutil.wait_procs([trainer], timeout=120)
+    assert Store(run.store).has(run.model_ref), (Path(run.folder) / "errors").read_text()
+
+
+def test_ranks_end_when_torchrun_is_killed(place: Path, tmp_path: Path) -> None:
+    run = run_of(place, tmp_path, max_steps=1_000_000, checkpoint_steps=1_000_000, validate_steps=0)
+    process = start(run, ranks=2)
+    wait_for_step(run, process, 3)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(ranks, timeout=60)
+    for rank in left:
+        rank.kill()
+    assert left == []
 
 
 def test_train_imports_neither_prefect_nor_mlflow() -> None:
@@ -352,25 +301,25 @@ def test_a_full_gpu_is_one_sentence_that_names_the_setting(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore of it")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSecond line")
 
     monkeypatch.setattr("tasks.train.trainer.gradient_step", full)
     run = run_of(place, tmp_path, micro_rows=3)
     assert main([str(write_run(run))]) == 1
-    said = capsys.readouterr().err
-    assert "full with 3 blocks of 32 tokens in one forward; lower train.micro_rows" in said
-    assert "More of it" not in said
+    message = capsys.readouterr().err
+    assert "full with 3 blocks of 32 tokens in one forward; lower train.micro_rows" in message
+    assert "Second line" not in message
 
 
-def test_on_a_gpu_lines_tell_the_utilisation(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_metrics_have_mfu(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, cpu = run_of(place, tmp_path), torch.device("cpu")
-    built = set_up_training(run, Store(run.store), cpu)
+    setup = set_up_training(run, Store(run.store), cpu)
     monkeypatch.setattr("tasks.train.trainer.matrix_rate", lambda device: 1e12)
-    meter = make_metrics_writer(run, built, torch.device("cuda"), Ranks(0, 2))
-    online = built.supervision.teacher.model  # type: ignore[attr-defined]
-    assert meter.work == training_work(built.student, run.blocks.length, run.loss, online, online=True)
-    assert meter.rate == 2e12
-    assert make_metrics_writer(run, built, cpu, Ranks()).work is None
+    writer = make_metrics_writer(run, setup, torch.device("cuda"), Ranks(0, 2))
+    online = setup.signal_source.teacher.model  # type: ignore[attr-defined]
+    assert writer.work == training_work(setup.student, run.blocks.length, run.loss, online, online=True)
+    assert writer.rate == 2e12
+    assert make_metrics_writer(run, setup, cpu, Ranks()).work is None
 
 
 def test_checkpoints_that_cannot_be_read_now_are_kept(
@@ -386,7 +335,7 @@ def test_checkpoints_that_cannot_be_read_now_are_kept(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     elsewhere = Store(store.root, cache=tmp_path / "full")
-    monkeypatch.setattr("storage.store.download", full)
+    monkeypatch.setattr("storage.store.download_file", full)
     with pytest.raises(FatalError, match="full"):
         load_checkpoint(elsewhere, run, student, optimizer)
     assert steps_kept(store, run) == [4, 8]

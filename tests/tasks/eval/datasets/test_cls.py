@@ -1,11 +1,11 @@
-"""The reviews of CLS: hand-written files of all categories, what is dropped, what is refused, odd encodings."""
+"""The reviews of CLS: files of all categories, dropped reviews, errors, and unusual encodings."""
 
 import fsspec
 import pytest
 
 from storage.errors import FatalError
 from tasks.eval.datasets.cls import load_reviews, parse_reviews
-from tasks.eval.datasets.files import Place
+from tasks.eval.datasets.files import SetLocation
 from tests.harness.eval_sets import review, write_reviews
 
 FIRST = "<?xml version='1.0'?>\n"
@@ -25,7 +25,7 @@ def test_ratings_above_three_are_positive():
     ]
 
 
-def test_the_dvd_variant_takes_the_text_up_to_the_summary():
+def test_dvd_text_ends_at_the_summary():
     assert parsed(review("Un film.", dvd=True), category="dvd")[0].first == "Un film. Titre"
     # The same where the text is closed before the title, as in the other categories.
     assert parsed(review("Un film."), category="dvd")[0].first == "Un film. Titre"
@@ -44,7 +44,7 @@ def test_the_dvd_variant_takes_the_text_up_to_the_summary():
         review("Note vide.", rating=" "),
     ],
 )
-def test_a_review_without_text_or_stars_is_dropped(broken):
+def test_review_without_text_or_rating_is_dropped(broken):
     assert [row and row.first for row in parsed(review("Avant."), broken, review("Après."))] == [
         "Avant.",
         None,
@@ -53,12 +53,12 @@ def test_a_review_without_text_or_stars_is_dropped(broken):
 
 
 @pytest.mark.parametrize("rating", ["6.0", "0", "-1", "cinq", "nan"])
-def test_a_rating_that_is_no_number_of_stars_is_refused_by_name(rating):
+def test_invalid_rating_fails_with_its_file_and_review(rating):
     with pytest.raises(FatalError, match=r"x/train\.review, review 2: rating is '.*', not 1 to 5"):
         parsed(review(), review(rating=rating))
 
 
-def test_text_is_plain_and_may_span_lines():
+def test_text_has_no_markup_and_may_span_lines():
     text = "Un &eacute;t&eacute; &amp; un   hiver,\nl'&quot;automne&quot;"
     assert parsed(review(text))[0].first == 'Un été & un hiver, l\'"automne"'
     assert parsed(review().replace("</url><text>", "</url>\n<text>").replace("</text><title>", "</text>\n<title>"))[0]
@@ -77,15 +77,15 @@ def test_encodings():
 
 
 @pytest.mark.parametrize("data", [b"", b"<items>\n", b"<html>\n\n<p>404</p>\n"])
-def test_a_file_without_reviews_is_refused(data):
-    with pytest.raises(FatalError, match=r"x/train\.review: there is no review in it"):
+def test_file_without_reviews_fails(data):
+    with pytest.raises(FatalError, match=r"x/train\.review: holds no review"):
         list(parse_reviews(data, "books", "x/train.review"))
 
 
-def test_categories_apart_and_merged(tmp_path):
+def test_single_and_merged_categories(tmp_path):
     write_reviews(tmp_path, train=20, test=6)
-    apart = {name: load_reviews(f"cls-{name}", Place(str(tmp_path))) for name in ("books", "dvd", "music")}
-    merged = load_reviews("cls", Place(str(tmp_path)))
+    apart = {name: load_reviews(f"cls-{name}", SetLocation(str(tmp_path))) for name in ("books", "dvd", "music")}
+    merged = load_reviews("cls", SetLocation(str(tmp_path)))
     for name, data in apart.items():
         assert data.labels == ("negative", "positive")
         assert {split: counts["kept"] for split, counts in data.counts.items()} == {
@@ -100,32 +100,32 @@ def test_categories_apart_and_merged(tmp_path):
     assert merged.counts["train"]["rows"] == 60
 
 
-def test_the_split_is_fixed_and_equal_texts_stay_together(tmp_path):
+def test_validation_split_ignores_order_and_keeps_equal_texts_together(tmp_path):
     write_reviews(tmp_path, train=20)
     file = tmp_path / "books" / "train.review"
     head, _, rest = file.read_text().partition("\n")
     reviews = rest.strip().split("\n\n")
     file.write_text(f"{head}\n" + "\n\n".join([*reversed(reviews), *reviews]))
-    data = load_reviews("cls-books", Place(str(tmp_path)))
+    data = load_reviews("cls-books", SetLocation(str(tmp_path)))
     assert not {row.first for row in data.train} & {row.first for row in data.validation}
     assert len(data.train) + len(data.validation) == 40
 
 
-def test_texts_that_train_and_test_share_are_counted(tmp_path):
+def test_texts_in_both_train_and_test_are_counted(tmp_path):
     write_reviews(tmp_path)
     test = tmp_path / "music" / "test.review"
     test.write_text((tmp_path / "music" / "train.review").read_text())
-    data = load_reviews("cls-music", Place(str(tmp_path)))
+    data = load_reviews("cls-music", SetLocation(str(tmp_path)))
     assert data.counts["test"]["also_in_train"] == len(data.train)
 
 
-def test_any_url_and_what_is_not_there(tmp_path):
+def test_any_url_loads_and_missing_files_fail(tmp_path):
     write_reviews(tmp_path)
     fsspec.filesystem("memory").put(f"{tmp_path}/", "/cls-set/", recursive=True)
-    data = load_reviews("cls", Place("memory://cls-set"))
-    assert data.fingerprint == load_reviews("cls", Place(str(tmp_path))).fingerprint
+    data = load_reviews("cls", SetLocation("memory://cls-set"))
+    assert data.fingerprint == load_reviews("cls", SetLocation(str(tmp_path))).fingerprint
     (tmp_path / "dvd" / "test.review").unlink()
     with pytest.raises(FatalError, match=r"dvd/test\.review: no such file; unpack cls-acl10"):
-        load_reviews("cls", Place(str(tmp_path)))
+        load_reviews("cls", SetLocation(str(tmp_path)))
     with pytest.raises(FatalError, match="no such folder"):
-        load_reviews("cls", Place(str(tmp_path / "absent")))
+        load_reviews("cls", SetLocation(str(tmp_path / "absent")))

@@ -1,15 +1,15 @@
-"""Where the sets of a protocol are looked for, and what is said when they are not there or not whole."""
+"""Locations of the sets of a protocol, and errors for missing and incomplete sets."""
 
 import pytest
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import Place
+from tasks.eval.datasets.files import SetLocation
 from tasks.eval.datasets.load import load_set
 from tasks.eval.protocol import SetPlan
 from tests.harness.eval_sets import write_ner, write_pairs, write_reviews
 
 
-def test_sets_lie_below_the_folder_that_the_recipe_names(tmp_path):
+def test_sets_load_from_the_folder_in_the_recipe(tmp_path):
     write_pairs(tmp_path / "xnli" / "fr")
     write_ner(tmp_path / "wikiner")
     write_reviews(tmp_path / "cls")
@@ -18,22 +18,22 @@ def test_sets_lie_below_the_folder_that_the_recipe_names(tmp_path):
     assert load_set("cls-dvd", SetPlan(path="cls"), f"{tmp_path}/").name == "cls-dvd"
 
 
-def test_places():
+def test_locations():
     plan = SetPlan(hub="facebook/xnli", folder="fr", path="xnli/fr", revision="abc")
-    assert plan.place("xnli", "") == Place("facebook/xnli", "fr", "abc")
-    assert plan.place("xnli", "s3://bucket/eval/") == Place("s3://bucket/eval/xnli/fr")
+    assert plan.location("xnli", "") == SetLocation("facebook/xnli", "fr", "abc")
+    assert plan.location("xnli", "s3://bucket/eval/") == SetLocation("s3://bucket/eval/xnli/fr")
     with pytest.raises(FatalError, match=r"cls-books is not on the hub; name the folder .* in score\.sets"):
-        SetPlan(path="cls").place("cls-books", "")
+        SetPlan(path="cls").location("cls-books", "")
 
 
-def test_row_counts_of_the_protocol_are_checked(tmp_path):
+def test_number_of_rows_must_equal_the_protocol(tmp_path):
     write_pairs(tmp_path, train=40)
     load_set("xnli", SetPlan(rows={"train": 40}), str(tmp_path))
     with pytest.raises(FatalError, match="the train split of xnli has 40 rows where the protocol expects 392702"):
         load_set("xnli", SetPlan(rows={"train": 392_702}), str(tmp_path))
 
 
-def test_offline_a_set_of_the_hub_is_refused_at_once(monkeypatch, tmp_path):
+def test_set_on_the_hub_fails_at_once_when_offline(monkeypatch, tmp_path):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""Loading a named-entity set: layouts, checks, and duplicates taken out and counted."""
+"""Loading a named-entity set: file layouts, schema checks, and duplicates that are removed and counted."""
 
 import fsspec
 import pyarrow as pa
@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import Place
+from tasks.eval.datasets.files import SetLocation
 from tasks.eval.datasets.ner import NerSet, Sentence
 from tasks.eval.datasets.ner import load_ner as load_named
 
@@ -15,7 +15,7 @@ TAGS = [0, 1, 0]
 
 
 def load_ner(source: str) -> NerSet:
-    return load_named("ner", Place(source))
+    return load_named("ner", SetLocation(source))
 
 
 def write(path, sentences, tags=None, **columns):
@@ -37,7 +37,7 @@ def words(sentences):
     return [list(sentence.words) for sentence in sentences]
 
 
-def test_duplicates_are_taken_out_and_counted(tmp_path):
+def test_duplicates_are_removed_and_counted(tmp_path):
     ner = load_ner(write_set(tmp_path, [A, A, B, C, D], [B, E, E], validation=[C, E]))
     assert words(ner.train) == [A, D]
     assert words(ner.validation) == [C]
@@ -53,7 +53,7 @@ def test_duplicates_are_taken_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "names", [("train-00000-of-00001", "test-00000-of-00001"), ("data/train", "data/test"), ("train/0000", "test/0000")]
 )
-def test_layouts_of_folders(tmp_path, names):
+def test_file_layouts(tmp_path, names):
     for name, sentences in zip(names, ([A, B], [C]), strict=True):
         write(tmp_path / f"{name}.parquet", sentences)
     ner = load_ner(str(tmp_path))
@@ -61,13 +61,13 @@ def test_layouts_of_folders(tmp_path, names):
     assert sorted(words(ner.train) + words(ner.validation)) == [A, B]
 
 
-def test_a_tenth_of_train_is_held_out_by_its_words_where_no_validation_split_is(tmp_path):
+def test_a_tenth_of_train_is_held_out_by_hash_without_a_validation_split(tmp_path):
     many = [["Phrase", str(number), "."] for number in range(50)]
     ner = load_ner(write_set(tmp_path / "one", many, [A]))
     assert (len(ner.train), len(ner.validation)) == (45, 5)
     assert (ner.counts["train"]["kept"], ner.counts["validation"]["kept"]) == (45, 5)
     assert "held out for validation" in ner.rule
-    # Order does not matter, and a sentence more moves at most one other.
+    # The order does not matter, and an added sentence moves at most one other.
     other = load_ner(write_set(tmp_path / "other", [B, *reversed(many)], [A]))
     assert (
         len({tuple(words) for words in words(ner.validation)} - {tuple(words) for words in words(other.validation)})
@@ -75,7 +75,7 @@ def test_a_tenth_of_train_is_held_out_by_its_words_where_no_validation_split_is(
     )
 
 
-def test_several_files_of_a_split_and_any_url(tmp_path):
+def test_split_in_several_files_loads_from_any_url(tmp_path):
     write(tmp_path / "train-00000-of-00002.parquet", [A])
     write(tmp_path / "train-00001-of-00002.parquet", [B])
     write(tmp_path / "test-00000-of-00001.parquet", [C])
@@ -88,7 +88,7 @@ def test_several_files_of_a_split_and_any_url(tmp_path):
     assert ner.fingerprint == load_ner(str(tmp_path)).fingerprint
 
 
-def test_the_fingerprint_follows_the_content(tmp_path):
+def test_fingerprint_depends_on_the_content(tmp_path):
     one = load_ner(write_set(tmp_path / "one", [A, B], [C]))
     other = load_ner(write_set(tmp_path / "other", [A, D], [C]))
     assert one.fingerprint != other.fingerprint
@@ -101,12 +101,12 @@ def test_the_fingerprint_follows_the_content(tmp_path):
         ({"tokens": ["a b", "c d"]}, "column tokens should be a list of text but is string"),
         ({"ner_tags": [["O", "LOC", "O"]] * 2}, "column ner_tags should be a list of integers"),
         ({"ner_tags": [[0, 1, 0], [0, 7, 0]]}, r"row 1: ner_tags has \[0, 7\] but only 0 to 4"),
-        ({"ner_tags": [[0, 1, 0], [0, 1]]}, "row 1: tokens and ner_tags are not of one length"),
+        ({"ner_tags": [[0, 1, 0], [0, 1]]}, "row 1: tokens and ner_tags differ in length"),
         ({"ner_tags": [[0, 1, 0], [0, None, 0]]}, "row 1: ner_tags has"),
         ({"tokens": [["Phrase", "A", "."], ["Phrase", None, "."]]}, "row 1: tokens and ner_tags"),
     ],
 )
-def test_another_schema_is_refused_by_name(tmp_path, columns, message):
+def test_another_schema_fails_with_the_column_and_file(tmp_path, columns, message):
     write(tmp_path / "test.parquet", [C])
     write(tmp_path / "train.parquet", [A, B], **columns)
     with pytest.raises(FatalError, match=message) as caught:
@@ -114,7 +114,7 @@ def test_another_schema_is_refused_by_name(tmp_path, columns, message):
     assert "train.parquet" in str(caught.value)
 
 
-def test_label_names_in_the_file_are_compared(tmp_path):
+def test_label_names_in_the_file_must_match(tmp_path):
     write(tmp_path / "test.parquet", [C])
     for names, fits in ((["O", "LOC", "PER", "MISC", "ORG"], True), (["O", "PER", "LOC", "ORG", "MISC"], False)):
         features = str({"info": {"features": {"ner_tags": {"feature": {"names": names}}}}}).replace("'", '"')
@@ -128,7 +128,7 @@ def test_label_names_in_the_file_are_compared(tmp_path):
                 load_ner(str(tmp_path))
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_or_broken_files_fail(tmp_path):
     with pytest.raises(FatalError, match="no such folder"):
         load_ner(str(tmp_path / "absent"))
     with pytest.raises(FatalError, match="no train sentences"):
@@ -141,14 +141,14 @@ def test_what_is_not_there_is_said(tmp_path):
         load_ner(str(tmp_path))
 
 
-def test_two_sets_below_one_folder_are_not_mixed(tmp_path):
+def test_two_sets_in_one_folder_fail(tmp_path):
     write_set(tmp_path / "fr", [A], [B])
     write_set(tmp_path / "en", [C], [D])
-    with pytest.raises(FatalError, match="several sets are below it"):
+    with pytest.raises(FatalError, match="holds several sets"):
         load_ner(str(tmp_path))
 
 
-def test_the_real_set(shared_data):
+def test_wikineural(shared_data):
     ner = load_ner(str(shared_data / "eval" / "wikineural" / "fr"))
     assert {split: counts["kept"] for split, counts in ner.counts.items()} == {
         "train": 10_053,

@@ -1,24 +1,24 @@
-"""PAWS-X and XNLI: official schemas, rows dropped and counted, what is refused by name."""
+"""PAWS-X and XNLI: official schemas, dropped rows that are counted, and errors with the file and row."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import Place
+from tasks.eval.datasets.files import SetLocation
 from tasks.eval.datasets.pairs import load_pairs
 from tests.harness.eval_sets import write_pairs
 
 
 def rewrite(folder, split="train", **columns):
-    """Changes or (None) removes columns of one split."""
+    """Replaces columns of one split; None removes a column."""
     path = folder / f"{split}-00000-of-00001.parquet"
     table = pq.read_table(path).to_pydict() | columns
     pq.write_table(pa.table({name: values for name, values in table.items() if values is not None}), path)
 
 
 def load(folder, name="xnli"):
-    return load_pairs(name, Place(str(folder)))
+    return load_pairs(name, SetLocation(str(folder)))
 
 
 def test_rows_and_labels(tmp_path):
@@ -44,14 +44,14 @@ def test_paws_rows_without_text_are_dropped_and_counted(tmp_path):
     assert load(folder, "paws-x").counts["train"]["dropped"] == 4
 
 
-def test_xnli_knows_no_empty_text(tmp_path):
+def test_empty_text_in_xnli_fails(tmp_path):
     rewrite(write_pairs(tmp_path, train=3), premise=["a", "", "c"], label=[0, 1, 2])
     with pytest.raises(FatalError, match=r"train.*parquet, row 1: premise is empty"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "message"),
     [
         ({"label": None}, "column label should be integers but is not there"),
         ({"label": ["0", "1", "2"]}, "column label should be integers but is string"),
@@ -62,14 +62,14 @@ def test_xnli_knows_no_empty_text(tmp_path):
         ({"label": [0, 0, 2]}, r"no train row of xnli has label 1 \(neutral\)"),
     ],
 )
-def test_another_schema_is_refused_by_name(tmp_path, columns, said):
+def test_another_schema_fails_with_the_column_and_file(tmp_path, columns, message):
     rewrite(write_pairs(tmp_path, train=3), **({"label": [0, 1, 2]} | columns))
-    with pytest.raises(FatalError, match=said) as caught:
+    with pytest.raises(FatalError, match=message) as caught:
         load(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_label_names_in_the_file_are_compared(tmp_path):
+def test_label_names_in_the_file_must_match(tmp_path):
     folder = write_pairs(tmp_path)
     path = folder / "train-00000-of-00001.parquet"
     for names, fits in ((("entailment", "neutral", "contradiction"), True), (("contradiction", "x", "y"), False)):
@@ -82,14 +82,14 @@ def test_label_names_in_the_file_are_compared(tmp_path):
                 load(folder)
 
 
-def test_a_split_that_is_not_there_is_named(tmp_path):
+def test_missing_split_fails_with_its_name(tmp_path):
     (write_pairs(tmp_path) / "validation-00000-of-00001.parquet").unlink()
     with pytest.raises(FatalError, match="the validation split of xnli has no rows"):
         load(tmp_path)
 
 
-def test_the_real_sets(shared_data):
-    """README of the data: cut 80/10/10 from the official validation splits."""
+def test_shared_sets(shared_data):
+    """These sets are 80/10/10 splits of the official validation splits."""
     xnli = load(shared_data / "eval" / "xnli" / "fr")
     assert (len(xnli.train), len(xnli.validation), len(xnli.test)) == (2000, 230, 260)
     paws = load(shared_data / "eval" / "paws-x" / "fr", "paws-x")

@@ -1,0 +1,70 @@
+"""Checks and cleans the store of recipes: the bodies of `distil verify` and `distil gc`.
+
+    verify_store(workspace, "mine.toml")            # hashes every file, lists what the recipe lacks
+    collect_garbage([recipe], delete=False)         # lists what no recipe, model or running training refers to
+
+storage/maintenance.py does the work on the store; this module compares it with the recipes and prints the result.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from flows.home import open_store
+from flows.inventory import artifacts_to_keep, stage_rows
+from flows.views.status import named
+from storage.artifact import Fault
+from storage.errors import DistilError
+from storage.maintenance import gc, verify
+from tasks.lineage import Workspace
+from tasks.recipe.config import Recipe
+
+
+def verify_store(workspace: Workspace, command: str) -> None:
+    """Hashes every file of the store again, withdraws damaged artifacts, and prints those and what the recipe lacks.
+
+    `command` is the recipe file and settings as typed. DistilError with a summary unless everything is complete.
+    """
+    faults = verify(workspace.store)
+    for fault in faults:
+        print(f"{fault.what:<8} {named(fault.ref.kind, fault.ref.label, fault.reason)}")
+    damaged = {(fault.ref.kind, fault.ref.label) for fault in faults}
+    lacking = [
+        (row.stage, label)
+        for row in stage_rows(workspace)
+        for label in (*row.missing, *row.failed)
+        if (row.stage, label) not in damaged
+    ]
+    for kind, label in lacking:
+        print(f"missing  {kind} {label}")
+    _raise_if_incomplete(faults, len(lacking), command)
+    print("every artifact is complete and none is missing")
+
+
+def _raise_if_incomplete(faults: Sequence[Fault], lacking: int, command: str) -> None:
+    withdrawn = sum(fault.withdrawn for fault in faults)
+    if unread := sum(fault.what == "unread" for fault in faults):
+        print(f"{unread} could not be read and are left as they are; give access, or repair the disk, and verify again")
+    if withdrawn or lacking:
+        raise DistilError(
+            f"{withdrawn} damaged and withdrawn, {lacking} missing; `distil retry {command}` makes them again"
+        )
+    if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
+        raise DistilError(f"{stuck} damaged, but could not be withdrawn; verify again with write access")
+    if unread:
+        raise DistilError(f"{unread} could not be read, so it is unknown whether they are intact")
+    if faults:
+        raise DistilError(f"{len(faults)} files in the store do not belong to it; delete them")
+
+
+def collect_garbage(recipes: Sequence[Recipe], *, delete: bool) -> None:
+    """Lists, or with `delete` deletes, old files that no recipe, model or running training refers to.
+
+    DistilError if the recipes have different stores.
+    """
+    if len({recipe.store for recipe in recipes}) > 1:
+        raise DistilError("these recipes keep their artifacts in different stores; call gc once per store")
+    store = open_store(recipes[0])
+    unused = gc(store, artifacts_to_keep(store, recipes), delete=delete)
+    for path in unused:
+        print(path)
+    print(f"{len(unused)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)

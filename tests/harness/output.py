@@ -1,0 +1,28 @@
+"""Reads the output of a `distil` command: its tables, and the sentence of one that failed."""
+
+import re
+
+from tests.harness.place import Result
+
+
+def tables(out: str) -> list[list[str]]:
+    """The rows of all tables in an output. Cells come without white space, since long words are folded in them."""
+    rows: list[list[str]] = []
+    inside = False
+    for line in out.splitlines():
+        cells = ["".join(cell.split()) for cell in re.split("[│┃]", line)[1:-1]]
+        if cells and inside:
+            rows[-1] = [before + cell for before, cell in zip(rows[-1], cells, strict=True)]
+        elif cells:
+            rows.append(cells)
+        inside = bool(cells)
+    return rows
+
+
+def refusal(result: Result) -> str:
+    """The one sentence of a command that failed. Requires status 1 and no traceback."""
+    assert result.status == 1, result
+    assert "Traceback" not in result.out + result.err
+    said = [line for line in result.err.splitlines() if line.startswith("distil: ")]
+    assert len(said) == 1, result.err
+    return said[0]
