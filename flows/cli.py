@@ -52,14 +52,14 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = _recipe(recipe, overrides)
     from flows.local_run import run_chain_unless_done
 
-    run_chain_unless_done(loaded, _typed(recipe, overrides))
+    run_chain_unless_done(loaded, _command_line(recipe, overrides))
 
 
 @app.command(epilog="Example:  distil prepare deployments/pilot.toml corpus.pattern='fr_meta_part_1*'")
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Make text shards, token blocks and teacher targets, without training."""
     loaded = _recipe(recipe, overrides)
-    _run_flow(loaded, "flows.prepare", "prepare", command=_typed(recipe, overrides))
+    _run_flow(loaded, "flows.prepare", "prepare", command=_command_line(recipe, overrides))
 
 
 @app.command(epilog="Example:  distil plan deployments/pilot.toml corpus.url=/data/oscar --price-hour 3.5")
@@ -69,7 +69,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
     price_hour: Annotated[float, typer.Option(min=0, help="Price of this machine per hour")] = 3.5,
     price_tb_month: Annotated[float, typer.Option(min=0, help="Price of storage per terabyte and month")] = 23.0,
-    sample_mb: Annotated[float, typer.Option(min=0.1, max=10_000, help="MB of the sources to read as the sample")] = 4.0,
+    sample_mb: Annotated[
+        float, typer.Option(min=0.1, max=10_000, help="MB of the sources to read as the sample")
+    ] = 4.0,
     prepare: Annotated[bool, typer.Option("--prepare", help="Forecast `distil prepare`: no training")] = False,
 ) -> None:
     """Forecast the bytes, hours and money that a run takes, from a measured sample. Nothing is stored."""
@@ -103,12 +105,12 @@ def retry(
     recipe: RecipeFile,
     overrides: Overrides = None,
     stage: Annotated[str, typer.Option(help="source, shard, blocks, counts, calibration, targets, or all")] = "all",
-    shard: Annotated[str, typer.Option(help="Label of a shard as `distil status` shows it")] = "",
+    shard: Annotated[str, typer.Option(help="Label of a shard or source as `distil status` shows it")] = "",
     force: Annotated[bool, typer.Option("--force", help="Make it again even if it exists")] = False,
 ) -> None:
     """Retry everything that is missing up to the targets, or one stage, or one shard."""
     loaded = _recipe(recipe, overrides)
-    command = _typed(recipe, overrides)
+    command = _command_line(recipe, overrides)
     _run_flow(loaded, "flows.retry", "retry_shard", stage=stage, shard=shard, force=force, command=command)
 
 
@@ -129,12 +131,12 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from flows.home import open_workspace
     from flows.maintenance import verify_store
 
-    verify_store(open_workspace(loaded), _typed(recipe, overrides))
+    verify_store(open_workspace(loaded), _command_line(recipe, overrides))
 
 
 @app.command(epilog="Example:  distil gc deployments/pilot.toml corpus.url=/data/oscar --delete")
 def gc(
-    words: Annotated[
+    arguments: Annotated[
         list[str],
         typer.Argument(
             metavar="RECIPE.toml... [a.b=c ...]",
@@ -144,7 +146,7 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Delete the files instead of listing them")] = False,
 ) -> None:
     """List (or delete) files older than a day that no given recipe, model or unfinished training refers to."""
-    recipes, overrides, others = _sorted_words(words)
+    recipes, overrides, others = _split_arguments(arguments)
     if others or not recipes:
         raise typer.BadParameter("name recipe files and settings only", param_hint="RECIPE.toml...")
     loaded = [_recipe(Path(path), overrides) for path in recipes]
@@ -162,7 +164,9 @@ def deploy(
     pool: Annotated[str, typer.Option(help="Work pool that starts the runs; created if it does not exist")] = "distil",
     pool_type: Annotated[str, typer.Option(help="process, docker or kubernetes")] = "process",
     image: Annotated[str, typer.Option(help="Container image of the runs, for a docker or kubernetes pool")] = "",
-    notify: Annotated[str, typer.Option(metavar="TYPE/NAME", help="Prefect block that is notified of failed runs")] = "",
+    notify: Annotated[
+        str, typer.Option(metavar="TYPE/NAME", help="Prefect block that is notified of failed runs")
+    ] = "",
 ) -> None:
     """Register the flows of recipes with a Prefect server, so that its UI can start, schedule and retry them."""
     loaded = [_recipe(path, None) for path in recipes or BUNDLED]
@@ -179,7 +183,7 @@ def deploy(
     "--protocol deployments/score/small.toml score.sets=/data/eval"
 )
 def score(
-    words: Annotated[
+    arguments: Annotated[
         list[str],
         typer.Argument(
             metavar="MODEL... [RECIPE.toml] [a.b=c ...]",
@@ -198,7 +202,7 @@ def score(
 
     Scores held-out text, fill-mask, size, latency and, with a protocol, fine-tuned sets, in one table with intervals.
     """
-    recipes, overrides, models = _sorted_words(words)
+    recipes, overrides, models = _split_arguments(arguments)
     if not models or len(recipes) > 1:
         raise typer.BadParameter("name at least one model, and at most one recipe", param_hint="MODEL...")
     if protocol:
@@ -207,8 +211,8 @@ def score(
         overrides.append(f"score.protocol={json.dumps(str(protocol.absolute()))}")
     path = Path(recipes[0]) if recipes else DEMO
     loaded = _recipe(path, overrides)
-    arguments = {"model": models[0], "others": tuple(models[1:]), "only": only, "force": force}
-    _run_flow(loaded, "flows.score", "score", **arguments, command=_typed(path, overrides))
+    scoring = {"model": models[0], "others": tuple(models[1:]), "only": only, "force": force}
+    _run_flow(loaded, "flows.score", "score", **scoring, command=_command_line(path, overrides))
 
 
 @app.command(epilog="Example:  distil up deployments/pilot.toml --port 4200 --mlflow-port 5000")
@@ -238,16 +242,18 @@ def up(
     serve([load_recipe(path, overrides) for path in recipes or BUNDLED], port, mlflow_port)
 
 
-@app.command(epilog='Example:  distil promote deployments/pilot.toml --version 3 --force --reason "a wrong label was fixed"')
+@app.command(epilog='Example:  distil promote deployments/pilot.toml --version 3 --force --reason "wrong labels"')
 def promote(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="Name of the registered model, as a check: it must be the recipe's own")] = "",
+    model: Annotated[
+        str, typer.Option(help="Name of the registered model, as a check: it must be the recipe's own")
+    ] = "",
     version: Annotated[str, typer.Option(help="Number of the version; by default the challenger")] = "",
     force: Annotated[bool, typer.Option("--force", help="Promote even if the gate refuses; needs --reason")] = False,
     reason: Annotated[str, typer.Option(help="Why it is forced; stored with the version")] = "",
 ) -> None:
-    """Make a version of the recipe's model champion if it passes the gate; if not, print the reasons and exit with 1."""
+    """Make a version of the recipe's model champion if it passes the gate; else print the reasons and exit with 1."""
     loaded = _recipe(recipe, overrides)
     from flows.home import user
 
@@ -255,11 +261,11 @@ def promote(
     _run_flow(loaded, "flows.promote", "promote", **arguments, by=user())
 
 
-def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Splits arguments into recipe files, settings and the rest, each in its order."""
-    overrides = [word for word in words if re.match(r"[\w.-]+=", word)]  # runs/lr=1e-3/model is a folder
-    recipes = [word for word in words if word.endswith(".toml") and word not in overrides]
-    return recipes, overrides, [word for word in words if word not in (*recipes, *overrides)]
+    overrides = [one for one in arguments if re.match(r"[\w.-]+=", one)]  # runs/lr=1e-3/model is a folder
+    recipes = [one for one in arguments if one.endswith(".toml") and one not in overrides]
+    return recipes, overrides, [one for one in arguments if one not in (*recipes, *overrides)]
 
 
 def _run_flow(recipe: "Recipe", module: str, flow: str, **arguments: Any) -> None:
@@ -281,7 +287,7 @@ def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
     return recipe
 
 
-def _typed(path: Path, overrides: Sequence[str] | None) -> str:
+def _command_line(path: Path, overrides: Sequence[str] | None) -> str:
     """Recipe file and settings as typed, quoted for a shell: the tables print commands with them."""
     return shlex.join([os.path.relpath(path) if path == DEMO else str(path), *(overrides or ())])
 

@@ -7,6 +7,7 @@ Running it again computes only what is missing; a killed run resumes from the st
 checkpoint.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from prefect import State, get_run_logger, runtime
 from prefect.states import Completed
 
 from flows.home import link_model, open_workspace
-from flows.inventory import planned_training
+from flows.inventory import planned_training, trained_under_schema_1
 from flows.pipeline.finished import all_done, remember_done, show_done
 from flows.pipeline.preparation import Prepared, failed_state, prepare_corpus, silently_missing
 from flows.pipeline.remote_text import prepare_text_remotely
@@ -51,9 +52,14 @@ from tasks.train.metrics import read_metrics
 SEND_SECONDS = 5.0
 """Seconds between two uploads of the training curves to MLflow."""
 
+TRAINED_AGAIN = (
+    "this version orders the training data differently (run schema 2), so the training is repeated; text, blocks and "
+    "targets are reused"
+)
+
 
 def run_chain(recipe: Recipe, command: str = "") -> State[Any]:
-    """Distils a student from a teacher: text shards, token blocks, teacher targets, training, registration, scores, gate.
+    """Distils a student from a teacher: shards, blocks, targets, training, registration, scores, gate.
 
     Artifacts that the store has are reused; only missing ones are made. With nothing left to do, the run shows the
     stored result.
@@ -78,7 +84,9 @@ def run_chain(recipe: Recipe, command: str = "") -> State[Any]:
     _refuse_gaps(prepared)
     summary = _train_and_score(prepared, command)
     _show(summary, time.monotonic() - start)
-    failed = f"; {len(prepared.failures)} artifacts failed before the training, see the table" if prepared.failures else ""
+    failed = (
+        f"; {len(prepared.failures)} artifacts failed before the training, see the table" if prepared.failures else ""
+    )
     return Completed(message=f"{summary.mlflow_model}{failed}")
 
 
@@ -101,6 +109,7 @@ def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
     workspace = prepared.workspace
     store, recipe = workspace.store, workspace.recipe
     run = planned_training(workspace)
+    _explain_repeated_training(workspace, run)
     mlflow_runs = open_mlflow_runs(recipe)
     parent = _parent_run(mlflow_runs, workspace, run)
     seconds = {stage.stage: stage.seconds for stage in prepared.stages}
@@ -132,6 +141,13 @@ def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
         gate=gate_rows(decision),
         command=command,
     )
+
+
+def _explain_repeated_training(workspace: Workspace, run: RunSpec) -> None:
+    """Says why the training starts again, if the store has the model of this run by an older version."""
+    if not workspace.store.has(run.model_ref) and trained_under_schema_1(workspace):
+        get_run_logger().info(TRAINED_AGAIN)
+        print(TRAINED_AGAIN, file=sys.stderr)  # Prefect's log lines do not reach the terminal
 
 
 def _score(workspace: Workspace, student: EvaluatedModel) -> ScoredModels:

@@ -1,4 +1,4 @@
-"""Local state of one machine: one folder (`home`) with store/, prefect/, mlflow/ and run/, and the environment variables
+"""Local state of one machine: a folder (`home`) with store/, prefect/, mlflow/ and run/, and the environment variables
 that Prefect and MLflow read when they are imported.
 
     set_environment(recipe.home)            # before the first import of Prefect or MLflow
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
-from storage.disk import writing
+from storage.files.disk import writing
 from storage.store import Store
 from tasks.recipe.config import Recipe
 
@@ -53,7 +53,7 @@ def set_environment(home: str) -> None:
         # Users read the tables and sentences of this program; Prefect's own log lines go to its server only.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-        # A flow called from Python starts Prefect's embedded server; on two busy cores the default of 20 s is too short.
+        # A flow called from Python starts Prefect's embedded server; on two busy cores 20 s are too short.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -78,16 +78,16 @@ def tracking_uri(recipe: Recipe) -> str:
 
 
 def registry_name(recipe: Recipe) -> str:
-    """A lasting name of a recipe's MLflow, without passwords: the server of `distil up` counts as the home's database."""
+    """Stable name of a recipe's MLflow, without passwords: the server of `distil up` counts as the home's database."""
     uri, up = tracking_uri(recipe), _last_up(recipe.home)
     return _without_userinfo(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
 
 
 def without_credentials(uri: str) -> str:
-    """A URI without the name and password that it may hold, for tables, tags and links.
+    """A URI without user name and password, for tables, tags and links.
 
-    Where browsers reach the server of MLFLOW_TRACKING_URI by another address than we do, as between containers, that
-    is given as DISTIL_MLFLOW_URL.
+    DISTIL_MLFLOW_URL replaces MLFLOW_TRACKING_URI where browsers reach that server by another address, as with
+    containers.
     """
     shown = os.environ.get("DISTIL_MLFLOW_URL")
     return shown if shown and uri == os.environ.get("MLFLOW_TRACKING_URI") else _without_userinfo(uri)

@@ -1,7 +1,7 @@
 """A recipe's artifacts against the store: planned training run, wanted and missing artifacts, artifacts that gc keeps.
 
-    run = planned_training(workspace)
-    rows = stage_rows(workspace)            # per stage: wanted, done, bytes, missing, failed
+run = planned_training(workspace)
+rows = stage_rows(workspace)            # per stage: wanted, done, bytes, missing, failed
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.lease import leased_artifacts
 from storage.store import Store
-from tasks.lineage import Workspace, plan_training, training_key
+from tasks.lineage import Workspace, plan_training, training_key, training_key_schema_1
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_spec import RunSpec
 from tasks.recipe.run_spec import model_ref as ref_of_model
@@ -33,6 +33,15 @@ def planned_model(workspace: Workspace) -> Ref:
     return ref_of_model(planned_key(workspace), workspace.recipe.name)
 
 
+def trained_under_schema_1(workspace: Workspace) -> bool:
+    """True if a version with run schema 1 has trained this recipe in this store. The same error."""
+    recipe = workspace.recipe
+    if recipe.train.result != "last":
+        return False  # schema 1 had no other result
+    key = training_key_schema_1(with_local_start(workspace))
+    return workspace.store.has(ref_of_model(key, recipe.name))
+
+
 def with_local_start(workspace: Workspace) -> Workspace:
     """The workspace, with a registered model in train.warm_start replaced by its folder."""
     recipe = workspace.recipe
@@ -46,7 +55,7 @@ def with_local_start(workspace: Workspace) -> Workspace:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: numbers of wanted and done artifacts, bytes of the done, labels of the missing, reasons of the failed."""
+    """One stage: wanted and done artifacts, bytes of the done, labels of the missing, reasons of the failed."""
 
     stage: str
     wanted: int

@@ -36,17 +36,19 @@ def verify_store(workspace: Workspace, command: str) -> None:
     ]
     for kind, label in lacking:
         print(f"missing  {kind} {label}")
-    _raise_if_incomplete(faults, len(lacking), command)
+    _raise_if_incomplete(faults, lacking, command)
     print("every artifact is complete and none is missing")
 
 
-def _raise_if_incomplete(faults: Sequence[Fault], lacking: int, command: str) -> None:
+def _raise_if_incomplete(faults: Sequence[Fault], lacking: Sequence[tuple[str, str]], command: str) -> None:
     withdrawn = sum(fault.withdrawn for fault in faults)
     if unread := sum(fault.what == "unread" for fault in faults):
         print(f"{unread} could not be read and are left as they are; give access, or repair the disk, and verify again")
     if withdrawn or lacking:
+        # A retry ends at the targets; only a run trains.
+        verb = "run" if all(kind == "model" for kind, _ in lacking) and not withdrawn else "retry"
         raise DistilError(
-            f"{withdrawn} damaged and withdrawn, {lacking} missing; `distil retry {command}` makes them again"
+            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil {verb} {command}` makes them again"
         )
     if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
         raise DistilError(f"{stuck} damaged, but could not be withdrawn; verify again with write access")

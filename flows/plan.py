@@ -1,7 +1,7 @@
 """The forecast of `distil plan`, from one measured sample and one timing. Starts no server.
 
-    forecast = forecast_of(recipe, sample_bytes=4_000_000, prices=Prices())
-    show_forecast(recipe, forecast)         # flows/views/forecast.py
+forecast = forecast_of(recipe, sample_bytes=4_000_000, prices=Prices())
+show_forecast(recipe, forecast)         # flows/views/forecast.py
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ TIMED_SECONDS = 10.0
 
 
 def forecast_of(recipe: Recipe, *, sample_bytes: int, prices: Prices, training: bool = True) -> Forecast:
-    """Measures the sample and the machine, and computes the forecast. FatalError: unusable sources, teacher or student."""
+    """Measures sample and machine, and computes the forecast. FatalError: unusable sources, teacher or student."""
     workspace = with_local_start(open_workspace(recipe))
     recipe = workspace.recipe
     check_teacher(recipe)

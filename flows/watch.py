@@ -154,7 +154,7 @@ def _lacking(folder: FolderListing, recipe: Recipe) -> str:
     absent = snapshot_of(folder, recipe.corpus, partial=True).absent
     if not absent:
         return ""
-    more = f", as do {len(absent) - 1} others" if absent[1:] else ""
+    more = f"; neither do {len(absent) - 1} others" if absent[1:] else ""
     return f"{absent[0]} is named in a checksum file but does not exist{more}"
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from storage.artifact import DataFile
-from storage.disk import writing
 from storage.errors import DamagedError, RetryableError
-from storage.lock import FileLock, acquire, try_acquire
+from storage.files.disk import writing
+from storage.files.lock import FileLock, acquire, try_acquire
 
 DEFAULT_CACHE_BYTES = 50_000_000_000
 

@@ -13,7 +13,7 @@ from functools import partial
 from storage import layout
 from storage.artifact import Failure, Receipt, Ref, failure_from_json, is_key, receipt_from_json
 from storage.errors import DamagedError, FatalError, RetryableError
-from storage.root import Files
+from storage.files.root import Files
 
 
 class Receipts(Files):

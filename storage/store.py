@@ -24,7 +24,7 @@ Failures that the design covers:
 - Damaged data: readers verify hashes before they use an artifact (`check`, or `pin` with `check=True`). A process
   hashes an unchanged file once, so a second check costs nothing.
 
-Local files are written atomically and flushed (storage.disk); transfers are retried (storage.filesystem).
+Local files are written atomically and flushed (storage.files.disk); transfers are retried (storage.files.filesystem).
 """
 
 import os
@@ -42,9 +42,9 @@ from typing import Any
 from storage import layout
 from storage.artifact import DataFile, Failure, Receipt, Ref, digest_of_files, host_name, now
 from storage.cache import DEFAULT_CACHE_BYTES, Cache, PinnedFolder
-from storage.disk import move_files, writing
 from storage.errors import DamagedError
-from storage.filesystem import download_file, translate_errors, upload, with_retries
+from storage.files.disk import move_files, writing
+from storage.files.filesystem import download_file, translate_errors, upload, with_retries
 from storage.fingerprint import HashCache, canonical_json, sha256_bytes, sha256_file
 from storage.receipts import Receipts
 

@@ -1,10 +1,10 @@
-"""What a recipe wants, as keys: the chain from snapshot to targets without computing any of it.
+"""Names every artifact of a recipe, from snapshot to targets, by its key; computes none of them.
 
     workspace = Workspace(store, recipe)
     store.missing(workspace.lineage.blocks.values())
 
-Called by the flows (what to submit), `distil status`, `verify`, `retry` and `gc`. What a source holds is known once its
-receipt is there; until then its shards, and all that comes from them, are not in the lineage.
+Used by the flows (to find missing artifacts), `distil status`, `verify`, `retry` and `gc`. The shards of a source are
+known once its receipt exists; until then they, and everything made from them, are not in the lineage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ from tasks.corpus.shard import heldout_of, shards_of, source_ref
 from tasks.corpus.snapshot import Snapshot, Source, source_content, take_snapshot
 from tasks.models.files import fingerprint_of, vocabulary_rows
 from tasks.recipe.config import CorpusSettings, Recipe, TeacherSettings
-from tasks.recipe.run_spec import Part, RunSpec, key_of_run, make_run
+from tasks.recipe.run_spec import Part, RunSpec, key_of_run, key_of_run_schema_1, make_run
 from tasks.targets.keys import calibration_ref, needs_calibration, targets_ref
 from tasks.tokens.blocks import blocks_ref
 from tasks.tokens.token_counts import counts_ref
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, vocabulary_for
 
 SAMPLE_SHARDS = 4
-"""Token counts and int8 calibration are estimated from the first so many shards, once, and then frozen."""
+"""Number of shards that token counts and int8 calibration are estimated from. The choice is frozen by the first run."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One targets artifact: the teacher's word on one shard's blocks under one mask variant."""
+    """One targets artifact: the teacher's hidden states for the blocks of one shard under one mask variant."""
 
     blocks: Ref
     variant: int
@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Every artifact of a recipe that can be named now. `blocks` maps a shard to its blocks."""
+    """Every artifact of a recipe whose key is known now. `blocks` maps each shard to its blocks."""
 
     snapshot: Snapshot
     sources: tuple[tuple[Source, Ref | None], ...]
@@ -55,16 +55,16 @@ class Lineage:
 
     @property
     def training_blocks(self) -> tuple[Ref, ...]:
-        """Blocks that are trained on, in the order of sources and shards."""
+        """Blocks to train on, in the order of sources and shards."""
         return tuple((self.blocks or {})[shard] for shard in self.shards)
 
     @property
     def heldout_blocks(self) -> tuple[Ref, ...]:
-        """Blocks that nobody trains on."""
+        """Blocks of held-out text, which are never trained on."""
         return tuple((self.blocks or {})[shard] for shard in self.heldout_shards)
 
     def stages(self) -> dict[str, tuple[Ref, ...]]:
-        """All named artifacts by stage, in the order of the chain."""
+        """All known artifacts by stage, in the order of the pipeline."""
         return {
             "source": tuple(ref for _, ref in self.sources if ref),
             "shard": (*self.shards, *self.heldout_shards),
@@ -75,7 +75,7 @@ class Lineage:
         }
 
     def lacks(self, store: Store, *stages: str) -> bool:
-        """True if a source was not read yet, or an artifact of these stages (of all, if none is named) is not there."""
+        """True if a source was not read yet, or an artifact of these stages (default: all) does not exist."""
         if any(ref is None for _, ref in self.sources):
             return True
         named = self.stages()
@@ -86,7 +86,7 @@ class Lineage:
 class Workspace:
     """A recipe and the store that holds its artifacts.
 
-    Lineage, vocabulary and teacher key are computed once per value: take `refreshed()` after artifacts were made.
+    Lineage, vocabulary and teacher key are computed once per value. Use `refreshed()` after artifacts were made.
     """
 
     store: Store
@@ -94,7 +94,7 @@ class Workspace:
 
     @cached_property
     def lineage(self) -> Lineage:
-        """Every artifact that the recipe names now."""
+        """Every artifact of the recipe whose key is known now."""
         return _trace(self)
 
     @cached_property
@@ -108,7 +108,7 @@ class Workspace:
         return teacher_key(self.recipe)
 
     def refreshed(self) -> "Workspace":
-        """The same pair; the lineage is read from the store again."""
+        """The same store and recipe; the lineage is read from the store again."""
         return replace(self)
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Workspace":
@@ -116,14 +116,14 @@ class Workspace:
         return replace(self, recipe=self.recipe.with_changes(changes))
 
     def with_warm_start(self, model: str) -> "Workspace":
-        """The same workspace, with training started from another model; the lineage does not depend on it and stays."""
+        """The same workspace with another model as warm start; keeps the lineage, which does not depend on it."""
         changed = self.with_changes({"train.warm_start": model})
         vars(changed)["lineage"] = self.lineage  # where cached_property keeps it
         return changed
 
 
 def trace(store: Store, recipe: Recipe) -> Lineage:
-    """Names everything from the snapshot to the targets, as far as the sources' receipts tell; computes nothing."""
+    """The lineage of a recipe in a store, as far as the receipts of its sources exist. Computes nothing."""
     return Workspace(store, recipe).lineage
 
 
@@ -147,9 +147,9 @@ def vocabulary_of(recipe: Recipe) -> Vocabulary:
 
 
 def check_teacher(recipe: Recipe) -> None:
-    """Reads two small files of the teacher, so that what cannot work is refused before hours of other work.
+    """Checks two small files of the teacher, so that an unusable one fails before hours of other work.
 
-    FatalError: no such teacher, no weights, a tokenizer that does not fit.
+    FatalError: no such teacher, no weights, or a tokenizer that does not fit.
     """
     if recipe.teacher.model:
         rows = vocabulary_rows(recipe.teacher)
@@ -163,21 +163,22 @@ def caches_targets(recipe: Recipe) -> bool:
 
 
 def teacher_key(recipe: Recipe) -> str:
-    """Fingerprint of the teacher, or "" when there is none."""
+    """Fingerprint of the teacher, or "" without one."""
     return fingerprint_of(recipe.teacher) if recipe.teacher.model else ""
 
 
 def plan_training(workspace: Workspace) -> RunSpec:
-    """The training run over everything that is there. What is missing by now is left out, or refused, by policy.
+    """The training run over all existing blocks and targets. Reads the receipt of each block.
 
-    Reads the receipt of each of its blocks. FatalError when targets.on_missing = raise and some are missing, or when
-    train.warm_start is no folder or hub id of a model: a registered one is a folder by now.
+    Parts with missing targets are left out, or refused, as targets.on_missing says. FatalError: targets are missing and
+    targets.on_missing = raise, or train.warm_start is no folder or hub id of a model (flows replace a registered model
+    with its folder first).
     """
     store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
-    kept = store.keys("targets")
+    existing = store.keys("targets")
     wanted = []
     for ref, targets in _parts(lineage):
-        lost = [target.ref.label for target in targets if target.ref.key not in kept]
+        lost = [target.ref.label for target in targets if target.ref.key not in existing]
         if lost and recipe.targets.on_missing == "raise":
             raise FatalError(f"targets of {lost[0]} are missing and targets.on_missing = raise; run `distil retry`")
         if not lost:
@@ -195,14 +196,14 @@ def plan_training(workspace: Workspace) -> RunSpec:
 
 
 def training_key(workspace: Workspace) -> str:
-    """Key of the run that `plan_training` gives where nothing is missing; reads nothing but the lineage.
+    """Key of the run that `plan_training` returns if nothing is missing; reads nothing but the lineage.
 
     FatalError: train.warm_start is no model.
     """
     lineage = workspace.lineage
     return key_of_run(
         workspace.recipe,
-        [(ref.key, *(target.ref.key for target in targets)) for ref, targets in _parts(lineage)],
+        _keys_of_parts(lineage),
         heldout=[ref.key for ref in lineage.heldout_blocks],
         teacher_fingerprint=workspace.teacher_key,
         start=_start(workspace.recipe),
@@ -210,8 +211,24 @@ def training_key(workspace: Workspace) -> str:
     )
 
 
+def training_key_schema_1(workspace: Workspace) -> str:
+    """`training_key` as versions with run schema 1 computed it. The same error."""
+    lineage = workspace.lineage
+    return key_of_run_schema_1(
+        workspace.recipe,
+        _keys_of_parts(lineage),
+        teacher_fingerprint=workspace.teacher_key,
+        start=_start(workspace.recipe),
+        counts=lineage.counts.key if lineage.counts else "",
+    )
+
+
+def _keys_of_parts(lineage: Lineage) -> list[tuple[str, ...]]:
+    return [(ref.key, *(target.ref.key for target in targets)) for ref, targets in _parts(lineage)]
+
+
 def _start(recipe: Recipe) -> str:
-    """A run is keyed by what the model of its warm start is, not by where that lies."""
+    """Fingerprint of the warm-start model, or "": the key of a run covers its content, not its folder."""
     return fingerprint_of(TeacherSettings(model=recipe.train.warm_start)) if recipe.train.warm_start else ""
 
 
@@ -224,10 +241,10 @@ def _parts(lineage: Lineage) -> list[tuple[Ref, list[Target]]]:
 
 
 def freeze_sample(workspace: Workspace, sample: Sequence[Ref]) -> None:
-    """Freezes which blocks calibration and token counts come from, for this and all later snapshots."""
+    """Freezes the blocks that calibration and token counts are estimated from, for this and all later snapshots."""
     store, name = workspace.store, _sample_name(workspace)
     value = {"blocks": [{"key": ref.key, "label": ref.label} for ref in sample]}
-    if store.recall("sample", name) != value:  # a run with nothing to do writes nothing
+    if store.recall("sample", name) != value:  # a run with nothing to do must not write
         store.remember("sample", name, value)
 
 
@@ -266,10 +283,10 @@ def _estimates(workspace: Workspace, sample: Sequence[Ref]) -> tuple[Ref | None,
 
 
 def _sample(workspace: Workspace, lineage: Lineage) -> list[Ref]:
-    """The pinned sample, or, where there is none or it is of no more use, the first shards of this snapshot.
+    """The pinned sample; if none exists or it is unusable, the first shards of this snapshot.
 
-    Another sample means other keys for all targets. So blocks that are gone change nothing while they can be made
-    again, or while what was estimated from them is there.
+    Another sample changes the keys of all targets. So lost blocks of the sample do not matter while they can be made
+    again, or while the estimates from them exist.
     """
     store = workspace.store
     pinned = store.recall("sample", _sample_name(workspace))
@@ -284,7 +301,7 @@ def _sample(workspace: Workspace, lineage: Lineage) -> list[Ref]:
 
 def _sample_name(workspace: Workspace) -> str:
     recipe = workspace.recipe
-    # As by default, so that a source that was refused may be let in without another calibration of all the others.
+    # The defaults, so that raising a limit to admit a refused source does not change the calibration of all others.
     limits = {name: CorpusSettings.model_fields[name].default for name in ("max_bad_lines", "max_unpacked_ratio")}
     settings = {
         "corpus": recipe.corpus.in_key({"url", "pattern"}) | limits,
@@ -295,7 +312,7 @@ def _sample_name(workspace: Workspace) -> str:
 
 
 def _receipts(store: Store, refs: Sequence[Ref]) -> list[Receipt]:
-    """Receipts of the sources that are done; two files with the same bytes are one source."""
+    """Receipts of finished sources; two files with the same bytes are one source."""
     once = {ref.key: ref for ref in reversed(refs)}
     return store.receipts_of(ref for ref in refs if once[ref.key] is ref)
 

@@ -128,10 +128,10 @@ def test_defaults_are_those_of_the_guides(field: str, default: object) -> None:
 
 
 def test_limits_of_servers_and_transfers_are_those_of_the_guides() -> None:
-    from flows.pipeline.trainer_process import GRACE_SECONDS
+    from flows.pipeline.task_policy import GRACE_SECONDS
     from flows.services.auth import LEAST_CHARACTERS
     from flows.services.servers import RETENTION
-    from storage.filesystem import PARALLEL_PARTS, PART_BYTES
+    from storage.files.filesystem import PARALLEL_PARTS, PART_BYTES
     from storage.maintenance import DAY
 
     assert RETENTION["PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD"] == str(90 * 86_400)

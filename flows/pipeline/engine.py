@@ -1,9 +1,9 @@
 """Chooses where a recipe's artifacts are made: local worker processes, this process, or Ray (`run.engine`).
 
-    with text_pool(recipe) as pool:         # shards and blocks
-        pool.call(3600, make_blocks, store, shard, ...)
-    with teacher_pool(recipe) as pool:      # calibration and targets
-        pool.call(3600, with_capture, calibrate, ...)
+with text_pool(recipe) as pool:         # shards and blocks
+    pool.call(3600, make_blocks, store, shard, ...)
+with teacher_pool(recipe) as pool:      # calibration and targets
+    pool.call(3600, with_capture, calibrate, ...)
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def text_pool(recipe: Recipe) -> Iterator[Pool]:
 
 @contextmanager
 def teacher_pool(recipe: Recipe) -> Iterator[Pool]:
-    """The pool for work with the teacher: Ray tasks, or this process with its GPU. Each process loads the teacher once."""
+    """The pool for work with the teacher, which each process loads once: Ray tasks, or this process with its GPU."""
     if recipe.run.engine == "ray":
         from flows.pipeline.ray_pool import ray_workers
 

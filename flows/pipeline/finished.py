@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.home import link_model, registry_name, tracking_uri
 from flows.inventory import planned_key
-from flows.views.places import LOOK, MADE, MODEL, places
+from flows.views.places import MADE, MODEL, WHERE, places
 from flows.views.tables import Rows, Table, number, show_table
 from storage.artifact import Ref
 from storage.fingerprint import canonical_json, sha256_bytes
@@ -41,14 +41,14 @@ def all_done(workspace: Workspace) -> Done | None:
         return None
     run_key = planned_key(workspace)
     model = model_ref(run_key, recipe.name)
-    noted = store.recall(TOPIC, _name(recipe, run_key))
-    if noted is None or store.missing([model]):
+    note = store.recall(TOPIC, _name(recipe, run_key))
+    if note is None or store.missing([model]):
         return None
     sentence = (
-        f"nothing to do: {number(len(lineage.shards))} shards, {number(noted['rows'])} blocks, "
+        f"nothing to do: {number(len(lineage.shards))} shards, {number(note['rows'])} blocks, "
         f"{number(len(lineage.targets))} targets, model {model.label} ({model.key[:12]}) already there"
     )
-    sections = {heading: [(name, text) for name, text in rows] for heading, rows in _table_of(noted)}
+    sections = {heading: [(name, text) for name, text in rows] for heading, rows in _table_of(note)}
     return Done(sentence, sections, model)
 
 
@@ -60,12 +60,12 @@ def show_done(workspace: Workspace, done: Done, command: str = "") -> None:
     """
     store, recipe = workspace.store, workspace.recipe
     folder = link_model(recipe, store.check(store.receipt(done.model)))
-    here = {(MADE, MODEL): str(folder)}
+    local = {(MADE, MODEL): str(folder)}
     sections: dict[str, Rows] = {
-        heading: [(name, here.get((heading, name), text)) for name, text in rows]
+        heading: [(name, local.get((heading, name), text)) for name, text in rows]
         for heading, rows in done.sections.items()
     }
-    sections[LOOK] = places(recipe, folder, tracking_uri(recipe), command)
+    sections[WHERE] = places(recipe, folder, tracking_uri(recipe), command)
     show_table(Table(recipe.name, sections))
 
 
@@ -75,9 +75,9 @@ def remember_done(workspace: Workspace, run: RunSpec, sections: Mapping[str, Row
     workspace.store.remember(TOPIC, _name(workspace.recipe, run.run_key), value)
 
 
-def _table_of(noted: Mapping[str, Any]) -> Any:
+def _table_of(note: Mapping[str, Any]) -> Any:
     """The final table of a note; notes of earlier versions have it under another name."""
-    return next(value for name, value in noted.items() if name != "rows")
+    return next(value for name, value in note.items() if name != "rows")
 
 
 def _name(recipe: Recipe, run_key: str) -> str:

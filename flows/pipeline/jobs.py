@@ -27,6 +27,7 @@ from tasks.targets.compute import make_targets, open_capture, with_capture
 from tasks.tokens.blocks import make_blocks
 from tasks.tokens.token_counts import count_tokens
 
+
 def source_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
     """One job per source: hash it, read it, cut it into shards. A source with a lost shard is read again."""
     store, lineage = workspace.store, workspace.lineage
@@ -94,7 +95,7 @@ def target_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
 
 
 def _capture_opener(workspace: Workspace, calibration: Ref | None, pool: Pool) -> Callable[[], Capture]:
-    """A picklable function that opens the teacher in the process that calls it; each process loads it once."""
+    """A function that opens the teacher in the process that calls it; each process loads the teacher once."""
     recipe = workspace.recipe
     opened = partial(
         open_capture,

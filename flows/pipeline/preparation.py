@@ -1,10 +1,10 @@
-"""Runs the preparation stages of a recipe, from sources to targets, for whatever the store lacks.
+"""Runs the preparation stages of a recipe, from sources to targets, for all artifacts that the store lacks.
 
     prepared = prepare_corpus(workspace)                        # sources, blocks, counts, calibration, targets
     prepared = prepare_corpus(workspace, Selection("blocks", "fr_meta_part_2-0000", force=True))
     return finish_state(prepared, command)                      # the Prefect state of a flow without training
 
-Each stage asks the store what is missing before it begins; jobs.py lists its jobs and stage.py runs them.
+Each stage queries the store for missing artifacts first; jobs.py lists its jobs and stage.py runs them.
 """
 
 import time
@@ -108,7 +108,7 @@ def prepare_corpus(workspace: Workspace, selection: Selection = SELECT_ALL, *, t
 
 
 def silently_missing(prepared: Prepared) -> list[Ref]:
-    """Blocks and targets that do not exist although nothing that they are made from failed in this run."""
+    """Blocks and targets that do not exist although none of their inputs failed in this run."""
     lineage = prepared.workspace.lineage
     excused = {plain_label(failure.label) for failure in prepared.failures}
     wanted = (*lineage.training_blocks, *(target.ref for target in lineage.targets))
@@ -174,8 +174,8 @@ def _stage(workspace: Workspace, selection: Selection, jobs: Iterable[Job], widt
 def _freeze_sample(workspace: Workspace) -> tuple[Ref, ...]:
     """Pins and returns the sample for counts and calibration: the blocks of the first shards that exist.
 
-    Once counts or calibration exist the sample stays, even if its blocks are lost: with another sample all targets would
-    have other keys.
+    Once counts or calibration exist the sample stays, even if its blocks are lost: another sample would change the keys
+    of all targets.
     """
     store, lineage = workspace.store, workspace.lineage
     blocks = lineage.sample

@@ -1,10 +1,11 @@
-"""Pools that make artifacts outside this process: worker processes of this machine, or Ray tasks (ray_pool.py).
+"""Makes artifacts in worker processes of this machine; `Pool` is the interface of these and of Ray tasks (ray_pool.py).
 
     with workers(recipe.run) as pool:
         pool.call(3600, shard_source, store, source, corpus)
 
-Outside the interpreter lock, and a time-out really ends what hangs. Imports no Prefect: the processes start with this
-module. Bytes do not depend on who makes them, or on how many there are.
+Processes, not threads: they do not share an interpreter lock, and a call that hangs is killed at its time-out. An
+artifact's bytes do not depend on the kind or number of workers. Imports no Prefect, since every worker process imports
+this module.
 """
 
 import multiprocessing
@@ -25,39 +26,38 @@ from tasks.recipe.config import RunSettings
 
 R = TypeVar("R")
 
-LOOK_SECONDS = 1.0
-"""How often a thread that waits for a worker process looks whether the pool is still there."""
+POLL_SECONDS = 1.0
+"""Interval at which a thread that waits for a worker process checks that the pool is still active."""
 
 
 class StoppedError(Exception):
-    """The run was told to stop; what was being made is as missing as before, and no failure."""
+    """The run was stopped: the artifact in progress stays missing, and that is no failure."""
 
 
 class Pool(Protocol):
-    """Where a call goes."""
+    """Runs calls in other processes, or in this one."""
 
     width: int
-    """So many calls at once keep it busy."""
+    """Number of concurrent calls that keep it busy."""
     is_here: bool
     """True if a call runs in this process."""
 
     def call(self, timeout: float, fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """Runs `fn`, a function of a module, elsewhere, waits for it and returns or raises what it does.
+        """Calls `fn(*args, **kwargs)` and returns its result or raises its error; `fn` must be picklable.
 
-        FatalError after it ran for `timeout` seconds, RetryableError if its process died. StoppedError if the pool is
-        stopped meanwhile.
+        FatalError after `timeout` seconds, RetryableError if its process dies, StoppedError if the pool is stopped.
         """
 
 
 @contextmanager
 def workers(run: RunSettings) -> Iterator[Pool]:
-    """A pool of run.workers processes; they start with the first call and end with the block, whatever happens."""
+    """A pool of `run.workers` processes. They start with the first call and end with the block, also after an error."""
     threads = max(1, (os.cpu_count() or 1) // run.workers)
     pool = ProcessPool(
         max_workers=run.workers,
-        initializer=_begin,
+        initializer=_start_worker,
         initargs=(threads, os.getpid()),
-        # A forked child would inherit locks that other threads hold.
+        # Not fork: a forked child would inherit locks that other threads hold.
         context=multiprocessing.get_context("spawn"),
     )
     try:
@@ -77,12 +77,12 @@ class _Processes:
 
     def __init__(self, pool: ProcessPool, workers: int) -> None:
         self.pool = pool
-        self.width = 2 * workers  # a process never waits for its next task
+        self.width = 2 * workers  # two calls per process, so that none waits for its next one
 
     def call(self, timeout: float, fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """As `Pool` says. pebble leaves what was in flight of a stopped pool without an end, so it is looked after."""
+        """See `Pool`. Polls the pool: pebble never resolves the futures that were running when a pool was stopped."""
         future = self.pool.schedule(fn, args=args, kwargs=kwargs, timeout=timeout)
-        while not wait([future], LOOK_SECONDS).done:
+        while not wait([future], POLL_SECONDS).done:
             if not self.pool.active:
                 raise StoppedError("its worker processes were stopped")
         try:
@@ -98,16 +98,16 @@ class _Processes:
 
 
 def time_out_error(timeout: float) -> FatalError:
-    """What is said of work whose process was ended since it took too long."""
+    """The error of a call whose process was killed at its time-out."""
     return FatalError(
         f"took longer than {timeout:g} seconds and its worker process was ended; "
-        "raise run.shard_timeout or look at the source"
+        "raise run.shard_timeout or check the source"
     )
 
 
-def _begin(threads: int, parent: int) -> None:
-    """First thing in a worker: share the cores, and die when the flow's process dies."""
+def _start_worker(threads: int, parent: int) -> None:
+    """Initializes a worker process: `threads` for the tokenizer, and SIGKILL when the flow's process dies."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)
-    # Ctrl-C in a terminal and Prefect's SIGTERM go to the whole group; the flow decides what they mean.
+    # A session of its own: Ctrl-C in a terminal and Prefect's SIGTERM must reach the flow only, which ends the pool.
     os.setsid()
     set_parent_death_signal(signal.SIGKILL, parent)

@@ -1,11 +1,11 @@
-"""Ray instead of worker processes: shards, blocks and the teacher's targets as Ray tasks, on one machine or many.
+"""Makes shards, blocks and the teacher's targets as Ray tasks, on one machine or many.
 
     with ray_workers(recipe.ray, recipe.run.window, teacher=True) as pool:
-        pool.call(3600, teach_shard, store, blocks, opened)
+        pool.call(3600, with_capture, make_targets, opened, store, blocks)
 
 Needs the extra `ray`, this code and the same Python on every node, and a store, corpus and teacher that every node
-reads under the same address. Plain Ray tasks and not Prefect's Ray runner: that would run our Prefect tasks on the
-nodes, each with a client of the Prefect server and its password, and what is in flight would no longer be counted here.
+reads under the same address. Uses plain Ray tasks, not Prefect's Ray task runner: with the latter every node would need
+a client of the Prefect server with its password, and `run.window` could not bound the tasks in flight.
 """
 
 import logging
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from flows.pipeline.process_pool import LOOK_SECONDS, StoppedError, time_out_error
+from flows.pipeline.process_pool import POLL_SECONDS, StoppedError, time_out_error
 from storage.artifact import NODE
 from storage.errors import FatalError, RetryableError
 from tasks.recipe.config import RaySettings
@@ -27,10 +27,10 @@ R = TypeVar("R")
 
 @contextmanager
 def ray_workers(settings: RaySettings, width: int, *, teacher: bool = False) -> Iterator["_RayTasks"]:
-    """Calls become tasks of the cluster, each with the CPUs, GPUs and memory of its kind, `width` at once.
+    """A pool of Ray tasks, `width` at once, each with the CPUs, GPUs and memory (bytes) that the settings give.
 
-    FatalError if Ray is not installed or the cluster does not answer. When the block ends by an error, what is in
-    flight is ended.
+    FatalError if Ray is not installed or the cluster does not answer. Tasks in flight are cancelled at the end of the
+    block.
     """
     _connect(settings.address)
     tasks = _RayTasks(_resources(settings, teacher), width)
@@ -41,7 +41,7 @@ def ray_workers(settings: RaySettings, width: int, *, teacher: bool = False) -> 
 
 
 def _connect(address: str) -> None:
-    """Joins the cluster once a process; Ray leaves it when the process ends."""
+    """Joins the cluster on the first call in a process; Ray leaves it at the end of the process."""
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -52,48 +52,48 @@ def _connect(address: str) -> None:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError) as error:
         raise FatalError(
-            f"ray.address = {address}: no Ray cluster takes us there ({error}); start one with `ray start`, and give "
-            "its token, if it has one, as RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"ray.address = {address}: no Ray cluster accepts the connection ({error}); start one with `ray start`, "
+            "and give its token, if it has one, as RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
 
 
 def _resources(settings: RaySettings, teacher: bool) -> dict[str, Any]:
     memory = settings.teacher_memory if teacher else settings.memory
-    found: dict[str, Any] = {"num_cpus": settings.teacher_cpus if teacher else settings.cpus}
+    resources: dict[str, Any] = {"num_cpus": settings.teacher_cpus if teacher else settings.cpus}
     if teacher and settings.teacher_gpus:
-        found["num_gpus"] = settings.teacher_gpus
-    return found | ({"memory": memory} if memory else {})
+        resources["num_gpus"] = settings.teacher_gpus
+    return resources | ({"memory": memory} if memory else {})
 
 
 class _RayTasks:
-    """A `Pool` of the whole cluster. Ray queues what no node has room for."""
+    """A `Pool` over the cluster. Ray queues tasks for which no node has free resources."""
 
     is_here = False
 
     def __init__(self, resources: dict[str, Any], width: int) -> None:
         import ray
 
-        # Ray repeats nothing by itself: the flow does, and counts it. A worker process stays after a call
-        # (max_calls), with the teacher that it loaded; Ray ends those with a GPU after each one unless told so.
-        self.begin = ray.remote(
+        # max_retries=0: Prefect retries, and counts the attempts. max_calls=0: the worker process stays after a call,
+        # with the teacher that it loaded; by default Ray ends those with a GPU after each call.
+        self.start = ray.remote(
             max_calls=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD", **resources
-        )(_begin)
+        )(_run)
         self.active, self.width = True, width
 
     def call(self, timeout: float, fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """As `Pool` says. `timeout` counts from the start on a node, however long the task was queued."""
+        """See `Pool`. `timeout` counts from the start on a node; time in Ray's queue does not count."""
         import ray
         from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-        answers = self.begin.remote(fn, args, kwargs)
+        outputs = self.start.remote(fn, args, kwargs)
         try:
-            self._next(answers, None)  # it has begun
-            result: R = self._next(answers, timeout)
+            self._next(outputs, None)  # the task has started
+            result: R = self._next(outputs, timeout)
         except StoppedError:
-            ray.cancel(answers, force=True)  # ends its process
+            ray.cancel(outputs, force=True)  # kills its process
             raise
         except TimeoutError as error:
-            ray.cancel(answers, force=True)
+            ray.cancel(outputs, force=True)
             raise time_out_error(timeout) from error
         except RayTaskError as error:
             raise error.cause from error
@@ -103,21 +103,21 @@ class _RayTasks:
             raise RetryableError(f"its Ray task was lost ({type(error).__name__}): {error}") from error
         return result
 
-    def _next(self, answers: Any, timeout: float | None) -> Any:
-        """The next value that the task yields. TimeoutError after `timeout` seconds, StoppedError of a stopped pool."""
+    def _next(self, outputs: Any, timeout: float | None) -> Any:
+        """The next output of the task. TimeoutError after `timeout` seconds, StoppedError if the pool is stopped."""
         import ray
 
         end = math.inf if timeout is None else time.monotonic() + timeout
-        while not ray.wait([answers], timeout=max(0.0, min(LOOK_SECONDS, end - time.monotonic())))[0]:
+        while not ray.wait([outputs], timeout=max(0.0, min(POLL_SECONDS, end - time.monotonic())))[0]:
             if not self.active:
-                raise StoppedError("the run was told to stop")
+                raise StoppedError("the run was stopped")
             if time.monotonic() >= end:
                 raise TimeoutError
-        return ray.get(next(answers))
+        return ray.get(next(outputs))
 
 
-def _begin(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The body of every task: says that it has begun, then what `fn` returns. Receipts name the node."""
+def _run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The body of every task: yields None at its start, then the result of `fn`. Sets the node's name for receipts."""
     import ray
 
     os.environ[NODE] = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"

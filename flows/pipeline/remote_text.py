@@ -1,8 +1,8 @@
-"""Shards and blocks on another work pool: a run on machines with GPUs leaves the text to a deployment on CPUs.
+"""Makes shards and blocks on another work pool: a run on a machine with GPUs starts a deployment on machines with CPUs.
 
-    workspace = prepare_text_remotely(workspace)    # run.text_on = "prepare/text": starts it with the recipe and waits
+    workspace = prepare_text_remotely(workspace)    # run.text_on = "prepare/text": the deployment to start
 
-Both share only the store, which is asked before and after.
+The two runs share only the store.
 """
 
 from typing import cast
@@ -19,10 +19,10 @@ POLL_SECONDS = 5.0
 
 
 def prepare_text_remotely(workspace: Workspace) -> Workspace:
-    """Starts the deployment if shards or blocks are missing, waits for its end and returns the workspace as it is then.
+    """Starts the deployment if shards or blocks are missing, waits for its end and returns the refreshed workspace.
 
-    FatalError if there is no such deployment, or if its run failed: the sentence is that run's. RetryableError if it
-    was cancelled or crashed.
+    FatalError if the deployment does not exist or its run failed, with the message of that run. RetryableError if the
+    run was cancelled or crashed.
     """
     name = workspace.recipe.run.text_on
     if not name or not workspace.lineage.lacks(workspace.store, "source", "shard", "blocks"):
@@ -37,13 +37,14 @@ def prepare_text_remotely(workspace: Workspace) -> Workspace:
         ) from error
     state = run.state
     if state is None or not state.is_completed():
-        said = f"run {run.name} of {name} ended {state.name if state else 'nowhere'}: {state.message if state else ''}"
-        raise FatalError(said) if state and state.is_failed() else RetryableError(said)
+        ended, reason = (state.name, state.message) if state else ("without a state", "")
+        message = f"run {run.name} of {name} ended {ended}: {reason}"
+        raise FatalError(message) if state and state.is_failed() else RetryableError(message)
     return workspace.refreshed()
 
 
 def _home_of(deployment: str) -> str:
-    """The home that a deployment has of its own: ours is a folder of this machine. ObjectNotFound: there is none."""
+    """The home in a deployment's own recipe; ours is a folder of this machine. ObjectNotFound: no such deployment."""
     with get_client(sync_client=True) as client:
-        own: dict[str, str] = client.read_deployment_by_name(deployment).parameters.get("recipe", {})
-    return own.get("home", "")
+        recipe: dict[str, str] = client.read_deployment_by_name(deployment).parameters.get("recipe", {})
+    return recipe.get("home", "")

@@ -1,9 +1,9 @@
-"""One stage of the chain: named task runs, a few in flight at once, every failure noted and none in the way of others.
+"""Runs the jobs of one stage as Prefect task runs, a bounded number in flight; a failed job stops no other.
 
-    failed = run_stage("blocks", "blocks", jobs, store, recipe.run, window=4)
+    failures = run_stage("blocks", "blocks", jobs, store, recipe.run, window=4)
 
-What to do was asked of the store before; what came out is asked of the store after. Prefect shows, it does not decide:
-whether a job was done is known here, whatever becomes of its task run. Tiny jobs share a task run.
+The caller asks the store which jobs to run. Prefect shows the task runs and retries them; whether a job succeeded is
+recorded here, whatever state its task run ends in. Short jobs share a task run.
 """
 
 import threading
@@ -28,15 +28,15 @@ from storage.errors import DistilError, RetryableError
 from storage.store import Store
 from tasks.recipe.config import RunSettings
 
-LOOK_SECONDS = 5.0
-"""The progress artifact is brought up to date this often, even while no job ends."""
+POLL_SECONDS = 5.0
+"""Longest wait for the end of a task run before the progress artifact is updated."""
 
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to make by `work(force=force)`. `ref` is None while the content of a source is not known yet."""
+    """One artifact, made by `work(force=force)`. `ref` is None while the content of a source is not known yet."""
 
     stage: str
     label: str
@@ -46,16 +46,16 @@ class Job:
 
 
 def raise_if_stopped() -> None:
-    """Raises StoppedError in a job whose run was told to stop; long work in this process calls it now and then."""
+    """Raises StoppedError in a job whose run was stopped. Long work in this process must call it regularly."""
     stop = _stop.get()
     if stop is not None and stop.is_set():
-        raise StoppedError("the run was told to stop")
+        raise StoppedError("the run was stopped")
 
 
 def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: RunSettings, window: int) -> list[Failure]:
     """Runs all jobs, `window` task runs in flight at once, and returns the failures in the order of the jobs.
 
-    Never raises for a job's own error. When the run is told to stop, no other job is begun.
+    A job's own error is returned, never raised. After an interrupt no further job is started.
     """
     if not jobs:
         return []
@@ -70,15 +70,15 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
         groups = _groups(jobs, group_size, store, stop)
         start = monotonic()
         try:
-            # A call, not the loop itself: Python 3.11 skips `finally` for a signal that strikes as a loop at the very
-            # beginning of `try` turns round.
+            # A call, not the loop itself: Python 3.11 skips `finally` if a signal arrives as a loop that is the first
+            # statement of `try` jumps back.
             submitted, failures = _run_groups(bound_task(make_group, verb, run), groups, window, progress)
         finally:
-            # After the last job it changes nothing; when the run is told to stop, no thread begins another one.
+            # After an interrupt no thread may start another job.
             stop.set()
     get_run_logger().info(
         f"{stage}: {len(jobs)} jobs in {submitted} task runs, {monotonic() - start:.2f} seconds, "
-        f"in jobs {group_size.seconds:.2f}, at once {min(window, len(jobs))}"
+        f"{group_size.seconds:.2f} seconds in jobs, {min(window, len(jobs))} task runs at once"
     )
     return [failure for _, failure in sorted(failures, key=lambda one: one[0])]
 
@@ -86,48 +86,48 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
 def _run_groups(
     task: Task[..., Any], groups: "Iterator[_Group]", window: int, progress: ProgressArtifact
 ) -> tuple[int, list[tuple[int, Failure]]]:
-    """Submits all groups, `window` in flight at once; how many there were, and place and failure of each bad job."""
+    """Submits all groups, `window` in flight; returns their number, and position and failure of each failed job."""
     ended: SimpleQueue[_Group] = SimpleQueue()
     failures: list[tuple[int, Failure]] = []
-    flying = submitted = 0
+    in_flight = submitted = 0
     while True:
-        while flying < window and (group := next(groups, None)):
+        while in_flight < window and (group := next(groups, None)):
             task.submit(group.label, group).add_done_callback(partial(_put, ended, group))
-            flying += 1
+            in_flight += 1
             submitted += 1
-        if not flying:
+        if not in_flight:
             return submitted, failures
-        progress.tell()
+        progress.publish()
         try:
-            group = ended.get(timeout=LOOK_SECONDS)
+            group = ended.get(timeout=POLL_SECONDS)
         except Empty:
             continue
-        flying -= 1
+        in_flight -= 1
         failures += group.failures()
 
 
 def make_group(label: str, group: Callable[[], State[None] | None]) -> State[None] | None:
-    """The body of every shard's task run; `label` names it."""
+    """The body of every task run; `label` is only its name."""
     return group()
 
 
 class _GroupSize:
-    """How many jobs share a task run, from the mean seconds that a job of this stage took so far in this run."""
+    """Chooses how many jobs share a task run, from the mean duration of the jobs of this stage so far."""
 
-    def __init__(self, seconds: float, window: int, total: int, tell: Callable[[], None]) -> None:
-        self.wanted, self.window, self.total, self.tell = seconds, window, total, tell
+    def __init__(self, seconds: float, window: int, total: int, on_job_done: Callable[[], None]) -> None:
+        self.wanted, self.window, self.total, self.on_job_done = seconds, window, total, on_job_done
         self.jobs, self.seconds = 0, 0.0
         self._lock = threading.Lock()
 
     def ended(self, seconds: float) -> None:
-        """Takes one more job in, done or failed for good; jobs end in threads of their own."""
+        """Counts one more job, done or failed for good. Called from the threads of the task runs."""
         with self._lock:
             self.jobs += 1
             self.seconds += seconds
-            self.tell()
+            self.on_job_done()
 
     def size(self, remaining: int) -> int:
-        """Jobs of the next task run: about `run.task_seconds` of work, and never so many that a slot stays empty."""
+        """Number of jobs of the next task run: about `run.task_seconds` of work, few enough to keep all slots busy."""
         with self._lock:
             if not self.jobs:
                 return 1
@@ -136,9 +136,9 @@ class _GroupSize:
 
 
 class _Group:
-    """The jobs of one task run; calling it makes those of them that are not done yet, and may be repeated.
+    """The jobs of one task run. A call runs those that are not done yet, so Prefect may retry it.
 
-    A plain object: Prefect looks for futures inside dataclasses and models, at a cost.
+    Not a dataclass: Prefect searches dataclasses and pydantic models for futures, which takes time.
     """
 
     def __init__(
@@ -146,46 +146,46 @@ class _Group:
     ) -> None:
         self.first, self.jobs, self.group_size, self.store, self.stop = first, jobs, group_size, store, stop
         self.errors: dict[int, Exception] = {}
-        self._open = list(range(len(jobs)))
-        self._spent = [0.0] * len(jobs)
+        self._unfinished = list(range(len(jobs)))
+        self._seconds = [0.0] * len(jobs)
 
     @property
     def label(self) -> str:
-        """The first shard, and how many others come with it."""
+        """The label of the first job, and the number of the others."""
         others = len(self.jobs) - 1
         return f"{self.jobs[0].label} +{others}" if others else self.jobs[0].label
 
     def __call__(self) -> State[None] | None:
         _stop.set(self.stop)
-        for number in list(self._open):
+        for number in list(self._unfinished):
             if not self.stop.is_set() and not isinstance(self._make(number), RetryableError):
-                self._open.remove(number)
-                self.group_size.ended(self._spent[number])
+                self._unfinished.remove(number)
+                self.group_size.ended(self._seconds[number])
         if self.stop.is_set():
-            return Cancelled(message="the run was told to stop")
-        # A passing error goes first: Prefect tries the task run again for it, and then only what is open.
-        for number in (*self._open, *self.errors):
+            return Cancelled(message="the run was stopped")
+        # Retryable errors come first: for these Prefect retries the task run, which then runs only unfinished jobs.
+        for number in (*self._unfinished, *self.errors):
             raise self.errors[number]
         return None
 
     def _make(self, number: int) -> Exception | None:
-        """Makes one artifact; its error is kept, so that one bad shard does not stop the others of its group."""
+        """Makes one artifact. Its error is returned and kept, so that the other jobs of the group still run."""
         job, start = self.jobs[number], monotonic()
         self.errors.pop(number, None)
         try:
             job.work(force=job.force)
-        except Exception as error:  # noqa: BLE001  __call__ raises it when the others of the group are done
+        except Exception as error:  # noqa: BLE001  __call__ raises it after the other jobs of the group
             self.errors[number] = error
             if job.ref is not None and not self.stop.is_set():
-                with suppress(RetryableError):  # the store itself may be what does not answer
+                with suppress(RetryableError):  # the store itself may not answer
                     self.store.fail(job.ref, error)
-        self._spent[number] += monotonic() - start
+        self._seconds[number] += monotonic() - start
         return self.errors.get(number)
 
     def failures(self) -> Iterator[tuple[int, Failure]]:
-        """Position and failure of each job that is not done, once the task run has ended in whatever way."""
+        """Position and failure of each job that is not done, after the end of the task run."""
         lost = DistilError("Prefect ended its task run before it was tried; retry it")
-        errors = dict.fromkeys(self._open, lost) | self.errors
+        errors = dict.fromkeys(self._unfinished, lost) | self.errors
         for number, error in errors.items():
             yield self.first + number, _failure(self.jobs[number], error)
 
@@ -195,7 +195,7 @@ def _put(ended: "SimpleQueue[_Group]", group: _Group, _future: object) -> None:
 
 
 def _groups(jobs: Sequence[Job], group_size: _GroupSize, store: Store, stop: threading.Event) -> Iterator[_Group]:
-    """All jobs in their order; the size of a group is decided when a slot is free for it."""
+    """All jobs in order. The size of each group is chosen when a slot becomes free for it."""
     first = 0
     while first < len(jobs):
         size = group_size.size(len(jobs) - first)

@@ -1,10 +1,15 @@
-"""How computations become Prefect tasks and flows: names, retries, caching and persistence, all on this page.
+"""All policy of Prefect tasks and flows: retries, time-outs, names, caching and persistence of results.
 
-    bound_task(make_some, "teach", recipe.run).submit("fr_meta_part_3-0000", group)
-    distill = bound_flow(run_chain, "distill")
+    bound_task(make_group, "teach", recipe.run).submit("fr_meta_part_3-0000", group)
+    distill = bound_flow(run_chain, "distill", run_name="{name}")
 
-Prefect keeps and caches nothing for us: the store says what is done. So persist_result is False and the cache policy
-is NO_CACHE everywhere; a cache would bring a deleted artifact back as "Cached".
+Retries      `run.retries` per task run, only after RetryableError, with delays that double (retry_delays). Flows are
+             not retried: a new run computes only what is missing.
+Time-outs    None of Prefect's, which cannot end a thread. The pool kills the process of a call after job_timeout; a
+             trainer gets GRACE_SECONDS between SIGTERM and SIGKILL. Training itself has no limit.
+Names        Task runs `VERB LABEL` (`teach fr_meta_part_3-0000`); flow runs by the `run_name` of bound_flow.
+Caching      NO_CACHE: the store decides what is done. A cached task run would hide that its artifact was deleted.
+Persistence  persist_result=False: results are artifacts in the store, not values in Prefect.
 """
 
 import os
@@ -30,22 +35,33 @@ P = ParamSpec("P")
 
 R = TypeVar("R")
 
-
 MAX_RETRY_DELAY = 60.0
+"""Seconds. A stopped run waits for the last delay, so it is short."""
+
+GRACE_SECONDS = 60.0
+"""Time that a trainer gets for its checkpoint after SIGTERM."""
+
+MAX_THREADS = 5000
+"""Upper limit of `run.window`: one thread per task run in flight, started when needed."""
 
 
 def is_retryable(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Only an error that may pass by itself is tried again."""
+    """True for a transient error; every other error would recur."""
     return isinstance(state.data, RetryableError)
 
 
 def retry_delays(run: RunSettings) -> list[float]:
-    """Seconds before each retry: they double, up to a minute, since a run that is told to stop waits for the last."""
+    """Seconds before each retry: `run.retry_seconds`, doubled each time, up to MAX_RETRY_DELAY."""
     return [min(MAX_RETRY_DELAY, run.retry_seconds * 2**number) for number in range(run.retries)]
 
 
+def job_timeout(run: RunSettings) -> float:
+    """Seconds after which a pool kills the process of one call (process_pool.py, ray_pool.py)."""
+    return run.shard_timeout
+
+
 def bound_task(fn: Callable[..., R], verb: str, run: RunSettings) -> Task[..., R]:
-    """A task whose runs are named after the verb and its first argument, `label`: `teach fr_meta_part_3-0000`."""
+    """A Prefect task for `fn`. Its runs are named `VERB LABEL`, where `label` is the first argument of `fn`."""
     return task(
         name=verb,
         task_run_name=f"{verb} {{label}}",
@@ -58,22 +74,22 @@ def bound_task(fn: Callable[..., R], verb: str, run: RunSettings) -> Task[..., R
 
 
 def run_one(verb: str, label: str, work: Callable[[], R], run: RunSettings) -> R:
-    """Runs one computation as a task run `verb label`, here and now, and returns what it gives or raises."""
+    """Runs `work` as a task run `VERB LABEL` in this thread; returns its result or raises its error."""
     return cast(R, bound_task(_call, verb, run)(label, work))
 
 
 def _call(label: str, work: Callable[[], R]) -> R:
-    """`label` only names the task run."""
+    """The body of `run_one`; `label` is only the name of the task run."""
     return work()
 
 
 def bound_flow(
     fn: Callable[Concatenate[Recipe, P], Any], name: str, *, run_name: str
 ) -> Flow[Concatenate[Recipe, P], Any]:
-    """A flow that ends Failed with one sentence on a DistilError, instead of a traceback.
+    """A Prefect flow for `fn`. On a DistilError it ends Failed with one sentence instead of a traceback.
 
-    `run_name` may have braces with the flow's parameters and `name`, the recipe's. From a deployment the recipe comes
-    as plain values. They are checked here and not by Prefect, which answers a rule across fields with a traceback.
+    `run_name` is a format string of the flow's parameters and `name`, the recipe's name. A deployment passes the recipe
+    as plain values; they are validated here, since Prefect reports a rule across fields as a traceback.
     """
 
     @wraps(fn)
@@ -86,38 +102,38 @@ def bound_flow(
             return Failed(message=error.message)
 
     def named() -> str:
-        given = dict(runtime.flow_run.parameters)
-        recipe = given.pop("recipe")  # in one of two forms, so that no name may look into it
-        return run_name.format(**given, name=recipe["name"] if isinstance(recipe, dict) else recipe.name).strip()
+        parameters = dict(runtime.flow_run.parameters)
+        recipe = parameters.pop("recipe")  # a Recipe or plain values, so a format string cannot use its fields
+        return run_name.format(**parameters, name=recipe["name"] if isinstance(recipe, dict) else recipe.name).strip()
 
     bound = flow(
         name=name,
         flow_run_name=named,
         persist_result=False,
         validate_parameters=False,
-        # A thread for each task in flight (run.window's bound); they start as they are needed.
-        task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=5000)),
+        task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=MAX_THREADS)),
     )(body)
     return cast(Flow[Concatenate[Recipe, P], Any], bound)
 
 
 def end_with_worker(flow_run: str | None) -> None:
-    """Ends this process as SIGTERM does when the worker dies that started it for this flow run.
+    """Makes this process end as on SIGTERM when the Prefect worker that started it for this flow run dies.
 
-    Else nobody could cancel it any more. Does nothing where no worker did: in a terminal, in a test, under process 1.
+    A run without its worker could not be cancelled any more. No effect on runs that no worker started (in a terminal,
+    in a test) and under process 1. One of the mechanisms that tasks/parent_death.py lists.
     """
     by_worker = flow_run is not None and os.environ.get("PREFECT__FLOW_RUN_ID") == flow_run
     if sys.platform == "linux" and by_worker and os.getppid() > 1:
-        signal.signal(signal.SIGHUP, _left_alone)
+        signal.signal(signal.SIGHUP, _on_worker_death)
         set_parent_death_signal(signal.SIGHUP)
 
 
-def _left_alone(*_: object) -> None:
-    # The kernel says it again for every thread of the worker that ends.
+def _on_worker_death(*_: object) -> None:
+    # The kernel sends the signal again for every thread of the worker that ends.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # The worker read our output; a line that cannot be written would end us before we could say how we ended.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    # The worker read this process's output: an error on writing a line would end it before it reports its state.
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(nowhere, stream)
-    os.close(nowhere)
+        os.dup2(devnull, stream)
+    os.close(devnull)
     signal.raise_signal(signal.SIGTERM)

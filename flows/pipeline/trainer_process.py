@@ -1,9 +1,9 @@
-"""Starts the trainer as a process of its own, passes signals on, follows metrics.jsonl while it runs.
+"""Starts the trainer as a process of its own, follows its metrics.jsonl, and ends it with the flow.
 
-    result = launch(run, follow)      # python -m tasks.train RUN.json, torchrun for several ranks, or train.launcher
+    result = launch_trainer(run, follow)    # `python -m tasks.train RUN.json`, torchrun, or `train.launcher`
 
-The trainer has its own process group and is told to stop when this process dies, so no torchrun is left behind. When
-this process is asked to stop, the trainer gets SIGTERM and time to write a checkpoint.
+When this process is stopped, the trainer gets SIGTERM and GRACE_SECONDS to write a checkpoint. tasks/parent_death.py
+lists the mechanisms that keep a trainer from being left over.
 """
 
 import json
@@ -18,14 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flows.pipeline.task_policy import GRACE_SECONDS
 from flows.services.process import with_repo_on_path
 from storage.errors import FatalError, RetryableError
 from tasks.parent_death import signal_on_parent_death
 from tasks.recipe.run_spec import EXIT_RETRYABLE, METRICS, RunSpec, write_run
-
-GRACE_SECONDS = 60.0
-"""Time that a trainer gets for its checkpoint after SIGTERM."""
-
 
 POLL_SECONDS = 0.5
 
@@ -33,11 +30,11 @@ Line = dict[str, Any]
 
 
 def launch_trainer(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str, Any]:
-    """Trains to the end and returns result.json. `follow` gets the new lines of metrics.jsonl (all of them again after
-    the trainer has cut the file back), and whether these are the last ones.
+    """Trains to the end and returns result.json.
 
-    FatalError with the trainer's own last sentence if it fails, or if somebody else stopped it; RetryableError if one
-    rank says that its error may pass (torchrun does not hand that on).
+    `follow` gets the new lines of metrics.jsonl (all of them again after the trainer has truncated the file), and True
+    on the last call. FatalError with the trainer's last line of output if it fails or was stopped from outside;
+    RetryableError if it exits with EXIT_RETRYABLE, which torchrun does not pass on.
     """
     folder = Path(run.folder)
     path = write_run(run)
@@ -58,12 +55,12 @@ def launch_trainer(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> 
 
 
 def command(run: RunSpec, path: Path) -> list[str]:
-    """How the trainer is started; torchrun only where there are several ranks, since it takes seconds to start.
+    """The command of the trainer: the recipe's launcher, torchrun for several ranks, else Python, which starts faster.
 
-    A launcher of the recipe starts it on other machines, follows it there and passes SIGTERM on.
+    A launcher starts the trainer on other machines, follows it there and forwards SIGTERM.
     """
     if run.train.launcher:
-        return [word.replace("{run}", str(path)).replace("{folder}", run.folder) for word in run.train.launcher]
+        return [part.replace("{run}", str(path)).replace("{folder}", run.folder) for part in run.train.launcher]
     trainer = ["-m", "tasks.train", str(path)]
     if run.train.ranks == 1:
         return [sys.executable, *trainer]
@@ -73,37 +70,37 @@ def command(run: RunSpec, path: Path) -> list[str]:
 
 
 def _start(run: RunSpec, path: Path, output: Any) -> subprocess.Popen[bytes]:
-    # The trainer calls no server, so it is told no password.
-    told = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    told.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{GRACE_SECONDS:.0f}")  # torchrun kills after 30 s by itself
+    # The trainer calls no server, so it gets no password of one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{GRACE_SECONDS:.0f}")  # torchrun's default: 30 s
     return subprocess.Popen(
         command(run, path),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=with_repo_on_path(told),
+        env=with_repo_on_path(environment),
         start_new_session=True,
         preexec_fn=signal_on_parent_death(),
     )
 
 
 class Tail:
-    """Whole lines that a file has got since the last look."""
+    """Reads the complete lines that were appended to a JSON lines file since the last call."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._offset, self._file = path, 0, -1
+        self.path, self._offset, self._inode = path, 0, -1
 
     def lines(self) -> list[Line]:
-        """All of them if the file is another one than before; the trainer replaces it when it cuts it back."""
+        """The new lines; all lines if the file was replaced, as the trainer does to truncate it."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
-            number = os.fstat(file.fileno()).st_ino
-            file.seek(self._offset if number == self._file else 0)
+            inode = os.fstat(file.fileno()).st_ino
+            file.seek(self._offset if inode == self._inode else 0)
             start = file.tell()
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._file, self._offset = number, start + len(whole) + len(newline)
-        return [json.loads(line) for line in whole.split(b"\n") if line]
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._inode, self._offset = inode, start + len(complete) + len(newline)
+        return [json.loads(line) for line in complete.split(b"\n") if line]
 
 
 def _wait(process: subprocess.Popen[bytes], metrics: Path, follow: Callable[[list[Line], bool], None]) -> int:
@@ -118,21 +115,21 @@ def _wait(process: subprocess.Popen[bytes], metrics: Path, follow: Callable[[lis
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the trainer if it still runs: SIGTERM, time for a checkpoint, then SIGKILL for the whole group."""
+    """Ends the trainer if it still runs: SIGTERM, GRACE_SECONDS, then SIGKILL to its process group."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what is left of the group, if anything
+        os.killpg(process.pid, signal.SIGKILL)  # processes that it left in its group
     process.wait()
 
 
 def _reason(folder: Path, status: int) -> str:
-    """The trainer's last sentence. With several ranks each has a log of its own; the first that says something wins."""
+    """A message with the trainer's last line of output. With several ranks: that of the first rank with any output."""
     for log in (*sorted((folder / "ranks").glob("**/stderr.log")), folder / "train.log"):
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-        said = [line.strip() for line in lines if line.strip()]
-        if said:
-            return f"training ended with status {status}: {said[-1]} (log: {log})"
-    return f"training ended with status {status} and said nothing; its log is {folder / 'train.log'}"
+        output = [line.strip() for line in lines if line.strip()]
+        if output:
+            return f"training ended with status {status}: {output[-1]} (log: {log})"
+    return f"training ended with status {status} without any output; its log is {folder / 'train.log'}"

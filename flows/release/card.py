@@ -1,10 +1,10 @@
-"""Card and picture of a result: gathers the figures, has tasks make them, and puts them where people look.
+"""Publishes the model card and the figure of a trained model.
 
     publish_card(mlflow_runs, run_id, result)
 
-They go into three places: the MLflow run (the browser shows the picture), `model/` of the registered version (so that
-whoever downloads it has its README.md), and HOME/models/NAME-card beside the link to the newest model. The model in the
-store is sealed by its receipt and is left as it is.
+They are written to three places: the MLflow run (its page shows the figure), `model/` of the registered version (every
+download includes its README.md), and HOME/models/NAME-card next to the link to the newest model. The model in the store
+is sealed by its receipt and stays as it is.
 """
 
 import os
@@ -29,7 +29,7 @@ FIGURE = "scores.png"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A student that was trained, registered and scored; `scores` are its own, first, and those of all beside it."""
+    """A trained, registered and scored student. `scores` holds its own scores first, then those of the other models."""
 
     workspace: Workspace
     run: RunSpec
@@ -38,7 +38,7 @@ class TrainedModel:
 
 
 def publish_card(mlflow_runs: MlflowRuns, run_id: str, result: TrainedModel) -> Path:
-    """Makes both, keeps them with the run and the version, and returns the folder below the recipe's home."""
+    """Makes card and figure, stores them with run and version, and returns their folder in the recipe's home."""
     recipe, facts = result.workspace.recipe, card_facts(result)
     files = {
         CARD: model_card(facts).encode("utf-8"),
@@ -55,7 +55,7 @@ def publish_card(mlflow_runs: MlflowRuns, run_id: str, result: TrainedModel) -> 
 
 
 def card_facts(result: TrainedModel) -> CardFacts:
-    """What the card tells, from recipe, receipts, metrics and scores."""
+    """Gathers the facts of the card from recipe, receipts, metrics and scores."""
     store, recipe, lineage = result.workspace.store, result.workspace.recipe, result.workspace.lineage
     run = result.run
     model = store.receipt(run.model_ref)

@@ -1,9 +1,9 @@
-"""Has the champion scored by the candidate's protocol, so that the gate compares figures of one kind.
+"""Scores the champion by the candidate's protocol, so that the gate compares scores by the same protocol.
 
     score_champion(registry, result)
 
-A new snapshot brings other held-out text, and a recipe may change what is scored: then the champion's older figures say
-nothing. What was scored before is read from the store, not computed again.
+A new snapshot has other held-out text, and a recipe may change its sets: then the champion's older scores cannot be
+compared. Scores that the store has are not computed again.
 """
 
 from dataclasses import replace
@@ -19,9 +19,10 @@ from tasks.tokens.vocabulary import load_vocabulary
 
 
 def score_champion(registry: ModelRegistry, result: TrainedModel) -> None:
-    """Scores the present champion and keeps its results, unless it has them, is the candidate or reads other tokens.
+    """Scores the present champion and stores its results with its version.
 
-    Without them the gate refuses the candidate and says that the two cannot be compared. FatalError if a score failed.
+    Does nothing if it has them already, is the candidate itself, or has another tokenizer; in the last case the gate
+    refuses the candidate because the two cannot be compared. FatalError: a score failed.
     """
     champion = registry.champion(result.version.name)
     if champion is None or champion == result.version:

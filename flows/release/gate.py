@@ -1,4 +1,8 @@
-"""Decides whether a version becomes champion, records the decision and its reasons, and moves the alias."""
+"""Decides whether a model version becomes champion, records the decision and its reasons, and moves the alias.
+
+decision = decide_in_flow(recipe, registry, version)        # in a flow, with approval where the recipe requires it
+decision = decide(recipe, registry, version, request)       # the gate alone
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +21,7 @@ from flows.release.approval import ask_for_approval
 from flows.release.version_results import newest_results, protocols_by_set, result_on
 from flows.tracking.registry import ModelRegistry, Version
 from flows.views.tables import Rows, Table, markdown
-from storage.lock import acquire
+from storage.files.lock import acquire
 from tasks.recipe.config import GateSettings, Recipe
 from tasks.release.promotion_rule import Verdict, VerdictRow, promotion_verdict
 from tasks.release.results import SetResult
@@ -27,7 +31,7 @@ PROMOTED, FORCED, REFUSED, DECLINED, ALREADY_CHAMPION = "promoted", "forced", "r
 
 @dataclass(frozen=True)
 class GateDecision:
-    """What was decided about a version, against which champion ("" for none), and why.
+    """The decision about a version and its reasons; `against` is the champion's version number, or "".
 
     `outcome` is one of PROMOTED, FORCED, REFUSED, DECLINED, ALREADY_CHAMPION.
     """
@@ -45,13 +49,13 @@ class GateDecision:
 
     @property
     def sentence(self) -> str:
-        """For people."""
+        """The decision in one sentence."""
         return f"{self.version}: {self.outcome}: {'; '.join(self.reasons)}"
 
 
 @dataclass(frozen=True)
 class PromotionRequest:
-    """Who asks for a promotion; with `force` whatever the gate says, for `reason`."""
+    """A requested promotion: by which user or flow run, and with `force` even if the gate refuses, for `reason`."""
 
     by: str
     force: bool = False
@@ -62,7 +66,7 @@ class PromotionRequest:
 
 
 def examine(registry: ModelRegistry, version: Version, rules: GateSettings) -> tuple[Verdict, Version | None]:
-    """The gate's word on a version, and the champion that stands now; changes nothing."""
+    """The gate's verdict on a version, and the present champion. Changes nothing."""
     champions = registry.champions(version.name)
     wanted = protocols_by_set(version)
     now = registry.champion(version.name)
@@ -71,10 +75,10 @@ def examine(registry: ModelRegistry, version: Version, rules: GateSettings) -> t
 
 
 def _comparable(champion: Version, wanted: Mapping[str, str], *, strict: bool) -> list[SetResult]:
-    """A champion's results by the protocols of the candidate; the newest on sets that the candidate has not.
+    """A champion's results by the candidate's protocols; on sets that the candidate lacks, its newest results.
 
-    What was not run cannot be compared with and is left out. `strict`, for the present champion: a set that it was
-    never scored on by this protocol stays, without values, and blocks.
+    Results that were not run are left out. `strict`, for the present champion: a set without a score by this protocol
+    is included without values, and blocks the promotion.
     """
     found = []
     for name, protocol in {**protocols_by_set(champion), **wanted}.items():
@@ -92,7 +96,7 @@ def _comparable(champion: Version, wanted: Mapping[str, str], *, strict: bool) -
 
 @contextmanager
 def promotion_lock(recipe: Recipe, model: str) -> Iterator[None]:
-    """Only one process below this home decides about the model at a time; the others wait."""
+    """Lets one process of this home at a time decide about the model; the others wait."""
     with acquire(Path(recipe.home) / "run" / f"promote-{model}.lock"):
         yield
 
@@ -100,28 +104,28 @@ def promotion_lock(recipe: Recipe, model: str) -> Iterator[None]:
 def decide(recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest) -> GateDecision:
     """Decides by the gate, records the decision and moves the alias, one process at a time.
 
-    RetryableError if MLflow is away, or another process moved the alias meanwhile: the retry decides again.
+    RetryableError: MLflow does not answer, or another process moved the alias meanwhile; the retry decides again.
     """
     with promotion_lock(recipe, version.name):
         version = registry.version(version.name, version.version)
         verdict, champion = examine(registry, version, recipe.gate)
         against = champion.version if champion else ""
         if champion == version:
-            return GateDecision(version, against, ALREADY_CHAMPION, ("it has the alias already",), verdict.rows)
+            return GateDecision(version, against, ALREADY_CHAMPION, ("it is the champion already",), verdict.rows)
         forced = request.force and not verdict.promote
         outcome = PROMOTED if verdict.promote else FORCED if forced else REFUSED
         reasons = (f"{request.reason} (against the gate: {'; '.join(verdict.reasons)})",) if forced else verdict.reasons
         decision = GateDecision(version, against, outcome, reasons, verdict.rows)
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         record_decision(registry, decision, request, now)
-        # The tags come first: killed in between, the version is not champion and the next call decides again.
+        # Tags first: if the process dies in between, the version is not champion and the next call decides again.
         if decision.is_champion:
             registry.set_champion(version, now, champion)
         return decision
 
 
 def record_decision(registry: ModelRegistry, decision: GateDecision, request: PromotionRequest, when: str) -> None:
-    """Keeps a decision as tags of the version; the newest replaces the one before."""
+    """Stores a decision as tags of the version, replacing an earlier one."""
     tags = {
         "decision": decision.outcome,
         "reason": "; ".join(decision.reasons),
@@ -141,9 +145,9 @@ def record_decision(registry: ModelRegistry, decision: GateDecision, request: Pr
 def decide_in_flow(
     recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest | None = None
 ) -> GateDecision:
-    """Decides about a version inside a flow; where the recipe says so, a person is asked before it is promoted.
+    """Decides about a version inside a flow; with gate.approval a person approves the promotion first.
 
-    The lock is not held while that person decides; afterwards the gate decides again, against the champion of then.
+    The lock is free while the flow waits; afterwards the gate decides again, against the champion of that moment.
     """
     request = request or PromotionRequest(by=requester())
     if recipe.gate.approval and not request.force:
@@ -159,7 +163,7 @@ def decide_in_flow(
 def _ask_for_approval(
     recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest
 ) -> GateDecision | None:
-    """Pauses the flow for a person's word if the gate would promote; the decision if that word is no."""
+    """Pauses the flow for approval if the gate would promote; returns the decision if it is declined, else None."""
     version = registry.version(version.name, version.version)
     verdict, champion = examine(registry, version, recipe.gate)
     if not verdict.promote or champion == version:
@@ -168,7 +172,7 @@ def _ask_for_approval(
     if answer.approve:
         registry.tag_version(version, {"distil.gate.approved_by": answer.by, "distil.gate.approval": answer.reason})
         return None
-    reason = f"declined by {answer.by or 'nobody named'}: {answer.reason or 'no reason given'}"
+    reason = f"declined by {answer.by or 'an unnamed person'}: {answer.reason or 'no reason given'}"
     against = champion.version if champion else ""
     decision = GateDecision(version, against, DECLINED, (reason,), verdict.rows)
     record_decision(registry, decision, request, datetime.now(UTC).isoformat(timespec="microseconds"))
@@ -176,7 +180,7 @@ def _ask_for_approval(
 
 
 def publish_decision(decision: GateDecision) -> None:
-    """The decision with its table as a Prefect artifact of this run."""
+    """Publishes the decision and its table as a Prefect artifact of this run."""
     title = f"{decision.version}: {decision.outcome}"
     text = markdown(Table(title, {"Gate": gate_rows(decision)}), decision_table(decision.rows))
     create_markdown_artifact(text, "gate", decision.sentence[:250])
@@ -184,12 +188,12 @@ def publish_decision(decision: GateDecision) -> None:
 
 def gate_rows(decision: GateDecision) -> Rows:
     """The decision as rows of a table."""
-    against = f"against version {decision.against}" if decision.against else "there was no champion"
+    against = f"against version {decision.against}" if decision.against else "no champion so far"
     return [("decision", f"{decision.outcome}, {against}"), ("because", "; ".join(decision.reasons))]
 
 
 def decision_table(rows: Sequence[VerdictRow]) -> Table:
-    """Set by set."""
+    """One row per set: candidate, best result so far, tolerance."""
     lines = []
     for row in rows:
         figures = [f"{value:.4f}" if value is not None else "–" for value in (row.candidate, row.best, row.tolerance)]
@@ -198,11 +202,11 @@ def decision_table(rows: Sequence[VerdictRow]) -> Table:
 
 
 def requester() -> str:
-    """Who asks for a promotion: this flow run, or the user where there is none."""
+    """The flow run that requests a promotion, or the user outside of a flow."""
     run = runtime.flow_run.id
     return f"Prefect flow run {run}" if run else user()
 
 
 def set_rows(rows: Sequence[VerdictRow]) -> Rows:
-    """Set by set as rows of a table."""
+    """One row per set: passed or refused, and why."""
     return [(row.set_name, f"{'passed' if row.passed else 'refused'}: {row.note}") for row in rows]

@@ -1,4 +1,8 @@
-"""The scores that decide about a registered version, written to and read from its MLflow tags."""
+"""The scores that decide about a registered model version, stored as its MLflow tags.
+
+version = record_results(registry, version, set_results(scores), protocol_keys(scores))
+newest_results(version)
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +15,7 @@ RESULT_TAG = "distil.standing."
 """Tag of a result: RESULT_TAG + set + "." + name of the protocol."""
 
 PROTOCOL_TAG = "distil.protocol."
-"""Tag that says by which protocol a set was scored last: PROTOCOL_TAG + set."""
+"""Tag of the protocol by which a set was scored last: PROTOCOL_TAG + set."""
 
 PROTOCOL_DIGITS = 12
 
@@ -19,13 +23,13 @@ PROTOCOL_DIGITS = 12
 def record_results(
     registry: ModelRegistry, version: Version, results: Sequence[SetResult], protocols: Mapping[str, str]
 ) -> Version:
-    """Keeps results as tags of a version, each under the protocol of its set (any long hash); older ones stay.
+    """Stores results as tags of a version, each under the protocol of its set (any long hash). Older ones stay.
 
-    Only what was once not run and is no longer asked for is forgotten: it must not block.
+    Only a set that was once not run, and is not among the results any more, is removed: it must not block the gate.
     """
-    asked = {result.set_name for result in results}
+    given = {result.set_name for result in results}
     lacked = [name for name, protocol in protocols_by_set(version).items() if protocol == NOT_RUN]
-    tags = {f"{PROTOCOL_TAG}{name}": "" for name in lacked if name not in asked}
+    tags = {f"{PROTOCOL_TAG}{name}": "" for name in lacked if name not in given}
     for result in results:
         name, protocol = result.set_name, protocols[result.set_name][:PROTOCOL_DIGITS]
         tags[f"{RESULT_TAG}{name}.{protocol}"] = json.dumps(result.to_json(), ensure_ascii=False)
@@ -35,14 +39,14 @@ def record_results(
 
 
 def protocols_by_set(version: Version) -> dict[str, str]:
-    """For each set of a version the protocol by which it was scored last."""
+    """The protocol by which each set of a version was scored last."""
     return {
         tag.removeprefix(PROTOCOL_TAG): value for tag, value in version.tags.items() if tag.startswith(PROTOCOL_TAG)
     }
 
 
 def result_on(version: Version, set_name: str, protocol: str) -> SetResult | None:
-    """A version's result on a set by one protocol, or None where it was not scored so."""
+    """A version's result on a set by one protocol, or None if it has none."""
     text = version.tags.get(f"{RESULT_TAG}{set_name}.{protocol[:PROTOCOL_DIGITS]}")
     return SetResult.from_json(json.loads(text)) if text else None
 

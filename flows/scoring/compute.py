@@ -1,4 +1,8 @@
-"""Computes the scores of several models: held-out text, fill-mask, size and speed, fine-tuned sets."""
+"""Computes the scores of several models: held-out text, fill-mask, size and speed, fine-tuned sets.
+
+scored = score_models(workspace, models, {model.name: workspace for model in models})
+scored = deciding_scores(workspace, champion)       # only the scores that the gate compares
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,7 +21,7 @@ from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.tokens.blocks import open_blocks
 
-OWN_TOKENIZER = "by its own tokenizer: other pieces, so not comparable with models that share the recipe's"
+OWN_TOKENIZER = "scored with its own tokenizer, so not comparable with models that use the recipe's"
 
 
 def score_models(
@@ -26,16 +30,16 @@ def score_models(
     heldout: Mapping[str, Workspace],
     seeds: SeedSelection = ALL_SEEDS,
 ) -> ScoredModels:
-    """All scores of all models, each a task run of its own, and those of the recipe's teacher.
+    """All scores of all models and of the recipe's teacher; each score is one task run.
 
-    `heldout`: by model the workspace whose held-out blocks it is scored on. Comparisons of all models at once
-    (fill-mask, size and speed) are among the scores of the first.
+    `heldout` maps the name of a model to the workspace with its held-out blocks. Scores that compare all models
+    (fill-mask, size and speed) are stored with the first model.
     """
     recipe = workspace.recipe
     protocol = protocol_of(recipe)
     teacher = teacher_of(recipe)
     if teacher and teacher.key in {model.key for model in models}:
-        teacher = None  # it is one of them already
+        teacher = None  # it is among the models already
     first = models[0]
     scores: dict[str, dict[str, Scores]] = {model.name: {} for model in models}
     for model in models:
@@ -58,7 +62,7 @@ def score_models(
 
 
 def deciding_scores(workspace: Workspace, model: EvaluatedModel) -> ScoredModels:
-    """What the gate compares of a model that reads the recipe's tokens: held-out text and the fine-tuned sets."""
+    """The scores that the gate compares: held-out text and fine-tuned sets. The model has the recipe's tokenizer."""
     protocol = protocol_of(workspace.recipe)
     scores = {"heldout": _heldout(workspace, model)}
     if protocol is None:
@@ -68,7 +72,7 @@ def deciding_scores(workspace: Workspace, model: EvaluatedModel) -> ScoredModels
 
 
 def _add_heldout_intervals(figures: Sequence[Scores]) -> None:
-    """Top-1 of each model against the teacher's, and against the first model's (KL too), paired by held-out block."""
+    """Adds paired differences over held-out blocks: top-1 against the teacher, top-1 and KL against the first model."""
     compared = [one for one in figures if "teacher_hits" in one.get("by_block", {})]
     for number, one in enumerate(compared):
         one["against_teacher"] = paired_difference(block_counts(one, "hits"), block_counts(one, "teacher_hits"))
@@ -98,7 +102,7 @@ def _heldout(workspace: Workspace, model: EvaluatedModel) -> Scores:
 
 
 def _side_by_side(workspace: Workspace, models: Sequence[EvaluatedModel]) -> Iterator[tuple[str, Callable[[], Scores]]]:
-    """What needs all models at once; kept under the first, with the names and keys of all in the protocol."""
+    """The scores that compare all models; keyed by the first model, with the names and keys of all in the protocol."""
     store, recipe = workspace.store, workspace.recipe
     names = {"models": [[model.name, model.key] for model in models]}
     sentences, runs = recipe.score.sentences, recipe.score.latency_runs

@@ -1,4 +1,8 @@
-"""The models to score: found by name, folder or hub id, and keyed by their content."""
+"""Finds the models to score, by folder, hub id or registered name; their scores are keyed by model content.
+
+find_model(recipe, "models:/distilled@champion")
+teacher_of(recipe), control_of(recipe)              # None where the recipe names none
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +22,9 @@ TEACHER, CONTROL = "teacher", "control"
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to score: its name for people, the key that its scores are kept under, its folder.
+    """A model to score: the name that tables show, the key of its scores, its folder.
 
-    `uri` is models:/NAME/VERSION where it is registered, else "".
+    `uri` is models:/NAME/VERSION for a registered model, else "".
     """
 
     name: str
@@ -31,19 +35,19 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class ScoredModels:
-    """Scores by model and set, each the figures or `not run` with its reason; and one sentence for each that failed."""
+    """Scores by model and set (figures, or `not run` with a reason), and one sentence per failed score."""
 
     scores: dict[str, dict[str, Scores]]
     failures: tuple[str, ...] = ()
 
 
 def protocol_of(recipe: Recipe) -> Protocol | None:
-    """The protocol of the fine-tuned sets, or None where the recipe names none. FatalError if it cannot be used."""
+    """The protocol of the fine-tuned sets, or None where the recipe names none. FatalError: it is invalid."""
     return load_protocol(recipe.score.protocol) if recipe.score.protocol else None
 
 
 def teacher_of(recipe: Recipe) -> EvaluatedModel | None:
-    """The recipe's teacher as a model to compare with, or None when there is none."""
+    """The recipe's teacher as a model to compare with, or None without one."""
     if not recipe.teacher.model:
         return None
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
@@ -53,7 +57,7 @@ def teacher_of(recipe: Recipe) -> EvaluatedModel | None:
 
 
 def control_of(recipe: Recipe) -> EvaluatedModel | None:
-    """The recipe's control as a model to compare with, or None. FatalError: it reads other tokens."""
+    """The recipe's control as a model to compare with, or None. FatalError: it has another tokenizer."""
     if not recipe.score.control:
         return None
     control = find_model(recipe, recipe.score.control)
@@ -66,7 +70,7 @@ def control_of(recipe: Recipe) -> EvaluatedModel | None:
 
 
 def find_model(recipe: Recipe, model: str) -> EvaluatedModel:
-    """A folder, hub id or registered model, under its own name and keyed by its content. FatalError: there is none."""
+    """A folder, hub id or registered model, keyed by its content. FatalError: it does not exist."""
     uri = open_registry(recipe).named(model).uri if model.startswith(REGISTERED) else ""
     folder = fetch_model(recipe, uri) if uri else resolve_model(model)
     return EvaluatedModel(
@@ -75,7 +79,7 @@ def find_model(recipe: Recipe, model: str) -> EvaluatedModel:
 
 
 def with_tokenizer_of(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe itself, or, for a model with another tokenizer, one with that tokenizer and no teacher to compare."""
+    """The recipe itself; for a model with another tokenizer, a recipe with that tokenizer and without a teacher."""
     if load_vocabulary(str(folder)).fingerprint == vocabulary_of(recipe).fingerprint:
         return recipe
     return recipe.with_changes({"blocks.tokenizer": str(folder), "teacher.model": ""})

@@ -1,10 +1,10 @@
-"""The fine-tuned sets of a protocol as task runs: one a set, seed and model, `score xnli seed 1 student`.
+"""Scores the fine-tuned sets of a protocol; each set, seed and model is a task run: `score xnli seed 1 student`.
 
     scored = finetuned_scores(workspace, protocol, models, teacher)
 
-What is in the store is not computed again, so a run that was killed goes on with the pairs that are missing. A set that
-cannot be loaded is `not run` with its reason; a seed that fails leaves its set `not run`, holds back nothing else, and
-is named in `failures`.
+Scores that the store has are not computed again, so a killed run resumes with the missing pairs. A set that cannot be
+loaded is `not run` with its reason. A failed seed makes its set `not run` and is named in `failures`; all others are
+still computed.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ NO_PROTOCOL = "score.protocol names no protocol file"
 
 @dataclass(frozen=True)
 class SeedSelection:
-    """Which (set, seed) pairs are computed: all that are missing, those of a set, or one; `force`: even if it is there.
+    """Which (set, seed) pairs to compute: all missing ones, those of one set, or one pair; `force`: existing ones too.
 
     `only` is "", "xnli" or "xnli seed 1".
     """
@@ -37,7 +37,7 @@ class SeedSelection:
     force: bool = False
 
     def takes(self, name: str, seed: int) -> bool:
-        """True if the pair is meant."""
+        """True if the pair is selected."""
         return self.only in ("", name, f"{name} seed {seed}")
 
 
@@ -51,8 +51,11 @@ def finetuned_scores(
     teacher: EvaluatedModel | None = None,
     seeds: SeedSelection = ALL_SEEDS,
 ) -> ScoredModels:
-    """All sets of the protocol for all models and the teacher; every model's figures also against the teacher's
-    (`against_teacher`) and, from the second model on, against the first's (`against_first`)."""
+    """Scores of all sets of the protocol for all models and the teacher.
+
+    Each model is also compared with the teacher (`against_teacher`), and all but the first with the first model
+    (`against_first`).
+    """
     store, recipe = workspace.store, workspace.recipe
     everyone = [*models, *([teacher] if teacher else [])]
     scores: dict[str, dict[str, Scores]] = {model.name: {} for model in everyone}
@@ -76,7 +79,7 @@ def finetuned_scores(
 def _tune(
     workspace: Workspace, protocol: Protocol, data: AnySet, model: EvaluatedModel, seeds: SeedSelection
 ) -> list[str]:
-    """Computes the missing (or forced) seeds of one set and model; sentences about those that failed."""
+    """Computes the missing (or forced) seeds of one set and model; returns one sentence per failed seed."""
     store, recipe = workspace.store, workspace.recipe
     failures: list[str] = []
     missing = missing_seeds(store, model.key, data, protocol)
@@ -93,7 +96,7 @@ def _tune(
             get_run_logger().error(error.message)
             failures.append(f"{data.name} seed {seed} of {model.name}: {error.message}")
             if seed == protocol.seeds[0]:
-                break  # the others need the learning rate that it chooses
+                break  # the first seed chooses the learning rate of the others
     return failures
 
 
@@ -114,7 +117,7 @@ def _compare(
     scores: dict[str, dict[str, Scores]],
     part: str,
 ) -> None:
-    """Ratio and difference of every model to another, where both were run, among the model's scores as `part`."""
+    """Adds ratio and difference to another model, where both were run, to each model's scores as `part`."""
     if was_run(scores[other.name][data.name]):
         for model in models:
             if was_run(scores[model.name][data.name]):

@@ -1,8 +1,8 @@
-"""Scores in MLflow: a child run for each set of each model, which its page compares side by side.
+"""Records scores in MLflow: one child run per model and set, which its page compares side by side.
 
     record_scores(mlflow_runs, parent, key, scored)
 
-Called by the flows `distill` and `score` under the run that they opened.
+Called by the flows `distill` and `score` with the run that they opened as parent.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ AGAINST = ("against_teacher", "against_first")
 
 
 def record_scores(mlflow_runs: MlflowRuns, parent: str, key: str, scored: ScoredModels) -> None:
-    """Each set of each model as a child run, figures under the same names; what was run, and why not, as tags."""
+    """Records each set of each model as a child run; tags of the parent list which sets were run, or why not."""
     first = next(iter(scored.scores))
     for model, scores in scored.scores.items():
         suffix = "" if model == first else f"-{model}"
@@ -36,7 +36,7 @@ def record_scores(mlflow_runs: MlflowRuns, parent: str, key: str, scored: Scored
 
 
 def plain_figures(figures: Scores) -> Scores:
-    """What MLflow shows of a set: as it is, or of a fine-tuned set each figure's mean, spread and interval over seeds.
+    """Figures of a set as flat names; for a fine-tuned set mean, standard deviation and interval over seeds.
 
     `accuracy`, `accuracy.sd`, `accuracy.low`, `accuracy.high`; `against_teacher.ratio` with `.low`, `.high` and so on.
     """

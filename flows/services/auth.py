@@ -1,7 +1,10 @@
-"""Who may call the servers: what a user sets for the clients is asked for by our servers too.
+"""Authentication of the Prefect and MLflow servers, turned on by the variables that their clients read.
 
-PREFECT_API_AUTH_STRING turns on authentication in Prefect, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in
-MLflow. Secrets go from environment to environment; no file of ours holds one but the random key of MLflow's forms.
+    environment = os.environ | prefect_access() | mlflow_access(home)       # of the servers
+    check_mlflow(url, home)                                                 # after its start
+
+PREFECT_API_AUTH_STRING turns it on in Prefect, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in MLflow. Secrets
+are passed by environment only; the one secret in a file is the random key that signs MLflow's forms.
 """
 
 import base64
@@ -15,20 +18,23 @@ from pathlib import Path
 from storage.errors import FatalError
 
 LEAST_CHARACTERS = 12
-"""MLflow's own rule for passwords."""
+"""Minimum length of a password, a rule of MLflow."""
 
 PRIVATE = stat.S_IRUSR | stat.S_IWUSR
+"""File mode 0600."""
 
 
 def prefect_access() -> dict[str, str]:
-    """What the Prefect server must be told: nothing, or the string that its clients show."""
-    given = os.environ.get("PREFECT_API_AUTH_STRING", "")
-    return {"PREFECT_SERVER_API_AUTH_STRING": given} if given else {}
+    """Variables for the Prefect server: the secret that its clients send, or none."""
+    secret = os.environ.get("PREFECT_API_AUTH_STRING", "")
+    return {"PREFECT_SERVER_API_AUTH_STRING": secret} if secret else {}
 
 
 def mlflow_access(home: str) -> dict[str, str]:
-    """What the MLflow server must be told: nothing, or name and password of its administrator and where its own files
-    are. FatalError if one of the two is missing or the password is too short."""
+    """Variables for the MLflow server: its administrator's name and password and its own files, or none.
+
+    FatalError if only one of name and password is set, or the password is too short.
+    """
     name = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
     if not name and not password:
@@ -37,7 +43,7 @@ def mlflow_access(home: str) -> dict[str, str]:
         absent = "MLFLOW_TRACKING_PASSWORD" if name else "MLFLOW_TRACKING_USERNAME"
         raise FatalError(f"{absent} is not set; MLflow needs MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     if len(password) < LEAST_CHARACTERS:
-        raise FatalError(f"MLFLOW_TRACKING_PASSWORD is too short; MLflow wants {LEAST_CHARACTERS} characters or more")
+        raise FatalError(f"MLFLOW_TRACKING_PASSWORD is too short; MLflow needs {LEAST_CHARACTERS} characters or more")
     folder = Path(home) / "mlflow"
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(_config(folder)),
@@ -48,14 +54,14 @@ def mlflow_access(home: str) -> dict[str, str]:
 
 
 def check_mlflow(url: str, home: str) -> None:
-    """FatalError if the running server does not take our name and password: it remembers those of its first start."""
+    """FatalError if the running server refuses our name and password: it keeps those of its first start."""
     name, password = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
     if not name:
         return
-    shown = base64.b64encode(f"{name}:{password}".encode()).decode()
+    credentials = base64.b64encode(f"{name}:{password}".encode()).decode()
     page = f"{url}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        with urllib.request.urlopen(urllib.request.Request(page, headers={"Authorization": f"Basic {shown}"})):
+        with urllib.request.urlopen(urllib.request.Request(page, headers={"Authorization": f"Basic {credentials}"})):
             return
     except urllib.error.HTTPError as error:
         error.close()
@@ -68,10 +74,10 @@ def check_mlflow(url: str, home: str) -> None:
 
 
 def _config(folder: Path) -> Path:
-    """MLflow's settings of authentication; its users are in a database beside it, not in the working folder."""
+    """Writes MLflow's authentication settings; its user database is in the same folder, not in the working folder."""
     users = folder.absolute() / "auth.db"
     if not users.exists():
-        _write(users, "")  # MLflow fills it, and would make it readable for all
+        _write(users, "")  # created here, since MLflow would make it readable for all users
     database = str(users).replace("%", "%%")
     lines = (
         "[mlflow]",
@@ -85,7 +91,7 @@ def _config(folder: Path) -> Path:
 
 
 def _form_key(folder: Path) -> str:
-    """The key that signs MLflow's forms; random, and the same at every start."""
+    """The random key that signs MLflow's forms, the same at every start."""
     path = folder / "form.key"
     if not path.exists():
         _write(path, secrets.token_hex(32))
@@ -93,7 +99,7 @@ def _form_key(folder: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file that only its owner can read."""
+    """Writes a file that only its owner can read and write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE), "w", encoding="utf-8") as file:
         file.write(text)

@@ -1,10 +1,10 @@
-"""Automations of the Prefect server: runs whose process died are marked Crashed, and failures are told.
+"""Automations of the Prefect server: mark runs Crashed whose process died, and send notifications of failed runs.
 
-    mark_dead_runs(client)                              "distil: mark dead runs"
-    tell_of_failures(client, "custom-webhook/on-call")  "distil: tell of failures"
+    mark_dead_runs(client)                                  # creates "distil: mark dead runs"
+    notify_of_failures(client, "custom-webhook/on-call")    # creates "distil: tell of failures"
 
-`distil deploy` makes both. They look at runs with the tag `distil` only, which all our deployments carry. One that is
-there already is changed only where it differs, since a change forgets the heartbeats it was waiting for.
+`distil deploy` creates both. They apply to runs with the tag `distil`, which all our deployments have. An existing
+automation is updated only if it differs: an update discards the heartbeats that it waits for.
 """
 
 from datetime import timedelta
@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from storage.errors import FatalError
 
 DEAD_AFTER = timedelta(seconds=90)
-"""Three heartbeats of 30 s, the least that Prefect allows."""
+"""Three heartbeats of 30 s, the shortest interval that Prefect allows."""
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
 
@@ -38,11 +38,11 @@ SUBJECT = "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}"
 BODY = """{{ flow_run.state.message }}
 
 {{ flow_run|ui_url or flow_run.id }}"""
-"""The address needs PREFECT_UI_URL (or PREFECT_API_URL) in the server's own environment; without it the id is told."""
+"""The URL needs PREFECT_UI_URL (or PREFECT_API_URL) in the server's environment; without it the message has the id."""
 
 
 def mark_dead_runs(client: SyncPrefectClient) -> None:
-    """Runs that had a heartbeat, and then neither another nor an end for 90 seconds, become Crashed."""
+    """Creates the automation that marks runs Crashed if they neither send a heartbeat nor end within DEAD_AFTER."""
     trigger = EventTrigger(
         **OUR_RUNS,
         posture=Posture.Proactive,
@@ -54,7 +54,7 @@ def mark_dead_runs(client: SyncPrefectClient) -> None:
     crash = ChangeFlowRunState(
         state=StateType.CRASHED,
         message=f"the process of this run gave no sign of life for {DEAD_AFTER.seconds} seconds; "
-        "retry it, and it goes on where it was",
+        "retry it, and it resumes where it was",
     )
     _make(
         client,
@@ -68,16 +68,16 @@ def mark_dead_runs(client: SyncPrefectClient) -> None:
 
 
 def notify_of_failures(client: SyncPrefectClient, block: str) -> None:
-    """Sends a notification for each run that fails or crashes, through a notification block TYPE/NAME.
+    """Creates the automation that sends each failed or crashed run to a notification block TYPE/NAME.
 
-    FatalError if there is no such block or it cannot notify.
+    FatalError if the block does not exist or cannot notify.
     """
     send = SendNotification(block_document_id=_notifier(client, block).id, subject=SUBJECT, body=BODY)
     _make(
         client,
         AutomationCore(
             name="distil: tell of failures",
-            description=f"Tells {block} of runs that failed or crashed.",
+            description=f"Notifies {block} of runs that failed or crashed.",
             trigger=EventTrigger(**OUR_RUNS, posture=Posture.Reactive, expect=FAILED, threshold=1),
             actions=[send],
         ),
@@ -85,7 +85,7 @@ def notify_of_failures(client: SyncPrefectClient, block: str) -> None:
 
 
 def _notifier(client: SyncPrefectClient, block: str) -> BlockDocument:
-    """The document of a block that can notify."""
+    """The block TYPE/NAME. FatalError if it does not exist or cannot notify."""
     kind, _, name = block.partition("/")
     try:
         document = client.read_block_document_by_name(name, kind)
@@ -101,14 +101,14 @@ def _notifier(client: SyncPrefectClient, block: str) -> BlockDocument:
 
 
 def _make(client: SyncPrefectClient, wanted: AutomationCore) -> None:
-    """Creates the automation of this name, or changes the one that is there if it does something else."""
-    there = client.read_automations_by_name(wanted.name)
-    if not there:
+    """Creates the automation, or updates the one of the same name if its rule differs."""
+    existing = client.read_automations_by_name(wanted.name)
+    if not existing:
         client.create_automation(wanted)
-    elif _does(there[0]) != _does(wanted):
-        client.update_automation(there[0].id, wanted)
+    elif _rule(existing[0]) != _rule(wanted):
+        client.update_automation(existing[0].id, wanted)
 
 
-def _does(automation: AutomationCore) -> dict[str, Any]:
-    """What an automation does; not whether it is switched on, which is its user's to say."""
+def _rule(automation: AutomationCore) -> dict[str, Any]:
+    """The fields that are compared; `enabled` is not one of them, so that a user can switch an automation off."""
     return automation.model_dump(include={"description", "trigger", "actions"})

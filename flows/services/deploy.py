@@ -2,8 +2,8 @@
 
     deploy([load_recipe("deployments/demo.toml")], WorkPool("distil"))
 
-deployments/prefect.yaml says once what the deployment of each flow is; here its braces are filled in for each recipe,
-and Prefect's own `prefect deploy` registers the result. Deploying again changes what differs and adds nothing.
+deployments/prefect.yaml is the template with one deployment per flow; here its braces are filled in for each recipe,
+and `prefect deploy` registers the result. Deploying again updates the same deployments.
 """
 
 import asyncio
@@ -37,12 +37,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PROJECT = CHECKOUT / "deployments" / "prefect.yaml"
 
 ONE_AT_A_TIME = ("distill", "promote")
-"""The work queues of concurrency 1. A limit of the deployment would end a training when the server restarts."""
+"""The work queues of concurrency 1. With a limit on the deployment instead, a server restart would end a training."""
 
 PAGE = 200
 
-SAID = 1000
-"""Characters of Prefect's last words that are repeated; with a refusal it repeats the whole form."""
+MESSAGE_CHARACTERS = 1000
+"""Prefect's error message is cut to this length: in a refusal it contains the complete form."""
 
 KINDS = ("process", "docker", "kubernetes")
 
@@ -58,7 +58,7 @@ class WorkPool:
 
 @dataclass(frozen=True)
 class Deployed:
-    """One deployment, FLOW/RECIPE, as the server has it."""
+    """One deployment, FLOW/RECIPE, as registered with the server."""
 
     name: str
     queue: str
@@ -66,10 +66,10 @@ class Deployed:
 
 
 def deploy(recipes: Sequence[Recipe], pool: WorkPool, notify: str = "") -> list[Deployed]:
-    """Makes pool, queue, automations and one deployment for each flow and recipe, as far as they differ.
+    """Creates or updates the work pool, its queues, the automations and one deployment per flow and recipe.
 
-    `notify` names a notification block, TYPE/NAME, that is told of failed runs. FatalError if the server does not
-    answer or something does not fit.
+    `notify` is a notification block, TYPE/NAME, for failed runs. FatalError if the server does not answer, or refuses
+    the pool, the block or a deployment.
     """
     _check(recipes, pool)
     with get_client(sync_client=True) as client:
@@ -80,20 +80,20 @@ def deploy(recipes: Sequence[Recipe], pool: WorkPool, notify: str = "") -> list[
             notify_of_failures(client, notify)
         ensure_work_pool(client, pool)
         _register(render(yaml.safe_load(PROJECT.read_text(encoding="utf-8")), recipes, pool))
-        ours = _ours(client, {recipe.name for recipe in recipes})
-        _finish_forms(client, ours)
-        return sorted((_deployed(client, one) for one in ours), key=lambda one: one.name)
+        deployments = _deployments_of(client, {recipe.name for recipe in recipes})
+        _finish_forms(client, deployments)
+        return sorted((_deployed(client, one) for one in deployments), key=lambda one: one.name)
 
 
 def show(deployments: Sequence[Deployed]) -> None:
-    """Prints a line for each deployment: name, queue, schedule."""
+    """Prints one line per deployment: name, queue, schedule."""
     width = max(len(one.name) for one in deployments)
     for one in deployments:
         print(f"{one.name:<{width}}  {one.queue:<16}  {one.schedule}".rstrip())
 
 
 def render(project: dict[str, Any], recipes: Sequence[Recipe], pool: WorkPool) -> dict[str, Any]:
-    """The project file with its braces filled in, its deployments once for each recipe."""
+    """The project file with its braces filled in and its deployments repeated for each recipe."""
     place = {"checkout": str(CHECKOUT), "pool": {name: value for name, value in asdict(pool).items() if value}}
     rendered = [
         apply_values(entry, place | {"recipe": _values(recipe)})
@@ -104,7 +104,7 @@ def render(project: dict[str, Any], recipes: Sequence[Recipe], pool: WorkPool) -
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:
-    """What prefect.yaml may name of a recipe."""
+    """The values of a recipe that prefect.yaml can use in braces."""
     return {
         "name": recipe.name,
         "values": recipe.model_dump(mode="json", by_alias=True),
@@ -115,14 +115,14 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check(recipes: Sequence[Recipe], pool: WorkPool) -> None:
-    """FatalError for what cannot be deployed."""
+    """FatalError for recipes or a pool that cannot be deployed."""
     (name, times), *_ = Counter(recipe.name for recipe in recipes).most_common(1)
     if times > 1:
         raise FatalError(
             f"{times} recipes are named {name!r}, and so would be their deployments; give each its own name"
         )
     if pool.kind not in KINDS:
-        raise FatalError(f"there is no pool type {pool.kind!r} here; take one of {', '.join(KINDS)}")
+        raise FatalError(f"there is no pool type {pool.kind!r}; take one of {', '.join(KINDS)}")
     if bool(pool.image) != (pool.kind != "process"):
         raise FatalError("--image goes with --pool-type docker or kubernetes, which need one")
 
@@ -130,8 +130,8 @@ def _check(recipes: Sequence[Recipe], pool: WorkPool) -> None:
 def ensure_work_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
     """Creates the work pool and its queues unless they exist; settings of existing ones stay as they are.
 
-    Any number of processes may call it at once, and a starting worker creates its pool too: the first one wins.
-    FatalError if the pool is of another type.
+    Safe for concurrent calls; a starting worker may create the same pool too, and the first one wins. FatalError if the
+    pool is of another type.
     """
     try:
         kind = client.read_work_pool(pool.name).type
@@ -153,25 +153,26 @@ def ensure_work_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
 
 
 def _register(project: dict[str, Any]) -> None:
-    """Has Prefect's own command deploy everything in a project file. FatalError with its last words."""
+    """Runs `prefect deploy --all` on a project file. FatalError with its last line of output."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "prefect.yaml"
         path.write_text(yaml.safe_dump(project, allow_unicode=True, sort_keys=False), encoding="utf-8")
         result = subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)],
-            cwd=CHECKOUT,  # what the entry points are relative to
+            cwd=CHECKOUT,  # entry points are relative to it
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
         )
     if result.returncode != 0:
-        said = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-        raise FatalError(f"Prefect did not take the deployments: {said[-1][:SAID] if said else 'it said nothing'}")
+        output = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+        reason = output[-1][:MESSAGE_CHARACTERS] if output else "no output"
+        raise FatalError(f"Prefect refused the deployments: {reason}")
 
 
-def _ours(client: SyncPrefectClient, recipes: set[str]) -> list[DeploymentResponse]:
-    """The deployments that the server has for these recipes."""
+def _deployments_of(client: SyncPrefectClient, recipes: set[str]) -> list[DeploymentResponse]:
+    """The server's deployments of these recipes."""
     tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=["distil"]), name=DeploymentFilterName(any_=list(recipes)))
     found: list[DeploymentResponse] = []
     while page := client.read_deployments(deployment_filter=tagged, limit=PAGE, offset=len(found)):
@@ -180,10 +181,10 @@ def _ours(client: SyncPrefectClient, recipes: set[str]) -> list[DeploymentRespon
 
 
 def _finish_forms(client: SyncPrefectClient, deployments: Sequence[DeploymentResponse]) -> None:
-    """Three things that Prefect's schemas of our flows lack.
+    """Changes three things in the forms that Prefect derives from our flows.
 
-    Unknown parameters are refused; they would be let through and crash the run. The recipe, a page of fields, comes
-    after the two or three that are a flow's own. And `command` is for the command line, so it is in no form.
+    Unknown parameters are refused, since they would crash the run. The recipe, a long section, comes after the flow's
+    own two or three parameters. `command`, a parameter for the command line, is removed.
     """
     for one in deployments:
         schema = deepcopy(one.parameter_openapi_schema or {}) | {"additionalProperties": False}

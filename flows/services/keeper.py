@@ -1,10 +1,9 @@
-"""Keeps one command and all that comes of it: when the command ends, or whoever started the keeper, nothing is left.
+"""Runs one command and ends it with all its descendants when the command, or the process that started the keeper, ends.
 
     python -m flows.services.keeper PARENT_PID GRACE_SECONDS COMMAND ...
 
-Children of a server or worker often have sessions of their own, so neither a signal to a group nor the death of their
-parent ends them. On Linux the keeper is the reaper of all its descendants: they become its children when their own
-parent dies, so it always knows them. Started by service.py. Imports little: one runs beside each server.
+Started by process.py for each service. tasks/parent_death.py lists the failures that the keeper covers and those that
+other mechanisms cover. Imports little, since one runs for each server.
 """
 
 import os
@@ -23,28 +22,31 @@ POLL_SECONDS = 0.1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command to its end, or to the parent's; returns its exit status (128 + signal if one ended it)."""
+    """Runs the command until it or the parent ends; returns its exit status (128 + signal if a signal ended it)."""
     parent, grace, command = int(arguments[0]), float(arguments[1]), list(arguments[2:])
-    told: list[int] = []
+    received: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda given, _frame: told.append(given))
+        signal.signal(signum, lambda given, _frame: received.append(given))
     become_subreaper()
     # If the keeper itself is killed, the command still gets a SIGTERM.
     child = subprocess.Popen(command, preexec_fn=signal_on_parent_death())
-    status = _watch(child.pid, parent, told, grace)
+    status = _watch(child.pid, parent, received, grace)
     _sweep(0.0 if status is None else grace)
-    child.returncode = -signal.SIGKILL if status is None else status  # it was waited for already
+    child.returncode = -signal.SIGKILL if status is None else status  # _reap has waited for it
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _watch(child: int, parent: int, told: list[int], grace: float) -> int | None:
-    """Waits until the command ended, and asks it to once we or our parent are told to; None if it did not in time."""
+def _watch(child: int, parent: int, received: list[int], grace: float) -> int | None:
+    """Returns the command's exit status; None if it still runs `grace` seconds after its SIGTERM.
+
+    The command gets SIGTERM when the keeper has received a signal or the parent is dead.
+    """
     end = float("inf")
     while time.monotonic() < end:
         ended = _reap()
         if child in ended:
             return ended[child]
-        if end == float("inf") and (told or os.getppid() != parent):
+        if end == float("inf") and (received or os.getppid() != parent):
             os.kill(child, signal.SIGTERM)
             end = time.monotonic() + grace
         time.sleep(POLL_SECONDS)
@@ -52,7 +54,7 @@ def _watch(child: int, parent: int, told: list[int], grace: float) -> int | None
 
 
 def _reap() -> dict[int, int]:
-    """Takes note of all children that ended: pid -> exit status, negative for a signal."""
+    """Waits for all children that have ended: pid -> exit status, negative for a signal."""
     ended = {}
     with suppress(ChildProcessError):
         while True:
@@ -64,28 +66,28 @@ def _reap() -> dict[int, int]:
 
 
 def _sweep(grace: float) -> None:
-    """Ends what is left: SIGTERM and time for a checkpoint, then SIGKILL until nothing is there."""
-    asked: set[int] = set()
+    """Ends all descendants: SIGTERM, `grace` seconds for a checkpoint, then SIGKILL until none is left."""
+    signalled: set[int] = set()
     end = time.monotonic() + grace
-    while time.monotonic() < end and (left := _family(recursive=False)):
-        # Only our own children: each stops its own in good order, and whom it leaves becomes ours.
+    while time.monotonic() < end and (left := _descendants(recursive=False)):
+        # Direct children only: each stops its own children in order, and those that it leaves become direct ones.
         for process in left:
-            if process.pid not in asked:
-                asked.add(process.pid)
+            if process.pid not in signalled:
+                signalled.add(process.pid)
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
         time.sleep(POLL_SECONDS)
-    while left := _family(recursive=True):
+    while left := _descendants(recursive=True):
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(POLL_SECONDS)
 
 
-def _family(*, recursive: bool) -> list[psutil.Process]:
+def _descendants(*, recursive: bool) -> list[psutil.Process]:
     _reap()
-    family: list[psutil.Process] = psutil.Process().children(recursive=recursive)
-    return family
+    processes: list[psutil.Process] = psutil.Process().children(recursive=recursive)
+    return processes
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Servers of our own on this machine: started, waited for and stopped in one way.
+"""Starts, awaits and stops the servers and workers of this machine.
 
-    server = start("prefect", [sys.executable, "-m", "prefect", …], folder, environment, health=f"{url}/health")
+    server = start("prefect", [sys.executable, "-m", "prefect", ...], folder, environment, health=f"{url}/health")
     wait_until_up(server)
     stop(server)
 
-Each runs under a keeper (keeper.py), in a session of its own: Ctrl-C is for whoever started it, and it ends, with all
-its children, when that process ends, by whatever death. What it says is in FOLDER/NAME.log.
+Each runs under a keeper (keeper.py) in a session of its own, so Ctrl-C reaches only the process that started it;
+tasks/parent_death.py lists how it ends when that process dies. Its output is in FOLDER/NAME.log.
 """
 
 import os
@@ -23,7 +23,7 @@ from flows.home import LOOPBACK
 from storage.errors import FatalError
 
 START_SECONDS = 180.0
-"""On two cores that also compute, starting takes up to half a minute."""
+"""Time limit of a start. On two busy cores a start takes up to 30 s."""
 
 STOP_SECONDS = 15.0
 """Time that a server gets to close its connections."""
@@ -31,7 +31,7 @@ STOP_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Service:
-    """A running server: its name for people, its keeper, its log, the URL that answers once it is up ("": none)."""
+    """A running service: its name, its keeper's process, its log, its health page ("": none), its grace in seconds."""
 
     name: str
     process: "subprocess.Popen[bytes]"
@@ -49,7 +49,7 @@ def start(
     health: str = "",
     grace: float = STOP_SECONDS,
 ) -> Service:
-    """Starts a command in `folder`, which also gets its log. `grace`: seconds between its SIGTERM and SIGKILL."""
+    """Starts a command in `folder`, with its log there. `grace`: seconds between SIGTERM and SIGKILL."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
     with log.open("wb") as output:
@@ -58,7 +58,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Prefect reads a project file in the working folder, MLflow writes there; this folder is safe ground.
+            # Prefect reads a project file from the working folder and MLflow writes into it, so not the user's.
             cwd=folder,
             env=with_repo_on_path(environment),
             start_new_session=True,
@@ -67,9 +67,9 @@ def start(
 
 
 def with_repo_on_path(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with this checkout first on the path of Python: a child needs no installed package of ours."""
-    here = str(Path(__file__).resolve().parents[2])
-    python_path = os.pathsep.join(part for part in (here, environment.get("PYTHONPATH", "")) if part)
+    """The environment with this checkout first in PYTHONPATH, so that a child process imports the same code."""
+    checkout = str(Path(__file__).resolve().parents[2])
+    python_path = os.pathsep.join(part for part in (checkout, environment.get("PYTHONPATH", "")) if part)
     return dict(environment) | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
 
 
@@ -84,29 +84,30 @@ def wait_until_up(service: Service) -> None:
 
 
 def finish(service: Service, seconds: float) -> list[str]:
-    """Waits for a command that ends by itself; the lines that it said. FatalError with the last if it failed."""
+    """Waits for the end of a command and returns its lines of output. FatalError with the last line if it failed."""
     try:
         status = service.process.wait(seconds)
     except subprocess.TimeoutExpired as error:
         raise FatalError(f"{service.name} took longer than {seconds:g} seconds; see {service.log}") from error
-    said = service.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    output = service.log.read_text(encoding="utf-8", errors="replace").splitlines()
     if status != 0:
-        raise FatalError(f"{said[-1] if said else f'{service.name} ended with status {status}'} (log: {service.log})")
-    return said
+        reason = output[-1] if output else f"{service.name} ended with status {status}"
+        raise FatalError(f"{reason} (log: {service.log})")
+    return output
 
 
 def stop(service: Service) -> None:
-    """Ends a service and all its children: SIGTERM, and SIGKILL to what is left after its grace."""
+    """Ends a service and all its descendants: SIGTERM, then SIGKILL after `grace` seconds."""
     service.process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        # Twice: the command has its grace, and then what it left behind.
+        # Twice: first the command has its grace period, then the processes that it left.
         service.process.wait(2 * service.grace + STOP_SECONDS)
     service.process.kill()
     service.process.wait()
 
 
 def is_healthy(url: str) -> bool:
-    """True if the health page there says yes. Both servers show it to everybody, also with authentication on."""
+    """True if the health page answers 200. Both servers show it without authentication."""
     try:
         with urllib.request.urlopen(url, timeout=5) as page:
             return bool(page.status == 200)
@@ -115,10 +116,10 @@ def is_healthy(url: str) -> bool:
 
 
 def free_port(name: str, given: int | None, usual: int = 0) -> int:
-    """A port on loopback: the given one, else the usual one if it is free, else any. FatalError if `given` is taken."""
+    """A free port on loopback: `given`; without it `usual`, or any if that is taken. FatalError if `given` is taken."""
     for port in (usual, 0) if given is None else (given,):
         with socket.socket() as probe:
-            # As servers do, so that the port of one that has just stopped counts as free.
+            # As servers do: the port of a server that has just stopped counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((LOOPBACK, port))

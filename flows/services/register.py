@@ -1,8 +1,8 @@
-"""What `distil up` has done once its Prefect server is there: all deployments, and an end for runs left behind.
+"""Registers the deployments of `distil up` and marks stale runs, as soon as its Prefect server answers.
 
-    PREFECT_API_URL=… python -m flows.services.register RECIPES.json POOL
+    PREFECT_API_URL=... python -m flows.services.register RECIPES.json POOL
 
-A process of its own, which is gone afterwards: `distil up` stays for days and needs none of what this imports.
+A process of its own, since `distil up` runs for days and needs none of these imports afterwards.
 """
 
 import json
@@ -21,10 +21,10 @@ from tasks.recipe.load import make_recipe
 
 
 def main(file: str, pool: str) -> None:
-    """Registers the recipes in a JSON file and says which runs it marked."""
+    """Registers the recipes of a JSON file and prints the runs that it marked."""
     recipes = [make_recipe(values, file) for values in json.loads(Path(file).read_text(encoding="utf-8"))]
     while not is_healthy(f"{os.environ['PREFECT_API_URL']}/health"):
-        time.sleep(0.1)  # `distil up` ends us when the server does not start
+        time.sleep(0.1)  # `distil up` ends this process if the server does not start
     deploy(recipes, WorkPool(pool))
     with get_client(sync_client=True) as client:
         for run in mark_stale_runs(client):

@@ -1,10 +1,10 @@
-"""The servers of this machine: Prefect and MLflow on loopback, with their state below `home`.
+"""Starts or finds the Prefect and MLflow servers of this machine: on loopback, with their state below `home`.
 
-    wait = start_server(home)        # for `distil run`: a live `distil up` is used, else a Prefect server is started
+    wait = start_server(home)        # for `distil run`: uses a live `distil up`, else starts a Prefect server
     wait()                           # until it answers
 
-Prefect's own embedded server is not used: it outlives a killed parent and writes into our terminal. `start_server`'s
-serves the UI while the run lasts, and ends with this process, however that ends. up.py starts both servers to stay.
+The server of `start_server` shows the UI during the run and ends with this process; up.py starts both servers for
+longer. Prefect's own embedded server is not used: it outlives a killed parent and writes into the user's terminal.
 """
 
 import atexit
@@ -17,9 +17,9 @@ from pathlib import Path
 from flows.home import LOOPBACK, _last_up, mlflow_database
 from flows.services.auth import mlflow_access, prefect_access
 from flows.services.process import Service, free_port, is_healthy, start, stop, wait_until_up
-from storage.disk import writing
 from storage.errors import FatalError
-from storage.lock import acquire
+from storage.files.disk import writing
+from storage.files.lock import acquire
 
 
 def live_up(home: str) -> dict[str, str] | None:
@@ -27,7 +27,7 @@ def live_up(home: str) -> dict[str, str] | None:
     up = _last_up(home)
     if up is None:
         return None
-    with suppress(PermissionError):  # another user's process is alive as well
+    with suppress(PermissionError):  # the process of another user: alive
         try:
             os.kill(int(up["pid"]), 0)
         except ProcessLookupError:
@@ -39,36 +39,35 @@ PREFECT_PORT = 4200
 
 MLFLOW_PORT = 5000
 
-LATER = f"http://{LOOPBACK}:{PREFECT_PORT}"
-"""Where the runs are seen afterwards, by `distil up`; links to runs say so."""
+DEFAULT_PREFECT_UI = f"http://{LOOPBACK}:{PREFECT_PORT}"
+"""The UI of a later `distil up`; stored links to runs begin with it."""
 
-OWN = "DISTIL_SERVER"
-"""Environment variable: the address of the server that `start_server` started, which lasts as long as the run."""
+RUN_SERVER = "DISTIL_SERVER"
+"""Environment variable: the address of the server that `start_server` started, which ends with the run."""
 
 RETENTION = {
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 24 * 3600),
 }
-"""What a server of ours is told unless the user says otherwise: to drop runs and their logs after so many seconds, and
-events after Prefect's own seven days."""
+"""Default retention of our Prefect servers: runs and their logs 90 days (in seconds), events Prefect's own 7 days."""
 
 
 def start_server(home: str) -> Callable[[], None]:
-    """Starts a server unless PREFECT_API_URL names one or a `distil up` of this home is there, and sets that variable.
+    """Starts a Prefect server and sets PREFECT_API_URL, unless that is set or a `distil up` serves this home.
 
-    Call before Prefect is imported.
+    Returns a function that waits until the server answers. Call before Prefect is imported.
     """
     if os.environ.get("PREFECT_API_URL") or join_up(home):
         return lambda: None
-    # One after the other: two servers that fill an empty database at the same time spoil it.
+    # Locked: two servers that create the same database at the same time corrupt it.
     with writing(f"the home {home}"):
         lock = acquire(Path(home) / "run" / "prefect.lock")
     server = prefect_server(home, free_port("Prefect", None))
-    # Registered before Prefect's own exit hooks, so it runs after they have sent what they still hold.
+    # Registered before Prefect's own exit hooks, so it runs after these have sent their last logs and events.
     atexit.register(stop, server)
     os.environ["PREFECT_API_URL"] = server.health.removesuffix("/health")
-    os.environ[OWN] = server.health.removesuffix("/api/health")
-    os.environ.setdefault("PREFECT_UI_URL", LATER)
+    os.environ[RUN_SERVER] = server.health.removesuffix("/api/health")
+    os.environ.setdefault("PREFECT_UI_URL", DEFAULT_PREFECT_UI)
 
     def wait() -> None:
         with lock:
@@ -78,17 +77,17 @@ def start_server(home: str) -> Callable[[], None]:
 
 
 def current_link(link: str) -> str:
-    """A link to a page of Prefect as it can be opened while the run lasts.
+    """A stored link to a page of Prefect, changed so that it works during this run.
 
-    The server of a plain `distil run` has any port, but links that are kept name that of a later `distil up`. Those of
-    any other server are right as they are: it may well have another address for browsers than for us.
+    The server of a plain `distil run` has any free port, while stored links name the port of a later `distil up`. Links
+    to any other server are returned as they are.
     """
-    own = os.environ.get(OWN)
-    return own + link.removeprefix(os.environ["PREFECT_UI_URL"].rstrip("/")) if own else link
+    server = os.environ.get(RUN_SERVER)
+    return server + link.removeprefix(os.environ["PREFECT_UI_URL"].rstrip("/")) if server else link
 
 
 def join_up(home: str) -> bool:
-    """Makes this process a client of the `distil up` that serves this home; False if there is none."""
+    """Makes this process a client of the `distil up` that serves this home; False if none does."""
     up = live_up(home)
     if up is None:
         return False
@@ -99,9 +98,9 @@ def join_up(home: str) -> bool:
 
 
 def find_server(home: str) -> str:
-    """The API of the server in use: PREFECT_API_URL, or that of a live `distil up` of this home; sets that variable.
+    """The URL of the Prefect API: PREFECT_API_URL, else that of a live `distil up` of this home; sets the variable.
 
-    FatalError if there is none. Call before Prefect is imported.
+    FatalError if neither exists. Call before Prefect is imported.
     """
     if not os.environ.get("PREFECT_API_URL") and not join_up(home):
         raise FatalError("there is no Prefect server: start `distil up` in another terminal, or set PREFECT_API_URL")
@@ -109,13 +108,13 @@ def find_server(home: str) -> str:
 
 
 def verbose_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a part of Prefect that has a log of its own instead of our terminal: warnings belong there."""
+    """The environment of a Prefect process that writes to a log file, not to the terminal: warnings are logged."""
     levels = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL")
     return dict(environment) | dict.fromkeys(levels, "WARNING")
 
 
 def prefect_server(home: str, port: int) -> Service:
-    """Starts a Prefect server: SQLite below home, unless PREFECT_API_DATABASE_CONNECTION_URL names a database."""
+    """Starts a Prefect server, with SQLite below home unless PREFECT_API_DATABASE_CONNECTION_URL names a database."""
     url = f"http://{LOOPBACK}:{port}/api"
     folder = Path(home)
     fixed = {"PREFECT_SERVER_UI_API_URL": url, "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui")}
@@ -125,21 +124,23 @@ def prefect_server(home: str, port: int) -> Service:
 
 
 def mlflow_server(home: str, port: int) -> Service:
-    """Starts an MLflow server: the database that a plain `distil run` writes to, unless MLFLOW_BACKEND_STORE_URI
-    names another, and the same folder of artifacts."""
+    """Starts an MLflow server with the database and the artifacts folder that a plain `distil run` writes to.
+
+    MLFLOW_BACKEND_STORE_URI can name another database.
+    """
     folder = Path(home) / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     artifacts = (folder / "artifacts").absolute().as_uri()
-    kept = {
-        # Not on the command line, which every user of the machine can read: the URI may hold a password.
+    settings = {
+        # Not on the command line, which every user of the machine can read: the URI may contain a password.
         "MLFLOW_BACKEND_STORE_URI": mlflow_database(home),
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
-        # Evaluation jobs of language-model applications: nobody here needs their processes.
+        # No processes for evaluation jobs of LLM applications, which this project does not use.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     access = mlflow_access(home)
     command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     command += ["--app-name", "basic-auth"] if access else []
-    environment = kept | os.environ | access
+    environment = settings | os.environ | access
     return start("mlflow", command, Path(home) / "run", environment, health=f"http://{LOOPBACK}:{port}/health")

@@ -1,9 +1,10 @@
-"""Runs that this machine's worker left behind when it was killed: found at the next start, and marked as what they are.
+"""Marks runs Crashed or Cancelled that lost their process when this machine's worker was killed.
 
-    marked = reconcile(client)           # before the new worker starts
+    marked = mark_stale_runs(client)     # before the new worker starts
 
-A run counts as dead when Prefect takes it for alive, this machine's worker had it, and no process here works on it. The
-runs of other machines are left alone: their processes cannot be seen from here.
+A run is stale if Prefect has it as running, this machine's worker took it, and no process here works on it. Runs of
+other machines are left alone, since their processes are not visible here. This corrects Prefect's database only;
+tasks/parent_death.py lists the mechanisms that end the processes.
 """
 
 import os
@@ -25,40 +26,40 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Crashed
 
 RUN_ID = "PREFECT__FLOW_RUN_ID"
-"""In the environment of every flow process."""
+"""Environment variable that Prefect sets for every flow process of a worker."""
 
 ALIVE = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
 
-NAMELESS = timedelta(minutes=1)
-"""A worker signs a run in the moment in which it takes it; one that is Pending for longer without a name was lost."""
+UNCLAIMED_AFTER = timedelta(minutes=1)
+"""A worker puts its name on a run when it takes it; a run that is Pending for longer without a name is lost."""
 
 PAGE = 200
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A run that was left behind, and what it is now: `Crashed` or `Cancelled`."""
+    """A stale run and its new state, `Crashed` or `Cancelled`."""
 
     name: str
     state: str
 
 
 def worker_name() -> str:
-    """The name of this user's worker on this machine; Prefect notes it with each run that the worker takes.
+    """The name of this user's worker on this machine; Prefect stores it with each run that the worker takes.
 
-    Another user's processes cannot be looked into, so his runs are not ours to judge.
+    It contains the user id, since the environments of another user's processes are not readable.
     """
     return f"{socket.gethostname()}-{os.getuid()}"
 
 
 def mark_stale_runs(client: SyncPrefectClient) -> list[Marked]:
-    """Marks every deployment's run that lost its process on this machine; returns them."""
-    living = _living()
-    return [_mark(client, run) for run in list(_taken(client)) if str(run.id) not in living and _ours(run)]
+    """Marks all runs of deployments that lost their process on this machine, and returns them."""
+    alive = _runs_with_process()
+    return [_mark(client, run) for run in list(_active(client)) if str(run.id) not in alive and _is_ours(run)]
 
 
-def _taken(client: SyncPrefectClient) -> Iterator[FlowRun]:
-    """All runs of deployments that Prefect takes for alive."""
+def _active(client: SyncPrefectClient) -> Iterator[FlowRun]:
+    """All runs of deployments in a state of ALIVE."""
     wanted = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ALIVE))),
         deployment_id=FlowRunFilterDeploymentId(is_null_=False),
@@ -69,7 +70,7 @@ def _taken(client: SyncPrefectClient) -> Iterator[FlowRun]:
         offset += PAGE
 
 
-def _living() -> set[str]:
+def _runs_with_process() -> set[str]:
     """Ids of the runs that a process of this machine works on."""
     ids = set()
     for process in psutil.process_iter():
@@ -80,23 +81,24 @@ def _living() -> set[str]:
     return ids
 
 
-def _ours(run: FlowRun) -> bool:
-    """Whether this machine's worker had the run, or nobody came so far as to sign it."""
+def _is_ours(run: FlowRun) -> bool:
+    """True if this machine's worker took the run, or it is Pending without a worker for longer than UNCLAIMED_AFTER."""
     name = run.labels.get("prefect.worker.name")
     if name is not None:
         return name == worker_name()
     state = run.state
     if state is None or state.type == StateType.RUNNING:
-        return False  # started without a worker, from somebody's own program
-    return datetime.now(UTC) - state.timestamp > NAMELESS
+        return False  # started without a worker, from a program
+    return datetime.now(UTC) - state.timestamp > UNCLAIMED_AFTER
 
 
 def _mark(client: SyncPrefectClient, run: FlowRun) -> Marked:
+    """Sets Cancelled for a run that was being cancelled, else Crashed."""
     state: State[Any]
     if run.state_type == StateType.CANCELLING:
         state = Cancelled(message="The process had ended before it could report the cancellation.")
     else:
-        state = Crashed(message="The process ended without a report; Retry goes on with what is in the store.")
-    # Forced: the rules of orchestration are made for the process itself.
+        state = Crashed(message="The process ended without a report; Retry resumes from what is in the store.")
+    # Forced: the orchestration rules apply to transitions that the flow process reports itself.
     client.set_flow_run_state(run.id, state, force=True)
     return Marked(run.name, str(state.name))

@@ -1,9 +1,9 @@
-"""`distil up`: Prefect server, MLflow server and a worker with all deployments, until Ctrl-C.
+"""`distil up`: serves a Prefect server, an MLflow server and a worker with all deployments, until Ctrl-C.
 
     serve(recipes, port=None, mlflow_port=None)
 
-Each part is a process under a keeper (service.py): whatever happens to this one, none of them is left. All state is
-below `home` and is there again at the next start.
+Each service is a process under a keeper (process.py), which ends it with this process. All state is below `home` and is
+used again at the next start.
 """
 
 import json
@@ -22,29 +22,30 @@ from flows.services.auth import check_mlflow
 from flows.services.process import STOP_SECONDS, Service, finish, free_port, start, stop, wait_until_up
 from flows.services.servers import MLFLOW_PORT, PREFECT_PORT, mlflow_server, prefect_server, verbose_environment
 from storage.errors import FatalError
-from storage.lock import try_acquire
+from storage.files.lock import try_acquire
 from tasks.recipe.config import Recipe
 
 POOL = "distil"
 
 WORKER_SECONDS = 90.0
-"""Time that flow processes get: launch.GRACE_SECONDS for the trainer's checkpoint, and 30 to report their end. (Not
-imported: launch.py needs torch, which takes seconds and 300 MB for as long as this process stays.)"""
+"""Grace period of the worker: task_policy.GRACE_SECONDS for the trainer's checkpoint, and 30 s for the flows to report
+their end. (Not imported: task_policy.py needs Prefect, which would cost this long-lived process seconds and memory.)"""
 
 REGISTER_SECONDS = 600.0
+"""Time limit of the registration of all deployments."""
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 class StopRequested(BaseException):
-    """Ctrl-C or SIGTERM. Not an Exception: nothing on its way may take it for a failure."""
+    """Ctrl-C or SIGTERM. Not an Exception, so that no `except Exception` catches it."""
 
 
 def serve(recipes: Sequence[Recipe], port: int | None = None, mlflow_port: int | None = None) -> None:
-    """Serves the home of these recipes until it is told to stop.
+    """Serves the home of these recipes until SIGINT or SIGTERM.
 
-    FatalError if the recipes have several homes, another `distil up` serves this one, a port is taken, or a part does
-    not start or ends by itself.
+    FatalError if the recipes have several homes, another `distil up` serves this one, a port is taken, or a service
+    does not start or ends early.
     """
     home = _home_of(recipes)
     services: list[Service] = []
@@ -73,7 +74,7 @@ def _raise_stop_requested(_signum: int, _frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _alone(home: str) -> Iterator[None]:
-    """Holds the lock of this home; the kernel releases it however this process ends."""
+    """Holds the lock of this home; the kernel releases it when this process ends."""
     lock = try_acquire(up_file(home).with_name("up.lock"))
     if lock is None:
         raise FatalError(f"another `distil up` serves {home}; stop it, or give another --home")
@@ -82,7 +83,7 @@ def _alone(home: str) -> Iterator[None]:
 
 
 def _addresses(port: int | None, mlflow_port: int | None) -> dict[str, str]:
-    """What clients need to know, as in up.json."""
+    """The addresses for clients, as in up.json."""
     if port is not None and port == mlflow_port:
         raise FatalError(f"port {port} cannot be both Prefect's and MLflow's; choose two")
     prefect = f"http://{LOOPBACK}:{free_port('Prefect', port, PREFECT_PORT)}"
@@ -91,7 +92,7 @@ def _addresses(port: int | None, mlflow_port: int | None) -> dict[str, str]:
 
 
 def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresses: dict[str, str]) -> None:
-    """Starts everything, adds it to `services`, and watches it."""
+    """Starts all services, adds them to `services`, and watches them."""
     given = os.environ.get("MLFLOW_TRACKING_URI", addresses["mlflow"])
     if given.rstrip("/") != addresses["mlflow"]:
         raise FatalError(
@@ -102,14 +103,14 @@ def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresse
     print(f"starting Prefect and MLflow for {home}", flush=True)
     services.append(mlflow_server(home, _port(addresses["mlflow"])))
     services.append(prefect_server(home, _port(addresses["prefect_ui"])))
-    services.append(_part("register", home, _recipes_file(recipes, home), POOL))
+    services.append(_service("register", home, _recipes_file(recipes, home), POOL))
     mlflow, prefect, register = services
     wait_until_up(prefect)
     for line in finish(register, REGISTER_SECONDS):
         print(line)
     wait_until_up(mlflow)
     check_mlflow(addresses["mlflow"], home)
-    services[-1] = _part("worker", home, POOL, grace=WORKER_SECONDS)
+    services[-1] = _service("worker", home, POOL, grace=WORKER_SECONDS)
     _write(home, addresses)
     print(f"Prefect  {addresses['prefect_ui']}\nMLflow   {addresses['mlflow']}")
     print("logs     " + "  ".join(str(service.log) for service in services))
@@ -117,14 +118,14 @@ def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresse
     _watch(services)
 
 
-def _part(name: str, home: str, *arguments: str, grace: float = STOP_SECONDS) -> Service:
-    """Starts the module of this name in flows/."""
+def _service(name: str, home: str, *arguments: str, grace: float = STOP_SECONDS) -> Service:
+    """Starts the module of this name in flows/services."""
     command = [sys.executable, "-m", f"flows.services.{name}", *arguments]
     return start(name, command, Path(home) / "run", verbose_environment(os.environ), grace=grace)
 
 
 def _recipes_file(recipes: Sequence[Recipe], home: str) -> str:
-    """Where register.py reads the recipes."""
+    """Writes the recipes to a file for register.py and returns its path."""
     path = Path(home) / "run" / "recipes.json"
     values = [recipe.model_dump(mode="json", by_alias=True) for recipe in recipes]
     path.write_text(json.dumps(values), encoding="utf-8")
@@ -132,15 +133,15 @@ def _recipes_file(recipes: Sequence[Recipe], home: str) -> str:
 
 
 def _set_environment(home: str, addresses: dict[str, str]) -> None:
-    """For this process and all its children; PREFECT_HOME is this home's even if PREFECT_API_URL named a server."""
+    """Sets the environment of this process and its children, PREFECT_HOME in `home` even if PREFECT_API_URL is set."""
     os.environ.pop("PREFECT_API_URL", None)
     set_environment(home)
     os.environ["PREFECT_API_URL"] = addresses["prefect_api"]
     os.environ["PREFECT_UI_URL"] = addresses["prefect_ui"]
     os.environ["MLFLOW_TRACKING_URI"] = addresses["mlflow"]
-    # The shortest that there is; an automation marks a run whose heartbeats stop.
+    # Seconds, the shortest that Prefect allows; an automation marks a run whose heartbeats stop.
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-    # How soon a run that was asked for in the browser begins.
+    # Seconds until a run that was requested in the browser starts.
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "3")
 
 
@@ -149,7 +150,7 @@ def _port(url: str) -> int:
 
 
 def _write(home: str, addresses: dict[str, str]) -> None:
-    """Tells other commands where we are; whole or not at all."""
+    """Writes up.json, from which other commands read the addresses; the file appears complete."""
     path = up_file(home)
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps({"pid": os.getpid(), **addresses}), encoding="utf-8")
@@ -157,20 +158,20 @@ def _write(home: str, addresses: dict[str, str]) -> None:
 
 
 def _watch(services: Sequence[Service]) -> None:
-    """Returns never. FatalError when one of them ends."""
+    """Never returns. FatalError when a service ends."""
     while True:
         for service in services:
             status = service.process.poll()
             if status is not None:
                 raise FatalError(
-                    f"{service.name} ended by itself with status {status}, so all was stopped; see {service.log}",
+                    f"{service.name} ended with status {status}, so all services were stopped; see {service.log}",
                     str(service.log),
                 )
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _stop(services: Sequence[Service], home: str) -> None:
-    """Stops the worker first: its flows still have an end to report."""
+    """Stops the worker first, since its flows report their end to the servers."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     up_file(home).unlink(missing_ok=True)

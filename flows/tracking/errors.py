@@ -12,7 +12,7 @@ from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.errors import FatalError, RetryableError
-from storage.filesystem import client_errors, is_remote_error, translated
+from storage.files.filesystem import client_errors, is_remote_error, translated
 
 REFUSED = (400, 401, 403, 404)
 """HTTP statuses that no retry changes."""

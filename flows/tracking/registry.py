@@ -90,16 +90,16 @@ class ModelRegistry:
             logged = _log_model(self.client, run_id, folder, example, trust_remote_code)
             if not any(model.name == name for model in self.client.search_registered_models(f"name = '{name}'")):
                 self.client.create_registered_model(name)
-            kept = {key: value for key, value in tags.items() if value}
-            kept |= {"distil.model_key": model_key, HALF_REGISTERED: "its alias is still to be set"}
-            made = self.client.create_model_version(
+            version_tags = {key: value for key, value in tags.items() if value}
+            version_tags |= {"distil.model_key": model_key, HALF_REGISTERED: "its alias is still to be set"}
+            created = self.client.create_model_version(
                 name,
                 logged.model_uri,
                 run_id=run_id,
-                tags=kept,
+                tags=version_tags,
                 model_id=logged.model_id,  # required by a server, optional with a database
             )
-            known = _version(made)
+            known = _version(created)
         if HALF_REGISTERED in known.tags:  # new, or left by a process that was killed at this point
             self.client.set_registered_model_alias(name, CHALLENGER, known.version)
             self.tag_version(known, {HALF_REGISTERED: ""})

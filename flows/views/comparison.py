@@ -1,10 +1,10 @@
-"""Several models side by side as tables of text, from their scores: one column a model. Pure functions.
+"""Tables that compare several models, from their scores: one column per model. Pure functions.
 
     table = comparison_table("small, large", scored.scores)
 
-A cell with ± is a mean and half of its 95 % interval: over seeds by Student's t, on held-out text by the standard
-error over blocks. Ratios and differences are paired by test row (by held-out block); their interval is the wider of a
-bootstrap over those and t over seeds.
+A cell with ± is a mean and half of its 95 % interval: Student's t over seeds, or on held-out text the standard error
+over blocks. Ratios and differences are paired by test row (by held-out block); their interval is the wider of a
+bootstrap over these and Student's t over seeds.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("as_published", "entity_f1"),
     ),
 }
-"""Figures of a fine-tuned set that have a row, by the figure that decides; the rest is in MLflow."""
+"""Figures of a fine-tuned set that have a row, by the metric that decides; the rest is in MLflow."""
 
 WORDS = {
     ("macro_f1",): "macro F1",
@@ -43,7 +43,7 @@ WORDS = {
 
 
 def comparison_table(title: str, models: Models) -> Table:
-    """Held-out text, fine-tuned sets, size and speed. The last column is the first model's ratio to the teacher."""
+    """Held-out text, fine-tuned sets, size and speed; the last column is the first model's ratio to the teacher."""
     first = next(iter(models))
     ratio = "teacher" in models or "teacher_top1" in models[first].get("heldout", {})
     shown = dict(models)
@@ -55,7 +55,7 @@ def comparison_table(title: str, models: Models) -> Table:
 
 
 def fill_mask_table(models: Models) -> Table | None:
-    """What every model puts in the place of the mask, five tokens each, and how often it agrees with the last one."""
+    """The five most likely tokens of each model at the mask, and how often it agrees with the last model."""
     figures = next(iter(models.values())).get("fill-mask", {})
     if not figures.get("rows"):
         return None
@@ -69,12 +69,12 @@ def fill_mask_table(models: Models) -> Table | None:
 
 
 def _in_order(models: Models, values: Mapping[str, Any]) -> list[str]:
-    """Names in the order of the models, the teacher last: what was in the store comes back in alphabetical order."""
+    """Names in the order of the models, the teacher last: scores from the store are in alphabetical order."""
     return [name for name in dict.fromkeys([*models, "teacher"]) if name in values]
 
 
 def agreement(figures: Scores, one: str, other: str) -> str:
-    """In how many sentences two models' first tokens are the same, and how many of their five they share on average."""
+    """Number of sentences in which two models have the same first token, and of top tokens they share on average."""
     if one == other:
         return ""
     tokens = [
@@ -86,7 +86,7 @@ def agreement(figures: Scores, one: str, other: str) -> str:
 
 
 def notes(models: Models) -> Rows:
-    """What was not run and why, and how the sets were made."""
+    """Rows of notes: scores that were not run and why, differences to the first model, rows and rules of the sets."""
     lines: list[tuple[str, str]] = []
     lacking: dict[tuple[str, str], list[str]] = {}
     for model, scores in models.items():
@@ -124,7 +124,7 @@ def _signed(value: Mapping[str, float], factor: float, digits: int) -> str:
 
 
 def not_run_parts(scores: Mapping[str, Scores]) -> Iterator[tuple[str, list[str]]]:
-    """Reasons, and the parts of a model's scores that each holds back."""
+    """Each reason why scores of a model were not run, with the names of these scores."""
     reasons: dict[str, list[str]] = {}
     for part, figures in scores.items():
         if figures.get("status") == "not run":
@@ -133,8 +133,8 @@ def not_run_parts(scores: Mapping[str, Scores]) -> Iterator[tuple[str, list[str]
 
 
 def counted(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Rows used by split, and what was left out or noticed on the way."""
-    words = {
+    """Rows used per split, with numbers of dropped, duplicate and overlapping rows."""
+    labels = {
         "dropped": "dropped",
         "duplicates": "duplicates left out",
         "in_other_split": "in another split, left out",
@@ -142,7 +142,7 @@ def counted(counts: Mapping[str, Mapping[str, int]]) -> str:
     }
     parts = []
     for split in ("train", "validation", "test"):
-        about = [f"{number(counts[split][name])} {word}" for name, word in words.items() if counts[split].get(name)]
+        about = [f"{number(counts[split][name])} {label}" for name, label in labels.items() if counts[split].get(name)]
         parts.append(f"{split} {number(counts[split]['kept'])}" + (f" ({', '.join(about)})" if about else ""))
     return ", ".join(parts)
 
@@ -200,13 +200,13 @@ def _over_seeds(figures: Scores, path: Sequence[str]) -> str:
 
 
 def spread_text(value: Mapping[str, float]) -> str:
-    """A share in percent with half of its 95 % interval."""
+    """A mean in percent, ± half of its 95 % interval."""
     half = f" ± {100 * (value['high'] - value['mean']):.1f}" if "high" in value else ""
     return f"{100 * value['mean']:.1f}{half}"
 
 
 def ratio_text(figures: Scores) -> str:
-    """The ratio to the teacher with its 95 % interval, or nothing."""
+    """The ratio to the teacher with its 95 % interval, or ""."""
     ratio = figures.get("against_teacher", {}).get("ratio")
     return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
 
@@ -221,8 +221,8 @@ def _size_rows(models: Models, scores: Mapping[str, Scores]) -> Iterator[list[st
         against = format(values[first] / values["teacher"], ratio) if "teacher" in values and len(values) > 1 else ""
         return [title, *(text(values[name]) if name in values else "" for name in models), against]
 
-    whole = {name: both["with_head"] for name, both in figures["parameters"].items()}
-    yield row("parameters", whole, number)
+    parameters = {name: both["with_head"] for name, both in figures["parameters"].items()}
+    yield row("parameters", parameters, number)
     yield row("weights", figures["bytes"], size)
     times = figures["latency"]
     for batch in times.get("runs", {}):

@@ -1,4 +1,7 @@
-"""Prints a forecast as tables: bytes, time, money, and what each encoding would cost."""
+"""Prints a forecast as tables (bytes, time, bytes of each target encoding, cost and recommendation) or as JSON.
+
+show_forecast(recipe, forecast, as_json=False)
+"""
 
 from collections.abc import Callable
 
@@ -8,8 +11,6 @@ from flows.views.tables import size as amount_of_bytes
 from tasks.plan.forecast import Forecast, summed
 from tasks.plan.sizes import Amount
 from tasks.recipe.config import Recipe
-
-# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def show_forecast(recipe: Recipe, forecast: Forecast, *, as_json: bool = False) -> None:
@@ -25,22 +26,22 @@ def show_forecast(recipe: Recipe, forecast: Forecast, *, as_json: bool = False) 
 
 
 def made_table(forecast: Forecast) -> Table:
-    """Counts of the training text, and bytes by stage: in all, there already, still to be made."""
+    """Counts of the training text, and bytes by stage: total, done already, remaining."""
     found = forecast.sizes
     counts = {"tokens": found.tokens, "blocks": found.blocks, "masked positions": found.positions}
     rows = [(name, *_three(one, number)) for name, one in counts.items()]
     rows.append(("text", *_three(found.text, amount_of_bytes)))
     sizes = {f"{name} (bytes)": one for name, one in found.bytes.items()}
     rows += [(name, *_three(one, amount_of_bytes)) for name, one in sizes.items()]
-    rows.append(("together (bytes)", *_three(summed(found.bytes), amount_of_bytes)))
-    return Table(f"{forecast.recipe}: what it makes", {"": rows}, ("", "total", "done already", "remaining"))
+    rows.append(("all (bytes)", *_three(summed(found.bytes), amount_of_bytes)))
+    return Table(f"{forecast.recipe}: counts and bytes", {"": rows}, ("", "total", "done already", "remaining"))
 
 
 def time_table(forecast: Forecast) -> Table:
     """Durations by stage."""
-    stages = {**forecast.seconds, "together": forecast.total_seconds}
+    stages = {**forecast.seconds, "all": forecast.total_seconds}
     rows = [(name, *_three(one, duration)) for name, one in stages.items()]
-    title = f"Time, on {forecast.timings.device or 'this machine'}"
+    title = f"Time on {forecast.timings.device or 'this machine'}"
     return Table(title, {"": rows}, ("stage", "total", "done already", "remaining"))
 
 
@@ -50,14 +51,14 @@ def choice_table(recipe: Recipe, forecast: Forecast) -> Table:
         (one.encoding, one.positions): amount_of_bytes(one.bytes) + (" (recipe)" if one.chosen else "")
         for one in forecast.choices
     }
-    payload = {one.encoding: number(one.a_position) for one in forecast.choices}
+    payload = {one.encoding: number(one.bytes_per_position) for one in forecast.choices}
     rows = [(name, size, sizes[name, "masked"], sizes[name, "all"]) for name, size in payload.items()]
     header = ("encoding", "bytes per position", "masked positions", "all positions")
-    return Table("Targets of the whole corpus", {"": rows}, header)
+    return Table("Targets of the complete corpus", {"": rows}, header)
 
 
 def plan_rows(recipe: Recipe, forecast: Forecast) -> Rows:
-    """What was measured, what is needed, what it costs, what to do."""
+    """Rows of measurements, space needed, cost and recommendation."""
     sample, timings, free = forecast.sample, forecast.timings, forecast.free
     documents = max(1, sample.documents)
     rows = [
@@ -66,27 +67,26 @@ def plan_rows(recipe: Recipe, forecast: Forecast) -> Rows:
             f"{amount_of_bytes(sample.source_bytes)} of {sample.sources} sources, "
             f"{number(sample.documents)} documents: "
             f"{sample.heldout / documents:.1%} held out, {sample.dropped / documents:.1%} dropped, "
-            f"{sample.tokens / max(1.0, sample.source_bytes):.2f} tokens a byte of source",
+            f"{sample.tokens / max(1.0, sample.source_bytes):.2f} tokens per source byte",
         )
     ]
     if timings.capture:
         rows.append(("teacher", f"{number(recipe.blocks.length / timings.capture)} tokens/s"))
     if timings.step:
         tokens = recipe.blocks.length * recipe.train.batch_rows
-        rows.append(("training", f"{number(tokens / timings.step)} tokens/s, by steps of {timings.rows} blocks"))
-        rows.append(("the trainer reads", f"{forecast.read_rate / 1e6:.2f} MB/s"))
-    room = "unknown (the store does not tell)" if free is None else amount_of_bytes(free)
+        rows.append(
+            ("training", f"{number(tokens / timings.step)} tokens/s, timed with steps of {timings.rows} blocks")
+        )
+        rows.append(("trainer reads", f"{forecast.read_rate / 1e6:.2f} MB/s"))
+    free_text = "unknown" if free is None else amount_of_bytes(free)
     rows += [
-        ("room needed", f"{amount_of_bytes(forecast.need)}, 10 % to spare; free: {room}"),
-        (
-            "cost",
-            f"{forecast.cost['machine']:.2f} for the machine, {forecast.cost['storage_month']:.2f} a month to keep",
-        ),
+        ("space needed", f"{amount_of_bytes(forecast.need)}, including a margin of 10 %; free: {free_text}"),
+        ("cost", f"machine {forecast.cost['machine']:.2f}, storage {forecast.cost['storage_month']:.2f} per month"),
     ]
     if even := forecast.break_even:
         rows.append(("one training", f"{duration(even.cached)} from the cache, {duration(even.online)} online"))
         rows.append(
-            ("caching pays", f"from run {even.runs} on; from run {even.runs_with_storage} with a month of storage")
+            ("caching pays", f"from run {even.runs}; with a month of storage from run {even.runs_with_storage}")
         )
     return [*rows, ("recommendation", forecast.advice)]
 

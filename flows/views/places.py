@@ -1,6 +1,6 @@
-"""Where people look after a run: the store, the servers or what starts them, the model.
+"""Rows of the final table that say where to find everything: store, servers (or the command that starts them), model.
 
-places(recipe, folder, mlflow_uri, command)     # rows of the final table, true on this machine at this time
+places(recipe, folder, mlflow_uri, command)     # addresses of this machine, at this time
 """
 
 import os
@@ -12,20 +12,20 @@ from flows.views.tables import Rows
 from tasks.recipe.config import Recipe
 
 MADE, MODEL = "Made", "model"
-"""Heading and name of the row that has the folder of the model."""
+"""Heading and name of the row with the folder of the model."""
 
-LOOK = "Where to look"
-"""Heading of the rows that `places` gives."""
+WHERE = "Where to find it"
+"""Heading of the rows of `places`."""
 
 
 def places(recipe: Recipe, model_folder: Path, mlflow_uri: str, command: str = "") -> Rows:
-    """Rows of (what, where). `command` is the recipe file and settings as typed, where there are any."""
+    """Rows of (what, where). `command` is the recipe file and settings as typed, "" for a run of a deployment."""
     seen = [("curves, models and runs", f"distil up --home {shlex.quote(recipe.home)}")]
-    if mlflow_uri.startswith("http"):  # else a database, which has no page of its own
+    if mlflow_uri.startswith("http"):  # else a database, which has no web page
         seen = [("curves and models", without_credentials(mlflow_uri)), ("runs", os.environ.get("PREFECT_UI_URL", ""))]
     return [
         ("store", recipe.store),
         *seen,
         ("the model", f"pipeline('fill-mask', model='{model_folder}')"),
-        ("what is there", f"distil status {command or 'RECIPE.toml'}"),
+        ("status", f"distil status {command or 'RECIPE.toml'}"),
     ]

@@ -1,9 +1,9 @@
-"""What a run shows of itself in Prefect, as artifacts: progress, failed shards, the result and the way to MLflow.
+"""Artifacts of a run in Prefect: progress, failed shards, the result and the link to MLflow.
 
-    with ProgressArtifact("blocks", 2000) as progress: progress.add(); progress.tell()
+    with ProgressArtifact("blocks", 2000) as progress: progress.add(); progress.publish()
     publish_failures(recipe, failures, command)
 
-All of it is a view: where Prefect's server does not answer, a warning goes to the log and the work goes on.
+They are views only: if Prefect's server does not answer, a warning is logged and the run continues.
 """
 
 import threading
@@ -28,23 +28,23 @@ from storage.artifact import Failure
 from tasks.recipe.config import Recipe
 
 PROGRESS_SECONDS = 5.0
-"""The progress artifact is written at most this often: it costs a call to the server."""
+"""Least seconds between two updates of a progress artifact: each is a call to the server."""
 
 FAILURE_ROWS = 1000
-"""The failure table shows no more; the store keeps all of them."""
+"""Most rows of the failure table; the store has all failures."""
 
 
 @contextmanager
 def best_effort() -> Iterator[None]:
-    """Keeps a run going when the server that shows it is away for a while."""
+    """Turns an error of Prefect's server into a warning, so that the run continues."""
     try:
         yield
     except HTTPError as error:
-        get_run_logger().warning(f"Prefect's server did not take an artifact: {error}")
+        get_run_logger().warning(f"Prefect's server did not accept an artifact: {error}")
 
 
 def publish_failures(recipe: Recipe, failures: tuple[Failure, ...], command: str = "") -> None:
-    """The failure table on the screen and as an artifact of the flow run; `command` as in `how_to_retry`."""
+    """Prints the failure table and publishes it as an artifact of the flow run; `command` as in `how_to_retry`."""
     if not failures:
         return
     rows = failure_rows(recipe, failures[:FAILURE_ROWS], command)
@@ -56,32 +56,32 @@ def publish_failures(recipe: Recipe, failures: tuple[Failure, ...], command: str
 
 
 def publish_result(table: Table, mlflow_url: str) -> None:
-    """The final table as Markdown, and the way to MLflow where it has a page."""
+    """Publishes the final table as Markdown, and a link to MLflow if it has a web page."""
     with best_effort():
-        create_markdown_artifact(markdown(table), "result", "What was made and where it is")
+        create_markdown_artifact(markdown(table), "result", "What was made and where to find it")
         if mlflow_url:
             create_link_artifact(mlflow_url, "MLflow run", "mlflow-run")
 
 
 class ProgressArtifact:
-    """Percentage of a stage, for stages that last."""
+    """Progress of a long stage in percent."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage, self.total, self.done = stage, total, 0
         self._artifact: UUID | None = None
         self._lock = threading.Lock()
-        self._told = time.monotonic()
+        self._published = time.monotonic()
 
     def add(self) -> None:
-        """Counts one more; jobs end in threads of their own."""
+        """Counts one more finished job; thread-safe."""
         with self._lock:
             self.done += 1
 
-    def tell(self) -> None:
-        """Writes the percentage if it was not written lately."""
-        if time.monotonic() - self._told < PROGRESS_SECONDS:
+    def publish(self) -> None:
+        """Writes the percentage, at most once per PROGRESS_SECONDS."""
+        if time.monotonic() - self._published < PROGRESS_SECONDS:
             return
-        self._told = time.monotonic()
+        self._published = time.monotonic()
         with best_effort():
             if self._artifact is None:
                 about = f"Progress of {self.stage}, {self.total} in all"
@@ -97,7 +97,7 @@ class ProgressArtifact:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A run that is told to stop has seconds; its progress stays as it was last told.
+        # A run that is being stopped has only seconds left, so its progress is not written again.
         if self._artifact is not None and kind is None:
             with best_effort():
                 update_progress_artifact(self._artifact, self._percent())

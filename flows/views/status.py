@@ -1,8 +1,8 @@
-"""What a recipe wants, what the store holds of it, what failed.
+"""Prints the state of a recipe's artifacts by stage: wanted, done, missing, failed, bytes.
 
-    rows = stage_rows(workspace)            # by stage: wanted, done, missing, failed, bytes
+    show_status(recipe, stage_rows(workspace))
 
-For `distil status`, `verify` and `gc`. Starts no server and imports no Prefect.
+For `distil status` and `distil verify`. Starts no server and imports no Prefect.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,6 +44,6 @@ def status_table(title: str, rows: Iterable[StageRow]) -> Table:
 
 
 def named(kind: str, label: str, reason: str) -> str:
-    """The reason with the name of the artifact before it, unless it names it itself."""
-    reason = plain(reason)  # it tells of files that others made
+    """The reason, preceded by the name of the artifact unless it starts with it."""
+    reason = plain(reason)  # it may contain names from the corpus
     return reason if reason.startswith(f"{kind} {label}") else f"{kind} {label}: {reason}"

@@ -1,4 +1,4 @@
-"""The final table of a run: what was made, how good it is, where to look, how long it took.
+"""The final table of a run: what was made, how good it is, where to find it, how long it took.
 
 sections = summary_sections(summary, seconds)       # heading -> rows of (name, text)
 """
@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from flows.views.comparison import FIGURES, WORDS, agreement, counted, not_run_parts, ratio_text, spread_text
-from flows.views.places import LOOK, MADE, MODEL, places
+from flows.views.places import MADE, MODEL, WHERE, places
 from flows.views.tables import Rows, number, seconds, size
 from tasks.lineage import Workspace
 from tasks.recipe.run_spec import METRICS, RunSpec
@@ -21,7 +21,7 @@ Scores = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Everything that the table tells of."""
+    """The facts of the table."""
 
     workspace: Workspace
     run: RunSpec
@@ -43,7 +43,7 @@ def summary_sections(summary: RunSummary, total: float) -> dict[str, Rows]:
         "Scores": score_rows(summary.scores),
         "Fill-mask": fill_mask_rows(summary.scores.get("fill-mask", {})),
         "Gate": summary.gate,
-        LOOK: places(summary.workspace.recipe, summary.model_folder, summary.mlflow_uri, summary.command),
+        WHERE: places(summary.workspace.recipe, summary.model_folder, summary.mlflow_uri, summary.command),
         "Time": [(name, seconds(value)) for name, value in summary.stage_seconds.items()] + [("total", seconds(total))],
     }
 
@@ -75,12 +75,12 @@ def _made(summary: RunSummary) -> Rows:
 
 
 def size_of(receipts: Any) -> str:
-    """Bytes of several artifacts for people."""
+    """Total bytes of several artifacts, as text."""
     return size(sum(receipt.size for receipt in receipts))
 
 
 def score_rows(scores: Mapping[str, Scores]) -> Rows:
-    """One row a figure worth a look; a set that was not run says so."""
+    """One row per important figure, then the scores that were not run, with their reasons."""
     rows: list[tuple[str, str]] = []
     for part, figures in scores.items():
         if part in _WRITERS and figures.get("status") != "not run":
@@ -100,7 +100,12 @@ def _heldout_rows(figures: Scores) -> Rows:
         ("perplexity", _against(figures, "perplexity", 1, "")),
     ]
     if "kept" in figures:
-        rows.append(("kept", f"{figures['kept']:.3f} = (student - f) / (teacher - f), f the most frequent token"))
+        rows.append(
+            (
+                "share of the teacher",
+                f"{figures['kept']:.3f} = (student - f) / (teacher - f), f the most frequent token",
+            )
+        )
     if "kl" in figures:
         rows.append(("teacher", f"KL {figures['kl']:.3f} nats, same first token {100 * figures['agreement']:.1f} %"))
     return rows
@@ -130,7 +135,7 @@ def _size_and_speed_rows(figures: Scores) -> Rows:
 
 
 def _set_rows(part: str, figures: Scores) -> Rows:
-    """A fine-tuned set: its first figures over seeds, the ratio to the teacher, the rows it has."""
+    """Rows of a fine-tuned set: figures over seeds, ratio to the teacher, numbers of rows."""
     paths = FIGURES[figures["metric"]]
     seeds = len(figures["runs"])
     rows = []
@@ -148,7 +153,7 @@ _WRITERS = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows}
 
 
 def fill_mask_rows(figures: Scores) -> Rows:
-    """Each sentence with the five first tokens of student and teacher, and how often they agree."""
+    """Each sentence with the five most likely tokens of student and teacher, and how often they agree."""
     rows = [
         (row["sentence"], "\n".join(_answers(name, answers) for name, answers in row["answers"].items()))
         for row in figures.get("rows", ())

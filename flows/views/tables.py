@@ -1,4 +1,7 @@
-"""What people see: progress bars while it runs, tables at the end, and the same tables as Prefect artifacts.
+"""Progress bars and tables on the console, and the same tables as Markdown for Prefect artifacts.
+
+    with bar("blocks", total=2000) as advance: advance(1)
+    show_table(Table("Scores", {"": rows}, header))
 
 Tables go to standard output, bars to standard error.
 """
@@ -25,15 +28,15 @@ Rows = Sequence[tuple[str, str]]
 """Names and values."""
 
 CELL_CHARACTERS = 2000
-"""A longer error is cut in the tables; the store keeps it whole."""
+"""Longer texts are cut in the tables; the store has the complete ones."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text: rows of cells under the heading of their section ("" shows none); empty sections are left out.
+    """A table of text. `sections` maps a heading ("" for none) to rows of cells; empty sections are left out.
 
-    A table without `header` lists names and values. `ruled`: a line between any two rows on the console.
-    `right_aligned`: all columns but the first, on the console.
+    A table without `header` lists names and values. On the console, `ruled` draws a line between rows and
+    `right_aligned` aligns all columns but the first.
     """
 
     title: str
@@ -45,7 +48,7 @@ class Table:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar; the function it gives takes how much was done, and optionally a `note` to show at its end."""
+    """A progress bar. Yields `advance(done, note="")`: adds to the bar and shows the note at its end."""
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(),
@@ -64,9 +67,9 @@ def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def failure_rows(recipe: Recipe, failures: Sequence[Failure], command: str = "") -> list[dict[str, Any]]:
-    """The failure table as plain values, with the command that tries one shard again (see `how_to_retry`).
+    """The failure table as plain values, with the command that retries each shard (see `how_to_retry`).
 
-    File names and messages come from the corpus: what is not to be printed is shown as \\x1b and the like.
+    File names and messages come from the corpus, so control characters are escaped, as in \\x1b.
     """
     return [
         {
@@ -82,33 +85,31 @@ def failure_rows(recipe: Recipe, failures: Sequence[Failure], command: str = "")
 
 
 def plain(text: str) -> str:
-    """One line of printable characters, CELL_CHARACTERS at most, of any text."""
+    """Any text as one line of at most CELL_CHARACTERS printable characters."""
     shown = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
     return shown if len(shown) <= CELL_CHARACTERS else f"{shown[:CELL_CHARACTERS]}…"
 
 
 def how_to_retry(recipe: Recipe, stage: str, shard: str, command: str = "") -> str:
-    """How one shard is tried again: by the recipe file and overrides of this run, which `command` holds as they were
-    typed, or, where a deployment started the run and `command` is empty, by that recipe's deployment."""
+    """How to retry one shard: `distil retry` with the recipe file and settings as typed (`command`), or, for a run of a
+    deployment (`command` is empty), that recipe's deployment."""
     if command:
         return f"distil retry {command} --stage {stage} --shard {shlex.quote(shard)}"
     return f"Retry on this run, or run retry-shard/{recipe.name} with stage = {stage} and shard = {shard}"
 
 
 def how_to_retry_all(recipe: Recipe, command: str = "") -> str:
-    """How everything in a failure table is tried again; only the run of a deployment has Retry in the UI."""
+    """How to retry everything in a failure table; only a run of a deployment has Retry in the UI."""
     if command:
-        return (
-            "Mend the cause, then run the command in the last column, or the same run again, which makes all of them."
-        )
+        return "Fix the cause, then run the command in the last column, or repeat the run to retry all of them."
     return (
-        f"Mend the cause, then press Retry on this run, or run the deployment retry-shard/{recipe.name} with stage and "
+        f"Fix the cause, then press Retry on this run, or run the deployment retry-shard/{recipe.name} with stage and "
         "shard as in the table."
     )
 
 
 def failure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of `failure_rows`, of which there is at least one."""
+    """The table of `failure_rows`; at least one row."""
     return Table("Failed", {"": [[str(value) for value in row.values()] for row in rows]}, list(rows[0]), ruled=True)
 
 
@@ -141,7 +142,7 @@ def show_json(value: object) -> None:
 
 
 def markdown(*tables: Table) -> str:
-    """The same tables as Markdown, one below the other, for a Prefect artifact."""
+    """Tables as Markdown, one below the other, for a Prefect artifact."""
     parts: list[str] = []
     for table in tables:
         parts.append(f"# {_literal(table.title)}")
@@ -155,27 +156,27 @@ def markdown(*tables: Table) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that Markdown shows as it is: no tags (Prefect's page takes raw HTML), links, images or new cells."""
+    """Escapes text for Markdown: no tags (Prefect's page renders raw HTML), links, images or new cells."""
     return re.sub(r"([\\`*_\[\]|!])", r"\\\1", html.escape(plain(text), quote=False))
 
 
 def _cell(text: str) -> str:
-    """Text of a cell as it is; its lines stay lines."""
+    """Escapes the text of a cell for Markdown; lines stay lines."""
     return "<br>".join(_literal(line) for line in text.split("\n"))
 
 
 def _shown(text: str) -> str:
-    """Text of a cell for the terminal: no markup, no escape codes; its lines stay lines."""
+    """Escapes the text of a cell for the terminal (no markup, no escape codes); lines stay lines."""
     return escape("\n".join(map(plain, text.split("\n"))))
 
 
 def console() -> Console:
-    """Standard output; wider than rich's 80 columns where it is no terminal but a log."""
+    """Standard output; 120 columns wide if it is not a terminal but a log."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def size(count: float) -> str:
-    """Bytes for people: `1.2 MB`."""
+    """Bytes as text: `1.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -184,12 +185,12 @@ def size(count: float) -> str:
 
 
 def number(value: float) -> str:
-    """A count with thin groups: `1,234,567`."""
+    """A count as text: `1,234,567`."""
     return f"{value:,.0f}"
 
 
 def seconds(value: float) -> str:
-    """A duration for people: `48 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A duration as text: `48 s`, `3 min 05 s`, `2 h 10 min`."""
     if value < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(int(value), 60)

@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from storage.errors import FatalError
-from storage.filesystem import on_this_machine, open_url, translate_errors
+from storage.files.filesystem import on_this_machine, open_url, translate_errors
 from storage.fingerprint import canonical_json, sha256_bytes
 
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "created")

@@ -20,7 +20,7 @@ from typing import Any
 import fsspec
 
 from storage.errors import FatalError
-from storage.filesystem import on_this_machine
+from storage.files.filesystem import on_this_machine
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.corpus.listing import FolderListing, list_folder, listing_errors, natural_key, stamp_of
@@ -103,7 +103,7 @@ def snapshot_of(folder: FolderListing, corpus: CorpusSettings, *, partial: bool 
     if absent and not partial:
         more = f" (nor are {len(absent) - 1} others)" if absent[1:] else ""
         raise FatalError(
-            f"{corpus.url}: {absent[0]} is named in a checksum file but is not there{more}; "
+            f"{corpus.url}: {absent[0]} is named in a checksum file but does not exist{more}; "
             "fetch it, or wait until the folder is complete",
             absent[0],
         )

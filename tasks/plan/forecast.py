@@ -1,9 +1,9 @@
-"""What a recipe will cost, before anything runs: bytes, time, money, and whether caching the teacher pays.
+"""Forecasts bytes, time and money of a recipe before anything runs, and whether caching the teacher's targets pays.
 
     forecast = make_forecast(recipe, inventory, sample, shape, timings, machine, free, Prices())
     forecast.seconds["train"].left, forecast.bytes["targets"].total, forecast.advice
 
-Arithmetic alone, on what sizes.py, sample.py and timing.py found. Called by `distil plan`.
+Pure arithmetic on the results of sizes.py, sample.py and timing.py. Called by `distil plan`.
 """
 
 from collections.abc import Mapping
@@ -30,23 +30,24 @@ from tasks.plan.timing import Machine, Timings
 from tasks.recipe.config import Recipe, TargetSettings
 
 FORWARD = 1 / 3
-"""Share of a training step that its forward takes; held-out looks and scores are forwards."""
+"""Share of the forward in a training step; validation and scores are forwards only."""
 
 START, END = 3.5, 1.5
-"""Server, flow and worker processes before the first shard, and registration, card and gate after the scores, in
-imports of the trainer: both are imports and small writes in the main, and follow the machine as that does."""
+"""Time before the first shard (server, flow and worker processes) and after the scores (registration, card, gate), as a
+multiple of the time to import the trainer: both are mostly imports and small writes, so they scale with the machine."""
 
 LATENCY_FORWARDS, LATENCY_TOKENS = 33, 128
-"""What one round of the latency score runs: batches of 1 and of 32, of so many tokens."""
+"""One round of the latency score: 33 sequences (batches of 1 and of 32) of 128 tokens."""
 
 LATENCY_BUDGET = 60.0
+"""Most seconds of the latency score."""
 
 TERABYTE, HOUR = 1e12, 3600.0
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What an hour of the machine costs, and a terabyte kept for a month, in any one currency."""
+    """Price per hour of the machine, and per terabyte and month of storage, in any one currency."""
 
     hour: float = 3.5
     terabyte_month: float = 23.0
@@ -54,19 +55,22 @@ class Prices:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to cache: payload bytes a position, bytes of all targets."""
+    """One way to cache targets: payload bytes per position, bytes of all targets, whether the recipe has chosen it."""
 
     encoding: str
     positions: str
-    a_position: int
+    bytes_per_position: int
     bytes: float
     chosen: bool
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Seconds to capture all targets once, of one training from them, of one with the teacher in the loop; the number
-    of runs from which caching is cheaper in hours, and in money with a month of storage."""
+    """Seconds to capture all targets once, of one training from the cache, and of one online (teacher in the loop).
+
+    `runs` is the number of trainings from which caching takes less time, `runs_with_storage` from which it costs less
+    with a month of storage; 0 for never.
+    """
 
     capture: float
     cached: float
@@ -77,8 +81,13 @@ class BreakEven:
 
 @dataclass(frozen=True)
 class Forecast:
-    """All that `distil plan` prints. `read_rate` is what the trainer reads, in bytes a second; `need` has the margin;
-    `free` is None where the store does not tell; `cost` of what is left: machine, and storage a month."""
+    """Everything that `distil plan` prints.
+
+    read_rate  bytes per second that the trainer reads
+    need       bytes still to be made, times MARGIN
+    free       free bytes of the store, None if it does not report them
+    cost       of the remaining work: `machine`, and `storage_month` for all artifacts per month
+    """
 
     recipe: str
     sizes: SizeForecast
@@ -95,11 +104,11 @@ class Forecast:
 
     @property
     def total_seconds(self) -> Amount:
-        """All stages one after the other."""
+        """Sum over all stages."""
         return summed(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """One document of plain values, amounts as total, done and left."""
+        """Plain values for JSON; an amount has total, done and left."""
         found: dict[str, Any] = _plain(self)
         return found | {"total_seconds": _plain(self.total_seconds)}
 
@@ -116,7 +125,7 @@ def make_forecast(
     *,
     training: bool = True,
 ) -> Forecast:
-    """Puts it all together; without `training` it is about `distil prepare`."""
+    """Computes the forecast; without `training` that of `distil prepare`."""
     found = forecast_sizes(inventory, sample, shape, recipe, training=training)
     seconds = stage_seconds(recipe, inventory, sample, timings, machine, found, training=training)
     need = MARGIN * found.left
@@ -145,7 +154,7 @@ def make_forecast(
 
 
 def at_once(recipe: Recipe, machine: Machine) -> int:
-    """Worker processes that really work side by side: run.workers, as far as there are cores for them."""
+    """Worker processes that run at the same time: run.workers, limited by the cores."""
     return min(recipe.run.workers, machine.cores)
 
 
@@ -159,10 +168,10 @@ def stage_seconds(
     *,
     training: bool,
 ) -> dict[str, Amount]:
-    """Seconds by stage. Shards and blocks run in run.workers processes, as far as there are cores for them."""
+    """Seconds by stage. Shards and blocks are made by `at_once` processes."""
     slots = at_once(recipe, machine)
     reading = sample.read_seconds / max(1.0, sample.source_bytes)
-    longest = inventory.largest_unread * reading  # one source is one process's work
+    longest = inventory.largest_unread * reading  # one source is read by one process
     blocking = sample.block_seconds / max(1, sample.text_bytes) / slots
     row_bytes = sample.text_bytes / max(1, sample.rows)
     all_text = inventory.text_bytes + inventory.heldout_bytes + found.coming
@@ -189,14 +198,14 @@ def stage_seconds(
 def _trained_seconds(
     recipe: Recipe, timings: Timings, machine: Machine, found: SizeForecast, heldout: float
 ) -> dict[str, Amount]:
-    """Training with its looks and checkpoints, and scores without fine-tuned sets; `heldout` are blocks."""
+    """Training with validation and checkpoints, and scores without fine-tuned sets; `heldout` is a number of blocks."""
     train, score = recipe.train, recipe.score
-    a_row = FORWARD * timings.step / train.batch_rows
-    looks = found.steps // train.validate_steps if train.validate_steps else 0
+    row_forward = FORWARD * timings.step / train.batch_rows
+    validations = found.steps // train.validate_steps if train.validate_steps else 0
     saves = -(-found.steps // train.checkpoint_steps)
     trained = machine.import_seconds + timings.start + found.steps * timings.step + saves * timings.save
-    trained += looks * min(train.validate_rows, heldout) * a_row
-    both = a_row + timings.capture
+    trained += validations * min(train.validate_rows, heldout) * row_forward
+    both = row_forward + timings.capture
     forward = both * LATENCY_TOKENS / recipe.blocks.length
     scored = min(score.heldout_rows, heldout) * score.heldout_masks * both
     scored += min(LATENCY_BUDGET, score.latency_runs * LATENCY_FORWARDS * forward)
@@ -204,7 +213,7 @@ def _trained_seconds(
 
 
 def summed(amounts: Mapping[str, Amount]) -> Amount:
-    """All stages together."""
+    """Sum of amounts."""
     return Amount(sum(one.total for one in amounts.values()), sum(one.done for one in amounts.values()))
 
 
@@ -216,7 +225,7 @@ def _amount(total: float, left: float) -> Amount:
 
 
 def _choices(recipe: Recipe, sample: Sample, shape: ModelShape, found: SizeForecast) -> tuple[Choice, ...]:
-    """Every encoding for masked and for all positions, over the whole corpus."""
+    """Bytes of the corpus's targets in every encoding, for masked and for all positions."""
     targets = recipe.targets
     text = found.text.total * recipe.mask.variants
     cached = caches_targets(recipe)
@@ -233,7 +242,7 @@ def _choices(recipe: Recipe, sample: Sample, shape: ModelShape, found: SizeForec
 def _break_even(
     recipe: Recipe, timings: Timings, found: SizeForecast, choices: tuple[Choice, ...], prices: Prices
 ) -> BreakEven:
-    """A cached run trades a forward of the teacher on every block of every epoch for one on every block and mask."""
+    """Online, the teacher reads every block in every epoch; cached, it reads every block once per mask variant."""
     teacher = found.steps * recipe.train.batch_rows * timings.capture
     step = found.steps * timings.step
     cached = step if recipe.targets.source == "cached" else max(0.0, step - teacher)
@@ -247,21 +256,21 @@ def _break_even(
 
 
 def runs_to_pay(once: float, saved: float) -> int:
-    """The first number of runs that cost less with `once` spent and `saved` in each than without; 0 for never."""
+    """Least number of runs whose total saving exceeds the one-time cost `once`; 0 for never."""
     return floor(once / saved * (1 + 1e-9)) + 1 if saved > 0 else 0
 
 
 def _read_rate(recipe: Recipe, sample: Sample, shape: ModelShape, timings: Timings) -> float:
-    """Bytes a second: the blocks of a step and, from a cache, their targets."""
+    """Bytes per second that the trainer reads: the blocks of a step and, from a cache, their targets."""
     rows = max(1, sample.rows)
-    a_row = sample.block_bytes / rows
+    row_bytes = sample.block_bytes / rows
     if caches_targets(recipe):
-        kept = sample.positions if recipe.targets.positions == "masked" else sample.tokens
-        a_row += ROW_BYTES + kept / rows * payload_bytes(shape, recipe, recipe.targets.encoding)
-    return recipe.train.batch_rows * a_row / timings.step if timings.step else 0.0
+        positions = sample.positions if recipe.targets.positions == "masked" else sample.tokens
+        row_bytes += ROW_BYTES + positions / rows * payload_bytes(shape, recipe, recipe.targets.encoding)
+    return recipe.train.batch_rows * row_bytes / timings.step if timings.step else 0.0
 
 
-# ---- words -------------------------------------------------------------------------------------------------
+# ---- recommendation ----------------------------------------------------------------------------------------
 
 
 def _advice(
@@ -272,33 +281,33 @@ def _advice(
     choices: tuple[Choice, ...],
     even: BreakEven | None,
 ) -> str:
-    """What to do, in a sentence."""
+    """The recommendation in one sentence."""
     if free is not None and need > free:
         rest = found.left - found.bytes["targets"].left
         fitting = [one for one in choices if MARGIN * (rest + one.bytes) < free and one.encoding != "topk"]
         best = max(fitting, key=lambda one: one.bytes, default=None)
         if best and caches_targets(recipe):
             return (
-                f"It does not fit: make room or name another store, or set targets.encoding = {best.encoding} and "
+                f"It does not fit: free space or name another store, or set targets.encoding = {best.encoding} and "
                 f"targets.positions = {best.positions}, which fit."
             )
         online = " or set targets.source = online" if caches_targets(recipe) and MARGIN * rest < free else ""
-        return f"It does not fit: make room, name another store{online}."
+        return f"It does not fit: free space or name another store{online}."
     if even is None:
-        return "It fits; there is no teacher to cache." if free is not None else "There is no teacher to cache."
+        return "It fits; no teacher needs to be cached." if free is not None else "No teacher needs to be cached."
     if even.runs == 0:
-        return "The teacher costs nothing that can be measured; cached or online makes no difference."
+        return "The teacher's time is too short to measure; cached or online makes no difference."
     if even.runs == 1:
         keep = "Keep" if recipe.targets.source == "cached" else "Set"
         return f"{keep} targets.source = cached: a run reads each target more than once, so it pays in the first run."
     return (
-        "For a single run targets.source = online takes no longer and keeps nothing; caching pays from run "
-        f"{even.runs} on: another student, temperature or training seed."
+        "For a single run targets.source = online takes no longer and needs no storage; caching pays from run "
+        f"{even.runs} on: with another student, temperature or training seed."
     )
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as objects; amounts with what is left. Names of artifacts are left out."""
+    """Dataclasses as objects, amounts with `left`; references to artifacts are left out."""
     if isinstance(value, Amount):
         return {"total": value.total, "done": value.done, "left": value.left}
     if is_dataclass(value):

@@ -1,8 +1,8 @@
-"""Whether the store has room for a run, asked before anything is computed.
+"""Checks before a run that its store has enough free space.
 
     check_store_has_space(workspace, free_bytes(store), training=True)
 
-Called by the flows `distill` and `prepare` where something is missing. Bytes only; nothing is timed.
+Called by the flows `distill` and `prepare` when artifacts are missing. Estimates bytes only; nothing is timed.
 """
 
 from math import ceil
@@ -16,19 +16,21 @@ from tasks.plan.sizes import forecast_sizes, shape_of, take_inventory
 from tasks.recipe.config import Recipe
 
 MARGIN = 1.1
-"""A store must have room for so many times what is to be made."""
+"""Free space that a run must find, as a multiple of the bytes to be made."""
 
 CHECK_BYTES = 3_000_000
-"""Bytes of the sources that are sampled for it."""
+"""Bytes of the sources to read as the sample."""
 
 
 def check_store_has_space(workspace: Workspace, free: int, *, training: bool) -> None:
-    """FatalError if what is still to be made, with some margin, does not go into the `free` bytes of the store.
+    """FatalError: the remaining artifacts, times MARGIN, exceed the `free` bytes of the store.
 
-    Nothing is read where a bound that no text reaches shows that it fits; else a small sample of the sources is.
-    Sources that cannot be read are left to the run, which names them all.
+    If an upper bound for any text fits, nothing is read; else a small sample of the sources is. Unreadable sources are
+    skipped here: the run itself reports them all.
     """
-    if workspace.recipe.train.warm_start:  # only MLflow may know it; its size is near that of the student without it
+    if (
+        workspace.recipe.train.warm_start
+    ):  # a registered model would need MLflow; the size is close to that of the student without it
         workspace = workspace.with_warm_start("")
     recipe = workspace.recipe
     inventory, shape = take_inventory(workspace), shape_of(recipe, training=training)
@@ -41,14 +43,14 @@ def check_store_has_space(workspace: Workspace, free: int, *, training: bool) ->
     need = MARGIN * forecast_sizes(inventory, sample, shape, recipe, training=training).left
     if sample.text_bytes and need > free:
         raise FatalError(
-            f"the store {recipe.store} has no room for this run: it needs about {_gigabytes(need)}, 10 % to spare, and "
-            f"{_gigabytes(free)} are free; make space, name another store, or make less (`distil plan` shows what each "
-            "choice takes)"
+            f"the store {recipe.store} has too little free space for this run: it needs about {_gigabytes(need)}, with "
+            f"10 % to spare, and {_gigabytes(free)} are free; delete files, name another store, or make less (`distil "
+            "plan` shows what each choice takes)"
         )
 
 
 def _bound(recipe: Recipe) -> Sample:
-    """Ratios above those of any text: packed to a twentieth, two bytes a token, a document every fifty bytes."""
+    """Upper bounds for any text: compressed 20-fold, one token per byte, one document per 50 bytes."""
     length = recipe.blocks.length
     text = 10_000
     rows = text // 50 if recipe.blocks.packing == "documents" else text // (length - 2) + 1

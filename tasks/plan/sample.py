@@ -1,11 +1,11 @@
-"""A measured sample: a few MB of the real sources through the project's own readers, shards and blocks, in a scratch
-store. What `distil plan` and the check for room multiply up.
+"""Measures a sample of a corpus: reads a few MB of the real sources and makes shards and blocks in a scratch store.
 
     with TemporaryDirectory() as folder:
         sample = take_sample(Store(folder), recipe.corpus, recipe.blocks, recipe.mask, vocabulary, sources, 4_000_000)
 
-Of each sampled source the beginning is unpacked into a file of its own, cut at the end of a line: to the reader that is
-a whole small source, so where we stop reading is no damage of the real one. A corpus below the budget is read whole.
+`distil plan` and the check of free space extrapolate from it. The beginning of each sampled source is unpacked into a
+file that ends at the end of a line, so the reader sees a complete small source, not a truncated one. A corpus smaller
+than the budget is read completely.
 """
 
 import time
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from storage.artifact import Receipt, Ref
 from storage.errors import FatalError
-from storage.filesystem import open_url
+from storage.files.filesystem import open_url
 from storage.store import Store
 from tasks.corpus.fetch import read_head
 from tasks.corpus.lines import CHUNK, UnpackedSizeLimit, packing_of, reading_error
@@ -32,25 +32,28 @@ from tasks.tokens.mask import masked_count
 from tasks.tokens.vocabulary import Vocabulary, load_tokenizer
 
 SOURCES = 8
-"""Most sampled sources, spread over the snapshot; more only where these are too small for the budget."""
+"""Most sources to sample, spread over the snapshot; more only if these are smaller than the budget."""
 
 LEAST = 1 << 20
-"""Bytes of a packed source that are read at least: less says too little of how well it packs."""
+"""Least bytes to read of a compressed source: fewer do not show its compression ratio."""
 
 UNSEEN = 4 * CHUNK
-"""Bytes before the cut that a packed stream is not fed with: two of its blocks, so that it never meets the cut."""
+"""Bytes before the cut that are not decompressed: two blocks of the stream, so that it never reaches the cut."""
 
 PIECE = 1 << 12
-"""Unpacked bytes read at once: so exactly is it known which packed bytes they come from."""
+"""Unpacked bytes per read: the accuracy with which they are attributed to compressed bytes."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was counted and timed; bytes, counts and seconds of one process. Sums, so that two samples add up.
+    """Counts, bytes and seconds (of one process). All fields are sums, so samples can be added.
 
-    `source_bytes` of the source files stand behind `text_bytes` of UTF-8 text (held out or not) in `shard_bytes` of
-    shards, and `tokens` (special ones too) in `rows` blocks of `block_bytes`, `positions` of them masked under one
-    mask. `documents` were read, of which `dropped` by filters, as duplicates or as bad lines, and `heldout`.
+    source_bytes               bytes read of the source files, compressed as they are
+    documents                  documents read, of which
+    dropped, heldout           dropped (by filters, as duplicates or as bad lines), and held out
+    text_bytes, shard_bytes    UTF-8 text of the documents that were not dropped, and its shards
+    rows, tokens, block_bytes  blocks of this text, their tokens (with special tokens), their bytes
+    positions                  masked positions under one mask
     """
 
     sources: int = 0
@@ -85,9 +88,9 @@ def take_sample(
 ) -> Sample:
     """Reads about `budget` bytes of the source files into the scratch store `store`.
 
-    FatalError for a source that cannot be read, unless `skip_bad`; then for all of them an empty sample.
+    FatalError: a source cannot be read. With `skip_bad` such sources are left out instead.
     """
-    load_tokenizer(vocabulary)  # once a process in the real run too, so not in the time of the first shard
+    load_tokenizer(vocabulary)  # once per process in a real run too, so not part of the time of the first shard
     sample = Sample()
     for source, limit in _chosen(sources, budget):
         try:
@@ -99,7 +102,7 @@ def take_sample(
 
 
 def _chosen(sources: Sequence[Source], budget: int) -> Iterable[tuple[Source, int]]:
-    """Which sources, evenly spread, and how many bytes of each."""
+    """The sources to sample, evenly spread, and the bytes to read of each."""
     total = sum(source.size for source in sources)
     if total <= budget:
         return [(source, source.size) for source in sources]
@@ -122,15 +125,15 @@ def _sample_source(
         path = folder / Path(source.name).name
         taken = _cut(source, limit, path, corpus.max_unpacked_ratio)
         unpacked = time.perf_counter() - started
-        # The label of the real one, so that errors name it; the bytes of the cut are its identity.
+        # It keeps the label of the real source, which errors name, and is identified by its own bytes.
         copy = replace(source, url=str(path), size=path.stat().st_size, stamp="", sha256=None, companion=None)
-        if source.companion:  # the cut has none, but is parted as the whole will be
+        if source.companion:  # the cut has no companion, but is split into documents like the real source
             corpus = corpus.model_copy(update={"text": "paragraphs"})
         receipt = shard_source(store, copy, corpus)
     shards = [store.receipt(ref) for ref in (*shards_of(receipt), *heldout_of(receipt))]
     made = [make_blocks(store, shard.ref, blocks, vocabulary) for shard in shards]
     counts = receipt.info["counts"]
-    # The real source is hashed packed, the cut was hashed unpacked.
+    # The real source is hashed compressed; the cut was hashed unpacked.
     hashed = receipt.timings["hash"] * taken / max(1, copy.size)
     return Sample(
         sources=1,
@@ -151,7 +154,7 @@ def _sample_source(
 
 
 def _positions(store: Store, blocks: Receipt, mask: MaskSettings) -> int:
-    """Positions that tasks.mask chooses in these blocks."""
+    """Masked positions of these blocks under one mask."""
     return int(masked_count(mask.rate, open_blocks(store, blocks.ref).lengths).sum())
 
 
@@ -159,19 +162,19 @@ def _positions(store: Store, blocks: Receipt, mask: MaskSettings) -> int:
 
 
 def _cut(source: Source, limit: int, path: Path, ratio: int) -> float:
-    """Writes the unpacked beginning of a source to `path`; returns how many bytes of the source it stands for.
+    """Writes the unpacked beginning of a source to `path`; returns the bytes of the source that it represents.
 
-    `limit` are the bytes of the source to read. FatalError: gone, or damaged or grown beyond `ratio` before that.
+    `limit` is the number of bytes to read of the source. FatalError: the source does not exist, is damaged, or unpacks
+    to more than `ratio` times its size.
     """
     head = read_head(source, limit)
-    whole = len(head) == source.size
-    if whole:
+    if len(head) == source.size:
         path.write_bytes(head)
         return len(head)
     if head.startswith(b"PAR1"):
         return _cut_parquet(source, limit, path, ratio)
     text, used = _unpacked(head, source, ratio)
-    if text.startswith(b"PAR1"):  # packed parquet has its footer where only the whole file shows it
+    if text.startswith(b"PAR1"):  # compressed parquet: its footer needs the complete file
         return _cut(source, source.size, path, ratio)
     last = text.rfind(b"\n") + 1 or len(text)
     path.write_bytes(text[:last])
@@ -179,20 +182,20 @@ def _cut(source: Source, limit: int, path: Path, ratio: int) -> float:
 
 
 def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
-    """The text that a cut-off beginning surely holds, and how many bytes of the source it stands for.
+    """The text of a truncated beginning, and the bytes of the source that it represents.
 
-    A stream packs its beginning worse than the rest, since it has nothing yet to refer back to: the rest of the source
-    is taken to be packed like the second half of what is seen.
+    Streams compress their beginning worse than the rest, as it has nothing to refer back to. So the rest of the source
+    is assumed to compress like the second half of the beginning.
     """
     packing = packing_of(head)
     if not packing:
         return head, len(head)
     parts: list[bytes] = []
-    seen = [(0, 0)]  # packed bytes taken and text given so far
+    seen = [(0, 0)]  # compressed bytes read and text bytes returned so far
     growth = UnpackedSizeLimit(source.name, len(head), ratio)
     try:
         with pa.BufferReader(head) as file, pa.CompressedInputStream(file, packing) as stream:
-            # The stream takes new bytes, many at once, when it has given all of the old.
+            # The stream reads many new bytes at once after it has returned all text of the old ones.
             while (chunk := stream.read(PIECE)) and file.tell() < len(head) - UNSEEN:
                 growth.add(len(chunk))
                 parts.append(chunk)
@@ -201,8 +204,8 @@ def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
         raise reading_error(error, source.name) from error
     used, given = seen[-1]
     used_half, given_half = max(pair for pair in seen if 2 * pair[0] <= used)
-    whole = given + (source.size - used) * (given - given_half) / max(1, used - used_half)
-    return b"".join(parts), source.size * given / max(1.0, whole)
+    all_text = given + (source.size - used) * (given - given_half) / max(1, used - used_half)
+    return b"".join(parts), source.size * given / max(1.0, all_text)
 
 
 def _cut_parquet(source: Source, limit: int, path: Path, ratio: int) -> float:

@@ -1,4 +1,4 @@
-"""How many bytes a recipe makes: what the store holds of it, and what is still to come, from a sample's ratios.
+"""Forecasts the bytes of a recipe: those that exist in the store, and those still to be made, by a sample's ratios.
 
     inventory = take_inventory(workspace)
     forecast_sizes(inventory, sample, shape_of(recipe), recipe, training=True).bytes     # stage -> Amount(total, done)
@@ -27,36 +27,42 @@ from tasks.targets.codec import Codec
 from tasks.train.export import tokenizer_bytes
 
 ROW_BYTES = 20
-"""Of a targets file, for each block: digest, number of positions, offset."""
+"""Bytes per block in a targets file: digest, number of positions, offset."""
 
 KEPT = ("shard", "blocks", "targets", "model")
-"""Kinds of artifacts that take room and stay."""
+"""Kinds of large artifacts that stay in the store."""
 
 FILE_BYTES, CHANNEL_BYTES = 1_900, 22
-"""Of a targets file, whatever it holds: two copies of the schema, and in them mean and deviation of each channel."""
+"""Bytes per targets file: two copies of the schema, and in them mean and deviation of each channel."""
 
 ADAM = 3
-"""A checkpoint holds so many numbers for each weight: itself and AdamW's two moments."""
+"""Numbers per weight in a checkpoint: the weight and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much there will be in the end, and how much of it is there already."""
+    """A total, and how much of it exists already."""
 
     total: float
     done: float = 0.0
 
     @property
     def left(self) -> float:
-        """What is still to be made."""
+        """Still to be made."""
         return max(0.0, self.total - self.done)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a recipe is about. Bytes: of source files in all and of those that are not read yet (with the largest), of
-    training and held-out text that was read, of such text that lacks blocks, of training text that lacks targets (once
-    for each mask variant), and, by stage, of what is in the store."""
+    """State of a recipe's artifacts: the number of sources, else bytes.
+
+    source_bytes               all source files
+    unread_bytes               source files without a receipt; the largest has `largest_unread`
+    text_bytes, heldout_bytes  training and held-out text of the sources that were read
+    unblocked_bytes            the part of both that has no blocks yet
+    untaught_bytes             training text without targets, once per mask variant
+    kept                       artifacts in the store, by kind
+    """
 
     sources: int
     source_bytes: int
@@ -71,7 +77,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The teacher's width and decoder rows (0 without one), and the student's parameters."""
+    """The teacher's hidden size and vocabulary size (0 without a teacher), and the student's number of parameters."""
 
     width: int
     vocab_size: int
@@ -79,7 +85,7 @@ class ModelShape:
 
 
 def take_inventory(workspace: Workspace, model: Ref | None = None) -> Inventory:
-    """Counts by listings and the sources' receipts; `model` is the run's result once it has a name."""
+    """Counts from store listings and the receipts of sources; `model` is the run's model once its key is known."""
     store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
     once = {ref.key if ref else source.url: (source, ref) for source, ref in reversed(lineage.sources)}
     there = {kind: store.sizes(kind) for kind in ("source", "shard", "blocks", "targets", "model", "checkpoint")}
@@ -108,20 +114,20 @@ def take_inventory(workspace: Workspace, model: Ref | None = None) -> Inventory:
 
 
 def variants_taught(recipe: Recipe) -> int:
-    """Masks under which a run lets the teacher read a text, to keep its word; 0 where it keeps none."""
+    """Mask variants for which a run computes targets; 0 if it caches none."""
     return recipe.mask.variants if caches_targets(recipe) and recipe.targets.on_missing == "compute" else 0
 
 
 def _texts(store: Store, sources: Iterable[Ref]) -> dict[str, int]:
-    """Bytes of text by key of every shard that these sources became."""
+    """Bytes of text of each shard of these sources, by key."""
     infos = [receipt.info for receipt in store.receipts_of(sources)]
     return {item["key"]: item["bytes"] for info in infos for item in (*info["shards"], *info["heldout"])}
 
 
 def shape_of(recipe: Recipe, *, training: bool = True) -> ModelShape:
-    """Builds both models without memory for their weights; without `training` no student, whose parameters are 0 then.
+    """Builds both models on the meta device, without memory for weights; without `training` `parameters` is 0.
 
-    FatalError: a teacher that is no masked language model; a student that cannot be made of it.
+    FatalError: the teacher is no masked language model, or the student cannot be made from it.
     """
     with torch.device("meta"):
         teacher = _skeleton(recipe.teacher) if recipe.teacher.model else None
@@ -156,17 +162,20 @@ def _skeleton(teacher: TeacherSettings) -> PreTrainedModel:
     return model
 
 
-# ---- what it comes to --------------------------------------------------------------------------------------
+# ---- extrapolation -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SizeForecast:
-    """What a recipe comes to. `text` is what is trained on, in bytes; `positions` are masked ones under one mask;
-    `blocks` and `tokens` are those of the training text; `bytes` by stage: shard, blocks, targets, checkpoint, model.
+    """Forecast of counts and bytes.
 
-    `coming` is text of sources that are not read yet. `unblocked` and `untaught` are text that is still to be
-    tokenised, and taught (once for each mask variant). `steps` of the optimizer. `passing` bytes are there for a while
-    only: a checkpoint beside those that are kept.
+    text, blocks, tokens  training text in bytes, its blocks and tokens
+    positions             its masked positions under one mask
+    coming                bytes of text of sources that were not read yet
+    unblocked, untaught   bytes of text without blocks; of training text without targets, once per mask variant
+    steps                 optimizer steps
+    bytes                 by stage: shard, blocks, targets, checkpoint, model
+    passing               temporary bytes: one more checkpoint while it replaces an old one
     """
 
     text: Amount
@@ -182,36 +191,36 @@ class SizeForecast:
 
     @property
     def left(self) -> float:
-        """Bytes that the store must have room for."""
+        """Free bytes that the store must have."""
         return sum(amount.left for amount in self.bytes.values()) + self.passing
 
 
 def forecast_sizes(
     inventory: Inventory, sample: Sample, shape: ModelShape, recipe: Recipe, *, training: bool
 ) -> SizeForecast:
-    """Multiplies the sample up; without `training` there are no steps, checkpoints and model."""
-    a_byte = bytes_per_text_byte(sample)
+    """Extrapolates the sample to the corpus; without `training` there are no steps, checkpoints or model."""
+    per_byte = bytes_per_text_byte(sample)
     kept_in = 1 - recipe.corpus.heldout_per_mille / 1000
     coming = inventory.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
     text = inventory.text_bytes + coming * kept_in
     unblocked = inventory.unblocked_bytes + coming
     untaught = inventory.untaught_bytes + coming * kept_in * variants_taught(recipe)
     blocked = 1 - unblocked / max(1.0, text + inventory.heldout_bytes + coming * (1 - kept_in))
-    rows = text * a_byte["rows"]
+    rows = text * per_byte["rows"]
     steps = steps_of(recipe.train, rows) if training else 0
     trained = _trained(inventory, shape, recipe, steps) if training else {}
     still = {
         "shard": inventory.unread_bytes * sample.shard_bytes / max(1.0, sample.source_bytes),
         "blocks": unblocked * sample.block_bytes / max(1, sample.text_bytes),
-        "targets": untaught * target_bytes(a_byte, shape, recipe, recipe.targets.encoding, recipe.targets.positions)
+        "targets": untaught * target_bytes(per_byte, shape, recipe, recipe.targets.encoding, recipe.targets.positions)
         + untaught / _file_text(inventory, recipe, text) * (FILE_BYTES + CHANNEL_BYTES * shape.width),
     }
     sizes_left = {kind: Amount(inventory.kept[kind] + left, inventory.kept[kind]) for kind, left in still.items()}
     return SizeForecast(
         text=Amount(text, inventory.text_bytes),
         blocks=Amount(rows, rows * blocked),
-        tokens=Amount(text * a_byte["tokens"], text * a_byte["tokens"] * blocked),
-        positions=Amount(text * a_byte["positions"], text * a_byte["positions"] * blocked),
+        tokens=Amount(text * per_byte["tokens"], text * per_byte["tokens"] * blocked),
+        positions=Amount(text * per_byte["positions"], text * per_byte["positions"] * blocked),
         coming=coming,
         unblocked=unblocked,
         untaught=untaught,
@@ -222,34 +231,38 @@ def forecast_sizes(
 
 
 def bytes_per_text_byte(sample: Sample) -> dict[str, float]:
-    """Rows, tokens and masked positions of one byte of text."""
+    """Blocks (`rows`), tokens and masked `positions` per byte of text."""
     return {name: getattr(sample, name) / max(1, sample.text_bytes) for name in ("rows", "tokens", "positions")}
 
 
 def target_bytes(
-    a_byte: Mapping[str, float], shape: ModelShape, recipe: Recipe, encoding: str, positions: str
+    per_byte: Mapping[str, float], shape: ModelShape, recipe: Recipe, encoding: str, positions: str
 ) -> float:
-    """Bytes of targets under one mask for each byte of text; `a_byte` as `bytes_per_text_byte` gives it."""
-    kept = a_byte["positions" if positions == "masked" else "tokens"]
-    return a_byte["rows"] * ROW_BYTES + kept * payload_bytes(shape, recipe, encoding)
+    """Bytes of targets under one mask per byte of text; `per_byte` is the result of `bytes_per_text_byte`."""
+    kept = per_byte["positions" if positions == "masked" else "tokens"]
+    return per_byte["rows"] * ROW_BYTES + kept * payload_bytes(shape, recipe, encoding)
 
 
 def payload_bytes(shape: ModelShape, recipe: Recipe, encoding: str) -> int:
-    """Bytes of one position in an encoding."""
+    """Bytes per position in an encoding."""
     return Codec(
         encoding, shape.width, shape.vocab_size, min(recipe.targets.top_k, shape.vocab_size)
     ).bytes_per_position
 
 
 def _file_text(inventory: Inventory, recipe: Recipe, text: float) -> float:
-    """Bytes of text of one shard, about: a source ends its last shard."""
+    """Approximate bytes of text per shard; no shard spans two sources."""
     return max(1.0, min(float(recipe.corpus.shard_bytes), text / max(1, inventory.sources)))
 
 
 def _trained(inventory: Inventory, shape: ModelShape, recipe: Recipe, steps: int) -> dict[str, Amount]:
-    """The checkpoints that stay (the best is among the newest while the held-out loss falls), and the model."""
+    """Bytes of the model and of the checkpoints that are kept."""
+    train = recipe.train
     weights = 4.0 * shape.parameters
-    count = min(recipe.train.keep_checkpoints, ceil(steps / recipe.train.checkpoint_steps))
+    written = ceil(steps / train.checkpoint_steps)
+    if train.result == "best":  # each new best is a checkpoint too, and the best one is kept in addition
+        written += ceil(steps / max(1, train.validate_steps))
+    count = min(train.keep_checkpoints, written) + (train.result == "best")
     done = inventory.kept["model"]
     checkpoints = ADAM * weights * count
     return {

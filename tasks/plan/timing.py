@@ -1,10 +1,9 @@
-"""How fast this machine is: imports, and on the device at hand the real capture and the real trainer on a few blocks.
+"""Times this machine: imports, then the real capture of targets and the real trainer on a few blocks.
 
     timings = measure(Workspace(Store(folder), recipe), sample.blocks, seconds=10)      # in a scratch store
 
-Called by `distil plan`. Shapes are those of the recipe where `seconds` allow it; on a slow device fewer blocks are
-timed, and their time multiplied. Of several times the shortest counts: what others do on the machine meanwhile is no
-cost of the recipe, and cannot be foretold.
+Called by `distil plan`. Shapes are those of the recipe if `seconds` suffice; on a slow device fewer blocks are timed
+and the time is scaled. The shortest of several steps counts: the load of other processes is not a cost of the recipe.
 """
 
 import os
@@ -45,13 +44,13 @@ from tasks.train.step import Ranks
 from tasks.train.trainer import Trainer
 
 WARM, TIMED = 3, 5
-"""Steps that are not timed (memory is found, kernels are compiled), and steps that are."""
+"""Untimed warm-up steps (memory is allocated, kernels are compiled), and timed steps."""
 
 FIRST_TOKENS = 2048
-"""Tokens of the first look at the teacher's speed, which the channels are calibrated on too."""
+"""Tokens of the first, rough timing of the teacher, which also calibrates the channels."""
 
-A_STEP = 1.5
-"""A step on a block takes about so many of the teacher's forwards; only to choose how many blocks are timed."""
+STEP_FORWARDS = 1.5
+"""Approximate time of a training step in teacher forwards, per block; only chooses how many blocks are timed."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds on one device; 0 without a teacher where they are the teacher's.
+    """Seconds on one device; those of the teacher are 0 without one.
 
-    `load`: the teacher into memory. `capture`: one block under one mask, encoded and written. `step`: one optimizer
-    step of the whole batch, of which `rows` blocks were timed. `start`: building the student, and what the first steps
-    take longer. `save`: one checkpoint.
+    load     loading the teacher into memory
+    capture  targets of one block under one mask, encoded and written
+    step     one optimizer step of the complete batch, scaled from `rows` blocks
+    start    building the student, and the extra time of the first steps
+    save     writing one checkpoint
     """
 
     device: str
@@ -81,20 +82,20 @@ class Timings:
 
 
 def describe_machine() -> Machine:
-    """Imports the trainer in a new process and looks at the clock."""
+    """Counts the cores, and times an import of the trainer in a new process."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import tasks.train.trainer"], check=True)
     return Machine(len(os.sched_getaffinity(0)), time.perf_counter() - started)
 
 
 def measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, *, training: bool = True) -> Timings:
-    """Times teacher and student on the largest of these blocks; each takes some `seconds`, or twice that. Without
-    `training` the student is left out, and the teacher too where nothing is cached.
+    """Times teacher and student on the largest of these blocks, each for one to two times `seconds`.
 
-    The store of the workspace is a scratch one, which is written to. Runs in a process of its own: the thread and
-    memory settings of a trainer cannot be taken back.
+    Without `training` the student is left out, and the teacher too if no targets are cached. The workspace has a
+    scratch store, which is written to. Runs in a separate process, because the thread and memory settings of a trainer
+    cannot be undone.
 
-    FatalError: a teacher or student that cannot be used, no blocks, or the process died.
+    FatalError: an unusable teacher or student, no blocks, or the process died.
     """
     if not training and not caches_targets(workspace.recipe):
         return Timings("", 0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -128,7 +129,7 @@ def _measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, traini
 
 
 class _TaughtSample(NamedTuple):
-    """Blocks with their targets; seconds to load the teacher, of a block, and what a step may take a block."""
+    """Blocks with targets; seconds to load the teacher, to capture a block, and (rough) to train on a block."""
 
     part: Part
     load: float
@@ -142,7 +143,7 @@ def _time_teacher(workspace: Workspace, blocks: Receipt, counts: Ref | None, sec
     started = time.perf_counter()
     capture = _open(workspace, counts, None)
     load = time.perf_counter() - started
-    for force in (False, True):  # the first time finds memory and loads kernels
+    for force in (False, True):  # the first time allocates memory and loads kernels
         calibration = calibrate(store, [few.ref], capture, force=force)
     rough = max(calibration.timings["seconds"], 1e-3) / few.rows
     some = _first(store, blocks, max(few.rows, int(seconds / rough)))
@@ -151,7 +152,7 @@ def _time_teacher(workspace: Workspace, blocks: Receipt, counts: Ref | None, sec
         targets = make_targets(store, some.ref, capture, force=force)
     probed = targets.info["probe"]["rows"]
     return _TaughtSample(
-        _part(some, (targets.key,)), load, targets.timings["seconds"] / (some.rows + probed), A_STEP * rough
+        _part(some, (targets.key,)), load, targets.timings["seconds"] / (some.rows + probed), STEP_FORWARDS * rough
     )
 
 
@@ -163,10 +164,10 @@ def _open(workspace: Workspace, counts: Ref | None, calibration: Ref | None) -> 
 
 
 def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | None, seconds: float) -> Timings:
-    """Runs the trainer for a few steps, of the whole batch of one rank or of as much as there is time for."""
+    """Runs the trainer for a few steps, on the complete batch of one rank or on as many blocks as time allows."""
     store, recipe = workspace.store, workspace.recipe
-    whole = -(-recipe.train.batch_rows // recipe.train.ranks)
-    rows = max(1, min(whole, int(seconds / (WARM + TIMED) / taught.rough_step)))
+    rank_rows = -(-recipe.train.batch_rows // recipe.train.ranks)
+    rows = max(1, min(rank_rows, int(seconds / (WARM + TIMED) / taught.rough_step)))
     steps = {"batch_rows": rows, "max_steps": WARM + TIMED, "log_steps": 1, "validate_steps": 0}
     train = recipe.train.model_copy(update=steps | {"checkpoint_steps": 10**9})
     run = make_run(
@@ -178,7 +179,7 @@ def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | Non
         counts=counts.key if counts else "",
     )
     torch.set_num_threads(train.threads or torch.get_num_threads())
-    keep_freed_memory()  # as a trainer does, and for good: the teacher is timed before
+    keep_freed_memory()  # as a trainer does; cannot be undone, so the teacher is timed before
     started = time.perf_counter()
     built = set_up_training(run, store, pick_device(run))
     optimizer = make_optimizer(built.student, train)
@@ -194,7 +195,7 @@ def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | Non
         rows=rows,
         load=taught.load,
         capture=taught.capture,
-        step=step * whole / rows,
+        step=step * rank_rows / rows,
         start=max(0.0, looped - (WARM + TIMED) * step),
         save=saved,
     )
@@ -205,7 +206,7 @@ def _part(blocks: Receipt, targets: tuple[str, ...]) -> Part:
 
 
 def _first(store: Store, blocks: Receipt, rows: int) -> Receipt:
-    """The first rows of these blocks, as blocks of their own."""
+    """The first rows of these blocks, as a new blocks artifact."""
     if rows >= blocks.rows:
         return blocks
     batch = open_arrow(store.local(blocks) / BLOCKS_FILE).get_batch(0).slice(0, rows)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from storage.filesystem import CREDENTIALS, has_password
+from storage.files.filesystem import CREDENTIALS, has_password
 from tasks.recipe.operation_settings import (
     GateSettings,
     RaySettings,

@@ -21,8 +21,8 @@ from pydantic import Field, ValidationError
 
 from storage.artifact import Ref
 from storage.cache import DEFAULT_CACHE_BYTES
-from storage.disk import writing
 from storage.errors import FatalError
+from storage.files.disk import writing
 from storage.fingerprint import key_of
 from tasks.recipe.config import (
     BlockSettings,

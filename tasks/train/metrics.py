@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from storage.disk import writing
+from storage.files.disk import writing
 from storage.store import Store
 from tasks.loader.batch import MaskingRule, make_batch
 from tasks.loader.dataset import BlockDataset

@@ -1,4 +1,4 @@
-"""What the student learns from: one interface over cached targets, a teacher in the loop, and no teacher at all.
+"""Sources of the teacher signal: one interface over cached targets, a teacher in the loop, and no teacher at all.
 
     signal = signal_source.rows(batch)          # TeacherSignal: logits per chunk of rows, hidden states [N, D]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from storage.artifact import Receipt
-from storage.disk import writing
 from storage.errors import FatalError
+from storage.files.disk import writing
 from storage.lease import Lease
 from storage.store import Store
 from tasks.loader.batch import Batch, BatchLoader, MaskingRule, step_ranges

@@ -30,7 +30,7 @@ SETTINGS = ("corpus.heldout_per_mille=0", "blocks.length=128")
 AGAIN_SECONDS = 15.0
 STAGE = re.compile(
     r"(?P<stage>\w+): (?P<jobs>\d+) jobs in (?P<runs>\d+) task runs, (?P<seconds>[\d.]+) seconds, "
-    r"in jobs (?P<inside>[\d.]+), at once (?P<slots>\d+)"
+    r"(?P<inside>[\d.]+) seconds in jobs, (?P<slots>\d+) task runs at once"
 )
 
 

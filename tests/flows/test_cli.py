@@ -1,4 +1,4 @@
-"""The command itself: quick help, exit statuses, one sentence for a mistake."""
+"""The `distil` command: quick help, exit statuses, one sentence per error."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def test_every_command_has_help_with_an_example(repo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (["run"], 2, "RECIPE.toml"),
         (["fly"], 2, "fly"),
@@ -38,10 +38,10 @@ def test_every_command_has_help_with_an_example(repo: Path) -> None:
         (["status", "tiny.toml", "corpus.url=/nowhere"], 1, "corpus.url /nowhere"),
     ],
 )
-def test_exit_status_and_one_sentence(distil, arguments: list[str], status: int, said: str) -> None:
+def test_exit_status_and_one_sentence(distil, arguments: list[str], status: int, message: str) -> None:
     done = distil(*arguments)
     assert done.returncode == status
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -79,36 +79,36 @@ def test_score_takes_models_recipe_settings_and_protocol_in_any_order(monkeypatc
         assert call(cli.app, ["score", *wrong]).exit_code == 2
 
 
-def test_a_folder_may_be_named_by_a_setting() -> None:
-    from flows.cli import _sorted_words
+def test_a_folder_may_contain_an_equals_sign() -> None:
+    from flows.cli import _split_arguments
 
     words = ["runs/lr=5e-4/model", "a.toml", "runs/lr=1/b.toml", "train.lr=1e-3", "teacher.model=/data/m.toml"]
-    recipes, overrides, others = _sorted_words(words)
+    recipes, overrides, others = _split_arguments(words)
     assert recipes == ["a.toml", "runs/lr=1/b.toml"]
     assert overrides == ["train.lr=1e-3", "teacher.model=/data/m.toml"]
     assert others == ["runs/lr=5e-4/model"]
 
 
-def test_watch_asks_for_a_server_that_stays(distil) -> None:
+def test_watch_requires_a_running_server(distil) -> None:
     done = distil("watch", "tiny.toml")
     assert (done.returncode, "there is no Prefect server" in done.stderr) == (1, True)
 
 
-def test_gc_takes_recipes_and_settings_and_nothing_else(distil) -> None:
+def test_gc_accepts_recipes_and_settings_only(distil) -> None:
     done = distil("gc", "tiny.toml", "corpus.url=/nowhere")
     assert (done.returncode, "corpus.url /nowhere" in done.stderr) == (1, True)
     for wrong in (["tiny.toml", "targets"], ["corpus.url=/nowhere"]):
         assert distil("gc", *wrong).returncode == 2
 
 
-def test_what_verify_says_to_do_has_the_settings_too(distil) -> None:
+def test_the_command_that_verify_suggests_has_the_settings(distil) -> None:
     done = distil("verify", "tiny.toml", "blocks.length=16")
     assert "`distil retry tiny.toml blocks.length=16` makes them again" in done.stderr
 
 
 @pytest.fixture
 def own_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    """What a command sets in it is gone afterwards."""
+    """Changes that a command makes to the environment end with the test."""
     monkeypatch.setattr(os, "environ", dict(environment))
 
 
@@ -124,13 +124,13 @@ def test_the_command_to_retry_has_the_file_and_settings_that_were_typed(
     typed = Path("far/more.toml"), ["corpus.url=corpus", "score.sentences=['a b']"]
     loaded = cli._recipe(*typed)
     assert loaded.name == "tiny"
-    assert how_to_retry(loaded, "blocks", "a-0", cli._typed(*typed)) == (
+    assert how_to_retry(loaded, "blocks", "a-0", cli._command_line(*typed)) == (
         "distil retry far/more.toml corpus.url=corpus "
         """'score.sentences=['"'"'a b'"'"']' --stage blocks --shard a-0"""
     )
 
 
-def test_every_command_asks_the_mlflow_of_a_distil_up_that_serves_its_home(
+def test_every_command_uses_the_mlflow_of_a_running_distil_up_with_the_same_home(
     own_environment: None, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import cli
@@ -143,7 +143,7 @@ def test_every_command_asks_the_mlflow_of_a_distil_up_that_serves_its_home(
     assert tracking_uri(cli._recipe(Path("tiny.toml"), None)) == "http://here:5000"
 
 
-def test_gc_lays_the_settings_over_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_applies_the_settings_to_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from flows import cli
@@ -153,7 +153,7 @@ def test_gc_lays_the_settings_over_every_recipe(monkeypatch: pytest.MonkeyPatch)
     def load(path: Path, overrides: list[str]) -> None:
         asked.append((path, overrides))
         if len(asked) == 2:
-            raise KeyboardInterrupt  # the rest is not of interest
+            raise KeyboardInterrupt  # the rest does not matter here
 
     monkeypatch.setattr(cli, "_recipe", load)
     CliRunner().invoke(cli.app, ["gc", "a.toml", "corpus.url=/data/x", "b.toml", "--delete"])

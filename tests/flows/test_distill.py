@@ -1,9 +1,22 @@
-"""Promotion and scoring of the model that `distil run` registered; end_to_end/test_chain.py checks the run itself."""
+"""The flow `distill`: promotion and scoring of the model that it registered, and repeated trainings.
+
+tests/end_to_end/test_chain.py checks the run itself.
+"""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
+
+from storage.artifact import Ref
+from storage.store import Store
+from tasks.corpus.shard import shard_source
+from tasks.lineage import Workspace, training_key, training_key_schema_1
+from tasks.recipe.run_spec import model_ref
+from tasks.tokens.blocks import make_blocks
+from tests.harness.recipe_values import teacherless_recipe
+from tests.harness.tiny import save_tokenizer, write_oscar
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +37,8 @@ def test_a_person_forces_what_the_gate_refused(first, distil, place: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_candidate_by_another_protocol_has_the_champion_scored_by_it_too(first, distil, place: Path) -> None:
-    """The champion is version 1; the next one is scored on fewer held-out blocks."""
+def test_the_champion_is_scored_by_the_protocol_of_the_candidate(first, distil, place: Path) -> None:
+    """Version 1 is champion; version 2 is scored on fewer held-out blocks."""
     from mlflow.tracking import MlflowClient
 
     assert distil("promote", "tiny.toml", "--force", "--reason", "no set here").returncode == 0
@@ -43,23 +56,70 @@ def test_a_candidate_by_another_protocol_has_the_champion_scored_by_it_too(first
 
 
 @pytest.mark.slow
-def test_a_registered_model_that_is_scored_keeps_its_standings_and_costs_no_score_twice(
-    first, distil, place: Path
-) -> None:
+def test_results_of_a_registered_model_are_stored_with_it_without_scoring_it_twice(first, distil, place: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{place}/.distil/mlflow/mlflow.db")
     tags = client.get_model_version("distilled", "1").tags
-    standings = [tag for tag in tags if tag.startswith("distil.standing.heldout.")]
+    results = [tag for tag in tags if tag.startswith("distil.standing.heldout.")]
     receipts = place / ".distil" / "store" / "receipts" / "scores"
     before = len(list(receipts.iterdir()))
-    for standing in standings:
-        client.delete_model_version_tag("distilled", "1", standing)
+    for result in results:
+        client.delete_model_version_tag("distilled", "1", result)
     done = distil("score", "models:/distilled/1", "tiny.toml")
     assert done.returncode == 0, done.stderr
     assert "distilled-1 scored" in done.stdout
     after = client.get_model_version("distilled", "1").tags
-    standing = f"distil.standing.heldout.{after['distil.protocol.heldout']}"
-    assert after[standing] == tags[standing]
-    # Only the sheets that name the models beside the teacher: held-out text was scored in the chain.
+    result = f"distil.standing.heldout.{after['distil.protocol.heldout']}"
+    assert after[result] == tags[result]
+    # Only the two scores keyed by the names of all models are new: the chain has scored held-out text already.
     assert len(list(receipts.iterdir())) == before + 2
+
+
+# ---- trainings of older versions ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Workspace:
+    """A store with everything that a recipe needs for its training."""
+    corpus = {"url": str(write_oscar(tmp_path / "corpus", parts=1, texts=8)), "heldout_per_mille": 0}
+    recipe = teacherless_recipe(save_tokenizer(tmp_path / "tokenizer"), corpus=corpus)
+    workspace = Workspace(Store(tmp_path / "store"), recipe)
+    for source, _ in workspace.lineage.sources:
+        shard_source(workspace.store, source, recipe.corpus)
+    workspace = workspace.refreshed()
+    for shard in workspace.lineage.shards:
+        make_blocks(workspace.store, shard, recipe.blocks, workspace.vocabulary)
+    return workspace
+
+
+def commit_model(store: Store, ref: Ref) -> None:
+    """Commits a model without real weights."""
+    with store.scratch() as folder:
+        (folder / "model.safetensors").write_bytes(b"weights")
+        store.commit(ref, folder, schema=1, rows=1, tokens=1, settings={}, parents=[])
+
+
+def explanation(workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Text on standard error right before the training."""
+    from flows import distill
+    from flows.inventory import planned_training
+
+    monkeypatch.setattr(distill, "get_run_logger", lambda: logging.getLogger("test"))
+    distill._explain_repeated_training(workspace, planned_training(workspace))
+    return capsys.readouterr().err
+
+
+def test_a_training_that_an_older_version_finished_is_repeated_with_an_explanation(
+    untrained: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.distill import TRAINED_AGAIN
+
+    name = untrained.recipe.name
+    assert explanation(untrained, capsys, monkeypatch) == ""
+    commit_model(untrained.store, model_ref(training_key_schema_1(untrained), name))
+    assert explanation(untrained, capsys, monkeypatch) == f"{TRAINED_AGAIN}\n"
+    for changes in ({"train.seed": 7}, {"train.result": "best"}):
+        assert explanation(untrained.with_changes(changes), capsys, monkeypatch) == ""
+    commit_model(untrained.store, model_ref(training_key(untrained), name))
+    assert explanation(untrained, capsys, monkeypatch) == ""

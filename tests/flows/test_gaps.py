@@ -1,4 +1,4 @@
-"""What is missing without a reported failure is never passed over: not by a run, not by gc."""
+"""An artifact that is missing without a reported failure is never ignored, by a run or by gc."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def store(tmp_path: Path, recipe: Recipe) -> Store:
-    """All shards and blocks of the recipe."""
+    """A store with all shards and blocks of the recipe."""
     store = Store(tmp_path / "store")
     for source, _ in trace(store, recipe).sources:
         shard_source(store, source, recipe.corpus)
@@ -51,7 +51,7 @@ def test_a_lost_artifact_is_a_gap_unless_its_failure_was_reported(store: Store, 
     assert silently_missing(Prepared(workspace, (StageDone("blocks", 1, (failure,), 0.1),))) == []
 
 
-def test_gc_refuses_while_it_cannot_know_what_a_source_holds(store: Store, recipe: Recipe) -> None:
+def test_gc_refuses_while_the_shards_of_a_source_are_unknown(store: Store, recipe: Recipe) -> None:
     wanted = {(ref.kind, ref.key) for ref in trace(store, recipe).training_blocks}
     assert wanted <= artifacts_to_keep(store, [recipe])
     source = trace(store, recipe).sources[0][1]
@@ -61,7 +61,7 @@ def test_gc_refuses_while_it_cannot_know_what_a_source_holds(store: Store, recip
         artifacts_to_keep(store, [recipe])
 
 
-def test_gc_spares_what_a_training_of_an_older_snapshot_reads(store: Store, recipe: Recipe) -> None:
+def test_gc_keeps_what_a_running_training_of_an_older_snapshot_reads(store: Store, recipe: Recipe) -> None:
     old = put(store, "blocks of the snapshot before").ref
     assert (old.kind, old.key) not in artifacts_to_keep(store, [recipe])
     lease = Lease.take(store, "f" * 64, [old])
@@ -70,7 +70,7 @@ def test_gc_spares_what_a_training_of_an_older_snapshot_reads(store: Store, reci
     assert (old.kind, old.key) not in artifacts_to_keep(store, [recipe])
 
 
-def test_gc_drops_the_checkpoints_of_a_training_that_has_its_model(store: Store, recipe: Recipe) -> None:
+def test_gc_drops_the_checkpoints_of_a_finished_training(store: Store, recipe: Recipe) -> None:
     ended, going = (sha256_bytes(name) for name in (b"ended", b"going"))
     for ref in (*(Ref("checkpoint", f"{run}-{7:09d}", "step 7") for run in (ended, going)), model_ref(ended, "tiny")):
         with store.scratch() as folder:

@@ -1,4 +1,4 @@
-"""Addresses as people see them."""
+"""Addresses that users see, MLflow that commands use, proxies, user names."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_every_command_uses_the_database_that_the_environment_names(
     assert tracking_uri(recipe) == registry_name(recipe) == "http://mlflow:5000"
 
 
-def test_what_is_registered_here_is_so_with_and_without_a_server_for_it(
+def test_the_registry_of_a_home_has_one_name_with_and_without_its_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -59,13 +59,13 @@ def test_what_is_registered_here_is_so_with_and_without_a_server_for_it(
 def test_the_servers_of_this_machine_are_reached_past_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ".example"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("urllib.request._opener", None)  # it remembers the proxies of its first call
+    monkeypatch.setattr("urllib.request._opener", None)  # it caches the proxies of its first call
     with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{server.server_address[1]}/health"
         assert not is_healthy(url)
-        for name in dict(os.environ):  # what it sets is taken back
+        for name in dict(os.environ):  # so that its changes end with the test
             monkeypatch.setenv(name, os.environ[name])
         set_environment(str(tmp_path))
         assert is_healthy(url)
@@ -80,10 +80,10 @@ class Healthy(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
-def test_who_calls_has_a_name_where_the_system_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def nameless() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 

@@ -1,4 +1,4 @@
-"""Where training starts: a registered model becomes a folder, and the run is keyed by what that model is."""
+"""Planned trainings: a registered warm start becomes a folder, and the run is keyed by the content of that model."""
 
 import shutil
 import subprocess
@@ -74,7 +74,7 @@ def test_the_same_model_gives_the_same_run_by_alias_number_or_folder_and_on_any_
     assert len(others | {runs[0].run_key}) == 3
 
 
-def test_a_registered_model_is_fetched_once_and_whole(place: Path, tmp_path: Path) -> None:
+def test_a_registered_model_is_fetched_once_and_completely(place: Path, tmp_path: Path) -> None:
     recipe = recipe_of(place, home=tmp_path)
     folder = fetch_model(recipe, "models:/distilled/1")
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -83,7 +83,7 @@ def test_a_registered_model_is_fetched_once_and_whole(place: Path, tmp_path: Pat
     assert [path.name for path in folder.parents[1].iterdir()] == [folder.parent.name]
 
 
-@pytest.mark.parametrize("start", ["models:/distilled@nobody", "models:/distilled/9", "models:/nothing@champion"])
+@pytest.mark.parametrize("start", ["models:/distilled@absent", "models:/distilled/9", "models:/nothing@champion"])
 def test_a_model_that_is_not_registered_is_one_sentence(place: Path, start: str) -> None:
     with pytest.raises(FatalError, match=f"^MLflow has no registered model {start}; correct the name"):
         planned(place, start)
@@ -95,9 +95,7 @@ SECONDS_TO_IMPORT = {"torch", "transformers", "prefect", "mlflow"}
 @pytest.mark.parametrize(
     ("modules", "may"), [("flows.pipeline.finished, flows.views.status", set()), ("flows.watch", {"prefect"})]
 )
-def test_to_know_what_is_there_imports_nothing_that_takes_seconds(
-    modules: str, may: set[str], environment: dict[str, str]
-) -> None:
+def test_checking_the_store_imports_no_slow_module(modules: str, may: set[str], environment: dict[str, str]) -> None:
     code = f"import sys, {modules}; print(*sorted({SECONDS_TO_IMPORT} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert set(said.stdout.split()) == may

@@ -1,4 +1,4 @@
-"""Promotion in a real MLflow: decisions as tags, the alias, who wins when two come at once."""
+"""Promotion in a real MLflow: decisions as tags, the alias, and two promotions at the same time."""
 
 import json
 import multiprocessing
@@ -35,7 +35,7 @@ PERSON = PromotionRequest(by="marie")
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow for all: making its tables takes longer than the tests."""
+    """One MLflow for all tests: creating its tables takes longer than the tests."""
     folder = tmp_path_factory.mktemp("mlflow")
     set_environment(str(folder))
     return f"sqlite:///{folder}/mlflow.db"
@@ -57,15 +57,15 @@ def registry(recipe: Recipe) -> ModelRegistry:
 
 
 def version_of(
-    registry: ModelRegistry, recipe: Recipe, *standings: SetResult, protocols: dict[str, str] = PROTOCOLS
+    registry: ModelRegistry, recipe: Recipe, *results: SetResult, protocols: dict[str, str] = PROTOCOLS
 ) -> Version:
-    """A new version, without a model behind it, with these standings."""
+    """A new version with these results; it has no model files."""
     name = recipe.register_as.name
     run = open_mlflow_runs(recipe).run("chain", sha256_bytes(os.urandom(8)), "tiny")
     if not registry.client.search_registered_models(f"name = '{name}'"):
         registry.client.create_registered_model(name)
     made = registry.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
-    return record_results(registry, registry.version(name, str(made.version)), standings, protocols)
+    return record_results(registry, registry.version(name, str(made.version)), results, protocols)
 
 
 def heldout(*values: float) -> SetResult:
@@ -118,13 +118,13 @@ def test_a_person_may_force_for_a_reason(registry: ModelRegistry, recipe: Recipe
         "the old one leaks names (against the gate: heldout fell by 0.1600"
     )
     assert champion(registry, recipe) == worse.version
-    # Whoever was champion stays a measure: the one that was forced does not lower the bar.
+    # Former champions still count: a forced version does not lower the bar.
     assert (
         decide(recipe, registry, version_of(registry, recipe, heldout(0.31), ner(0.5, 0.6)), PERSON).outcome == REFUSED
     )
 
 
-def test_the_champion_stays_when_it_is_asked_about_again(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_a_second_decision_about_the_champion_changes_nothing(registry: ModelRegistry, recipe: Recipe) -> None:
     first = version_of(registry, recipe, *CHAMPION)
     decide(recipe, registry, first, PERSON)
     assert decide(recipe, registry, first, PERSON).outcome == ALREADY_CHAMPION
@@ -139,15 +139,15 @@ def test_other_protocols_are_not_compared(registry: ModelRegistry, recipe: Recip
     decision = decide(recipe, registry, second, PERSON)
     assert decision.outcome == REFUSED
     assert f"heldout cannot be compared: {first}, the champion, has no score by this protocol" in decision.sentence
-    # The champion is scored by the new protocol as well; its older standing is kept beside it.
+    # The champion is scored by the new protocol as well; its older result stays next to it.
     first = record_results(registry, registry.version(first.name, "1"), [heldout(0.85)], other)
     assert decide(recipe, registry, second, PERSON).outcome == PROMOTED
-    assert [standing.mean for standing in newest_results(first) if standing.set_name == "heldout"] == [0.85]
+    assert [result.mean for result in newest_results(first) if result.set_name == "heldout"] == [0.85]
     third = version_of(registry, recipe, heldout(0.9), ner(0.88))
     assert f"heldout cannot be compared: {second}" in decide(recipe, registry, third, PERSON).sentence
 
 
-def test_a_set_that_only_the_champion_has_is_missing(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_a_set_that_only_the_champion_has_counts_as_not_run(registry: ModelRegistry, recipe: Recipe) -> None:
     decide(recipe, registry, version_of(registry, recipe, *CHAMPION), PERSON)
     less = version_of(registry, recipe, heldout(0.6))
     assert "ner was not run" in decide(recipe, registry, less, PERSON).sentence
@@ -155,7 +155,7 @@ def test_a_set_that_only_the_champion_has_is_missing(registry: ModelRegistry, re
     assert decide(lenient, registry, less, PERSON).outcome == PROMOTED
 
 
-def test_a_champion_made_by_hand_counts(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_an_alias_that_was_set_by_hand_counts(registry: ModelRegistry, recipe: Recipe) -> None:
     first, second = version_of(registry, recipe, heldout(0.5)), version_of(registry, recipe, heldout(0.6))
     registry.client.set_registered_model_alias(first.name, "champion", first.version)
     assert decide(recipe, registry, second, PERSON).outcome == PROMOTED
@@ -163,7 +163,7 @@ def test_a_champion_made_by_hand_counts(registry: ModelRegistry, recipe: Recipe)
     assert [one.version for one in registry.champions(first.name)] == ["1", "2"]
 
 
-def test_looking_changes_nothing(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_examine_changes_nothing(registry: ModelRegistry, recipe: Recipe) -> None:
     version = version_of(registry, recipe, heldout(0.5))
     verdict, before = examine(registry, version, recipe.gate)
     assert verdict.promote
@@ -171,7 +171,7 @@ def test_looking_changes_nothing(registry: ModelRegistry, recipe: Recipe) -> Non
     assert champion(registry, recipe) == ""
 
 
-def test_what_is_not_there_is_named(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_a_missing_model_or_version_is_named(registry: ModelRegistry, recipe: Recipe) -> None:
     name = recipe.register_as.name
     with pytest.raises(FatalError, match=f"MLflow has no model {name}"):
         registry.version(name)
@@ -188,7 +188,7 @@ def test_what_is_not_there_is_named(registry: ModelRegistry, recipe: Recipe) -> 
 def promote_at_once(
     home: str, database: str, name: str, number: str, ready: "multiprocessing.synchronize.Barrier"
 ) -> None:
-    """What one of two processes does: open the registry, wait for the other, ask."""
+    """Runs in each of two processes: opens the registry, waits for the other, decides."""
     recipe = make(Path(home), database, name)
     registry = open_registry(recipe)
     version = registry.version(name, number)
@@ -209,7 +209,7 @@ def test_a_waiting_version_is_compared_with_the_champion_of_its_turn(registry: M
 
 
 def test_a_version_compared_with_an_earlier_champion_is_not_promoted(registry: ModelRegistry, recipe: Recipe) -> None:
-    """As when another machine, which has no lock with this one, promotes in the meantime."""
+    """Another machine, which does not share the lock, promotes in the meantime."""
     decide(recipe, registry, version_of(registry, recipe, heldout(0.40)), PERSON)
     old = registry.champion(recipe.register_as.name)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
@@ -227,16 +227,16 @@ def test_two_promotions_at_once_are_decided_one_after_the_other(registry: ModelR
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(2)
-    asked = [
+    processes = [
         context.Process(
             target=promote_at_once,
             args=(recipe.home, recipe.register_as.tracking_uri, version.name, version.version, ready),
         )
         for version in (high, low)
     ]
-    for process in asked:
+    for process in processes:
         process.start()
-    for process in asked:
+    for process in processes:
         process.join(180)
         assert process.exitcode == 0
     decisions = {version.version: tag(registry, version, "decision") for version in (high, low)}
@@ -246,12 +246,12 @@ def test_two_promotions_at_once_are_decided_one_after_the_other(registry: ModelR
     if against[low.version] == high.version:
         assert decisions[low.version] == REFUSED
         assert against[high.version] == "1"
-    else:  # the lower one came first, and gave way
+    else:  # the lower one was promoted first and replaced afterwards
         assert decisions[low.version] == PROMOTED
         assert (against[low.version], against[high.version]) == ("1", low.version)
 
 
-def test_what_was_not_run_and_is_asked_for_no_longer_does_not_block(registry: ModelRegistry, recipe: Recipe) -> None:
+def test_a_set_that_was_not_run_does_not_block_once_it_is_removed(registry: ModelRegistry, recipe: Recipe) -> None:
     lacking = SetResult("fine-tuning", "", (), "no protocol is named")
     version = version_of(registry, recipe, heldout(0.5), lacking, protocols=PROTOCOLS | {"fine-tuning": NOT_RUN})
     assert decide(recipe, registry, version, PERSON).outcome == REFUSED

@@ -1,4 +1,4 @@
-"""`distil score` for several models: one table, nested MLflow runs, and after a kill only what is missing."""
+"""`distil score` for several models: one table, nested MLflow runs, and after a kill only the missing scores."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from storage.store import Store
+from tasks.lineage import Workspace
 from tests.harness.eval_sets import write_ner, write_pairs
 from tests.harness.recipe_values import simple_recipe
 from tests.harness.tiny import make_teacher
@@ -36,7 +37,7 @@ WAIT = 240.0
 
 @pytest.fixture(scope="module")
 def command(place: Path) -> list[str]:
-    """Two models beside the recipe's teacher, by a protocol of which one set is absent."""
+    """Scores two models and the recipe's teacher, by a protocol with an absent set."""
     write_pairs(place / "sets" / "xnli", train=60, test=20)
     write_ner(place / "sets" / "ner", train=60, test=20)
     (place / "protocol.toml").write_text(PROTOCOL, encoding="utf-8")
@@ -52,7 +53,7 @@ def done(command: list[str], distil) -> "subprocess.CompletedProcess[str]":  # t
 
 
 def labels(home: Path) -> dict[str, str]:
-    """Label and moment of the fine-tuned scores in a store."""
+    """Labels and creation times of the fine-tuned scores in a store."""
     found = Store(home / "store").receipts("scores") if (home / "store").exists() else ()
     return {f"{one.label} {one.key}": one.created for one in found if one.label.split("-")[0] in ("xnli", "ner")}
 
@@ -97,7 +98,7 @@ def test_a_second_run_computes_nothing_and_shows_the_same_table(done, command: l
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_with_the_missing_pairs(  # type: ignore[no-untyped-def]
+def test_a_killed_run_resumes_with_the_missing_pairs(  # type: ignore[no-untyped-def]
     done, command: list[str], distil, place: Path, environment: dict[str, str]
 ) -> None:
     home = place / "other"
@@ -138,7 +139,7 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
         time.sleep(0.05)
 
 
-def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
+def test_results_are_stored_with_models_of_the_recipe_only() -> None:
     from flows.score import is_own
 
     recipe = simple_recipe(register={"name": "mine"})
@@ -148,7 +149,7 @@ def test_standings_are_kept_with_models_of_the_recipe_only() -> None:
 
 
 def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path) -> None:
-    """A registered model of another recipe is scored and shown, but its own standings stay what the gate sees."""
+    """A registered model of another recipe is scored and shown, but the results that its gate reads stay."""
     from flows.home import set_environment
     from flows.release.version_results import protocols_by_set
     from flows.score import record
@@ -170,7 +171,7 @@ def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path)
         mlflow_runs.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
     models = [EvaluatedModel(name, name, tmp_path, f"models:/{name}/1") for name in ("mine", "other")]
     record(
-        recipe,
+        Workspace(Store(tmp_path / "store"), recipe),
         models,
         ScoredModels({name: {"heldout": {"top1": 0.5, "protocol": "a" * 64}} for name in ("mine", "other")}),
     )

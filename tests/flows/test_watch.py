@@ -1,4 +1,4 @@
-"""The watcher against a real server with a real deployment: which snapshots start a run, when, and how often."""
+"""The watcher with a real server and deployment: which snapshots start a run, when, and how often."""
 
 import contextvars
 import threading
@@ -21,7 +21,7 @@ from prefect.states import Failed
 
 from flows import watch
 from flows.home import open_store, set_environment, tracking_uri
-from flows.watch import LOOKS, watch_snapshots
+from flows.watch import CHECKS, watch_snapshots
 from tasks.corpus.listing import list_folder
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
@@ -62,14 +62,14 @@ def place(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def tick(recipe: Recipe, ends: str = "COMPLETED") -> str:
-    """One run of the watcher; what it said."""
+    """Runs the watcher once; returns its message."""
     state = watch_snapshots(recipe, return_state=True)
     assert state.type.value == ends, state
     return str(state.message)
 
 
 def runs_for(recipe: Recipe) -> list[FlowRun]:
-    """Runs of `distill` that were made for this store; the server has those of other tests too."""
+    """Runs of `distill` for this store; the server has those of other tests too."""
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["tiny"])),
@@ -86,15 +86,16 @@ def corpora_of(runs: list[FlowRun]) -> list[str]:
 # ---- one folder that grows -----------------------------------------------------------------------------------
 
 
-def test_a_slow_copy_is_left_alone_until_it_is_whole_and_then_starts_one_run(place: Place, tmp_path: Path) -> None:
+def test_a_slow_copy_starts_one_run_once_it_is_complete(place: Place, tmp_path: Path) -> None:
     first, second = sorted(write_oscar(tmp_path / "source", parts=2, texts=8).iterdir())
     corpus, recipe = tmp_path / "corpus", place()
     write_sums(corpus, first, second)
     assert tick(recipe) == (
-        "corpus is not whole yet: fr_meta_part_1.jsonl is named in a checksum file but not there, and so are 1 others"
+        "corpus is not complete yet: fr_meta_part_1.jsonl is named in a checksum file but does not exist; "
+        "neither do 1 others"
     )
     (corpus / first.name).write_bytes(first.read_bytes())
-    assert "corpus is not whole yet: fr_meta_part_2.jsonl is named" in tick(recipe)
+    assert "corpus is not complete yet: fr_meta_part_2.jsonl is named" in tick(recipe)
 
     whole, last, done = second.read_bytes(), corpus / second.name, threading.Event()
 
@@ -107,7 +108,7 @@ def test_a_slow_copy_is_left_alone_until_it_is_whole_and_then_starts_one_run(pla
     copying = threading.Thread(target=copy)
     last.write_bytes(b"")
     copying.start()
-    assert tick(recipe) == "corpus is not whole yet: its files are still changing"
+    assert tick(recipe) == "corpus is not complete yet: its files are still changing"
     done.set()
     copying.join()
     assert runs_for(recipe) == []
@@ -122,10 +123,12 @@ def test_a_slow_copy_is_left_alone_until_it_is_whole_and_then_starts_one_run(pla
     assert runs_for(recipe) == [run]
 
 
-def test_an_earlier_look_that_agrees_is_enough(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_check_with_the_same_files_is_enough(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = place(write_oscar(tmp_path / "corpus", parts=1), settle_seconds=3600)
     seen = {"listing": list_folder(recipe.corpus.url).fingerprint, "since": time.time() - 3700}
-    open_store(recipe).remember(LOOKS, recipe.corpus.url, seen)
+    open_store(recipe).remember(CHECKS, recipe.corpus.url, seen)
     monkeypatch.setattr(watch, "time", SimpleNamespace(time=time.time))  # so that it cannot wait
     assert "taken: run" in tick(recipe)
 
@@ -149,7 +152,7 @@ def test_a_snapshot_that_failed_is_started_again_only_when_its_files_changed(pla
 
 
 def test_two_watchers_at_once_start_one_run(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are past every question to the store before either asks the server."""
+    """Both have finished all reads of the store before either sends its request to the server."""
     recipe = place(write_oscar(tmp_path / "corpus", parts=1))
     both = threading.Barrier(2, timeout=180)
 
@@ -168,7 +171,7 @@ def test_two_watchers_at_once_start_one_run(place: Place, tmp_path: Path, monkey
 # ---- subfolders ------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_whole_subfolder_is_taken_and_no_older_one_after_it(place: Place, tmp_path: Path) -> None:
+def test_the_newest_complete_subfolder_is_taken_and_no_older_one_after_it(place: Place, tmp_path: Path) -> None:
     folder = tmp_path / "oscar"
     for name in ("2026-8", "2026-9", ".tmp"):
         write_oscar(folder / name, parts=1)
@@ -176,7 +179,7 @@ def test_the_newest_whole_subfolder_is_taken_and_no_older_one_after_it(place: Pl
     (folder / "2026-10").mkdir()
     recipe = place(folder=str(folder))
     said = tick(recipe)
-    assert said.startswith("2026-10 is not whole yet: it is empty; snapshot 2026-9 (")
+    assert said.startswith("2026-10 is not complete yet: it is empty; snapshot 2026-9 (")
     assert "taken already" in tick(recipe)
     write_oscar(folder / "2026-10", parts=2)
     assert tick(recipe).startswith("snapshot 2026-10 (")
@@ -184,14 +187,14 @@ def test_the_newest_whole_subfolder_is_taken_and_no_older_one_after_it(place: Pl
     assert sorted(corpora_of(runs_for(recipe))) == [f"{folder}/2026-10", f"{folder}/2026-9"]
 
 
-def test_any_file_system_will_do(place: Place, tmp_path: Path) -> None:
+def test_snapshots_may_be_on_any_file_system(place: Place, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     recipe = place(folder="memory://watched")
     memory.makedirs("/watched")
     assert tick(recipe) == "nothing new: memory://watched holds no snapshot yet"
     (source,) = write_oscar(tmp_path / "source", parts=1).iterdir()
     memory.pipe_file("/watched/2026-10/fr_sha256.txt", f"{'0' * 64} {source.name}\n".encode())
-    assert "2026-10 is not whole yet" in tick(recipe)
+    assert "2026-10 is not complete yet" in tick(recipe)
     memory.pipe_file(f"/watched/2026-10/{source.name}", source.read_bytes())
     assert "snapshot 2026-10 (" in tick(recipe)
     assert corpora_of(runs_for(recipe)) == ["memory://watched/2026-10"]
@@ -200,11 +203,11 @@ def test_any_file_system_will_do(place: Place, tmp_path: Path) -> None:
 # ---- the run that is started -------------------------------------------------------------------------------------
 
 
-def test_the_run_starts_from_the_number_of_todays_champion(place: Place, tmp_path: Path) -> None:
+def test_the_run_starts_from_the_version_of_the_present_champion(place: Place, tmp_path: Path) -> None:
     recipe = place(write_oscar(tmp_path / "corpus", parts=1), warm_start="champion")
     tick(recipe)
-    (anew,) = runs_for(recipe)
-    assert anew.parameters["recipe"]["train"]["warm_start"] == ""
+    (cold,) = runs_for(recipe)
+    assert cold.parameters["recipe"]["train"]["warm_start"] == ""
 
     client = MlflowClient(tracking_uri(recipe))
     client.create_registered_model("distilled")
@@ -213,21 +216,21 @@ def test_the_run_starts_from_the_number_of_todays_champion(place: Place, tmp_pat
     client.set_registered_model_alias("distilled", "champion", "1")
     write_oscar(tmp_path / "corpus", parts=2)
     tick(recipe)
-    (warm,) = (run for run in runs_for(recipe) if run.id != anew.id)
+    (warm,) = (run for run in runs_for(recipe) if run.id != cold.id)
     assert warm.parameters["recipe"]["train"]["warm_start"] == "models:/distilled/1"
 
 
-# ---- what goes wrong ----------------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_deployment_nothing_is_taken_and_the_sentence_says_so(place: Place, tmp_path: Path) -> None:
-    recipe = place(write_oscar(tmp_path / "corpus", parts=1), name="nobody")
+def test_a_missing_deployment_is_reported_each_time(place: Place, tmp_path: Path) -> None:
+    recipe = place(write_oscar(tmp_path / "corpus", parts=1), name="absent")
     for _ in range(2):
         said = tick(recipe, ends="FAILED")
-        assert said == "the Prefect server has no deployment distill/nobody; run `distil deploy` first"
+        assert said == "the Prefect server has no deployment distill/absent; run `distil deploy` first"
 
 
-def test_a_folder_that_is_not_there_fails_with_its_name(place: Place, tmp_path: Path) -> None:
+def test_a_missing_folder_fails_with_its_name(place: Place, tmp_path: Path) -> None:
     assert f"corpus.url {tmp_path}/corpus is no folder that exists" in tick(place(), ends="FAILED")
     assert "watch.folder" in tick(place(folder=str(tmp_path / "no")), ends="FAILED")
 
@@ -235,5 +238,5 @@ def test_a_folder_that_is_not_there_fails_with_its_name(place: Place, tmp_path: 
 def test_half_a_checksum_file_is_a_copy_in_progress_until_it_stays_half(place: Place, tmp_path: Path) -> None:
     corpus = write_oscar(tmp_path / "corpus", parts=1)
     (corpus / "fr_sha256.txt").write_text("0123456789abc")
-    assert "corpus is not whole yet: fr_sha256.txt, line 1: not `sha256 name`" in tick(place(settle_seconds=3600))
+    assert "corpus is not complete yet: fr_sha256.txt, line 1: not `sha256 name`" in tick(place(settle_seconds=3600))
     assert tick(place(settle_seconds=0), ends="FAILED").startswith("fr_sha256.txt, line 1")

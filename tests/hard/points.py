@@ -53,7 +53,7 @@ CALLS: dict[str, Sequence[str]] = {
     "storage.store": ("Store.commit", "Store._write", "Store._remove", "Store.withdraw", "Store.drop_data"),
     "storage.arrow": ("ArrowWriter.write",),
     "tasks.train.checkpoint": ("save_file", "save_checkpoint"),
-    "tasks.train.metrics": ("Meter._append", "Meter.cut_back"),
+    "tasks.train.metrics": ("MetricsWriter._append", "MetricsWriter.cut_back"),
     "flows.pipeline.trainer_process": ("write_run",),
     "mlflow.tracking.client": [f"MlflowClient.{name}" for name in MLFLOW],
 }

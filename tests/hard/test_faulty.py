@@ -9,7 +9,7 @@ import pytest
 
 from storage.arrow import BLOCKS_FILE
 from storage.errors import FatalError, RetryableError
-from storage.filesystem import PAUSES
+from storage.files.filesystem import PAUSES
 from storage.maintenance import verify
 from storage.store import Store
 from tests.hard.faulty import (
@@ -46,7 +46,7 @@ def script() -> "Script":
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The pauses that the store would have made, in seconds."""
     clock = Clock()
-    monkeypatch.setattr("storage.filesystem.time", SimpleNamespace(sleep=clock.sleep))
+    monkeypatch.setattr("storage.files.filesystem.time", SimpleNamespace(sleep=clock.sleep))
     return clock
 
 

@@ -67,7 +67,7 @@ def test_verify_reports_an_unreadable_artifact_without_withdrawing_it(
 ) -> None:
     receipts = {label: put(store, label) for label in "abc"}
     store.fs.pipe_file(data_path(store, receipts["a"]), b"other")
-    monkeypatch.setattr("storage.filesystem.PAUSES", ())
+    monkeypatch.setattr("storage.files.filesystem.PAUSES", ())
     real_open = store.fs.open
 
     def failing_open(path: str, *more: object, **named: object) -> object:

@@ -1,4 +1,4 @@
-"""Which artifacts a recipe wants: the sample of calibration stays what it was."""
+"""Artifacts of a recipe: stable keys, a stable calibration sample, cached lineages."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from tests.harness.tiny import make_teacher, write_oscar
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher and two snapshots that have only their second half in common."""
+    """A teacher and two snapshots that share only their second half."""
     folder = tmp_path_factory.mktemp("lineage")
     make_teacher(folder / "teacher")
     write_oscar(folder / "old", parts=4, texts=8)
@@ -77,7 +77,7 @@ def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> Non
     assert trace(store, new).calibration == trace(store, old).calibration
 
 
-def test_a_refused_source_is_let_in_without_another_sample(place: Path, store: Store) -> None:
+def test_admitting_a_refused_source_does_not_change_the_sample(place: Path, store: Store) -> None:
     strict = recipe_of(place, "old")
     freeze_sample(Workspace(store, strict), make_text(store, strict)[2:])
     changes = {"corpus.max_bad_lines": 50, "corpus.max_unpacked_ratio": 900}
@@ -95,8 +95,8 @@ def test_home_and_store_are_in_no_key(place: Path, store: Store) -> None:
     assert training_key(workspaces[0]) == training_key(workspaces[1])
 
 
-def test_the_name_of_a_pinned_sample_is_for_good(place: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another name would lose the sample, and with it every target that is in the store."""
+def test_the_name_of_a_pinned_sample_never_changes(place: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another name would lose the sample, and with it every target in the store."""
     monkeypatch.setattr("tasks.lineage.vocabulary_of", lambda recipe: SimpleNamespace(fingerprint="f" * 64))
     recipe = make_recipe({"name": "a", "corpus": {"url": str(place / "old")}, "teacher": {"model": "t"}}, "test")
     before = _sample_name(Workspace(store, recipe))
@@ -114,7 +114,7 @@ def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, sto
     assert trace(store, old).targets == before.targets
 
 
-def test_a_sample_that_is_gone_for_good_serves_as_long_as_its_calibration_is_there(place: Path, store: Store) -> None:
+def test_a_lost_sample_is_used_while_its_calibration_exists(place: Path, store: Store) -> None:
     old, new = recipe_of(place, "old"), recipe_of(place, "new")
     blocks = make_text(store, old)
     freeze_sample(Workspace(store, old), blocks[:2])
@@ -127,7 +127,7 @@ def test_a_sample_that_is_gone_for_good_serves_as_long_as_its_calibration_is_the
     assert trace(store, new).sample == trace(store, new).training_blocks
 
 
-def test_a_run_is_named_without_asking_the_store(place: Path, store: Store) -> None:
+def test_the_run_key_is_known_without_reading_the_store(place: Path, store: Store) -> None:
     values = recipe_of(place, "old").model_dump(by_alias=True) | {"targets": {"source": "online"}}
     recipe = make_recipe(values, "test")
     blocks = make_text(store, recipe)
@@ -150,7 +150,7 @@ def test_a_workspace_reads_the_store_once_until_it_is_refreshed(place: Path, sto
     assert workspace.with_changes({"blocks.length": 64}).lineage.shards != ()
 
 
-def test_a_teacher_that_cannot_work_is_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:
+def test_an_unusable_teacher_is_refused_before_the_corpus_is_read(place: Path, tmp_path: Path) -> None:
     recipe = recipe_of(place, "old")
     check_teacher(recipe)
     (tmp_path / "config.json").write_text('{"vocab_size": 100}')

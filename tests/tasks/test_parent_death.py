@@ -52,7 +52,7 @@ def test_nothing_heavy_is_imported(repo: Path) -> None:
 
 
 def wait_until_ended(process: Path) -> None:
-    """Waits until a process is gone, or is a zombie that nobody has waited for."""
+    """Waits until a process is gone, or is a zombie without a waiting parent."""
     end = time.monotonic() + 60
     while process.exists() and (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < end, f"{process} still runs after a minute"

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 
 from storage.errors import FatalError
-from storage.filesystem import open_url
+from storage.files.filesystem import open_url
 from tasks.eval.datasets.files import SetLocation, translate_read_errors, url_of
 from tasks.eval.datasets.labelled import Example, LabelledSet, hold_out, labelled_set
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import FatalError
-from storage.filesystem import client_errors, is_remote_error, open_url, translated
+from storage.files.filesystem import client_errors, is_remote_error, open_url, translated
 from storage.hub import DATA_SET, download_repository, is_hub_id
 
 _SPLIT_FILE = re.compile(r"(?:^|/)(train|validation|test)(?:[-.][^/]*)?(?:/[^/]*)?\.parquet$")

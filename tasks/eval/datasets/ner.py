@@ -134,7 +134,7 @@ def _columns(file: pq.ParquetFile, path: str) -> pa.Table:
         if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not fits(kind.value_type):
             raise FatalError(
                 f"{path}: column {name} should be a list of {'text' if name == 'tokens' else 'integers'} but is "
-                f"{kind or 'not there'} (columns: {', '.join(schema.names)}); give a set in the schema of wikiner_fr",
+                f"{kind or 'missing'} (columns: {', '.join(schema.names)}); give a set in the schema of wikiner_fr",
                 path,
             )
     names = label_names(schema, "ner_tags")

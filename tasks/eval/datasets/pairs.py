@@ -68,7 +68,7 @@ def _columns(schema: Schema, file: pq.ParquetFile, path: str) -> pa.Table:
         if not fits:
             raise FatalError(
                 f"{path}: column {name} should be {'integers' if name == 'label' else 'text'} but is "
-                f"{kind or 'not there'} (columns: {', '.join(columns.names)}); give the set in its official schema",
+                f"{kind or 'missing'} (columns: {', '.join(columns.names)}); give the set in its official schema",
                 path,
             )
     names = label_names(columns, "label")

@@ -1,4 +1,4 @@
-"""What is done already is shown as it is here: with the folders of this home, whoever made it."""
+"""A finished recipe is shown with the folders and servers of this home, also if another user ran it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,41 +23,43 @@ def recipe_of(home: Path) -> Recipe:
 
 
 @pytest.fixture(autouse=True)
-def nobody_set_up_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+def default_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "PREFECT_UI_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_second_user_of_a_shared_store_sees_his_own_folders(
+def test_a_second_user_of_a_shared_store_sees_folders_of_the_own_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")  # of both
     recipe, store = recipe_of(tmp_path / "b"), Store(tmp_path / "store")
     receipt = put(store, "tiny", kind="model")
-    sheet: dict[str, Rows] = {
+    sections: dict[str, Rows] = {
         "Made": [("tokens", "12"), ("model", "/home/a/models/tiny")],
-        "Where to look": [("the model", "pipeline('fill-mask', model='/home/a/models/tiny')")],
+        "Where to find it": [("the model", "pipeline('fill-mask', model='/home/a/models/tiny')")],
         "Time": [("total", "1 s")],
     }
-    show_done(Workspace(store, recipe), Done("nothing to do", sheet, receipt.ref))
-    said = "".join(capsys.readouterr().out.split())
+    show_done(Workspace(store, recipe), Done("nothing to do", sections, receipt.ref))
+    printed = "".join(capsys.readouterr().out.split())
     link = tmp_path / "b" / "models" / "tiny"
     assert (link / BLOCKS_FILE).read_bytes() == b"bytes"
-    assert "/home/a" not in said
-    assert said.count(str(link)) == 2
+    assert "/home/a" not in printed
+    assert printed.count(str(link)) == 2
 
 
-def test_a_database_has_no_page_so_the_way_to_one_is_shown(tmp_path: Path) -> None:
+def test_a_database_has_no_page_so_the_command_for_one_is_shown(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "my home")
     rows = dict(places(recipe, tmp_path, "postgresql+psycopg2://me:secret@db/mlflow"))
     assert rows["curves, models and runs"] == f"distil up --home '{tmp_path}/my home'"
-    assert rows["what is there"] == "distil status RECIPE.toml"
+    assert rows["status"] == "distil status RECIPE.toml"
     rows = dict(places(recipe, tmp_path, "http://me:secret@mlflow:5000", "a.toml train.lr=1"))
     assert rows["curves and models"] == "http://mlflow:5000"
-    assert rows["what is there"] == "distil status a.toml train.lr=1"
+    assert rows["status"] == "distil status a.toml train.lr=1"
 
 
-def test_what_is_done_for_one_mlflow_is_not_done_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_finished_with_one_mlflow_is_not_finished_with_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, store = recipe_of(tmp_path / "a"), Store(tmp_path / "store")
     model = put(store, "tiny", kind="model").ref
     lineage = SimpleNamespace(shards=(1,), targets=(1,), lacks=lambda store: False)

@@ -1,6 +1,6 @@
-"""Worker processes: errors come back whole, a hung one is really ended, a dead one is a passing error.
+"""Worker processes: errors keep file and line, a hung process is killed, a dead one is a transient error.
 
-And what a flow makes of these: only what may pass by itself is tried again.
+In a flow only transient errors are retried.
 """
 
 import gzip
@@ -64,12 +64,12 @@ def test_a_hung_worker_is_ended_and_the_next_call_works(tmp_path: Path) -> None:
     assert not is_alive(int(note.read_text()))
 
 
-def test_a_worker_that_dies_is_a_passing_error() -> None:
+def test_a_worker_that_dies_is_a_retryable_error() -> None:
     with workers(RunSettings(workers=1)) as pool, pytest.raises(RetryableError, match="died"):
         pool.call(60, die)
 
 
-def test_who_waits_for_a_worker_of_a_stopped_pool_hears_of_it(tmp_path: Path) -> None:
+def test_a_thread_that_waits_for_a_worker_of_a_stopped_pool_gets_an_error(tmp_path: Path) -> None:
     heard: list[Exception] = []
 
     def wait_in_a_thread(pool: Any) -> None:
@@ -116,7 +116,7 @@ def reset_at_first(store: Store, note: Path) -> None:
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_a_network_fault_is_tried_again_and_a_cut_or_hung_source_is_not(tmp_path: Path) -> None:
+def test_a_network_fault_is_retried_and_a_truncated_or_hung_source_is_not(tmp_path: Path) -> None:
     write_oscar(tmp_path / "corpus", parts=2)
     _, cut = sorted((tmp_path / "corpus").iterdir())
     packed = gzip.compress(cut.read_bytes())

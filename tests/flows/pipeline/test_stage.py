@@ -1,4 +1,4 @@
-"""A stage of shard tasks: failures are noted and hold nobody up; only passing errors are tried again."""
+"""A stage of shard tasks: failures are recorded and stop no other shard; only transient errors are retried."""
 
 import signal
 import threading
@@ -41,7 +41,7 @@ def in_a_flow(jobs: list[Job], store: Store, window: int = 2, run: RunSettings =
 
 
 @pytest.mark.parametrize("run", [RUN, SHARED], ids=["each its own task run", "shared task runs"])
-def test_one_bad_shard_stops_nobody(run: RunSettings, tmp_path: Path) -> None:
+def test_a_failed_shard_stops_no_other(run: RunSettings, tmp_path: Path) -> None:
     store = Store(tmp_path)
     calls: dict[str, int] = {}
 
@@ -56,7 +56,7 @@ def test_one_bad_shard_stops_nobody(run: RunSettings, tmp_path: Path) -> None:
     bad = FatalError("line 3 is not JSON", "b.jsonl", 3)
     before = [job(f"before {number}", work(f"before {number}", None, 0)) for number in range(40)]
     jobs = [
-        *before,  # so that there is a mean by which the others are put together
+        *before,  # so that a mean duration exists, by which the others are grouped
         job("a", work("a", None, 0)),
         job("b", work("b", bad, 9)),
         job("c", work("c", RetryableError("the store did not answer"), 2)),
@@ -73,16 +73,16 @@ def test_one_bad_shard_stops_nobody(run: RunSettings, tmp_path: Path) -> None:
 def test_no_more_in_flight_than_the_window(tmp_path: Path) -> None:
     lock = threading.Lock()
     together = threading.Barrier(3, timeout=60)
-    flying = most = 0
+    in_flight = most = 0
 
     def work(*, force: bool) -> None:
-        nonlocal flying, most
+        nonlocal in_flight, most
         with lock:
-            flying += 1
-            most = max(most, flying)
+            in_flight += 1
+            most = max(most, in_flight)
         together.wait()  # passes only when three run at once
         with lock:
-            flying -= 1
+            in_flight -= 1
 
     assert in_a_flow([job(str(number), work) for number in range(9)], Store(tmp_path), window=3) == []
     assert most == 3
@@ -111,14 +111,14 @@ def nothing(*, force: bool) -> None: ...
 def test_tiny_shards_share_task_runs_named_after_the_first(tmp_path: Path) -> None:
     jobs = [job(f"part-{number:04d}", nothing) for number in range(100)]
     names = task_run_names(jobs, Store(tmp_path), SHARED)
-    # One to learn how long a shard takes; then half of what is left, so that every slot has work to the end.
+    # One to measure the duration of a shard; then half of the rest, so that every slot has work to the end.
     assert names[:3] == ["blocks part-0000", "blocks part-0001 +48", "blocks part-0050 +24"]
     assert names[-1] == "blocks part-0099"
     assert len(names) < 12
     assert len(task_run_names(jobs[:5], Store(tmp_path), RUN)) == 5
 
 
-def test_shards_that_take_their_time_get_a_task_run_each(tmp_path: Path) -> None:
+def test_slow_shards_get_a_task_run_each(tmp_path: Path) -> None:
     def slow(*, force: bool) -> None:
         time.sleep(0.05)
 
@@ -126,8 +126,8 @@ def test_shards_that_take_their_time_get_a_task_run_each(tmp_path: Path) -> None
     assert len(task_run_names([job(str(number), slow) for number in range(6)], Store(tmp_path), brief)) == 6
 
 
-def test_a_task_run_that_prefect_gives_up_is_a_failure_and_not_the_end(tmp_path: Path) -> None:
-    """What ends a thread from outside our body: here a job that ends it as a crash of Prefect would."""
+def test_a_task_run_that_prefect_abandons_is_a_failure_and_the_stage_continues(tmp_path: Path) -> None:
+    """The thread ends outside our code: here a job ends it as a crash of Prefect would."""
 
     class Lost(BaseException): ...
 
@@ -139,17 +139,17 @@ def test_a_task_run_that_prefect_gives_up_is_a_failure_and_not_the_end(tmp_path:
     assert "before it was tried" in failures[0].message
 
 
-def test_a_run_that_is_told_to_stop_begins_nothing_more(tmp_path: Path) -> None:
+def test_an_interrupted_run_starts_no_further_job(tmp_path: Path) -> None:
     store = Store(tmp_path)
     begun: list[str] = []
-    told = threading.Event()
+    stopped = threading.Event()
 
     def work(label: str, *, force: bool) -> None:
         begun.append(label)
         if label == "1":
-            told.set()
+            stopped.set()
             signal.raise_signal(signal.SIGTERM)  # runs the handler in the main thread, which waits in run_stage
-        while told.is_set():
+        while stopped.is_set():
             raise_if_stopped()
             time.sleep(0.01)
 

@@ -1,4 +1,4 @@
-"""The trainer as a child: its sentence becomes ours, and nothing of it is left behind."""
+"""The trainer as a child process: its command, its error message, its time to stop, its metrics file."""
 
 import socket
 import sys
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flows.pipeline.trainer_process import GRACE_SECONDS, Tail, command, launch_trainer
+from flows.pipeline.task_policy import GRACE_SECONDS
+from flows.pipeline.trainer_process import Tail, command, launch_trainer
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import (
@@ -44,23 +45,23 @@ def a_run(folder: Path, **train: Any) -> RunSpec:
 def test_several_ranks_go_through_torchrun(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     assert "torch.distributed.run" not in command(a_run(tmp_path), path)
-    words = command(a_run(tmp_path, ranks=2), path)
-    assert words[1:3] == ["-m", "torch.distributed.run"]
-    assert words[-3:] == ["-m", "tasks.train", str(path)]
-    assert words[words.index("--nproc-per-node") + 1] == "2"
+    parts = command(a_run(tmp_path, ranks=2), path)
+    assert parts[1:3] == ["-m", "torch.distributed.run"]
+    assert parts[-3:] == ["-m", "tasks.train", str(path)]
+    assert parts[parts.index("--nproc-per-node") + 1] == "2"
 
 
-def test_the_trainers_sentence_is_the_error(tmp_path: Path) -> None:
+def test_the_last_line_of_the_trainer_is_the_error(tmp_path: Path) -> None:
     with pytest.raises(FatalError, match="no-such-teacher"):
         launch_trainer(a_run(tmp_path), lambda lines, final: None)
 
 
-def test_a_store_that_does_not_answer_is_worth_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_is_a_retryable_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        nobody = probe.getsockname()[1]
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{nobody}")
+        unused_port = probe.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{unused_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -69,7 +70,9 @@ def test_a_store_that_does_not_answer_is_worth_another_try(tmp_path: Path, monke
         launch_trainer(run, lambda lines, final: None)
 
 
-def test_torchrun_gives_ranks_as_long_as_we_give_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_gives_its_ranks_the_grace_period_of_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     code = "import os; print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']); exit(1)"
     run = a_run(tmp_path, launcher=(sys.executable, "-c", code, "{run}"))
@@ -77,7 +80,7 @@ def test_torchrun_gives_ranks_as_long_as_we_give_torchrun(tmp_path: Path, monkey
         launch_trainer(run, lambda lines, final: None)
 
 
-def test_only_new_lines_are_followed_until_the_file_is_cut_back(tmp_path: Path) -> None:
+def test_only_new_lines_are_followed_until_the_file_is_truncated(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
     assert tail.lines() == []

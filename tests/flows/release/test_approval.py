@@ -1,4 +1,4 @@
-"""A person's word before promotion: the run pauses with a form, a bad answer changes nothing, a good one decides."""
+"""Approval before promotion: the run pauses with a form, an invalid answer changes nothing, a valid one decides."""
 
 import contextvars
 import os
@@ -101,7 +101,7 @@ def test_a_person_says_no_and_then_yes(recipe: Recipe) -> None:
         asked = ask()
         first = paused_run(asked, seen)
         assert answer(first, {"approve": "perhaps", "by": "marie"}) == "PAUSED"
-        assert answer(first, {"approve": True}) == "PAUSED"  # nobody's name
+        assert answer(first, {"approve": True}) == "PAUSED"  # without a name
         assert mlflow_runs.registry.champion(name) is None
         assert answer(first, {"approve": False, "by": "marie", "reason": "wait for NER"}) == "RUNNING"
         refused = asked.result(WAIT)
@@ -157,7 +157,7 @@ def test_without_distil_up_the_link_leads_to_the_server_of_the_run(
 
 
 def link_in(said: Path, process: "subprocess.Popen[bytes]") -> tuple[str, str, str]:
-    """Waits until a process says where it can be answered: server, page and run."""
+    """Waits until a process prints the link to its form: server, page and run."""
     link = re.compile(r"answer in (http://127\.0\.0\.1:\d+)(/\S+/)(\S+)\n")
     wait_for(lambda: link.search(said.read_text()) or process.poll() is not None)
     found = link.search(said.read_text())
@@ -173,7 +173,7 @@ def wait_for(what: Callable[[], object]) -> None:
         time.sleep(0.2)
 
 
-def test_nobody_in_time_is_a_no_and_a_run_that_is_tried_again_asks_again(recipe: Recipe) -> None:
+def test_no_answer_in_time_is_a_no_and_a_retried_run_asks_again(recipe: Recipe) -> None:
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import FlowRun

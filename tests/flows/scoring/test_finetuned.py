@@ -1,4 +1,4 @@
-"""Fine-tuned sets as task runs: names, what is missing, a set that is not there, a seed that fails alone."""
+"""Fine-tuned sets as task runs: names, missing pairs, an absent set, a seed that fails."""
 
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """(folder, seed) of every fine-tuning, which is none; seed 1 of the teacher fails."""
+    """(folder, seed) of every fine-tuning, which is replaced by a stub; seed 1 of the teacher fails."""
     found: list[tuple[str, int]] = []
 
-    def tune(folder: Path, data: Any, craft: Any, tuning: Any, seed: int, rates: Any, device: str) -> dict[str, Any]:
+    def tune(folder: Path, data: Any, task: Any, tuning: Any, seed: int, rates: Any, device: str) -> dict[str, Any]:
         found.append((str(folder), seed))
         if (str(folder), seed) == ("teacher", 1):
             raise FatalError("out of luck")
@@ -72,7 +72,7 @@ def test_every_pair_is_a_task_run_of_its_own(
     assert names == ["load xnli", *(f"score xnli seed {seed} student" for seed in (0, 1, 2)), "load paws-x"]
 
 
-def test_a_set_that_is_not_there_and_a_seed_that_fails_hold_back_nothing_else(
+def test_an_absent_set_and_a_failed_seed_hold_back_nothing_else(
     prefect_api: None, recipe: Recipe, asked: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "store")

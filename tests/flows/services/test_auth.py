@@ -1,4 +1,4 @@
-"""Authentication of both servers: whose name and password count, and that they are written nowhere."""
+"""Authentication of both servers: wrong credentials are refused, and no file or record contains a password."""
 
 import base64
 import json
@@ -26,14 +26,14 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_without_passwords_everybody_may_call(nothing_set: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_passwords_the_servers_are_open(nothing_set: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert prefect_access() == {}
     assert mlflow_access(str(tmp_path)) == {}
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("name", "password", "said"),
+    ("name", "password", "message"),
     [
         (NAME, "", "MLFLOW_TRACKING_PASSWORD is not set"),
         ("", PASSWORD, "MLFLOW_TRACKING_USERNAME is not set"),
@@ -41,30 +41,32 @@ def test_without_passwords_everybody_may_call(nothing_set: pytest.MonkeyPatch, t
     ],
 )
 def test_half_a_login_and_a_short_password_are_refused(
-    nothing_set: pytest.MonkeyPatch, tmp_path: Path, name: str, password: str, said: str
+    nothing_set: pytest.MonkeyPatch, tmp_path: Path, name: str, password: str, message: str
 ) -> None:
     nothing_set.setenv("MLFLOW_TRACKING_USERNAME", name)
     nothing_set.setenv("MLFLOW_TRACKING_PASSWORD", password)
-    with pytest.raises(FatalError, match=said) as refused:
+    with pytest.raises(FatalError, match=message) as refused:
         mlflow_access(str(tmp_path))
     assert not password or password not in str(refused.value)
 
 
-def test_the_servers_are_told_and_their_files_are_private(nothing_set: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_servers_get_the_credentials_and_their_files_are_private(
+    nothing_set: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nothing_set.setenv("PREFECT_API_AUTH_STRING", AUTH)
     nothing_set.setenv("MLFLOW_TRACKING_USERNAME", NAME)
     nothing_set.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     assert prefect_access() == {"PREFECT_SERVER_API_AUTH_STRING": AUTH}
-    told = mlflow_access(str(tmp_path))
-    assert (told["MLFLOW_AUTH_ADMIN_USERNAME"], told["MLFLOW_AUTH_ADMIN_PASSWORD"]) == (NAME, PASSWORD)
+    access = mlflow_access(str(tmp_path))
+    assert (access["MLFLOW_AUTH_ADMIN_USERNAME"], access["MLFLOW_AUTH_ADMIN_PASSWORD"]) == (NAME, PASSWORD)
     files = list((tmp_path / "mlflow").iterdir())
     assert len(files) == 3
     for file in files:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert PASSWORD not in file.read_text(encoding="utf-8")
-    assert str(tmp_path / "mlflow" / "auth.db") in Path(told["MLFLOW_AUTH_CONFIG_PATH"]).read_text(encoding="utf-8")
+    assert str(tmp_path / "mlflow" / "auth.db") in Path(access["MLFLOW_AUTH_CONFIG_PATH"]).read_text(encoding="utf-8")
     again = mlflow_access(str(tmp_path))["MLFLOW_FLASK_SERVER_SECRET_KEY"]
-    assert again == told["MLFLOW_FLASK_SERVER_SECRET_KEY"]
+    assert again == access["MLFLOW_FLASK_SERVER_SECRET_KEY"]
     assert mlflow_access(str(tmp_path / "other"))["MLFLOW_FLASK_SERVER_SECRET_KEY"] != again
 
 
@@ -82,13 +84,13 @@ def refused(url: str, body: dict[str, object] | None, headers: dict[str, str]) -
     return False
 
 
-def everything_said(up: Up) -> str:
+def everything_recorded(up: Up) -> str:
     """Parameters, logs, artifacts and tags of all runs, as both servers give them."""
-    show = basic(AUTH)
-    told = [
-        up.post(f"{kind}/filter", {}, show) for kind in ("flow_runs", "task_runs", "logs", "artifacts", "deployments")
+    header = basic(AUTH)
+    prefect = [
+        up.post(f"{kind}/filter", {}, header) for kind in ("flow_runs", "task_runs", "logs", "artifacts", "deployments")
     ]
-    assert all(told)
+    assert all(prefect)
     login = basic(f"{NAME}:{PASSWORD}")
     api = f"{up.mlflow}/api/2.0/mlflow"
     experiments = request_json(f"{api}/experiments/search?max_results=100", None, login)["experiments"]
@@ -96,7 +98,7 @@ def everything_said(up: Up) -> str:
     versions = request_json(f"{api}/model-versions/search", None, login)
     assert runs["runs"]
     assert versions["model_versions"]
-    return json.dumps([told, runs, versions])
+    return json.dumps([prefect, runs, versions])
 
 
 def holding(folder: Path, *secrets: str) -> list[str]:
@@ -109,7 +111,7 @@ def holding(folder: Path, *secrets: str) -> list[str]:
 
 @pytest.mark.guard
 @pytest.mark.slow
-def test_a_whole_run_with_both_passwords_on(place: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_complete_run_with_both_passwords(place: Path, environment: dict[str, str], tmp_path: Path) -> None:
     secret = environment | {
         "PREFECT_API_AUTH_STRING": AUTH,
         "MLFLOW_TRACKING_USERNAME": NAME,
@@ -139,9 +141,9 @@ def test_a_whole_run_with_both_passwords_on(place: Path, environment: dict[str, 
             assert done.returncode == 0, done.stderr
             assert PASSWORD not in done.stdout + done.stderr
             assert AUTH not in done.stdout + done.stderr
-        said = everything_said(up)
-        assert PASSWORD not in said
-        assert AUTH not in said
+        records = everything_recorded(up)
+        assert PASSWORD not in records
+        assert AUTH not in records
         assert holding(tmp_path, AUTH, PASSWORD, f"{NAME}:{PASSWORD}") == []
         assert PASSWORD in (Path("/proc") / str(up.process.pid) / "environ").read_text(encoding="utf-8")
     assert holding(tmp_path, AUTH, PASSWORD, f"{NAME}:{PASSWORD}") == []

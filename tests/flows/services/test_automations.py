@@ -1,4 +1,4 @@
-"""The automations of `distil deploy` on a real server: dead runs become Crashed, and failed ones are told."""
+"""The automations of `distil deploy` on a real server: dead runs become Crashed, failed ones cause a notification."""
 
 import json
 import queue
@@ -36,7 +36,7 @@ def listening() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            """No output."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Ear) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -51,16 +51,16 @@ def fail(deployed: DeployedRecipe, run: str, message: str) -> None:
         client.post(f"/flow_runs/{run}/set_state", json={"state": state, "force": True}).raise_for_status()
 
 
-def test_a_failed_run_is_told_through_a_block(deployed: DeployedRecipe) -> None:
-    """Only ours: the run of somebody else's flow fails first and is not told."""
+def test_a_failed_run_is_notified_through_a_block(deployed: DeployedRecipe) -> None:
+    """Only runs with the tag `distil`: the run of another flow fails first and is not reported."""
     with listening() as (url, posted), deployed.client() as client:
         with temporary_settings({PREFECT_API_URL: deployed.api}):
             text = {"title": "{{subject}}", "text": "{{body}}"}
             CustomWebhookNotificationBlock(name="on-call", url=url, json_data=text).save("on-call")
         for _ in range(2):
             assert deployed.deploy("--notify", "custom-webhook/on-call").status == 0
-        told = client.post("/automations/filter", json={}).json()
-        assert [one["name"] for one in told].count("distil: tell of failures") == 1
+        automations = client.post("/automations/filter", json={}).json()
+        assert [one["name"] for one in automations].count("distil: tell of failures") == 1
         theirs = client.post("/flows/", json={"name": "theirs"}).json()["id"]
         fail(deployed, client.post("/flow_runs/", json={"flow_id": theirs}).json()["id"], "not ours")
         fail(deployed, deployed.create_run("score", {}).json()["id"], "no such model: x; name a folder")
@@ -73,10 +73,10 @@ def test_a_failed_run_is_told_through_a_block(deployed: DeployedRecipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "said"), [("slack-webhook/nobody", "has no block slack-webhook/nobody"), ("oops", "has no block oops")]
+    ("block", "message"), [("slack-webhook/nobody", "has no block slack-webhook/nobody"), ("oops", "has no block oops")]
 )
-def test_a_block_that_is_not_there_is_named(deployed: DeployedRecipe, block: str, said: str) -> None:
-    assert said in refusal(deployed.deploy("--notify", block))
+def test_a_missing_block_is_named(deployed: DeployedRecipe, block: str, message: str) -> None:
+    assert message in refusal(deployed.deploy("--notify", block))
 
 
 def test_a_block_that_cannot_notify_is_named(deployed: DeployedRecipe) -> None:
@@ -89,7 +89,7 @@ def test_a_block_that_cannot_notify_is_named(deployed: DeployedRecipe) -> None:
 
 @pytest.mark.guard
 def test_a_run_killed_with_its_worker_is_crashed_within_two_minutes(deployed: DeployedRecipe, tmp_path: Path) -> None:
-    """And the next one in the queue, which it held up, may begin."""
+    """The next run of the queue, which was blocked, may start then."""
     endless = deployed.recipe(train={"max_steps": 1_000_000})
     run = deployed.create_run("distill", {"recipe": endless}).json()["id"]
     with working(tmp_path / "worker", deployed.api, "distil") as worker:
@@ -118,7 +118,7 @@ def due(deployed: DeployedRecipe) -> list[str]:
 
 
 def wait_for_heartbeat(deployed: DeployedRecipe, run: str) -> None:
-    """Returns when the server has had a sign of life of the run."""
+    """Returns when the server has received a heartbeat of the run."""
     wanted = {"event": {"name": ["prefect.flow-run.heartbeat"]}, "any_resource": {"id": [f"prefect.flow-run.{run}"]}}
     end = time.monotonic() + 180
     with deployed.client() as client:

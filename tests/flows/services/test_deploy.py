@@ -51,10 +51,10 @@ def test_every_bundled_recipe_gets_every_flow_and_no_brace_is_left() -> None:
         assert "image" not in entry["work_pool"]["job_variables"]
 
 
-def test_runs_of_a_deployment_get_whole_paths_of_where_it_was_deployed(
+def test_runs_of_a_deployment_get_absolute_paths_of_the_folder_of_deploy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an image that is /state, its working folder; a run itself begins in the checkout, which is read-only there."""
+    """In an image that is its working folder, /state; runs start in the checkout, which is read-only there."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(BUNDLED[0], ["home=state"])
     project = render(yaml.safe_load(PROJECT.read_text()), [recipe], WorkPool())
@@ -80,7 +80,7 @@ def test_a_container_pool_gets_the_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pool", "times", "said"),
+    ("pool", "times", "message"),
     [
         (WorkPool("p", "ecs"), 1, "no pool type 'ecs'"),
         (WorkPool("p", "docker"), 1, "--image"),
@@ -88,9 +88,11 @@ def test_a_container_pool_gets_the_image() -> None:
         (WorkPool(), 2, "named 'demo'"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused_before_a_server_is_asked(pool: WorkPool, times: int, said: str) -> None:
+def test_invalid_deployments_are_refused_before_a_request_to_the_server(
+    pool: WorkPool, times: int, message: str
+) -> None:
     recipes = [load_recipe(PROJECT.parent / "demo.toml")] * times
-    with pytest.raises(FatalError, match=said):
+    with pytest.raises(FatalError, match=message):
         deploy(recipes, pool)
 
 
@@ -103,21 +105,21 @@ def test_without_a_server_one_sentence_says_how_to_get_one(distil) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [("train.lr=7", "train.lr: Input should be less than or equal to 1"), ("train.lrr=7", "train.lrr: Extra inputs")],
 )
-def test_the_command_line_refuses_a_bad_value_and_an_unknown_name(distil, override: str, said: str) -> None:
+def test_the_command_line_refuses_a_bad_value_and_an_unknown_name(distil, override: str, message: str) -> None:
     done = distil("run", "tiny.toml", override)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 # ---- the work pool -----------------------------------------------------------------------------------------
 
 
-def test_two_at_once_create_one_work_pool(prefect_api: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both read that there is no pool, and no queue, before either creates one."""
+def test_two_concurrent_calls_create_one_work_pool(prefect_api: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both read that the pool, and the queues, do not exist before either creates one."""
     both = threading.Barrier(2, timeout=60)
 
     def slow(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,22 +179,22 @@ def test_the_server_has_one_deployment_for_each_flow(deployed: DeployedRecipe) -
 
 @pytest.mark.slow
 def test_deploying_again_changes_nothing(deployed: DeployedRecipe) -> None:
-    def look() -> list[Any]:
+    def registered() -> list[Any]:
         with deployed.client() as client:
             automations = client.post("/automations/filter", json={}).json()
             pool = client.get("/work_pools/distil").json()["id"]
         ids = [(deployed.deployment(flow)["id"], deployed.deployment(flow)["parameters"]) for flow in FLOWS]
         plan = [(plan["id"], plan["schedule"], plan["active"]) for plan in deployed.deployment(FLOWS[-1])["schedules"]]
-        # The watcher's trigger is made anew by Prefect; ours must stay untouched, with what they wait for.
+        # Prefect creates the watcher's trigger again; our automations must stay, with the heartbeats they wait for.
         ours = [one if one["name"].endswith("runs") else one["name"] for one in automations]
         return [ids, plan, sorted(map(str, ours)), pool]
 
-    before = look()
+    before = registered()
     again = deployed.deploy()
     assert again.status == 0
     assert [line.split()[0] for line in again.out.splitlines()] == sorted(f"{flow}/tiny" for flow in FLOWS)
     assert "17 3 * * *" in again.out
-    assert look() == before
+    assert registered() == before
     assert len(before[1]) == 1
     assert CronSchedule.model_validate(before[1][0][1]).cron == "17 3 * * *"
     assert before[1][0][2] is True
@@ -200,7 +202,7 @@ def test_deploying_again_changes_nothing(deployed: DeployedRecipe) -> None:
 
 @pytest.mark.slow
 def test_a_published_snapshot_starts_the_watcher_and_nothing_else(deployed: DeployedRecipe) -> None:
-    """That of its own corpus; one of another, said before, starts nothing."""
+    """The event of another corpus, sent before, starts nothing."""
     ids = ("corpus.tiny-2", "corpus.other", "corpus.tiny")
     events = [Event(event="corpus.snapshot.published", resource={"prefect.resource.id": one}) for one in ids]
     with deployed.client() as client:
@@ -213,7 +215,7 @@ def test_a_published_snapshot_starts_the_watcher_and_nothing_else(deployed: Depl
         end = time.monotonic() + 60
         while not automatic() and time.monotonic() < end:
             time.sleep(0.3)
-        time.sleep(3)  # what the others would start comes within that time
+        time.sleep(3)  # runs of the other events would start within that time
         started = automatic()
     assert [run["deployment_id"] for run in started] == [deployed.deployment("watch-snapshots")["id"]]
     assert "distil" in started[0]["tags"]
@@ -243,7 +245,7 @@ def test_a_docker_pool_is_made_by_prefects_own_schema(deployed: DeployedRecipe, 
 
 
 def fields(schema: dict[str, Any], definitions: dict[str, Any], values: Any, path: str = "") -> Iterator[Any]:
-    """Every field of a form, sections included: its path, its schema and the value it is filled with, or None."""
+    """Every field of a form, sections included: its path, its schema, and its value in the deployment or None."""
     for name, field in schema["properties"].items():
         if "$ref" in field:
             field = definitions[field["$ref"].rsplit("/", 1)[-1]] | field
@@ -301,7 +303,7 @@ def test_the_form_is_grouped_as_the_recipe_file_and_the_recipe_comes_last(deploy
 def test_bad_parameters_are_refused_before_a_run_exists(deployed: DeployedRecipe) -> None:
     with deployed.client() as client:
         before = client.post("/flow_runs/count", json={}).json()
-        for flow, parameters, said in (
+        for flow, parameters, message in (
             ("distill", {"recipe": deployed.recipe(train={"lr": 7})}, "recipe.train.lr"),
             ("distill", {"recipe": deployed.recipe(train={"lrr": 1e-3})}, "lrr"),
             ("prepare", {"recipe": deployed.recipe() | {"trian": {}}}, "trian"),
@@ -310,7 +312,7 @@ def test_bad_parameters_are_refused_before_a_run_exists(deployed: DeployedRecipe
         ):
             answer = deployed.create_run(flow, parameters)
             assert answer.status_code == 409, answer.text
-            assert said in answer.json()["detail"]
+            assert message in answer.json()["detail"]
         assert client.post("/flow_runs/count", json={}).json() == before
 
 
@@ -324,7 +326,7 @@ def test_run_deployment_refuses_them_too(deployed: DeployedRecipe) -> None:
 
 @pytest.mark.slow
 def test_rules_across_fields_end_a_run_at_once_with_one_sentence(deployed: DeployedRecipe, tmp_path: Path) -> None:
-    """In a worker that starts it in an empty folder."""
+    """The worker starts the run in an empty folder."""
     nothing = {"distil": 0.0, "cosine": 0.0, "mlm": 0.0}
     answer = deployed.create_run("distill", {"recipe": deployed.recipe(loss=nothing)})
     assert answer.status_code == 201

@@ -1,4 +1,4 @@
-"""Children that are kept: whatever becomes of them or of us, none of theirs is left."""
+"""Services under a keeper: when they or this process end, none of their descendants is left."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ LEAVES = "import pathlib\nwhile not pathlib.Path('ready').exists(): time.sleep(0
 
 @pytest.fixture
 def marked(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An environment by which every process of this test is found; what a failed test leaves is ended."""
+    """An environment that marks every process of this test; those that a failed test leaves are killed."""
     yield dict(os.environ) | {MARK: str(tmp_path)}
     for process in started_for(tmp_path):
         process.kill()
@@ -46,7 +46,9 @@ def family(answer: str, end: str) -> list[str]:
     return [sys.executable, "-c", FAMILY.format(answer=answer, end=end)]
 
 
-def test_stop_ends_children_in_other_sessions_even_deaf_ones(tmp_path: Path, marked: dict[str, str]) -> None:
+def test_stop_ends_children_in_other_sessions_even_if_they_ignore_sigterm(
+    tmp_path: Path, marked: dict[str, str]
+) -> None:
     service = start("family", family(DEAF, STAYS), tmp_path, marked, grace=0.5)
     wait_for((tmp_path / "ready").exists)
     assert len(started_for(tmp_path)) == 3  # keeper, parent, child
@@ -54,7 +56,7 @@ def test_stop_ends_children_in_other_sessions_even_deaf_ones(tmp_path: Path, mar
     assert started_for(tmp_path) == []
 
 
-def test_what_a_dead_command_leaves_gets_time_to_save(tmp_path: Path, marked: dict[str, str]) -> None:
+def test_children_of_a_dead_command_get_time_to_save(tmp_path: Path, marked: dict[str, str]) -> None:
     service = start("family", family(SAVES, LEAVES), tmp_path, marked, grace=30)
     assert service.process.wait(60) == 0
     assert (tmp_path / "saved").exists()
@@ -71,7 +73,7 @@ def test_the_status_of_a_killed_command_is_passed_on(tmp_path: Path, marked: dic
     assert started_for(tmp_path) == []
 
 
-def test_nothing_is_left_when_we_are_killed(tmp_path: Path, marked: dict[str, str]) -> None:
+def test_no_process_is_left_when_the_parent_is_killed(tmp_path: Path, marked: dict[str, str]) -> None:
     code = (
         "import os, pathlib, sys, time; from flows.services.process import start\n"
         f"start('family', {family(DEAF, STAYS)!r}, pathlib.Path({str(tmp_path)!r}), os.environ, grace=0.5)\n"

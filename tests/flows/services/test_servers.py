@@ -1,5 +1,4 @@
-"""The servers of a run: where its pages are. And the flows as deployments: a real server, a process worker in another
-folder, path entry points."""
+"""Links to the pages of a run, and all flows as deployments of a real server with a worker in another folder."""
 
 import os
 import socket
@@ -46,7 +45,7 @@ with get_client(sync_client=True) as client:
 
 @pytest.fixture
 def api(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A server and a worker that has nothing but its own empty folder; gives the environment that finds them."""
+    """A server, and a worker in an empty folder; yields the environment of their clients."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,18 +76,18 @@ def wait_until_up(url: str) -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No server is named in the environment; what a test sets is gone afterwards."""
-    for name in ("PREFECT_API_URL", "PREFECT_UI_URL", server.OWN):
-        monkeypatch.setenv(name, "")  # noted, so that it is put back
+    """No server in the environment; variables that a test sets are removed afterwards."""
+    for name in ("PREFECT_API_URL", "PREFECT_UI_URL", server.RUN_SERVER):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     return monkeypatch
 
 
-@pytest.mark.parametrize("kept", [server.LATER, "https://prefect.example/here/"])
+@pytest.mark.parametrize("kept", [server.DEFAULT_PREFECT_UI, "https://prefect.example/here/"])
 def test_the_page_of_a_run_is_on_the_server_that_was_started_for_it(
     bare: pytest.MonkeyPatch, tmp_path: Path, kept: str
 ) -> None:
-    if kept != server.LATER:
+    if kept != server.DEFAULT_PREFECT_UI:
         bare.setenv("PREFECT_UI_URL", kept)
     health = "http://127.0.0.1:34567/api/health"
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -103,11 +102,11 @@ def test_the_page_of_a_run_is_on_the_server_that_was_started_for_it(
 @pytest.mark.parametrize(
     ("api", "ui"),
     [
-        ("http://127.0.0.1:42005/api", "http://127.0.0.1:42005"),  # its port begins as the usual one does
-        ("http://prefect:4200/api", server.LATER),  # docker/compose.yaml: browsers are outside
+        ("http://127.0.0.1:42005/api", "http://127.0.0.1:42005"),  # its port has the usual one as prefix
+        ("http://prefect:4200/api", server.DEFAULT_PREFECT_UI),  # docker/compose.yaml: browsers are outside
     ],
 )
-def test_the_page_on_any_other_server_is_where_that_says(bare: pytest.MonkeyPatch, api: str, ui: str) -> None:
+def test_links_to_any_other_server_are_unchanged(bare: pytest.MonkeyPatch, api: str, ui: str) -> None:
     bare.setenv("PREFECT_API_URL", api)
     bare.setenv("PREFECT_UI_URL", ui)
     server.start_server("unused")

@@ -1,4 +1,4 @@
-"""Runs that lost their process: this machine's are marked, those of others and living ones are left alone."""
+"""Runs that lost their process: those of this machine are marked, those of others and live ones are not."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ OTHER_USER = {"prefect.worker.name": f"{socket.gethostname()}-{os.getuid() + 1}"
 
 @flow(name="left-behind")
 def nothing() -> None:
-    """What the deployments of this test would run."""
+    """The flow of this test's deployments."""
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def test_runs_of_this_machine_without_a_process_are_marked(client: SyncPrefectCl
     marked = mark_stale_runs(client)
     assert sorted(run.state for run in marked) == ["Cancelled", "Crashed", "Crashed"]
     assert [state_of(client, run) for run in (running, pending, cancelling)] == ["Crashed", "Crashed", "Cancelled"]
-    assert "Retry goes on" in (client.read_flow_run(running).state.message or "")
+    assert "Retry resumes" in (client.read_flow_run(running).state.message or "")
     assert mark_stale_runs(client) == []
 
 
-def test_runs_of_other_machines_and_users_and_those_that_wait_or_ended_are_left_alone(
+def test_runs_of_other_machines_and_users_and_scheduled_or_ended_ones_are_left_alone(
     client: SyncPrefectClient,
 ) -> None:
     states = [(Running(), THERE), (Running(), OTHER_USER), (Scheduled(), HERE), (Completed(), HERE)]
@@ -83,11 +83,11 @@ def test_a_run_with_a_process_is_left_alone(client: SyncPrefectClient) -> None:
     assert [one.state for one in mark_stale_runs(client)] == ["Crashed"]
 
 
-def test_a_run_that_nobody_signed_is_marked_after_a_minute(
+def test_a_pending_run_without_a_worker_is_marked_after_a_minute(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending, started_by_hand = made(client, Pending()), made(client, Running())
     assert mark_stale_runs(client) == []
-    monkeypatch.setattr("flows.services.stale_runs.NAMELESS", timedelta(0))
+    monkeypatch.setattr("flows.services.stale_runs.UNCLAIMED_AFTER", timedelta(0))
     assert len(mark_stale_runs(client)) == 1
     assert [state_of(client, run) for run in (pending, started_by_hand)] == ["Crashed", "Running"]

@@ -1,4 +1,4 @@
-"""`distil up` with its real servers: what it starts, what it leaves behind (nothing), what it keeps (everything)."""
+"""`distil up` with its real servers: its addresses, its refusals, its stop without left-over processes, its restart."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from flows.pipeline import trainer_process as launch
+from flows.pipeline.task_policy import GRACE_SECONDS
 from flows.services import up
 from flows.services.process import free_port
 from flows.services.servers import live_up
@@ -19,18 +19,18 @@ from tests.harness.up import Up, flow_processes, request_json, running_up, start
 
 
 def one_sentence(process: "subprocess.Popen[bytes]", folder: Path) -> str:
-    """What a refused `distil up` says."""
+    """The only line of output of a refused `distil up`."""
     assert process.wait(60) == 1
     (sentence,) = (folder / "out").read_text(encoding="utf-8").splitlines()
     return sentence
 
 
 def test_a_trainer_has_time_for_its_checkpoint() -> None:
-    assert up.WORKER_SECONDS >= launch.GRACE_SECONDS + 30
+    assert up.WORKER_SECONDS >= GRACE_SECONDS + 30
 
 
 def endless(place: Path) -> Path:
-    """The tiny recipe with a training that never ends by itself and never saves by itself."""
+    """The tiny recipe with a training that never ends and writes no checkpoint until it is stopped."""
     text = (place / "tiny.toml").read_text(encoding="utf-8")
     for name, value in (("max_steps", 40), ("checkpoint_steps", 20), ("validate_steps", 20)):
         text = text.replace(f"{name} = {value}", f"{name} = 1_000_000")
@@ -140,7 +140,7 @@ def test_commands_use_its_servers_and_a_killed_worker_ends_it(
         (worker,) = [one for one in started_for(tmp_path) if one.cmdline()[1:3] == ["-m", "flows.services.worker"]]
         kill(worker.pid)
         assert up.process.wait(120) == 1
-        assert f"worker ended by itself with status 137, so all was stopped; see {tmp_path}" in up.output
+        assert f"worker ended with status 137, so all services were stopped; see {tmp_path}" in up.output
         assert started_for(tmp_path) == []
     assert max(set(checkpoints(home)) - finished) >= 20
 
@@ -158,9 +158,7 @@ def distil(environment: dict[str, str], folder: Path, *arguments: str) -> "subpr
     )
 
 
-def test_an_mlflow_that_the_user_named_is_not_passed_over(
-    place: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_an_mlflow_server_of_the_user_is_refused(place: Path, environment: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flows.cli", "up", "tiny.toml", "--home", str(tmp_path / "home")]
     team = environment | {"MLFLOW_TRACKING_URI": "http://me:secret@team:5000"}
     done = subprocess.run(command, cwd=place, env=team, capture_output=True, text=True, timeout=120, check=False)

@@ -73,7 +73,7 @@ def test_files_of_a_result_are_next_to_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("raised", "expected", "said"),
+    ("raised", "expected", "message"),
     [
         (
             ModuleNotFoundError("No module named 'psycopg2'", name="psycopg2"),
@@ -84,7 +84,7 @@ def test_files_of_a_result_are_next_to_the_weights(
     ],
 )
 def test_a_database_that_cannot_be_opened_is_one_sentence_without_its_password(
-    raised: Exception, expected: type[DistilError], said: str, monkeypatch: pytest.MonkeyPatch
+    raised: Exception, expected: type[DistilError], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_uri: str) -> None:
         raise raised
@@ -93,7 +93,7 @@ def test_a_database_that_cannot_be_opened_is_one_sentence_without_its_password(
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql+psycopg2://me:secret@db/mlflow")
     monkeypatch.setattr(registry, "MlflowClient", refuse)
     recipe = simple_recipe()
-    with pytest.raises(expected, match=said) as caught:
+    with pytest.raises(expected, match=message) as caught:
         registry.connect(recipe)
     assert "secret" not in str(caught.value)
 

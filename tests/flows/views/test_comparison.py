@@ -66,7 +66,7 @@ MODELS = {
 }
 
 
-def test_one_column_a_model_and_the_first_against_its_teacher() -> None:
+def test_one_column_per_model_and_the_ratio_of_the_first_to_its_teacher() -> None:
     table = comparison_table("all", MODELS)
     header, rows = table.header, table.sections[""]
     assert header == ["", "small", "control", "teacher", "small / teacher"]

@@ -1,4 +1,4 @@
-"""What people read of failures and results: text from a corpus can be anything and must stay text."""
+"""Tables of failures and results: any text from a corpus must stay text."""
 
 from flows.views.tables import CELL_CHARACTERS, Table, failure_rows, how_to_retry, how_to_retry_all, markdown
 from storage.artifact import Failure
@@ -16,20 +16,20 @@ def failure(message: str) -> Failure:
     return Failure("blocks", "", "part-0001", "FatalError", message, False, message, 7, "", "")
 
 
-def test_the_command_is_that_of_the_user_and_of_a_deployed_run_the_deployment() -> None:
+def test_a_retry_is_the_command_of_the_user_or_the_deployment_of_the_run() -> None:
     (row,) = failure_rows(recipe("mine"), [failure("bad")], "proof/a.toml 'corpus.url=/my data'")
     assert row["how to retry"] == "distil retry proof/a.toml 'corpus.url=/my data' --stage blocks --shard part-0001"
     (row,) = failure_rows(recipe("mine"), [failure("bad")])
     assert "run retry-shard/mine with stage = blocks and shard = part-0001" in row["how to retry"]
 
 
-def test_a_name_that_the_shell_would_take_apart_is_quoted() -> None:
+def test_a_name_that_the_shell_would_split_is_quoted() -> None:
     assert how_to_retry(recipe("mine"), "source", "l'an 1", "mine.toml") == (
         """distil retry mine.toml --stage source --shard 'l'"'"'an 1'"""
     )
 
 
-def test_what_can_be_done_about_a_table_depends_on_who_started_the_run() -> None:
+def test_the_remedy_depends_on_who_started_the_run() -> None:
     assert "the command in the last column" in how_to_retry_all(recipe("mine"), "mine.toml")
     assert "retry-shard/mine" in how_to_retry_all(recipe("mine"))
 

@@ -170,7 +170,7 @@ def test_missing_file_that_a_checksum_file_names_fails(corpus: Any) -> None:
     corpus.oscar_2301("fr_meta/part_1.jsonl")
     corpus.checksums("fr_meta/fr_sha256.txt")
     missing.unlink()
-    with pytest.raises(FatalError, match=r"fr_meta/part_2\.jsonl is named in a checksum file but is not there"):
+    with pytest.raises(FatalError, match=r"fr_meta/part_2\.jsonl is named in a checksum file but does not exist"):
         take_snapshot(corpus.settings())
     assert take_snapshot(corpus.settings(), partial=True).absent == ("fr_meta/part_2.jsonl",)
     assert labels(corpus.settings(pattern="part_1*")) == ["part_1"]

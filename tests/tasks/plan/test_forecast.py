@@ -28,7 +28,7 @@ SAMPLE = Sample(
     read_seconds=0.1,
     block_seconds=2.0,
 )
-STOCK = Inventory(
+INVENTORY = Inventory(
     sources=10,
     source_bytes=100_000,
     unread_bytes=100_000,
@@ -40,11 +40,11 @@ STOCK = Inventory(
     kept=dict.fromkeys(("shard", "blocks", "targets", "model"), 0),
 )
 FILES = 10 * (1_900 + 22 * 32)
-"""Bytes of ten targets files, one a source, without what is in them."""
+"""Bytes of ten targets files, one per source, without their payload."""
 TARGETS = 1_000 * 20 + 15_000 * 34 + FILES
-"""int8: width + 2 bytes a position."""
-PACE = Timings("CPU", rows=10, load=0.0, capture=0.5, step=4.0, start=0.0, save=0.0)
-"""The teacher takes half a second a block; a step has ten blocks."""
+"""int8: width + 2 bytes per position."""
+TIMINGS = Timings("CPU", rows=10, load=0.0, capture=0.5, step=4.0, start=0.0, save=0.0)
+"""The teacher takes half a second per block; a step has ten blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,10 @@ def recipe_of(teacher: Path, **sections: dict[str, object]) -> Recipe:
 
 
 def forecast(
-    recipe: Recipe, stock: Inventory = STOCK, free: int | None = 10**12, prices: Prices | None = None
+    recipe: Recipe, inventory: Inventory = INVENTORY, free: int | None = 10**12, prices: Prices | None = None
 ) -> Forecast:
     shape = ModelShape(width=32, vocab_size=200, parameters=1_000)
-    return make_forecast(recipe, stock, SAMPLE, shape, PACE, Machine(2, 1.0), free, prices or Prices(3.6, 10.0))
+    return make_forecast(recipe, inventory, SAMPLE, shape, TIMINGS, Machine(2, 1.0), free, prices or Prices(3.6, 10.0))
 
 
 def test_bytes_by_stage(teacher: Path) -> None:
@@ -94,16 +94,21 @@ def test_bytes_by_stage(teacher: Path) -> None:
     assert found.bytes["model"].total > 4_000
 
 
-def test_what_is_done_is_counted_apart(teacher: Path) -> None:
+def test_the_best_checkpoint_is_counted_where_the_result_is_the_best(teacher: Path) -> None:
+    recipe = recipe_of(teacher).with_changes({"train.result": "best", "train.validate_steps": 50})
+    assert forecast(recipe).sizes.bytes["checkpoint"].total == 3 * 3 * 4_000
+
+
+def test_done_and_remaining_artifacts_are_counted_separately(teacher: Path) -> None:
     """Half of the sources were read; their text has no targets yet."""
-    stock = replace(
-        STOCK,
+    inventory = replace(
+        INVENTORY,
         unread_bytes=50_000,
         text_bytes=200_000,
         untaught_bytes=200_000,
         kept={"shard": 220_000, "blocks": 102_000, "targets": 0, "model": 0},
     )
-    found = forecast(recipe_of(teacher), stock)
+    found = forecast(recipe_of(teacher), inventory)
     shard, blocks, targets = (found.sizes.bytes[name] for name in ("shard", "blocks", "targets"))
     assert (shard.total, shard.done, shard.left) == pytest.approx((440_000, 220_000, 220_000))
     assert (blocks.total, blocks.left) == pytest.approx((204_000, 102_000))
@@ -113,7 +118,7 @@ def test_what_is_done_is_counted_apart(teacher: Path) -> None:
     assert found.need == pytest.approx(1.1 * found.sizes.left)
 
 
-def test_seconds_by_stage_use_the_cores_that_there_are(teacher: Path) -> None:
+def test_seconds_by_stage_are_limited_by_the_cores(teacher: Path) -> None:
     found = forecast(recipe_of(teacher)).seconds
     assert found["source"].total == pytest.approx(5.0)
     assert found["blocks"].total == pytest.approx(100.0)
@@ -124,7 +129,7 @@ def test_seconds_by_stage_use_the_cores_that_there_are(teacher: Path) -> None:
 
 
 def test_one_source_is_the_work_of_one_process(teacher: Path) -> None:
-    found = forecast(recipe_of(teacher), replace(STOCK, sources=1, largest_unread=100_000)).seconds
+    found = forecast(recipe_of(teacher), replace(INVENTORY, sources=1, largest_unread=100_000)).seconds
     assert found["source"].total == pytest.approx(10.0)
 
 
@@ -144,10 +149,10 @@ def test_break_even_of_one_epoch_is_the_second_run(teacher: Path) -> None:
     assert found.break_even.online == pytest.approx(900)
     assert found.break_even.runs == 2
     assert "from run 2 on" in found.advice
-    # 556 kB for a month at a million a terabyte: 0.56; saved in a run: 500 s at 3.6 an hour: 0.5.
-    dear = forecast(recipe_of(teacher), prices=Prices(3.6, 1_000_000.0))
-    assert dear.break_even is not None
-    assert (dear.break_even.runs, dear.break_even.runs_with_storage) == (2, 3)
+    # 556 kB for a month at a million per terabyte: 0.56; saved by a run: 500 s at 3.6 per hour: 0.5.
+    expensive = forecast(recipe_of(teacher), prices=Prices(3.6, 1_000_000.0))
+    assert expensive.break_even is not None
+    assert (expensive.break_even.runs, expensive.break_even.runs_with_storage) == (2, 3)
 
 
 def test_several_epochs_pay_at_once_and_several_masks_do_not(teacher: Path) -> None:
@@ -170,7 +175,7 @@ def test_an_online_recipe_is_timed_with_its_teacher(teacher: Path) -> None:
     assert "targets" not in found.seconds
 
 
-def test_every_encoding_and_the_recipe_own(teacher: Path) -> None:
+def test_every_encoding_is_a_choice_and_the_recipe_own_is_marked(teacher: Path) -> None:
     choices = {(one.encoding, one.positions): one for one in forecast(recipe_of(teacher)).choices}
     assert len(choices) == 8
     assert choices["bf16", "all"].bytes == pytest.approx(1_000 * 20 + 100_000 * 64)
@@ -183,11 +188,11 @@ def test_money_and_rate(teacher: Path) -> None:
     assert found.cost["machine"] == pytest.approx(found.total_seconds.left / 3_600 * 3.6)
     total = sum(amount.total for amount in found.sizes.bytes.values())
     assert found.cost["storage_month"] == pytest.approx(total / 1e12 * 10)
-    # Ten blocks a step of four seconds: ids, and 15 positions of 34 bytes with 20 a block.
+    # A step of ten blocks takes four seconds; a block has its ids, 20 bytes, and 15 positions of 34 bytes.
     assert found.read_rate == pytest.approx(10 * (204 + 20 + 15 * 34) / 4.0)
 
 
-def test_what_does_not_fit_is_said_with_what_would(teacher: Path) -> None:
+def test_a_run_that_does_not_fit_gets_settings_that_would(teacher: Path) -> None:
     everything = recipe_of(teacher, targets={"positions": "all"})
     found = forecast(everything, free=2_000_000)
     assert found.need > 2_000_000

@@ -1,4 +1,4 @@
-"""A measured sample: whole corpora are counted exactly, and a beginning says what the whole file holds."""
+"""A measured sample: small corpora are counted exactly, and the beginning of a file predicts the complete file."""
 
 import random
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.harness.tiny import documents, save_tokenizer
 from tests.tasks.conftest import CorpusFolder
 
 BIG = 300
-"""Documents of a big source, 10,000 characters each."""
+"""Documents of a large source, 10,000 characters each."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def sampled(store: Store, corpus: CorpusSettings, tokenizer: str, budget: int, *
 
 
 def hexadecimal(seed: int) -> list[str]:
-    """Texts that hardly pack: half a byte a character."""
+    """Texts that compress badly, to half a byte per character."""
     draw = random.Random(seed)
     return [draw.randbytes(5_000).hex() for _ in range(BIG)]
 
@@ -60,7 +60,7 @@ def test_a_small_corpus_is_counted_exactly(store: Store, corpus: CorpusFolder, t
 
 
 @pytest.mark.parametrize("name", ["big.jsonl.zst", "big.jsonl.gz", "big.jsonl", "big.parquet"])
-def test_a_beginning_says_what_the_whole_holds(
+def test_the_beginning_predicts_the_complete_source(
     name: str, store: Store, corpus: CorpusFolder, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LEAST", 300_000)
@@ -75,10 +75,10 @@ def test_a_beginning_says_what_the_whole_holds(
     assert size * found.text_bytes / found.source_bytes == pytest.approx(10_000 * BIG, rel=0.05)
 
 
-def test_text_whose_packing_gets_better_is_not_taken_for_less(
+def test_text_that_compresses_better_later_is_not_underestimated(
     store: Store, corpus: CorpusFolder, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second half of the beginning, which packs well, stands for the rest."""
+    """The second half of the beginning, which compresses well, predicts the rest."""
     monkeypatch.setattr(module, "LEAST", 700_000)
     fresh, known = hexadecimal(1)[:60], hexadecimal(1)[:6]
     corpus.oscar_2301("big.jsonl.zst", [*fresh, *(f"{a[:2000]}{b[:8000]}" for a in hexadecimal(2) for b in known)])
@@ -89,13 +89,13 @@ def test_text_whose_packing_gets_better_is_not_taken_for_less(
     assert size * found.text_bytes / found.source_bytes == pytest.approx(whole, rel=0.2)
 
 
-def test_a_pair_is_sampled_as_what_it_is(store: Store, corpus: CorpusFolder, tokenizer: str) -> None:
-    """Its text alone would look like one document a line."""
+def test_a_source_with_a_companion_file_keeps_its_documents(store: Store, corpus: CorpusFolder, tokenizer: str) -> None:
+    """Its text alone would look like one document per line."""
     corpus.oscar_2109(1, ["\n".join(f"Phrase {i}." for i in range(2000)), "Deux."])
     assert sampled(store, corpus.settings(), tokenizer, 10_000_000).documents == 2
 
 
-def test_a_bad_source_is_an_error_or_passed_over(store: Store, corpus: CorpusFolder, tokenizer: str) -> None:
+def test_a_bad_source_is_an_error_or_skipped(store: Store, corpus: CorpusFolder, tokenizer: str) -> None:
     corpus.oscar_2301("good.jsonl", documents(20))
     corpus.write("bad.jsonl", b'{"title": 1}\n' * 30)
     with pytest.raises(FatalError, match=r"bad\.jsonl"):

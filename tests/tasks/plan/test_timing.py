@@ -1,4 +1,4 @@
-"""The timed steps of `distil plan` run in a process of their own, and errors come back as one sentence."""
+"""The timings of `distil plan` run in a separate process, and its errors are one sentence."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +76,6 @@ def test_an_error_of_the_timed_process_is_one_sentence(scratch: Workspace) -> No
         measure(scratch, (), SECONDS)
 
 
-def test_nothing_is_timed_where_no_model_runs(scratch: Workspace) -> None:
+def test_nothing_is_timed_if_no_model_runs(scratch: Workspace) -> None:
     online = scratch.with_changes({"targets.source": "online"})
     assert measure(online, (), SECONDS, training=False).capture == 0

@@ -129,7 +129,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(place: Path, tmp_path: Pa
 
 
 def logits(run: RunSpec) -> torch.Tensor:
-    """What the finished model says of a few rows of tokens."""
+    """The logits of the finished model on a few rows of tokens."""
     store = Store(run.store)
     model = AutoModelForMaskedLM.from_pretrained(store.local(store.receipt(run.model_ref))).eval()
     input_ids = torch.arange(4 * 16).view(4, 16) % model.config.vocab_size

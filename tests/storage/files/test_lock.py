@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from storage import lock as locks
+from storage.files import lock as locks
 from storage.errors import RetryableError
-from storage.lock import acquire, try_acquire
+from storage.files.lock import acquire, try_acquire
 
 HOLDER = """
 import sys
 from pathlib import Path
-from storage.lock import acquire
+from storage.files.lock import acquire
 lock = acquire(Path(sys.argv[1]), shared=sys.argv[2] == "shared")
 print("held", flush=True)
 sys.stdin.read()

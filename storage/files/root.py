@@ -16,9 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from storage.disk import write_file
 from storage.errors import FatalError
-from storage.filesystem import files_below, on_this_machine, open_url, translate_errors, with_retries, write_object
+from storage.files.disk import write_file
+from storage.files.filesystem import (
+    files_below,
+    on_this_machine,
+    open_url,
+    translate_errors,
+    with_retries,
+    write_object,
+)
 from storage.fingerprint import canonical_json
 
 S = TypeVar("S")

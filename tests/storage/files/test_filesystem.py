@@ -13,7 +13,7 @@ import pytest
 
 from storage.arrow import BLOCKS_FILE
 from storage.errors import FatalError, RetryableError
-from storage.filesystem import PARALLEL_PARTS, files_below, has_password, open_url
+from storage.files.filesystem import PARALLEL_PARTS, files_below, has_password, open_url
 from storage.lease import Lease
 from storage.maintenance import gc, verify
 from storage.store import Store
@@ -103,7 +103,7 @@ def test_verify_finds_truncated_altered_and_deleted_objects(store: Store) -> Non
 
 
 def test_verify_reads_a_large_object_part_by_part(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.filesystem.PART_BYTES", 5 << 20)
+    monkeypatch.setattr("storage.files.filesystem.PART_BYTES", 5 << 20)
     receipt = put(store, "a", os.urandom(12 << 20))
     assert verify(reopened(store)) == []
     data = bytearray(store.fs.cat_file(data_path(store, receipt)))
@@ -134,7 +134,7 @@ def test_a_large_file_is_transferred_in_parts_with_bounded_memory(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = 5 << 20  # the smallest that S3 allows
-    monkeypatch.setattr("storage.filesystem.PART_BYTES", part)
+    monkeypatch.setattr("storage.files.filesystem.PART_BYTES", part)
     size = 24 * part + 5
     with store.scratch() as folder:
         with (folder / "big").open("wb") as file:
@@ -155,7 +155,7 @@ def test_a_large_file_is_transferred_in_parts_with_bounded_memory(
 
 def test_a_truncated_upload_makes_no_artifact(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size is requested before the receipt is written."""
-    monkeypatch.setattr("storage.filesystem.PAUSES", (0.0,))
+    monkeypatch.setattr("storage.files.filesystem.PAUSES", (0.0,))
     monkeypatch.setattr(store.fs, "info", lambda path: {"size": 2})
     with pytest.raises(RetryableError, match="2 bytes after an upload of 5"):
         put(store, "a")
@@ -208,7 +208,7 @@ def test_a_missing_bucket_is_named(store: Store) -> None:
 
 def test_a_dead_endpoint_raises_a_retryable_error(store: Store, s3: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    monkeypatch.setattr("storage.filesystem.PAUSES", (0.0,))
+    monkeypatch.setattr("storage.files.filesystem.PAUSES", (0.0,))
     s3.kill()
     check_all(reopened(store), RetryableError, "did not answer: Could not connect")
     s3.start()

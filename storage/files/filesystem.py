@@ -20,8 +20,8 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 
-from storage.disk import DISK_ERRORS
 from storage.errors import DistilError, FatalError, RetryableError
+from storage.files.disk import DISK_ERRORS
 
 T = TypeVar("T")
 
