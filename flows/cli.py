@@ -129,7 +129,7 @@ def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Hash every file of the store again, withdraw damaged artifacts, and list what the recipe lacks."""
     loaded = _recipe(recipe, overrides)
     from flows.home import open_workspace
-    from flows.maintenance import verify_store
+    from flows.verify import verify_store
 
     verify_store(open_workspace(loaded), _command_line(recipe, overrides))
 
@@ -150,7 +150,7 @@ def gc(
     if others or not recipes:
         raise typer.BadParameter("name recipe files and settings only", param_hint="RECIPE.toml...")
     loaded = [_recipe(Path(path), overrides) for path in recipes]
-    from flows.maintenance import collect_garbage
+    from flows.garbage_collection import collect_garbage
 
     collect_garbage(loaded, delete=delete)
 

@@ -21,20 +21,20 @@ from prefect.states import Completed
 
 from flows.home import link_model, open_workspace
 from flows.inventory import planned_training, trained_under_schema_1
-from flows.pipeline.finished import all_done, remember_done, show_done
+from flows.pipeline.already_done import all_done, remember_done, show_done
 from flows.pipeline.preparation import Prepared, failed_state, prepare_corpus, silently_missing
 from flows.pipeline.remote_text import prepare_text_remotely
 from flows.pipeline.task_policy import bound_flow, run_one
 from flows.pipeline.trainer_process import Line, launch_trainer
 from flows.release.card import TrainedModel, publish_card
-from flows.release.champion import score_champion
 from flows.release.gate import GateDecision, decide_in_flow, gate_rows
+from flows.release.rescore_champion import score_champion
 from flows.release.version_results import record_results
-from flows.scoring.compute import failure_sentence, score_models
+from flows.scoring.compute_scores import failure_sentence, score_models
 from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels, control_of, protocol_of
-from flows.scoring.record import record_scores
-from flows.tracking.registry import Version
-from flows.tracking.runs import MlflowRuns, open_mlflow_runs
+from flows.scoring.record_scores import record_scores
+from flows.tracking.mlflow_runs import MlflowRuns, open_mlflow_runs
+from flows.tracking.model_registry import Version
 from flows.views.prefect_artifacts import publish_failures, publish_result
 from flows.views.summary import RunSummary, summary_sections
 from flows.views.tables import Table, bar, show_table
@@ -42,10 +42,10 @@ from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.lineage import Workspace
-from tasks.models.files import model_content_key
+from tasks.models.model_files import model_content_key
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
-from tasks.recipe.run_spec import METRICS, RunSpec
+from tasks.recipe.run_json import METRICS, RunSpec
 from tasks.release.results import protocol_keys, set_results
 from tasks.train.metrics import read_metrics
 

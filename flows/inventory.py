@@ -1,4 +1,4 @@
-"""A recipe's artifacts against the store: planned training run, wanted and missing artifacts, artifacts that gc keeps.
+"""A recipe's artifacts against the store: planned training run, wanted and missing artifacts.
 
 run = planned_training(workspace)
 rows = stage_rows(workspace)            # per stage: wanted, done, bytes, missing, failed
@@ -9,13 +9,10 @@ from dataclasses import dataclass
 
 from flows.home import REGISTERED
 from storage.artifact import Ref
-from storage.errors import FatalError
-from storage.lease import leased_artifacts
 from storage.store import Store
 from tasks.lineage import Workspace, plan_training, training_key, training_key_schema_1
-from tasks.recipe.config import Recipe
-from tasks.recipe.run_spec import RunSpec
-from tasks.recipe.run_spec import model_ref as ref_of_model
+from tasks.recipe.run_json import RunSpec
+from tasks.recipe.run_json import model_ref as ref_of_model
 
 
 def planned_training(workspace: Workspace) -> RunSpec:
@@ -48,7 +45,7 @@ def with_local_start(workspace: Workspace) -> Workspace:
     if not recipe.train.warm_start.startswith(REGISTERED):
         return workspace
     # Deferred: it imports MLflow, which takes seconds and which most recipes do not need here.
-    from flows.tracking.registry import fetch_model
+    from flows.tracking.model_registry import fetch_model
 
     return workspace.with_warm_start(str(fetch_model(recipe, recipe.train.warm_start)))
 
@@ -99,27 +96,3 @@ def model_ref(workspace: Workspace) -> Ref | None:
     if not workspace.lineage.shards or workspace.lineage.lacks(workspace.store):
         return None
     return planned_model(workspace)
-
-
-def artifacts_to_keep(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
-    """(kind, key) of every artifact that `gc` must keep.
-
-    These are the recipes' artifacts and samples, all models and scores, the checkpoints of unfinished trainings, and
-    what running trainings read, from any snapshot. FatalError: a source of a recipe is not done.
-    """
-    from tasks.train.checkpoint import unfinished_checkpoints  # deferred: torch takes seconds to import
-
-    keep = {(kind, key) for kind in ("model", "scores") for key in store.keys(kind)}
-    keep |= {("checkpoint", key) for key in unfinished_checkpoints(store)}
-    keep |= leased_artifacts(store)
-    for recipe in recipes:
-        lineage = Workspace(store, recipe).lineage
-        unread = [source.label for source, ref in lineage.sources if ref is None or not store.has(ref)]
-        if unread:
-            raise FatalError(
-                f"recipe {recipe.name}: source {unread[0]} is not done, so it is not known what belongs to it and gc "
-                "could drop too much; run `distil retry` first"
-            )
-        keep |= {(ref.kind, ref.key) for refs in lineage.stages().values() for ref in refs}
-        keep |= {(ref.kind, ref.key) for ref in lineage.sample}
-    return keep

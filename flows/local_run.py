@@ -35,7 +35,7 @@ def run_flow(recipe: Recipe, module: str, name: str, **arguments: Any) -> None:
 def run_chain_unless_done(recipe: Recipe, command: str) -> None:
     """Runs the flow `distill`; where the store already has everything, shows the stored result without any server."""
     from flows.home import open_workspace
-    from flows.pipeline.finished import all_done, show_done
+    from flows.pipeline.already_done import all_done, show_done
 
     workspace = open_workspace(recipe)
     done = all_done(workspace)

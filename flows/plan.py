@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 from flows.home import open_workspace
 from flows.inventory import model_ref, with_local_start
 from flows.pipeline.process_pool import workers
-from storage.maintenance import free_bytes
 from storage.store import Store
 from tasks.lineage import Workspace, check_teacher
 from tasks.plan.forecast import Forecast, Prices, at_once, make_forecast
+from tasks.plan.free_space import free_bytes
 from tasks.plan.sample import Sample, take_sample
 from tasks.plan.sizes import shape_of, take_inventory
 from tasks.plan.timing import describe_machine, measure

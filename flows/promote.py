@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed
 
 from flows.pipeline.task_policy import bound_flow
 from flows.release.gate import PromotionRequest, decide_in_flow, gate_rows, requester, set_rows
-from flows.tracking.registry import open_registry
+from flows.tracking.model_registry import open_registry
 from flows.views.tables import Table, show_table
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe

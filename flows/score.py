@@ -22,7 +22,7 @@ from flows.pipeline.preparation import failed_state, prepare_heldout
 from flows.pipeline.task_policy import bound_flow
 from flows.release.card import FIGURE
 from flows.release.version_results import record_results
-from flows.scoring.compute import failure_sentence, score_models
+from flows.scoring.compute_scores import failure_sentence, score_models
 from flows.scoring.evaluated_models import (
     TEACHER,
     EvaluatedModel,
@@ -33,8 +33,8 @@ from flows.scoring.evaluated_models import (
     with_tokenizer_of,
 )
 from flows.scoring.finetuned import SeedSelection
-from flows.scoring.record import record_scores
-from flows.tracking.runs import open_mlflow_runs
+from flows.scoring.record_scores import record_scores
+from flows.tracking.mlflow_runs import open_mlflow_runs
 from flows.views.comparison import comparison_table, fill_mask_table, notes
 from flows.views.prefect_artifacts import best_effort, publish_failures
 from flows.views.tables import Table, markdown, show_table

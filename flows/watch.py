@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
 from flows.home import open_workspace
-from flows.pipeline.finished import all_done
+from flows.pipeline.already_done import all_done
 from flows.pipeline.task_policy import bound_flow, run_one
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
@@ -189,7 +189,7 @@ def _warm(recipe: Recipe) -> Recipe:
     """The recipe, warm-started from the present champion if it says so; by version, so that a Retry gets the same."""
     if not recipe.watch.warm_start:
         return recipe
-    from flows.tracking.registry import champion_of  # deferred: MLflow takes seconds to import
+    from flows.tracking.model_registry import champion_of  # deferred: MLflow takes seconds to import
 
     champion = champion_of(recipe)
     if champion is None:

@@ -18,9 +18,9 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from tasks.corpus.shard import heldout_of, shards_of, source_ref
 from tasks.corpus.snapshot import Snapshot, Source, source_content, take_snapshot
-from tasks.models.files import fingerprint_of, vocabulary_rows
+from tasks.models.model_files import fingerprint_of, vocabulary_rows
 from tasks.recipe.config import CorpusSettings, Recipe, TeacherSettings
-from tasks.recipe.run_spec import Part, RunSpec, key_of_run, key_of_run_schema_1, make_run
+from tasks.recipe.run_json import Part, RunSpec, key_of_run, key_of_run_schema_1, make_run
 from tasks.targets.keys import calibration_ref, needs_calibration, targets_ref
 from tasks.tokens.blocks import blocks_ref
 from tasks.tokens.token_counts import counts_ref

@@ -132,7 +132,7 @@ def test_limits_of_servers_and_transfers_are_those_of_the_guides() -> None:
     from flows.services.auth import LEAST_CHARACTERS
     from flows.services.servers import RETENTION
     from storage.files.filesystem import PARALLEL_PARTS, PART_BYTES
-    from storage.maintenance import DAY
+    from storage.garbage_collection import DAY
 
     assert RETENTION["PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD"] == str(90 * 86_400)
     assert (PART_BYTES, PARALLEL_PARTS) == (16 * 2**20, 4)

@@ -80,10 +80,11 @@ def files(paths: Sequence[str] = ()) -> Iterator[Path]:
     roots = [REPO / path for path in paths or FOLDERS]
     found: Iterable[Path] = (path for root in roots for path in ([root] if root.is_file() else root.rglob("*")))
     top = () if paths else REPO.iterdir()
-    for path in sorted({*found, *top}):
-        if path.suffix in SUFFIXES and path.is_file() and path not in (Path(__file__).resolve(), REPO / EXEMPT):
-            if not path.relative_to(REPO).match(RECORDS):
-                yield path
+    exempt = {Path(__file__).resolve(), REPO / EXEMPT}
+    for path in sorted({*found, *top} - exempt):
+        is_record = path.relative_to(REPO).match(RECORDS)
+        if path.suffix in SUFFIXES and path.is_file() and not is_record:
+            yield path
 
 
 def findings(path: Path) -> Iterator[Finding]:

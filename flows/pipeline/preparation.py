@@ -21,9 +21,8 @@ from flows.pipeline.jobs import block_jobs, calibration_jobs, count_jobs, source
 from flows.pipeline.stage import Job, run_stage
 from flows.views.prefect_artifacts import publish_failures
 from storage.artifact import Failure, Ref
-from storage.maintenance import free_bytes
 from tasks.lineage import SAMPLE_SHARDS, Lineage, Workspace, check_teacher, freeze_sample
-from tasks.plan.free_space import check_store_has_space
+from tasks.plan.free_space import check_store_has_space, free_bytes
 
 VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration": "calibrate", "targets": "teach"}
 """Stage, as in the store and in `distil status`, and the verb in the names of its task runs."""

@@ -22,7 +22,7 @@ from flows.pipeline.task_policy import GRACE_SECONDS
 from flows.services.process import with_repo_on_path
 from storage.errors import FatalError, RetryableError
 from tasks.parent_death import signal_on_parent_death
-from tasks.recipe.run_spec import EXIT_RETRYABLE, METRICS, RunSpec, write_run
+from tasks.recipe.run_json import EXIT_RETRYABLE, METRICS, RunSpec, write_run
 
 POLL_SECONDS = 0.5
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.tracking.registry import Version
-from flows.tracking.runs import MlflowRuns
+from flows.tracking.mlflow_runs import MlflowRuns
+from flows.tracking.model_registry import Version
 from tasks.eval.scores import Scores
 from tasks.lineage import Workspace
-from tasks.recipe.run_spec import METRICS, RunSpec
+from tasks.recipe.run_json import METRICS, RunSpec
 from tasks.release.figure import render_figure
 from tasks.release.model_card import CardFacts, model_card
 from tasks.release.results import summarize_models

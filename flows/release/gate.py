@@ -19,7 +19,7 @@ from flows.home import user
 from flows.pipeline.task_policy import run_one
 from flows.release.approval import ask_for_approval
 from flows.release.version_results import newest_results, protocols_by_set, result_on
-from flows.tracking.registry import ModelRegistry, Version
+from flows.tracking.model_registry import ModelRegistry, Version
 from flows.views.tables import Rows, Table, markdown
 from storage.files.lock import acquire
 from tasks.recipe.config import GateSettings, Recipe

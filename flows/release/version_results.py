@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from flows.tracking.registry import ModelRegistry, Version
+from flows.tracking.model_registry import ModelRegistry, Version
 from tasks.release.results import NOT_RUN, SetResult
 
 RESULT_TAG = "distil.standing."

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.home import REGISTERED
-from flows.tracking.registry import fetch_model, open_registry
+from flows.tracking.model_registry import fetch_model, open_registry
 from storage.errors import FatalError
 from tasks.eval.protocol import Protocol, load_protocol
 from tasks.eval.scores import Scores
 from tasks.lineage import vocabulary_of
-from tasks.models.files import model_content_key, resolve_model
+from tasks.models.model_files import model_content_key, resolve_model
 from tasks.recipe.config import Recipe
 from tasks.tokens.vocabulary import load_vocabulary
 

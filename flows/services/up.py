@@ -103,7 +103,7 @@ def _run(services: list[Service], recipes: Sequence[Recipe], home: str, addresse
     print(f"starting Prefect and MLflow for {home}", flush=True)
     services.append(mlflow_server(home, _port(addresses["mlflow"])))
     services.append(prefect_server(home, _port(addresses["prefect_ui"])))
-    services.append(_service("register", home, _recipes_file(recipes, home), POOL))
+    services.append(_service("register_deployments", home, _recipes_file(recipes, home), POOL))
     mlflow, prefect, register = services
     wait_until_up(prefect)
     for line in finish(register, REGISTER_SECONDS):
@@ -125,7 +125,7 @@ def _service(name: str, home: str, *arguments: str, grace: float = STOP_SECONDS)
 
 
 def _recipes_file(recipes: Sequence[Recipe], home: str) -> str:
-    """Writes the recipes to a file for register.py and returns its path."""
+    """Writes the recipes to a file for register_deployments.py and returns its path."""
     path = Path(home) / "run" / "recipes.json"
     values = [recipe.model_dump(mode="json", by_alias=True) for recipe in recipes]
     path.write_text(json.dumps(values), encoding="utf-8")

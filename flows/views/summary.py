@@ -10,10 +10,10 @@ from statistics import median
 from typing import Any
 
 from flows.views.comparison import FIGURES, WORDS, agreement, counted, not_run_parts, ratio_text, spread_text
-from flows.views.places import MADE, MODEL, WHERE, places
+from flows.views.links import MADE, MODEL, WHERE, places
 from flows.views.tables import Rows, number, seconds, size
 from tasks.lineage import Workspace
-from tasks.recipe.run_spec import METRICS, RunSpec
+from tasks.recipe.run_json import METRICS, RunSpec
 from tasks.train.metrics import read_metrics
 
 Scores = Mapping[str, Any]

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
@@ -23,10 +22,9 @@ from storage.errors import FatalError
 from storage.files.filesystem import on_this_machine
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
+from tasks.corpus.checksums import is_checksum_file, read_checksums
 from tasks.corpus.listing import FolderListing, list_folder, listing_errors, natural_key, stamp_of
 from tasks.recipe.config import CorpusSettings
-
-_CHECKSUM_FILE = re.compile(r"sha256|checksum", re.IGNORECASE)
 
 _SKIPPED_NAMES = re.compile(
     r"[._]|(readme|licen[cs]e|notice|copying|origin)|.*\.md$|(.*[._-])?(md5|sha1|sha512)(sums?)?([._-].*)?$",
@@ -38,8 +36,6 @@ _SUFFIXES = re.compile(r"(\.(jsonl?|txt|parquet|gz|zst))+$", re.IGNORECASE)
 _TEXT_OF_PAIR = re.compile(r"(?P<stem>[A-Za-z-]+)_part_(?P<number>\d+)\.txt(\.gz|\.zst)?")
 
 _METADATA_OF_PAIR = re.compile(r"(?P<stem>[A-Za-z-]+)_meta_part_(?P<number>\d+)\.jsonl(\.gz|\.zst)?")
-
-_CHECKSUM_LINE = re.compile(r"(?P<hash>[0-9a-fA-F]{64}) [ *]?(?P<name>\S.*)")
 
 _LABEL_LENGTH = 100
 
@@ -98,7 +94,7 @@ def snapshot_of(folder: FolderListing, corpus: CorpusSettings, *, partial: bool 
     """
     fs, files = folder.fs, folder.files
     with listing_errors(corpus.url):
-        checksums = _checksums(fs, folder.root, files)
+        checksums = read_checksums(fs, folder.root, files)
     absent = tuple(sorted(name for name in checksums.keys() - files.keys() if _matches_pattern(name, corpus.pattern)))
     if absent and not partial:
         more = f" (nor are {len(absent) - 1} others)" if absent[1:] else ""
@@ -118,34 +114,6 @@ def snapshot_of(folder: FolderListing, corpus: CorpusSettings, *, partial: bool 
         )
     sources.sort(key=lambda source: natural_key(source.name))
     return Snapshot(corpus.url, tuple(_with_unique_labels(sources)), absent)
-
-
-def parse_checksums(text: str, file: str) -> dict[str, str]:
-    """Hex sha256 by name, from lines `hash name` of OSCAR (one space) or sha256sum (two spaces, or one and `*`).
-
-    FatalError, with its line: another format, a name that leads out of the folder or has unprintable characters, or
-    two hashes for one name.
-    """
-    found: dict[str, str] = {}
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
-        line = line.rstrip("\r")
-        if not line.strip():
-            continue
-        match = _CHECKSUM_LINE.fullmatch(line)
-        if match is None:
-            raise FatalError(f"{file}, line {number}: not `sha256 name` but {line[:80]!r}", file, number)
-        name, digest = match["name"].removeprefix("./"), match["hash"].lower()
-        parts = name.split("/")
-        if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
-            raise FatalError(
-                f"{file}, line {number}: the name {name[:80]!r} leads out of the folder or has unprintable characters; "
-                "correct it",
-                file,
-                number,
-            )
-        if found.setdefault(name, digest) != digest:
-            raise FatalError(f"{file}, line {number}: a second, different hash of {name}", file, number)
-    return found
 
 
 def source_content(store: Store, source: Source) -> str | None:
@@ -170,38 +138,16 @@ def _identity(source: Source) -> str:
 # ---- source files and checksum files -----------------------------------------------------------------------
 
 
-def _checksums(fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str]) -> dict[str, str]:
-    """Hex sha256 by path below the folder, from every checksum file; its names are relative to its own folder."""
-    found: dict[str, str] = {}
-    for path in files:
-        if not _is_checksum_file(path):
-            continue
-        try:
-            text = fs.cat_file(f"{root.rstrip('/')}/{path}").decode()
-        except UnicodeDecodeError as error:
-            raise FatalError(f"{path}: a checksum file that is not UTF-8; fix or remove it", path) from error
-        for name, digest in parse_checksums(text, path).items():
-            full_name = (PurePosixPath(path).parent / name).as_posix()
-            if found.setdefault(full_name, digest) != digest:
-                raise FatalError(f"{path}: {name} has another hash in another checksum file; remove one", path)
-    return found
-
-
 def _source(fs: fsspec.AbstractFileSystem, name: str, detail: Mapping[str, Any], sha256: str | None) -> Source:
     path = detail.get("name", name)
     url = path if on_this_machine(fs) else fs.unstrip_protocol(path)
     return Source(name, url, int(detail["size"]), stamp_of(detail), sha256, _safe_label(name))
 
 
-def _is_checksum_file(path: str) -> bool:
-    name = path.rsplit("/", 1)[-1]
-    return bool(_CHECKSUM_FILE.search(name)) and not re.search(r"\.(jsonl?|parquet|gz|zst)$", name)
-
-
 def _is_source(path: str) -> bool:
     parts = path.split("/")
     hidden = any(part.startswith((".", "_")) for part in parts[:-1])
-    return not hidden and not _SKIPPED_NAMES.match(parts[-1]) and not _is_checksum_file(path)
+    return not hidden and not _SKIPPED_NAMES.match(parts[-1]) and not is_checksum_file(path)
 
 
 def _matches_pattern(path: str, pattern: str) -> bool:

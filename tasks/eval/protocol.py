@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.recipe.config import Section
 from tasks.recipe.load import read_toml, validated
 

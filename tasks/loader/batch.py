@@ -25,7 +25,7 @@ from tasks.loader.dataset import BlockDataset
 from tasks.loader.order import DataOrder, Indices
 from tasks.loader.prefetch import ReadAhead
 from tasks.recipe.config import MaskSettings
-from tasks.targets.file import check_digests
+from tasks.targets.targets_file import check_digests
 from tasks.tokens.mask import IGNORE_INDEX, MaskedRows, mask_rows, row_digests
 from tasks.tokens.vocabulary import Vocabulary
 

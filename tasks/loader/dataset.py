@@ -16,9 +16,9 @@ from typing import Any, TypeVar, cast
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.recipe.run_spec import Part
+from tasks.recipe.run_json import Part
 from tasks.targets.codec import Codec
-from tasks.targets.file import TargetRows, open_targets
+from tasks.targets.targets_file import TargetRows, open_targets
 from tasks.tokens.blocks import Blocks, open_blocks
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import FatalError
-from tasks.models.files import folder_fingerprint, resolve_model, weight_files
+from tasks.models.model_files import folder_fingerprint, resolve_model, weight_files
 from tasks.models.student import set_dropout
 from tasks.recipe.config import Dtype, TeacherSettings
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, load_vocabulary

@@ -5,7 +5,9 @@
 Called by the flows `distill` and `prepare` when artifacts are missing. Estimates bytes only; nothing is timed.
 """
 
+import shutil
 from math import ceil
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from storage.errors import FatalError
@@ -20,6 +22,15 @@ MARGIN = 1.1
 
 CHECK_BYTES = 3_000_000
 """Bytes of the sources to read as the sample."""
+
+
+def free_bytes(store: Store) -> int | None:
+    """Free bytes of a local store's file system; None for an object store, which does not report them."""
+    if not store.is_local:
+        return None
+    folder = Path(store.path("")).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def check_store_has_space(workspace: Workspace, free: int, *, training: bool) -> None:

@@ -18,11 +18,11 @@ from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.lineage import Workspace, caches_targets, vocabulary_of
-from tasks.models.files import resolve_model
+from tasks.models.model_files import resolve_model
 from tasks.models.student import make_fresh, make_student
 from tasks.plan.sample import Sample
 from tasks.recipe.config import Recipe, TeacherSettings
-from tasks.recipe.run_spec import steps_of
+from tasks.recipe.run_json import steps_of
 from tasks.targets.codec import Codec
 from tasks.train.export import tokenizer_bytes
 

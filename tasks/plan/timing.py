@@ -28,7 +28,7 @@ from storage.fingerprint import key_of
 from storage.store import Store
 from tasks.lineage import Workspace, caches_targets
 from tasks.parent_death import set_parent_death_signal
-from tasks.recipe.run_spec import METRICS, Part, make_run
+from tasks.recipe.run_json import METRICS, Part, make_run
 from tasks.targets.calibration import calibrate
 from tasks.targets.capture import Capture
 from tasks.targets.compute import make_targets, open_capture

@@ -31,9 +31,9 @@ from tasks.targets.capture import (
     prefetch_one,
 )
 from tasks.targets.codec import Codec, make_codec
-from tasks.targets.file import TargetRows, file_metadata, read_targets, write_rows
 from tasks.targets.keys import SCHEMA, parents_of, targets_ref, targets_settings
 from tasks.targets.parity import Parity, probe
+from tasks.targets.targets_file import TargetRows, file_metadata, read_targets, write_rows
 from tasks.tokens.blocks import Blocks, open_blocks
 from tasks.tokens.token_counts import read_counts
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits

@@ -26,10 +26,10 @@ from storage.store import Store
 from tasks.models.forward import logits_in_chunks
 from tasks.models.teacher import TeacherModel
 from tasks.recipe.config import TargetSettings
-from tasks.recipe.run_spec import RunSpec
+from tasks.recipe.run_json import RunSpec
 from tasks.targets.capture import Capture, encode, hidden_states, masked_inputs
 from tasks.targets.codec import Codec, TopK, fit_calibration, make_codec, topk_logits
-from tasks.targets.file import TargetRows, check_digests, open_targets
+from tasks.targets.targets_file import TargetRows, check_digests, open_targets
 from tasks.tokens.blocks import Blocks, open_blocks
 from tasks.tokens.token_counts import read_counts
 from tasks.tokens.vocabulary import vocabulary_for

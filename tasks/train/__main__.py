@@ -19,7 +19,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import DistilError, RetryableError
-from tasks.recipe.run_spec import EXIT_RETRYABLE, RunSpec, read_run
+from tasks.recipe.run_json import EXIT_RETRYABLE, RunSpec, read_run
 from tasks.train.process import StopSignal, join_ranks, keep_freed_memory
 from tasks.train.trainer import train
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from storage.artifact import Receipt, Ref
 from storage.errors import DamagedError, FatalError, RetryableError
 from storage.store import Store
-from tasks.recipe.run_spec import RUN_SCHEMA, SCHEMA, RunSpec, model_ref
+from tasks.recipe.run_json import RUN_SCHEMA, SCHEMA, RunSpec, model_ref
 
 _KEY = re.compile(r"(?P<run>[0-9a-f]{64})-(?P<step>[0-9]{9})")
 

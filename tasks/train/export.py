@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from storage.artifact import Receipt
 from storage.store import Store
 from tasks.models.tokenizer import name_exact_class
-from tasks.recipe.run_spec import SCHEMA, RunSpec
+from tasks.recipe.run_json import SCHEMA, RunSpec
 from tasks.train.checkpoint import TrainingProgress
 
 TOKENIZER_FILES = (

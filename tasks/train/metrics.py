@@ -27,7 +27,7 @@ from storage.store import Store
 from tasks.loader.batch import MaskingRule, make_batch
 from tasks.loader.dataset import BlockDataset
 from tasks.models.forward import CHUNK_ROWS, hidden_rows, logits_in_chunks
-from tasks.recipe.run_spec import METRICS, RunSpec
+from tasks.recipe.run_json import METRICS, RunSpec
 from tasks.tokens.mask import IGNORE_INDEX
 from tasks.train.checkpoint import TrainingProgress
 from tasks.train.flops import Work

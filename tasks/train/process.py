@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from storage.errors import FatalError
 from tasks.parent_death import set_parent_death_signal
-from tasks.recipe.run_spec import RunSpec
+from tasks.recipe.run_json import RunSpec
 from tasks.train.step import Ranks
 
 M_TRIM_THRESHOLD = -1

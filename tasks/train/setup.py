@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.models.files import folder_fingerprint, resolve_model
 from tasks.models.forward import longest_input
+from tasks.models.model_files import folder_fingerprint, resolve_model
 from tasks.models.student import check_pad_id, make_fresh, make_student
 from tasks.models.teacher import TeacherModel, load_teacher, load_weights, resolve_dtype
 from tasks.recipe.config import TeacherSettings
-from tasks.recipe.run_spec import RunSpec
-from tasks.targets.file import open_targets
+from tasks.recipe.run_json import RunSpec
 from tasks.targets.parity import probe_cache
+from tasks.targets.targets_file import open_targets
 from tasks.tokens.token_counts import read_counts
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, vocabulary_for
 from tasks.train.teacher_signal import CachedTeacher, NoTeacher, OnlineTeacher, SignalSource

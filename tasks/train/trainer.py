@@ -28,7 +28,7 @@ from tasks.loader.dataset import BlockDataset
 from tasks.loader.order import DataOrder
 from tasks.loader.prefetch import ReadAhead
 from tasks.models.teacher import resolve_dtype
-from tasks.recipe.run_spec import RunSpec
+from tasks.recipe.run_json import RunSpec
 from tasks.train.checkpoint import TrainingProgress, load_best_weights, load_checkpoint, load_step, save_checkpoint
 from tasks.train.export import save_model
 from tasks.train.flops import matrix_rate, training_work

@@ -35,8 +35,8 @@ from tasks.targets.calibration import calibrate
 from tasks.targets.capture import Capture, encode, hidden_states, masked_inputs, teacher_batches
 from tasks.targets.codec import Codec, topk_logits
 from tasks.targets.compute import make_targets, open_capture
-from tasks.targets.file import open_targets
 from tasks.targets.keys import needs_calibration
+from tasks.targets.targets_file import open_targets
 from tasks.tokens.blocks import Blocks, make_blocks, open_blocks
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.flops import synchronize

@@ -29,8 +29,8 @@ from tasks.eval.loaded_model import load_model
 from tasks.eval.metrics import row_counts
 from tasks.eval.scores import Scores, read_scores, teacher_figures
 from tasks.eval.size_and_speed import latency, parameter_counts, size_on_disk
-from tasks.models.files import model_content_key
-from tasks.recipe.run_spec import METRICS as METRICS_FILE
+from tasks.models.model_files import model_content_key
+from tasks.recipe.run_json import METRICS as METRICS_FILE
 from tasks.release.figure import COLOURS, render_figure
 from tasks.release.results import METRICS, ModelSummary, SetResult
 from tasks.train.metrics import read_metrics

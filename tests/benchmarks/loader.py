@@ -21,7 +21,7 @@ import torch
 from tasks.loader.batch import make_batch
 from tasks.loader.dataset import BlockDataset
 from tasks.recipe.config import TargetSettings
-from tasks.recipe.run_spec import Part
+from tasks.recipe.run_json import Part
 from tasks.targets.codec import Codec
 from tests.benchmarks.results import CORPUS, RESULTS, TEACHER, Report, Row, facts_of, least_cpu, notes_of, publish
 from tests.benchmarks.step import our_step

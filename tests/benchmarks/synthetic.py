@@ -26,12 +26,12 @@ from tasks.loader.dataset import BlockDataset
 from tasks.models.student import make_fresh
 from tasks.models.teacher import TeacherModel, load_teacher, resolve_dtype
 from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
-from tasks.recipe.run_spec import Part
+from tasks.recipe.run_json import Part
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture
 from tasks.targets.codec import Codec
 from tasks.targets.compute import make_targets
-from tasks.targets.file import open_targets
+from tasks.targets.targets_file import open_targets
 from tasks.tokens.vocabulary import Vocabulary
 from tests.benchmarks.encodings import blocks_of
 

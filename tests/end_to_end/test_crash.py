@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from prefect.client.schemas.objects import StateType
 
-from storage.maintenance import verify
+from storage.verify import verify
 from tasks.train.metrics import read_metrics
 from tests.harness.place import Place, make_place
 from tests.harness.processes import kill, wait_for

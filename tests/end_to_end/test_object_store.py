@@ -10,8 +10,8 @@ import mlflow
 import pytest
 
 from storage.artifact import DataFile
-from storage.maintenance import verify
 from storage.store import Store
+from storage.verify import verify
 from tests.end_to_end.test_chain import SENTENCE, check_answers, check_fill_mask
 from tests.end_to_end.test_kill import has_trained, kill_group, weights
 from tests.end_to_end.test_real_text import settings_of

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from storage.maintenance import verify
+from storage.verify import verify
 from tests.harness.mounts import remount
 from tests.harness.output import refusal, tables
 from tests.harness.place import History, Place, Result, Shell, make_place

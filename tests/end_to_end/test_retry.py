@@ -5,7 +5,7 @@ from pathlib import Path
 
 from storage import layout
 from storage.arrow import TARGETS_FILE
-from storage.maintenance import verify
+from storage.verify import verify
 from tests.harness.output import refusal
 from tests.harness.place import History, Shell, made
 

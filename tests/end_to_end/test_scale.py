@@ -14,7 +14,7 @@ import pytest
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, StateType
 
-from storage.maintenance import verify
+from storage.verify import verify
 from tests.hard.reliability import record
 from tests.harness.place import make_place
 from tests.harness.postgres import Postgres

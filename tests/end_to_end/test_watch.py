@@ -12,12 +12,12 @@ from mlflow.tracking import MlflowClient
 from prefect.client.schemas.objects import FlowRun
 
 from flows.home import set_environment
-from flows.pipeline.finished import remember_done
-from flows.tracking.registry import CHAMPION
-from flows.tracking.runs import open_mlflow_runs
+from flows.pipeline.already_done import remember_done
+from flows.tracking.mlflow_runs import open_mlflow_runs
+from flows.tracking.model_registry import CHAMPION
 from tasks.lineage import Workspace
 from tasks.recipe.load import load_recipe
-from tasks.recipe.run_spec import read_run
+from tasks.recipe.run_json import read_run
 from tests.harness.place import History, Place, ended, environment, made
 from tests.harness.processes import LIMIT, wait_for
 from tests.harness.server import PrefectServer, serving

@@ -19,7 +19,7 @@ from tests.harness.server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
 if TYPE_CHECKING:
-    from flows.tracking.runs import MlflowRuns
+    from flows.tracking.mlflow_runs import MlflowRuns
 
 Distil = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -44,7 +44,7 @@ def prefect_api() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def mlflow_runs(tmp_path_factory: pytest.TempPathFactory) -> "MlflowRuns":
     """An MLflow of its own, on SQLite."""
-    from flows.tracking.runs import open_mlflow_runs
+    from flows.tracking.mlflow_runs import open_mlflow_runs
 
     folder = tmp_path_factory.mktemp("mlflow")
     set_environment(str(folder))

@@ -13,7 +13,7 @@ from storage.artifact import Ref
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.lineage import Workspace, training_key, training_key_schema_1
-from tasks.recipe.run_spec import model_ref
+from tasks.recipe.run_json import model_ref
 from tasks.tokens.blocks import make_blocks
 from tests.harness.recipe_values import teacherless_recipe
 from tests.harness.tiny import save_tokenizer, write_oscar

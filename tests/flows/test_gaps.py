@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.inventory import artifacts_to_keep
+from flows.garbage_collection import artifacts_to_keep
 from flows.pipeline.preparation import Prepared, StageDone, silently_missing
 from storage.artifact import Ref
 from storage.errors import FatalError
@@ -14,7 +14,7 @@ from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.lineage import Workspace, trace, vocabulary_of
 from tasks.recipe.config import Recipe
-from tasks.recipe.run_spec import RUN_SCHEMA, model_ref
+from tasks.recipe.run_json import RUN_SCHEMA, model_ref
 from tasks.tokens.blocks import make_blocks
 from tests.harness.artifacts import put
 from tests.harness.recipe_values import teacherless_recipe

@@ -9,14 +9,14 @@ import pytest
 
 from flows.home import set_environment
 from flows.inventory import planned_training
-from flows.tracking.registry import CHAMPION, fetch_model
-from flows.tracking.runs import open_mlflow_runs
+from flows.tracking.mlflow_runs import open_mlflow_runs
+from flows.tracking.model_registry import CHAMPION, fetch_model
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.lineage import Workspace, trace, vocabulary_of
 from tasks.recipe.config import Recipe
-from tasks.recipe.run_spec import RunSpec
+from tasks.recipe.run_json import RunSpec
 from tasks.tokens.blocks import make_blocks
 from tests.harness.recipe_values import teacherless_recipe
 from tests.harness.tiny import make_teacher, write_oscar
@@ -93,7 +93,7 @@ SECONDS_TO_IMPORT = {"torch", "transformers", "prefect", "mlflow"}
 
 
 @pytest.mark.parametrize(
-    ("modules", "may"), [("flows.pipeline.finished, flows.views.status", set()), ("flows.watch", {"prefect"})]
+    ("modules", "may"), [("flows.pipeline.already_done, flows.views.status", set()), ("flows.watch", {"prefect"})]
 )
 def test_checking_the_store_imports_no_slow_module(modules: str, may: set[str], environment: dict[str, str]) -> None:
     code = f"import sys, {modules}; print(*sorted({SECONDS_TO_IMPORT} & set(sys.modules)))"

@@ -21,8 +21,8 @@ from flows.release.gate import (
     promotion_lock,
 )
 from flows.release.version_results import newest_results, record_results
-from flows.tracking.registry import CHAMPION_SINCE, ModelRegistry, Version, open_registry
-from flows.tracking.runs import open_mlflow_runs
+from flows.tracking.mlflow_runs import open_mlflow_runs
+from flows.tracking.model_registry import CHAMPION_SINCE, ModelRegistry, Version, open_registry
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import Recipe

@@ -154,7 +154,7 @@ def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path)
     from flows.release.version_results import protocols_by_set
     from flows.score import record
     from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
-    from flows.tracking.runs import open_mlflow_runs
+    from flows.tracking.mlflow_runs import open_mlflow_runs
 
     set_environment(str(tmp_path))
     make_teacher(tmp_path / "teacher")

@@ -17,10 +17,10 @@ from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
 from tasks.eval.scores import ScoreKey, keep_scores
-from tasks.models.files import fingerprint_of
+from tasks.models.model_files import fingerprint_of
 from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings, TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import Part, RunSpec, make_run
+from tasks.recipe.run_json import Part, RunSpec, make_run
 from tasks.targets.calibration import calibrate
 from tasks.targets.compute import make_targets, open_capture
 from tasks.tokens.blocks import make_blocks

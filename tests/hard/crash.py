@@ -30,9 +30,9 @@ from typing import Any
 import psutil
 from mlflow.tracking import MlflowClient
 
-from flows.pipeline.finished import all_done
+from flows.pipeline.already_done import all_done
 from storage.artifact import DataFile
-from storage.maintenance import verify
+from storage.verify import verify
 from tasks.lineage import Workspace
 from tasks.recipe.load import load_recipe
 from tests.hard import points

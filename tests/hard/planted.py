@@ -25,7 +25,7 @@ from storage.arrow import TARGETS_FILE, TARGETS_SCHEMA, ArrowWriter
 from storage.artifact import Receipt, Ref
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
-from tasks.targets.file import TargetRows, file_metadata, write_rows
+from tasks.targets.targets_file import TargetRows, file_metadata, write_rows
 
 Change = Callable[[bytes], bytes | None]
 """The bytes of a file -> the bytes that replace them; None deletes the file."""

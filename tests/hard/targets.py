@@ -18,9 +18,9 @@ import torch
 
 from storage.artifact import failure_from_json, receipt_from_json
 from storage.errors import DistilError
+from tasks.corpus.checksums import parse_checksums
 from tasks.corpus.quarantine import DocumentCounts
 from tasks.corpus.reader import read_documents
-from tasks.corpus.snapshot import parse_checksums
 from tasks.recipe.config import CorpusSettings, MaskSettings
 from tasks.recipe.load import load_recipe
 from tasks.targets.codec import Calibration, Codec

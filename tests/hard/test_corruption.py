@@ -17,18 +17,18 @@ import torch
 
 from storage.artifact import KINDS, Receipt, Ref
 from storage.errors import FatalError
-from storage.maintenance import verify
 from storage.store import Store
+from storage.verify import verify
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
 from tasks.eval.scores import ScoreKey, keep_scores, read_scores
 from tasks.lineage import Workspace, plan_training, trace, vocabulary_of
 from tasks.recipe.config import Recipe
-from tasks.recipe.run_spec import RunSpec
+from tasks.recipe.run_json import RunSpec
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture
 from tasks.targets.compute import make_targets, open_capture
-from tasks.targets.file import open_targets
+from tasks.targets.targets_file import open_targets
 from tasks.tokens.blocks import make_blocks
 from tasks.tokens.token_counts import count_tokens, read_counts
 from tasks.train.checkpoint import checkpoint_ref, load_checkpoint, steps_kept

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.tracking.runs import open_mlflow_runs
+from flows.tracking.mlflow_runs import open_mlflow_runs
 from storage.artifact import KINDS
 from storage.errors import FatalError
 from storage.fingerprint import sha256_bytes
-from storage.maintenance import verify
 from storage.store import Store
+from storage.verify import verify
 from tasks.recipe.config import Recipe
 from tests.hard.bench import STAGES, Bench, make_bench
 from tests.harness.mounts import mount, remount

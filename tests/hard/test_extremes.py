@@ -15,14 +15,14 @@ from transformers import AutoModelForMaskedLM
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.models.files import fingerprint_of
+from tasks.models.model_files import fingerprint_of
 from tasks.models.teacher import load_teacher
 from tasks.recipe.config import BlockSettings
-from tasks.recipe.run_spec import Part, RunSpec, make_run
+from tasks.recipe.run_json import Part, RunSpec, make_run
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture
 from tasks.targets.compute import make_targets
-from tasks.targets.file import open_targets
+from tasks.targets.targets_file import open_targets
 from tasks.tokens.blocks import make_blocks, open_blocks
 from tasks.train.metrics import read_metrics
 from tasks.train.process import StopSignal

@@ -10,8 +10,8 @@ import pytest
 from storage.arrow import BLOCKS_FILE
 from storage.errors import FatalError, RetryableError
 from storage.files.filesystem import PAUSES
-from storage.maintenance import verify
 from storage.store import Store
+from storage.verify import verify
 from tests.hard.faulty import (
     ALWAYS,
     Clock,

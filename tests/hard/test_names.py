@@ -11,8 +11,9 @@ from storage.artifact import receipt_from_json
 from storage.errors import FatalError, printable
 from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
+from tasks.corpus.checksums import parse_checksums
 from tasks.corpus.shard import shard_source
-from tasks.corpus.snapshot import parse_checksums, take_snapshot
+from tasks.corpus.snapshot import take_snapshot
 from tasks.recipe.config import CorpusSettings
 from tasks.recipe.load import load_recipe, make_recipe
 from tests.harness.recipe_values import recipe_values

@@ -11,9 +11,9 @@ from storage import layout
 from storage.artifact import KINDS, Ref
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
-from storage.maintenance import verify
 from storage.store import Store
-from tasks.recipe.run_spec import RUN_SCHEMA
+from storage.verify import verify
+from tasks.recipe.run_json import RUN_SCHEMA
 from tests.hard.bench import STAGES, Bench, make_bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +26,7 @@ NUMBERS = {
     "counts": ["tasks.tokens.token_counts"],
     "calibration": ["tasks.targets.keys", "tasks.targets.calibration"],
     "targets": ["tasks.targets.keys", "tasks.targets.compute"],
-    "checkpoint": ["tasks.recipe.run_spec", "tasks.train.checkpoint", "tasks.train.export"],
+    "checkpoint": ["tasks.recipe.run_json", "tasks.train.checkpoint", "tasks.train.export"],
     "scores": ["tasks.eval.scores"],
 }
 """Where the schema number of a stage stands."""
@@ -55,7 +55,7 @@ def test_another_schema_number_is_another_artifact(kind: str, bench: Bench, monk
     for module in NUMBERS[STAGE_OF[kind]]:
         monkeypatch.setattr(f"{module}.SCHEMA", 2)
     if STAGE_OF[kind] == "checkpoint":  # a checkpoint's key is the run key, which has a schema number of its own
-        for module in ("tasks.recipe.run_spec", "tasks.train.checkpoint"):
+        for module in ("tasks.recipe.run_json", "tasks.train.checkpoint"):
             monkeypatch.setattr(f"{module}.RUN_SCHEMA", RUN_SCHEMA + 1)
     new = made(bench, kind)
     assert new.key != old.key

@@ -15,7 +15,7 @@ from storage.artifact import Ref
 from storage.fingerprint import key_of
 from storage.store import Store
 from tasks.recipe.config import BlockSettings
-from tasks.recipe.run_spec import Part
+from tasks.recipe.run_json import Part
 from tasks.tokens.blocks import blocks_ref, make_blocks
 from tasks.tokens.vocabulary import load_vocabulary
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from storage.errors import FatalError
 from storage.files.filesystem import open_url
-from tasks.eval.datasets.files import SetLocation, translate_read_errors, url_of
+from tasks.eval.datasets.dataset_files import SetLocation, translate_read_errors, url_of
 from tasks.eval.datasets.labelled import Example, LabelledSet, hold_out, labelled_set
 
 CATEGORIES = ("books", "dvd", "music")

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from storage.errors import FatalError
 from tasks.eval.datasets.cls import load_reviews
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.eval.datasets.labelled import LabelledSet
 from tasks.eval.datasets.ner import NerSet, load_ner
 from tasks.eval.datasets.pairs import SCHEMAS, load_pairs

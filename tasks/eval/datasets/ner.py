@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from storage.errors import FatalError
 from storage.fingerprint import canonical_json, sha256_bytes
-from tasks.eval.datasets.files import SetLocation, is_text, label_names, parquet_splits
+from tasks.eval.datasets.dataset_files import SetLocation, is_text, label_names, parquet_splits
 from tasks.eval.datasets.labelled import hold_out, sha256_of_rows
 from tasks.eval.metrics import LABELS
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import SetLocation, is_text, label_names, parquet_splits
+from tasks.eval.datasets.dataset_files import SetLocation, is_text, label_names, parquet_splits
 from tasks.eval.datasets.labelled import Example, LabelledSet, labelled_set
 
 

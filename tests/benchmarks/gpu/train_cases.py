@@ -15,7 +15,7 @@ from torch import nn
 from tasks.models.student import make_student
 from tasks.recipe.config import BlockSettings, LossSettings, MaskSettings, Recipe, TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import METRICS, make_run
+from tasks.recipe.run_json import METRICS, make_run
 from tasks.train.checkpoint import TrainingProgress, save_checkpoint
 from tasks.train.flops import synchronize
 from tasks.train.metrics import read_metrics

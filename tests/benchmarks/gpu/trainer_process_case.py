@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.recipe.config import MaskSettings, TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import METRICS, make_run, write_run
+from tasks.recipe.run_json import METRICS, make_run, write_run
 from tasks.targets.calibration import calibrate
 from tasks.targets.compute import make_targets, open_capture
 from tests.benchmarks.gpu.context import Context

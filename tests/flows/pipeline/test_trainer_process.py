@@ -20,7 +20,7 @@ from tasks.recipe.config import (
     TeacherSettings,
     TrainSettings,
 )
-from tasks.recipe.run_spec import Part, RunSpec
+from tasks.recipe.run_json import Part, RunSpec
 
 
 def a_run(folder: Path, **train: Any) -> RunSpec:

@@ -22,7 +22,7 @@ from tasks.release.results import SetResult
 from tests.harness.recipe_values import simple_recipe
 
 if TYPE_CHECKING:
-    from flows.tracking.runs import MlflowRuns
+    from flows.tracking.mlflow_runs import MlflowRuns
 
 pytestmark = pytest.mark.slow
 WAIT = 180.0
@@ -73,7 +73,7 @@ def answer(run: UUID, values: Mapping[str, object]) -> str:
 def scored_version(recipe: Recipe) -> "MlflowRuns":
     """The MLflow of a recipe, with one version that the gate lets through."""
     from flows.release.version_results import record_results
-    from flows.tracking.runs import open_mlflow_runs
+    from flows.tracking.mlflow_runs import open_mlflow_runs
 
     mlflow_runs, name = open_mlflow_runs(recipe), recipe.register_as.name
     run = mlflow_runs.run("chain", sha256_bytes(b"approval"), "tiny")

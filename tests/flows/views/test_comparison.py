@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from flows.scoring.record import plain_figures
+from flows.scoring.record_scores import plain_figures
 from flows.views.comparison import agreement, comparison_table, fill_mask_table, notes
 from flows.views.tables import markdown
 from tasks.eval.intervals import over_seeds

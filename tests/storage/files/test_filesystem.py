@@ -14,9 +14,10 @@ import pytest
 from storage.arrow import BLOCKS_FILE
 from storage.errors import FatalError, RetryableError
 from storage.files.filesystem import PARALLEL_PARTS, files_below, has_password, open_url
+from storage.garbage_collection import gc
 from storage.lease import Lease
-from storage.maintenance import gc, verify
 from storage.store import Store
+from storage.verify import verify
 from tests.harness.artifacts import data_path, put, ref_of, reopened
 from tests.harness.s3 import Endpoint
 

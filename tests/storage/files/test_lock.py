@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.files import lock as locks
 from storage.errors import RetryableError
+from storage.files import lock as locks
 from storage.files.lock import acquire, try_acquire
 
 HOLDER = """

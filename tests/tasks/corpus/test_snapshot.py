@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.corpus.snapshot import parse_checksums, remember_source_content, source_content, take_snapshot
+from tasks.corpus.checksums import parse_checksums
+from tasks.corpus.snapshot import remember_source_content, source_content, take_snapshot
 from tasks.recipe.config import CorpusSettings
 
 HASH = "ab" * 32

@@ -6,7 +6,7 @@ import torch
 
 from storage.errors import FatalError
 from tasks.eval import finetuned_scores as module
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.eval.datasets.pairs import load_pairs
 from tasks.eval.finetuned_scores import (
     compare_models,

@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, TrainingArguments
 
 from tasks.eval import finetune as module
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.eval.datasets.labelled import Example
 from tasks.eval.datasets.pairs import load_pairs
 from tasks.eval.finetune import _arguments, finetune

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from storage.errors import FatalError
 from tasks.eval import finetune as module
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.eval.datasets.ner import Sentence, load_ner
 from tasks.eval.finetune import finetune, load_with_head
 from tasks.eval.metrics import LABELS, entity_scores, unpack

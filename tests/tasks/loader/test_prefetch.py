@@ -17,7 +17,7 @@ from tasks.loader.dataset import BlockDataset
 from tasks.loader.order import DataOrder
 from tasks.loader.prefetch import ReadAhead
 from tasks.recipe.config import MaskSettings
-from tasks.recipe.run_spec import Part
+from tasks.recipe.run_json import Part
 from tasks.tokens.vocabulary import Vocabulary, load_vocabulary
 from tests.harness.tiny import make_parts, save_tokenizer
 from tests.tasks.loader.test_order import ORDERS

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from storage.errors import FatalError
-from tasks.models.files import fingerprint_of, resolve_model
+from tasks.models.model_files import fingerprint_of, resolve_model
 from tasks.models.teacher import load_teacher
 from tasks.recipe.config import TeacherSettings
 from tests.harness.tiny import rewrite_config

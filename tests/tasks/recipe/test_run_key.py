@@ -4,7 +4,7 @@ from typing import Any
 
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import key_of_run, key_of_run_schema_1
+from tasks.recipe.run_json import key_of_run, key_of_run_schema_1
 
 SCHEMA_1 = {
     "cached": "33921e315bdeb7a34f93a7b1ad503942ad849a4af5f1f6e781e9ca08333c2a12",

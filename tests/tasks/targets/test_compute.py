@@ -15,13 +15,13 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.models.teacher import load_teacher
 from tasks.recipe.config import BlockSettings, MaskSettings, Recipe, TargetSettings, TeacherSettings
-from tasks.recipe.run_spec import Part, make_run
+from tasks.recipe.run_json import Part, make_run
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture, masked_inputs
 from tasks.targets.compute import make_targets, open_capture
-from tasks.targets.file import check_digests, file_metadata, open_targets, read_targets, write_rows
 from tasks.targets.keys import targets_ref
 from tasks.targets.parity import LIMIT, fidelity, probe, probe_cache
+from tasks.targets.targets_file import check_digests, file_metadata, open_targets, read_targets, write_rows
 from tasks.tokens.blocks import make_blocks, open_blocks
 from tasks.tokens.mask import row_digests
 from tasks.tokens.token_counts import count_tokens, counts_ref

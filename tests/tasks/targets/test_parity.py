@@ -17,12 +17,12 @@ from transformers import AutoModelForMaskedLM
 
 from storage.artifact import Ref
 from storage.store import Store
-from tasks.models.files import fingerprint_of
+from tasks.models.model_files import fingerprint_of
 from tasks.models.student import make_student
 from tasks.models.teacher import load_teacher
 from tasks.recipe.config import TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import Part, make_run
+from tasks.recipe.run_json import Part, make_run
 from tasks.targets.compute import make_targets
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.metrics import read_metrics

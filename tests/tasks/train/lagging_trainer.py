@@ -8,7 +8,7 @@ Started by test_trainer.py. All ranks but the first do not see the newest checkp
 import os
 
 from storage.store import Store
-from tasks.recipe.run_spec import RunSpec
+from tasks.recipe.run_json import RunSpec
 from tasks.train import checkpoint
 from tasks.train.__main__ import exit_with_status, main
 from tests.tasks.train.recording_trainer import record_rows

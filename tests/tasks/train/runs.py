@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from storage.store import Store
-from tasks.models.files import fingerprint_of
+from tasks.models.model_files import fingerprint_of
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import RunSpec, make_run, write_run
+from tasks.recipe.run_json import RunSpec, make_run, write_run
 from tasks.train.metrics import read_metrics
 from tests.harness.tiny import make_parts
 

@@ -22,7 +22,7 @@ from tasks.loader.dataset import BlockDataset
 from tasks.models.student import make_student
 from tasks.models.teacher import load_teacher
 from tasks.recipe.config import LossSettings, MaskSettings, TeacherSettings
-from tasks.recipe.run_spec import Part
+from tasks.recipe.run_json import Part
 from tasks.train.__main__ import exit_with_status
 from tasks.train.step import Ranks, StudentWithLoss, gradient_step, sum_counts
 from tasks.train.teacher_signal import OnlineTeacher

@@ -15,7 +15,7 @@ from tasks.recipe.config import (
     TeacherSettings,
     TrainSettings,
 )
-from tasks.recipe.run_spec import Part, RunSpec
+from tasks.recipe.run_json import Part, RunSpec
 from tasks.train.checkpoint import TrainingProgress
 from tasks.train.flops import Work
 from tasks.train.metrics import HeldoutLosses, MetricsWriter, read_metrics

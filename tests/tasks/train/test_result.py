@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from storage.errors import FatalError, RetryableError
-from storage.maintenance import gc
+from storage.garbage_collection import gc
 from storage.store import Store
-from tasks.recipe.run_spec import RunSpec
+from tasks.recipe.run_json import RunSpec
 from tasks.train import trainer
 from tasks.train.checkpoint import checkpoint_ref, steps_kept, unfinished_checkpoints
 from tasks.train.metrics import HeldoutLosses, read_metrics

@@ -9,11 +9,11 @@ from transformers import AutoModelForMaskedLM
 
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.models.files import fingerprint_of
+from tasks.models.model_files import fingerprint_of
 from tasks.models.teacher import load_teacher
 from tasks.recipe.config import TeacherSettings
 from tasks.recipe.load import make_recipe
-from tasks.recipe.run_spec import RunSpec, make_run
+from tasks.recipe.run_json import RunSpec, make_run
 from tasks.train.setup import set_up_training
 from tasks.train.teacher_signal import OnlineTeacher
 from tests.harness.tiny import make_parts, make_teacher, save_tokenizer

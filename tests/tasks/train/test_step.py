@@ -17,7 +17,7 @@ from tasks.loader.dataset import BlockDataset
 from tasks.models.student import make_student
 from tasks.models.teacher import TeacherModel, load_teacher
 from tasks.recipe.config import LossSettings, MaskSettings, TeacherSettings
-from tasks.recipe.run_spec import Part
+from tasks.recipe.run_json import Part
 from tasks.train.step import Ranks, StepCounts, StudentWithLoss, gradient_step, sum_counts
 from tasks.train.teacher_signal import OnlineTeacher
 from tests.harness.tiny import make_parts, make_teacher

@@ -22,7 +22,7 @@ from storage.store import Store
 from tasks.loader.batch import MaskingRule, make_batch
 from tasks.loader.dataset import BlockDataset
 from tasks.recipe.config import LossSettings, TrainSettings
-from tasks.recipe.run_spec import RunSpec, write_run
+from tasks.recipe.run_json import RunSpec, write_run
 from tasks.tokens.vocabulary import load_vocabulary
 from tasks.train.__main__ import main
 from tasks.train.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint, steps_kept

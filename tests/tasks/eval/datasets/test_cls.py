@@ -5,7 +5,7 @@ import pytest
 
 from storage.errors import FatalError
 from tasks.eval.datasets.cls import load_reviews, parse_reviews
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tests.harness.eval_sets import review, write_reviews
 
 FIRST = "<?xml version='1.0'?>\n"

@@ -3,7 +3,7 @@
 import pytest
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.eval.datasets.load import load_set
 from tasks.eval.protocol import SetPlan
 from tests.harness.eval_sets import write_ner, write_pairs, write_reviews

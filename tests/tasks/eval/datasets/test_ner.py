@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.eval.datasets.ner import NerSet, Sentence
 from tasks.eval.datasets.ner import load_ner as load_named
 
@@ -97,7 +97,7 @@ def test_fingerprint_depends_on_the_content(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"ner_tags": None}, "column ner_tags should be a list of integers but does not exist"),
+        ({"ner_tags": None}, "column ner_tags should be a list of integers but is missing"),
         ({"tokens": ["a b", "c d"]}, "column tokens should be a list of text but is string"),
         ({"ner_tags": [["O", "LOC", "O"]] * 2}, "column ner_tags should be a list of integers"),
         ({"ner_tags": [[0, 1, 0], [0, 7, 0]]}, r"row 1: ner_tags has \[0, 7\] but only 0 to 4"),

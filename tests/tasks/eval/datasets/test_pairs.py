@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import FatalError
-from tasks.eval.datasets.files import SetLocation
+from tasks.eval.datasets.dataset_files import SetLocation
 from tasks.eval.datasets.pairs import load_pairs
 from tests.harness.eval_sets import write_pairs
 
@@ -53,9 +53,9 @@ def test_empty_text_in_xnli_fails(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"label": None}, "column label should be integers but does not exist"),
+        ({"label": None}, "column label should be integers but is missing"),
         ({"label": ["0", "1", "2"]}, "column label should be integers but is string"),
-        ({"premise": None}, "column premise should be text but does not exist"),
+        ({"premise": None}, "column premise should be text but is missing"),
         ({"label": [0, 1, 3]}, "row 2: label is 3 but only 0 to 2"),
         ({"label": [0, -1, 2]}, "row 1: label is -1"),
         ({"label": [0, 1, None]}, "row 2: label is None"),

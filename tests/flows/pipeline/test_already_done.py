@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from flows.pipeline import finished
-from flows.pipeline.finished import Done, all_done, remember_done, show_done
-from flows.views.places import places
+from flows.pipeline import already_done as finished
+from flows.pipeline.already_done import Done, all_done, remember_done, show_done
+from flows.views.links import places
 from flows.views.tables import Rows
 from storage.arrow import BLOCKS_FILE
 from storage.store import Store

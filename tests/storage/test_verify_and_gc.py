@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from storage import layout, maintenance
+from storage import garbage_collection, layout
+from storage import verify as verification
 from storage.arrow import BLOCKS_FILE
 from storage.artifact import KINDS, Receipt
-from storage.maintenance import gc, verify
+from storage.garbage_collection import gc
 from storage.store import Store
+from storage.verify import verify
 from tests.harness.artifacts import data_path, put, ref_of
 
 
@@ -85,7 +87,7 @@ def test_verify_does_not_withdraw_an_artifact_that_is_made_again_meanwhile(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.fs.pipe_file(data_path(store, put(store, "a")), b"other")
-    rehash = maintenance._rehash
+    rehash = verification._rehash
 
     def rehash_then_commit(store: Store, receipt: Receipt) -> None:
         try:
@@ -93,7 +95,7 @@ def test_verify_does_not_withdraw_an_artifact_that_is_made_again_meanwhile(
         finally:
             put(store, "a", b"made again")
 
-    monkeypatch.setattr(maintenance, "_rehash", rehash_then_commit)
+    monkeypatch.setattr(verification, "_rehash", rehash_then_commit)
     assert verify(store) == []
     monkeypatch.undo()
     assert store.missing([ref_of("a")]) == []
@@ -129,14 +131,14 @@ def test_gc_keeps_an_artifact_that_is_made_again_meanwhile(tmp_path: Path, monke
         put(store, name)
     for path in tmp_path.rglob("*"):
         os.utime(path, (1, 1))
-    real = maintenance._named_content
+    real = garbage_collection._named_content
 
     def commit_then_read(*arguments: Any) -> set[tuple[str, str]]:
         if arguments[1] == KINDS[-1]:
             put(store, "again")
         return real(*arguments)
 
-    monkeypatch.setattr(maintenance, "_named_content", commit_then_read)
+    monkeypatch.setattr(garbage_collection, "_named_content", commit_then_read)
     gc(store, set(), delete=True)
     assert store.missing(refs) == refs[1:]
     assert verify(store) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tasks.models.files import fingerprint_of, model_content_key
+from tasks.models.model_files import fingerprint_of, model_content_key
 from tasks.recipe.config import TeacherSettings
 from tests.harness.tiny import rewrite_config
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from flows.release.card import TrainedModel
 from flows.release.version_results import record_results, result_on
-from flows.scoring.compute import deciding_scores, failure_sentence
+from flows.scoring.compute_scores import deciding_scores, failure_sentence
 from flows.scoring.evaluated_models import find_model
-from flows.tracking.registry import ModelRegistry
+from flows.tracking.model_registry import ModelRegistry
 from storage.errors import FatalError
 from tasks.release.results import protocol_keys, set_results
 from tasks.tokens.vocabulary import load_vocabulary

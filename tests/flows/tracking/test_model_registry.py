@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from flows.tracking import registry
-from flows.tracking.runs import MlflowRuns
+from flows.tracking import model_registry as registry
+from flows.tracking.mlflow_runs import MlflowRuns
 from storage.errors import DistilError, FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tests.harness.recipe_values import simple_recipe

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.scoring.evaluated_models import ScoredModels
-from flows.tracking.runs import MlflowRuns
+from flows.tracking.mlflow_runs import MlflowRuns
 from tasks.eval.scores import Scores, was_run
 
 AGAINST = ("against_teacher", "against_first")

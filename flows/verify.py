@@ -1,22 +1,18 @@
-"""Checks and cleans the store of recipes: the bodies of `distil verify` and `distil gc`.
+"""Checks a store against a recipe: the body of `distil verify`.
 
     verify_store(workspace, "mine.toml")            # hashes every file, lists what the recipe lacks
-    collect_garbage([recipe], delete=False)         # lists what no recipe, model or running training refers to
 
-storage/maintenance.py does the work on the store; this module compares it with the recipes and prints the result.
+storage/verify.py hashes the files; this module compares the store with the recipe and prints the result.
 """
 
-import sys
 from collections.abc import Sequence
 
-from flows.home import open_store
-from flows.inventory import artifacts_to_keep, stage_rows
+from flows.inventory import stage_rows
 from flows.views.status import named
 from storage.artifact import Fault
 from storage.errors import DistilError
-from storage.maintenance import gc, verify
+from storage.verify import verify
 from tasks.lineage import Workspace
-from tasks.recipe.config import Recipe
 
 
 def verify_store(workspace: Workspace, command: str) -> None:
@@ -56,17 +52,3 @@ def _raise_if_incomplete(faults: Sequence[Fault], lacking: Sequence[tuple[str, s
         raise DistilError(f"{unread} could not be read, so it is unknown whether they are intact")
     if faults:
         raise DistilError(f"{len(faults)} files in the store do not belong to it; delete them")
-
-
-def collect_garbage(recipes: Sequence[Recipe], *, delete: bool) -> None:
-    """Lists, or with `delete` deletes, old files that no recipe, model or running training refers to.
-
-    DistilError if the recipes have different stores.
-    """
-    if len({recipe.store for recipe in recipes}) > 1:
-        raise DistilError("these recipes keep their artifacts in different stores; call gc once per store")
-    store = open_store(recipes[0])
-    unused = gc(store, artifacts_to_keep(store, recipes), delete=delete)
-    for path in unused:
-        print(path)
-    print(f"{len(unused)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)

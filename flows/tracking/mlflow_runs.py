@@ -6,7 +6,7 @@
     version = mlflow_runs.registry.register(run_id, name, ...)
 
 One result has one parent run with child runs for training and scores. A training that was killed and resumed is one
-MLflow run with one curve. Models and their versions are in registry.py.
+MLflow run with one curve. Models and their versions are in model_registry.py.
 """
 
 import json
@@ -22,8 +22,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.tracking import MlflowClient
 
 from flows.home import without_credentials
-from flows.tracking.errors import translate_errors
-from flows.tracking.registry import ModelRegistry, Version, connect
+from flows.tracking.mlflow_errors import translate_errors
+from flows.tracking.model_registry import ModelRegistry, Version, connect
 from storage.errors import FatalError, RetryableError
 from tasks.recipe.config import Recipe
 

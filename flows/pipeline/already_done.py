@@ -12,14 +12,14 @@ from typing import Any
 
 from flows.home import link_model, registry_name, tracking_uri
 from flows.inventory import planned_key
-from flows.views.places import MADE, MODEL, WHERE, places
+from flows.views.links import MADE, MODEL, WHERE, places
 from flows.views.tables import Rows, Table, number, show_table
 from storage.artifact import Ref
 from storage.fingerprint import canonical_json, sha256_bytes
 from tasks.eval.protocol import load_protocol
 from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
-from tasks.recipe.run_spec import RunSpec, model_ref
+from tasks.recipe.run_json import RunSpec, model_ref
 
 TOPIC = "finished-2"
 """Topic of the notes in the store. The first version lacks the number of blocks."""

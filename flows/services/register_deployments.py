@@ -1,6 +1,6 @@
 """Registers the deployments of `distil up` and marks stale runs, as soon as its Prefect server answers.
 
-    PREFECT_API_URL=... python -m flows.services.register RECIPES.json POOL
+    PREFECT_API_URL=... python -m flows.services.register_deployments RECIPES.json POOL
 
 A process of its own, since `distil up` runs for days and needs none of these imports afterwards.
 """

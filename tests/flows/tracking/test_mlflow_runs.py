@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.tracking.runs import MlflowRuns, flat, open_mlflow_runs
+from flows.tracking.mlflow_runs import MlflowRuns, flat, open_mlflow_runs
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import sha256_bytes
 from tasks.recipe.load import make_recipe

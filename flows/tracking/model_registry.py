@@ -5,7 +5,7 @@
     registry.named("models:/NAME@ALIAS"), registry.version("NAME", "3"), registry.champion("NAME")
     registry.set_champion(version, when, expected)          # flows/promote.py decides which version
 
-The runs that log the models are in flows/tracking/runs.py.
+The runs that log the models are in flows/tracking/mlflow_runs.py.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
 
 from flows.home import REGISTERED, tracking_uri, without_credentials
-from flows.tracking.errors import translate_errors
+from flows.tracking.mlflow_errors import translate_errors
 from storage.errors import FatalError, RetryableError
 from storage.fingerprint import canonical_json, sha256_bytes
 from tasks.recipe.config import Recipe

@@ -1,0 +1,53 @@
+"""Deletes unreferenced files of a store, and decides which artifacts are kept: the body of `distil gc`.
+
+collect_garbage([recipe], delete=False)         # lists what no recipe, model or running training refers to
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from flows.home import open_store
+from storage.errors import DistilError, FatalError
+from storage.garbage_collection import gc
+from storage.lease import leased_artifacts
+from storage.store import Store
+from tasks.lineage import Workspace
+from tasks.recipe.config import Recipe
+
+
+def collect_garbage(recipes: Sequence[Recipe], *, delete: bool) -> None:
+    """Lists, or with `delete` deletes, old files that no recipe, model or running training refers to.
+
+    DistilError if the recipes have different stores.
+    """
+    if len({recipe.store for recipe in recipes}) > 1:
+        raise DistilError("these recipes keep their artifacts in different stores; call gc once per store")
+    store = open_store(recipes[0])
+    unused = gc(store, artifacts_to_keep(store, recipes), delete=delete)
+    for path in unused:
+        print(path)
+    print(f"{len(unused)} files {'deleted' if delete else 'would be deleted; add --delete to do it'}", file=sys.stderr)
+
+
+def artifacts_to_keep(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
+    """(kind, key) of every artifact that `gc` must keep.
+
+    These are the recipes' artifacts and samples, all models and scores, the checkpoints of unfinished trainings, and
+    what running trainings read, from any snapshot. FatalError: a source of a recipe is not done.
+    """
+    from tasks.train.checkpoint import unfinished_checkpoints  # deferred: torch takes seconds to import
+
+    keep = {(kind, key) for kind in ("model", "scores") for key in store.keys(kind)}
+    keep |= {("checkpoint", key) for key in unfinished_checkpoints(store)}
+    keep |= leased_artifacts(store)
+    for recipe in recipes:
+        lineage = Workspace(store, recipe).lineage
+        unread = [source.label for source, ref in lineage.sources if ref is None or not store.has(ref)]
+        if unread:
+            raise FatalError(
+                f"recipe {recipe.name}: source {unread[0]} is not done, so it is not known what belongs to it and gc "
+                "could drop too much; run `distil retry` first"
+            )
+        keep |= {(ref.kind, ref.key) for refs in lineage.stages().values() for ref in refs}
+        keep |= {(ref.kind, ref.key) for ref in lineage.sample}
+    return keep

@@ -1,0 +1,67 @@
+"""Checksum files of a corpus, as OSCAR and sha256sum write them.
+
+hashes = read_checksums(fs, root, files)        # hex sha256 by path below the folder
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+import fsspec
+
+from storage.errors import FatalError
+
+_CHECKSUM_FILE = re.compile(r"sha256|checksum", re.IGNORECASE)
+
+_CHECKSUM_LINE = re.compile(r"(?P<hash>[0-9a-fA-F]{64}) [ *]?(?P<name>\S.*)")
+
+
+def read_checksums(fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str]) -> dict[str, str]:
+    """Hex sha256 by path below the folder, from every checksum file; its names are relative to its own folder."""
+    found: dict[str, str] = {}
+    for path in files:
+        if not is_checksum_file(path):
+            continue
+        try:
+            text = fs.cat_file(f"{root.rstrip('/')}/{path}").decode()
+        except UnicodeDecodeError as error:
+            raise FatalError(f"{path}: a checksum file that is not UTF-8; fix or remove it", path) from error
+        for name, digest in parse_checksums(text, path).items():
+            full_name = (PurePosixPath(path).parent / name).as_posix()
+            if found.setdefault(full_name, digest) != digest:
+                raise FatalError(f"{path}: {name} has another hash in another checksum file; remove one", path)
+    return found
+
+
+def parse_checksums(text: str, file: str) -> dict[str, str]:
+    """Hex sha256 by name, from lines `hash name` of OSCAR (one space) or sha256sum (two spaces, or one and `*`).
+
+    FatalError, with its line: another format, a name that leads out of the folder or has unprintable characters, or
+    two hashes for one name.
+    """
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line.strip():
+            continue
+        match = _CHECKSUM_LINE.fullmatch(line)
+        if match is None:
+            raise FatalError(f"{file}, line {number}: not `sha256 name` but {line[:80]!r}", file, number)
+        name, digest = match["name"].removeprefix("./"), match["hash"].lower()
+        parts = name.split("/")
+        if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
+            raise FatalError(
+                f"{file}, line {number}: the name {name[:80]!r} leads out of the folder or has unprintable characters; "
+                "correct it",
+                file,
+                number,
+            )
+        if found.setdefault(name, digest) != digest:
+            raise FatalError(f"{file}, line {number}: a second, different hash of {name}", file, number)
+    return found
+
+
+def is_checksum_file(path: str) -> bool:
+    """True if the name of a file says that it lists checksums."""
+    name = path.rsplit("/", 1)[-1]
+    return bool(_CHECKSUM_FILE.search(name)) and not re.search(r"\.(jsonl?|parquet|gz|zst)$", name)
