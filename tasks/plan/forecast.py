@@ -20,7 +20,7 @@ from tasks.plan.sizes import (
     Inventory,
     ModelShape,
     SizeForecast,
-    bytes_per_text_byte,
+    counts_per_text_byte,
     forecast_sizes,
     payload_bytes,
     target_bytes,
@@ -233,7 +233,7 @@ def _choices(recipe: Recipe, sample: Sample, shape: ModelShape, found: SizeForec
     for encoding in get_args(TargetSettings.model_fields["encoding"].annotation):
         for positions in get_args(TargetSettings.model_fields["positions"].annotation):
             chosen = cached and (encoding, positions) == (targets.encoding, targets.positions)
-            total = text * target_bytes(bytes_per_text_byte(sample), shape, recipe, encoding, positions)
+            total = text * target_bytes(counts_per_text_byte(sample), shape, recipe, encoding, positions)
             size = found.bytes["targets"].total if chosen else total
             choices.append(Choice(encoding, positions, payload_bytes(shape, recipe, encoding), size, chosen))
     return tuple(choices)

@@ -199,7 +199,7 @@ def forecast_sizes(
     inventory: Inventory, sample: Sample, shape: ModelShape, recipe: Recipe, *, training: bool
 ) -> SizeForecast:
     """Extrapolates the sample to the corpus; without `training` there are no steps, checkpoints or model."""
-    per_byte = bytes_per_text_byte(sample)
+    per_byte = counts_per_text_byte(sample)
     kept_in = 1 - recipe.corpus.heldout_per_mille / 1000
     coming = inventory.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
     text = inventory.text_bytes + coming * kept_in
@@ -230,7 +230,7 @@ def forecast_sizes(
     )
 
 
-def bytes_per_text_byte(sample: Sample) -> dict[str, float]:
+def counts_per_text_byte(sample: Sample) -> dict[str, float]:
     """Blocks (`rows`), tokens and masked `positions` per byte of text."""
     return {name: getattr(sample, name) / max(1, sample.text_bytes) for name in ("rows", "tokens", "positions")}
 
@@ -238,7 +238,7 @@ def bytes_per_text_byte(sample: Sample) -> dict[str, float]:
 def target_bytes(
     per_byte: Mapping[str, float], shape: ModelShape, recipe: Recipe, encoding: str, positions: str
 ) -> float:
-    """Bytes of targets under one mask per byte of text; `per_byte` is the result of `bytes_per_text_byte`."""
+    """Bytes of targets under one mask per byte of text; `per_byte` is the result of `counts_per_text_byte`."""
     kept = per_byte["positions" if positions == "masked" else "tokens"]
     return per_byte["rows"] * ROW_BYTES + kept * payload_bytes(shape, recipe, encoding)
 
