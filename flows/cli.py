@@ -1,6 +1,6 @@
-"""The `distil` command. Every command imports what it needs when it is called, so that `distil --help` is instant.
+"""Defines the `distil` command. Each subcommand imports its modules when it is called, so `distil --help` is instant.
 
-Exit status: 0 done, 1 failed (one sentence on standard error), 2 bad usage.
+The exit status is 0 on success, 1 on failure (with one sentence on standard error) and 2 on a usage error.
 """
 
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 BUNDLED = sorted((Path(__file__).resolve().parent.parent / "deployments").glob("*.toml"))
-"""The recipes of this checkout."""
+"""The recipe files in deployments/."""
 
 DEMO = next(path for path in BUNDLED if path.name == "demo.toml")
 
@@ -30,13 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil large masked language models into small, fast ones on web-scale corpora.\n\n"
-    "Start with `distil demo`: the complete pipeline on a bundled corpus and teacher, in a few minutes.",
+    "Start with `distil demo`, which runs the complete pipeline on a bundled corpus and teacher in a few minutes.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Recipe file")]
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings that override the recipe's: train.lr=1e-3")
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c ...]", help="Settings that override those of the recipe, such as train.lr=1e-3"),
 ]
 
 
@@ -48,7 +49,7 @@ def demo(overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example:  distil run deployments/pilot.toml corpus.url=/data/oscar train.lr=1e-3")
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run the pipeline: shards, blocks, targets, training, registration, scores. Only missing artifacts are made."""
+    """Run the pipeline: shards, blocks, targets, training, registration and scores. Existing artifacts are reused."""
     loaded = _recipe(recipe, overrides)
     from flows.local_run import run_chain_unless_done
 
@@ -57,7 +58,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example:  distil prepare deployments/pilot.toml corpus.pattern='fr_meta_part_1*'")
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Make text shards, token blocks and teacher targets, without training."""
+    """Make the missing text shards, token blocks and teacher targets, without training a student."""
     loaded = _recipe(recipe, overrides)
     _run_flow(loaded, "flows.prepare", "prepare", command=_command_line(recipe, overrides))
 
@@ -68,13 +69,13 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
     price_hour: Annotated[float, typer.Option(min=0, help="Price of this machine per hour")] = 3.5,
-    price_tb_month: Annotated[float, typer.Option(min=0, help="Price of storage per terabyte and month")] = 23.0,
+    price_tb_month: Annotated[float, typer.Option(min=0, help="Price of storage per TB and month")] = 23.0,
     sample_mb: Annotated[
-        float, typer.Option(min=0.1, max=10_000, help="MB of the sources to read as the sample")
+        float, typer.Option(min=0.1, max=10_000, help="Size of the sample to read from the sources, in MB")
     ] = 4.0,
-    prepare: Annotated[bool, typer.Option("--prepare", help="Forecast `distil prepare`: no training")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Forecast `distil prepare`, without training")] = False,
 ) -> None:
-    """Forecast the bytes, hours and money that a run takes, from a measured sample. Nothing is stored."""
+    """Forecast the storage, time and cost of a run from a measured sample, without storing anything."""
     loaded = _recipe(recipe, overrides)
     from flows.plan import forecast_of
     from flows.views.forecast import show_forecast
@@ -91,7 +92,7 @@ def status(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")] = False,
 ) -> None:
-    """Show what is done, missing and failed in each stage."""
+    """Show the finished, missing and failed artifacts of each stage."""
     loaded = _recipe(recipe, overrides)
     from flows.home import open_workspace
     from flows.inventory import stage_rows
@@ -104,11 +105,13 @@ def status(
 def retry(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    stage: Annotated[str, typer.Option(help="source, shard, blocks, counts, calibration, targets, or all")] = "all",
-    shard: Annotated[str, typer.Option(help="Label of a shard or source as `distil status` shows it")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Make it again even if it exists")] = False,
+    stage: Annotated[
+        str, typer.Option(help="Stage to retry: source, shard, blocks, counts, calibration, targets or all")
+    ] = "all",
+    shard: Annotated[str, typer.Option(help="Label of the shard or source, as `distil status` shows it")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Make the artifacts again even if they exist")] = False,
 ) -> None:
-    """Retry everything that is missing up to the targets, or one stage, or one shard."""
+    """Make the missing artifacts up to the targets: all of them, or those of one stage or one shard."""
     loaded = _recipe(recipe, overrides)
     command = _command_line(recipe, overrides)
     _run_flow(loaded, "flows.retry", "retry_shard", stage=stage, shard=shard, force=force, command=command)
@@ -116,7 +119,7 @@ def retry(
 
 @app.command(epilog="Example:  distil watch deployments/pilot.toml watch.folder=/data/oscar")
 def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check once for a new snapshot of the corpus, and start a run of the deployment `distill/NAME` for it."""
+    """Check once for a new snapshot of the corpus and start a run of the deployment `distill/NAME` for it."""
     loaded = _recipe(recipe, overrides)
     from flows.services.servers import find_server
 
@@ -126,7 +129,7 @@ def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example:  distil verify deployments/pilot.toml")
 def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Hash every file of the store again, withdraw damaged artifacts, and list what the recipe lacks."""
+    """Hash every file of the store, withdraw damaged artifacts, and list the recipe's missing artifacts."""
     loaded = _recipe(recipe, overrides)
     from flows.home import open_workspace
     from flows.verify import verify_store
@@ -140,15 +143,15 @@ def gc(
         list[str],
         typer.Argument(
             metavar="RECIPE.toml... [a.b=c ...]",
-            help="Recipes whose artifacts are kept, and settings that override those of each recipe",
+            help="Recipes whose artifacts are kept, and settings that override those of every recipe",
         ),
     ],
     delete: Annotated[bool, typer.Option("--delete", help="Delete the files instead of listing them")] = False,
 ) -> None:
-    """List (or delete) files older than a day that no given recipe, model or unfinished training refers to."""
+    """List (or delete) files older than a day that no given recipe, model or unfinished training run refers to."""
     recipes, overrides, others = _split_arguments(arguments)
     if others or not recipes:
-        raise typer.BadParameter("name recipe files and settings only", param_hint="RECIPE.toml...")
+        raise typer.BadParameter("expected one or more recipe files, and settings", param_hint="RECIPE.toml...")
     loaded = [_recipe(Path(path), overrides) for path in recipes]
     from flows.garbage_collection import collect_garbage
 
@@ -159,13 +162,13 @@ def gc(
 def deploy(
     recipes: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipe files; by default all bundled ones"),
+        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipe files; default: all bundled recipes"),
     ] = None,
     pool: Annotated[str, typer.Option(help="Work pool that starts the runs; created if it does not exist")] = "distil",
-    pool_type: Annotated[str, typer.Option(help="process, docker or kubernetes")] = "process",
+    pool_type: Annotated[str, typer.Option(help="Type of the work pool: process, docker or kubernetes")] = "process",
     image: Annotated[str, typer.Option(help="Container image of the runs, for a docker or kubernetes pool")] = "",
     notify: Annotated[
-        str, typer.Option(metavar="TYPE/NAME", help="Prefect block that is notified of failed runs")
+        str, typer.Option(metavar="TYPE/NAME", help="Prefect notification block that reports failed runs")
     ] = "",
 ) -> None:
     """Register the flows of recipes with a Prefect server, so that its UI can start, schedule and retry them."""
@@ -187,24 +190,29 @@ def score(
         list[str],
         typer.Argument(
             metavar="MODEL... [RECIPE.toml] [a.b=c ...]",
-            help="Models: folders, hub ids or models:/NAME@ALIAS. A recipe whose text, teacher and settings are used; "
-            "by default the demo's. Settings that override the recipe's",
+            help="Models (folders, hub ids or models:/NAME@ALIAS), at most one recipe with the held-out text, the "
+            "teacher and the settings (default: the demo recipe), and settings that override those of the recipe",
         ),
     ],
     protocol: Annotated[
         Path | None,
-        typer.Option("--protocol", "--recipe", help="Protocol file of the fine-tuned sets; by default the recipe's"),
+        typer.Option("--protocol", "--recipe", help="Protocol file of the fine-tuned data sets; default: the recipe's"),
     ] = None,
-    only: Annotated[str, typer.Option(help="Compute only this set (xnli) or pair ('xnli seed 1')")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Compute it again even if it exists")] = False,
+    only: Annotated[
+        str, typer.Option(help="Compute only this data set (xnli), or one seed of it ('xnli seed 1')")
+    ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Compute the scores of --only again even if they exist")
+    ] = False,
 ) -> None:
     """Score masked language models and the recipe's teacher side by side.
 
-    Scores held-out text, fill-mask, size, latency and, with a protocol, fine-tuned sets, in one table with intervals.
+    Reports held-out text, fill-mask, size, latency and, with a protocol, fine-tuned data sets, in one table with
+    confidence intervals.
     """
     recipes, overrides, models = _split_arguments(arguments)
     if not models or len(recipes) > 1:
-        raise typer.BadParameter("name at least one model, and at most one recipe", param_hint="MODEL...")
+        raise typer.BadParameter("expected at least one model and at most one recipe", param_hint="MODEL...")
     if protocol:
         import json
 
@@ -219,21 +227,21 @@ def score(
 def up(
     recipes: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipes to register; by default all bundled ones"),
+        typer.Argument(metavar="[RECIPE.toml ...]", help="Recipe files to register; default: all bundled recipes"),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of Prefect; by default 4200 if free, else any")
+        int | None, typer.Option(min=1, max=65535, help="Port of Prefect; default: 4200, or any free port")
     ] = None,
     mlflow_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of MLflow; by default 5000 if free, else any")
+        int | None, typer.Option(min=1, max=65535, help="Port of MLflow; default: 5000, or any free port")
     ] = None,
     home: Annotated[
-        Path | None, typer.Option(help="Folder of all state, instead of the recipes' home; by default .distil")
+        Path | None, typer.Option(help="Folder of all local state; default: the home in the recipes (.distil)")
     ] = None,
 ) -> None:
     """Serve Prefect, MLflow and a worker with all deployments until Ctrl-C.
 
-    The servers listen on loopback only; for more than one machine see docker/.
+    The servers listen only on the loopback interface; for several machines see docker/.
     """
     from flows.services.up import serve
     from tasks.recipe.load import load_recipe
@@ -247,13 +255,18 @@ def promote(
     recipe: RecipeFile,
     overrides: Overrides = None,
     model: Annotated[
-        str, typer.Option(help="Name of the registered model, as a check: it must be the recipe's own")
+        str, typer.Option(help="Name of the registered model, as a check; must be the model that the recipe registers")
     ] = "",
-    version: Annotated[str, typer.Option(help="Number of the version; by default the challenger")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Promote even if the gate refuses; needs --reason")] = False,
-    reason: Annotated[str, typer.Option(help="Why it is forced; stored with the version")] = "",
+    version: Annotated[str, typer.Option(help="Version number; default: the challenger")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote even if the version fails the gate; requires --reason")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="Reason for --force; stored with the version")] = "",
 ) -> None:
-    """Make a version of the recipe's model champion if it passes the gate; else print the reasons and exit with 1."""
+    """Promote a version of the recipe's model to champion if it passes the gate.
+
+    Otherwise print the reasons and exit with status 1.
+    """
     loaded = _recipe(recipe, overrides)
     from flows.home import user
 
@@ -262,7 +275,7 @@ def promote(
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Splits arguments into recipe files, settings and the rest, each in its order."""
+    """Splits arguments into recipe files, settings and all others. Each list keeps the order of the arguments."""
     overrides = [one for one in arguments if re.match(r"[\w.-]+=", one)]  # runs/lr=1e-3/model is a folder
     recipes = [one for one in arguments if one.endswith(".toml") and one not in overrides]
     return recipes, overrides, [one for one in arguments if one not in (*recipes, *overrides)]
@@ -275,7 +288,7 @@ def _run_flow(recipe: "Recipe", module: str, flow: str, **arguments: Any) -> Non
 
 
 def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
-    """Loads the recipe, and sets the environment that Prefect, MLflow and transformers read when they are imported."""
+    """Loads the recipe and sets the variables that Prefect, MLflow and transformers read when they are imported."""
     from flows.home import set_environment
     from flows.services.servers import join_up
     from tasks.recipe.load import load_recipe
@@ -288,12 +301,12 @@ def _recipe(path: Path, overrides: Sequence[str] | None) -> "Recipe":
 
 
 def _command_line(path: Path, overrides: Sequence[str] | None) -> str:
-    """Recipe file and settings as typed, quoted for a shell: the tables print commands with them."""
+    """Returns the recipe file and settings as typed, quoted for a shell. The tables print commands with them."""
     return shlex.join([os.path.relpath(path) if path == DEMO else str(path), *(overrides or ())])
 
 
 def main() -> None:
-    """Entry point. An expected error is one sentence and exit status 1, without a traceback."""
+    """Runs the command line. On an expected error it prints one sentence, without a traceback, and exits with 1."""
     try:
         app()
     except DistilError as error:

@@ -1,10 +1,9 @@
-"""The complete pipeline as one Prefect flow: corpus to targets, training, registration, scores, gate.
+"""Runs the complete pipeline as one Prefect flow: corpus to targets, training, registration, scores and gate.
 
     distil run RECIPE.toml                          from the command line
     flows/distill.py:distill                        entry point of the deployments `distill/NAME`
 
-Running it again computes only what is missing; a killed run resumes from the store and its newest
-checkpoint.
+A repeated run computes only missing artifacts; a killed run resumes from the store and its newest checkpoint.
 """
 
 import sys
@@ -53,16 +52,15 @@ SEND_SECONDS = 5.0
 """Seconds between two uploads of the training curves to MLflow."""
 
 TRAINED_AGAIN = (
-    "this version orders the training data differently (run schema 2), so the training is repeated; text, blocks and "
-    "targets are reused"
+    "this version of distil orders the training data differently (run schema 2), so the model is trained again; text, "
+    "blocks and targets are reused"
 )
 
 
 def run_chain(recipe: Recipe, command: str = "") -> State[Any]:
-    """Distils a student from a teacher: shards, blocks, targets, training, registration, scores, gate.
+    """Distils a student from a teacher: shards, blocks, targets, training, registration, scores and gate.
 
-    Artifacts that the store has are reused; only missing ones are made. With nothing left to do, the run shows the
-    stored result.
+    Existing artifacts are reused. If all exist, the run shows the stored result.
 
     Args:
         recipe: All settings of the run, by section, as in a recipe file.
@@ -84,9 +82,7 @@ def run_chain(recipe: Recipe, command: str = "") -> State[Any]:
     _refuse_gaps(prepared)
     summary = _train_and_score(prepared, command)
     _show(summary, time.monotonic() - start)
-    failed = (
-        f"; {len(prepared.failures)} artifacts failed before the training, see the table" if prepared.failures else ""
-    )
+    failed = f"; {len(prepared.failures)} artifacts failed before training, see the table" if prepared.failures else ""
     return Completed(message=f"{summary.mlflow_model}{failed}")
 
 
@@ -94,18 +90,18 @@ distill = bound_flow(run_chain, "distill", run_name="{name}")
 
 
 def _refuse_gaps(prepared: Prepared) -> None:
-    """FatalError if an artifact is missing without a reported failure: no model may silently lack training text."""
+    """FatalError if an artifact is missing without a reported failure, so that no training text is lost silently."""
     lacking = silently_missing(prepared)
     if lacking and prepared.workspace.recipe.targets.on_missing == "compute":
         first = lacking[0]
         raise FatalError(
-            f"{len(lacking)} artifacts are missing although nothing failed, the first is {first.kind} {first.label}; "
+            f"{len(lacking)} artifacts are missing although no job failed, the first is {first.kind} {first.label}; "
             "run `distil verify`, then `distil retry`"
         )
 
 
 def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
-    """Trains, registers and scores, under one MLflow run."""
+    """Trains, registers and scores the student under one MLflow run, then runs the gate. Returns the summary."""
     workspace = prepared.workspace
     store, recipe = workspace.store, workspace.recipe
     run = planned_training(workspace)
@@ -144,14 +140,14 @@ def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
 
 
 def _explain_repeated_training(workspace: Workspace, run: RunSpec) -> None:
-    """Says why the training starts again, if the store has the model of this run by an older version."""
+    """Logs and prints why the model is trained again, if an older version of distil has trained it in this store."""
     if not workspace.store.has(run.model_ref) and trained_under_schema_1(workspace):
         get_run_logger().info(TRAINED_AGAIN)
         print(TRAINED_AGAIN, file=sys.stderr)  # Prefect's log lines do not reach the terminal
 
 
 def _score(workspace: Workspace, student: EvaluatedModel) -> ScoredModels:
-    """Scores the student and the recipe's control, next to the teacher."""
+    """Scores the student, the recipe's control (if it has one) and the teacher."""
     recipe = workspace.recipe
     # Keyed by content, as in `distil score`, so that neither repeats the scores of the other.
     student = replace(
@@ -163,7 +159,7 @@ def _score(workspace: Workspace, student: EvaluatedModel) -> ScoredModels:
 
 
 def _publish_and_gate(mlflow_runs: MlflowRuns, parent: str, result: TrainedModel) -> GateDecision:
-    """Stores results, card and figure with the version, then asks the gate, which may wait for a person's approval."""
+    """Stores results, card and figure with the version, then runs the gate, which may wait for a user's approval."""
     recipe, own = result.workspace.recipe, next(iter(result.scores.values()))
     version = record_results(mlflow_runs.registry, result.version, set_results(own), protocol_keys(own))
     run_one("card", recipe.name, partial(publish_card, mlflow_runs, parent, result), recipe.run)
@@ -179,7 +175,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _parent_run(mlflow_runs: MlflowRuns, workspace: Workspace, run: RunSpec) -> str:
-    """The MLflow run of this result, with settings, data sets and the link to Prefect."""
+    """Returns the id of the MLflow parent run, after logging settings, data sets and the link to Prefect."""
     recipe, snapshot = workspace.recipe, workspace.lineage.snapshot
     settings = recipe.model_dump(mode="json", by_alias=True)
     parent = mlflow_runs.run("chain", run.run_key, recipe.name, settings=settings)
@@ -197,7 +193,7 @@ def _prefect_tags() -> dict[str, str]:
 
 
 def _train(store: Store, mlflow_runs: MlflowRuns, parent: str, run: RunSpec) -> None:
-    """Trains unless the store has the model; shows a progress bar and sends the curves to MLflow."""
+    """Trains the model unless it exists; shows a progress bar and sends the training curves to MLflow."""
     child = mlflow_runs.run("train", run.run_key, f"{run.name} train", parent=parent)
     if store.has(run.model_ref):
         # A run killed right after its training may not have sent the end of the curves.
@@ -209,7 +205,7 @@ def _train(store: Store, mlflow_runs: MlflowRuns, parent: str, run: RunSpec) -> 
 
 
 class _MetricsFollower:
-    """Passes lines of metrics.jsonl to the progress bar at once, and to MLflow every SEND_SECONDS."""
+    """Passes new lines of metrics.jsonl to the progress bar immediately, and to MLflow every SEND_SECONDS."""
 
     def __init__(self, mlflow_runs: MlflowRuns, run_id: str, advance: Any) -> None:
         self.mlflow_runs, self.run_id, self.advance = mlflow_runs, run_id, advance
@@ -219,7 +215,7 @@ class _MetricsFollower:
         self.sent = 0.0
 
     def follow(self, lines: list[Line], final: bool = False) -> None:
-        """Takes new lines; `final` marks the last ones."""
+        """Handles new lines; `final` is True for the last ones, which are sent immediately."""
         self.owed += lines
         trained = [line for line in lines if "loss" in line]
         if trained:
@@ -233,7 +229,7 @@ class _MetricsFollower:
                 self.mlflow_runs.send(self.run_id, self.owed, self.last)
                 self.owed = []
             except RetryableError as error:
-                # The lines are sent with the next ones: an MLflow that does not answer must not end a training.
+                # The lines are sent with the next ones: an MLflow that does not respond must not end a training run.
                 get_run_logger().warning(error.message)
 
 
@@ -244,7 +240,7 @@ def _register(mlflow_runs: MlflowRuns, parent: str, recipe: Recipe, model: Evalu
 
 
 def _show(summary: RunSummary, seconds: float) -> None:
-    """Prints the final table, publishes it in Prefect, and stores it for later runs with nothing to do."""
+    """Prints the final table, publishes it in Prefect, and stores it for later runs that have nothing left to do."""
     sections = summary_sections(summary, seconds)
     table = Table(summary.workspace.recipe.name, sections)
     show_table(table)

@@ -1,6 +1,6 @@
-"""Deletes unreferenced files of a store, and decides which artifacts are kept: the body of `distil gc`.
+"""Implements `distil gc`: decides which artifacts of a store are kept, and lists or deletes all other files.
 
-collect_garbage([recipe], delete=False)         # lists what no recipe, model or running training refers to
+collect_garbage([recipe], delete=False)         # lists the files that would be deleted
 """
 
 import sys
@@ -16,12 +16,12 @@ from tasks.recipe.config import Recipe
 
 
 def collect_garbage(recipes: Sequence[Recipe], *, delete: bool) -> None:
-    """Lists, or with `delete` deletes, old files that no recipe, model or running training refers to.
+    """Lists, or with `delete` deletes, old files that no recipe, model or running training run refers to.
 
     DistilError if the recipes have different stores.
     """
     if len({recipe.store for recipe in recipes}) > 1:
-        raise DistilError("these recipes keep their artifacts in different stores; call gc once per store")
+        raise DistilError("these recipes have different stores; run `distil gc` once per store")
     store = open_store(recipes[0])
     unused = gc(store, artifacts_to_keep(store, recipes), delete=delete)
     for path in unused:
@@ -30,10 +30,10 @@ def collect_garbage(recipes: Sequence[Recipe], *, delete: bool) -> None:
 
 
 def artifacts_to_keep(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str, str]]:
-    """(kind, key) of every artifact that `gc` must keep.
+    """Returns (kind, key) of every artifact that `gc` must keep.
 
-    These are the recipes' artifacts and samples, all models and scores, the checkpoints of unfinished trainings, and
-    what running trainings read, from any snapshot. FatalError: a source of a recipe is not done.
+    These are the recipes' artifacts and samples, all models and scores, the checkpoints of unfinished training runs,
+    and the inputs of running ones, from any snapshot. FatalError: a source of a recipe has not been read.
     """
     from tasks.train.checkpoint import unfinished_checkpoints  # deferred: torch takes seconds to import
 
@@ -45,8 +45,8 @@ def artifacts_to_keep(store: Store, recipes: Iterable[Recipe]) -> set[tuple[str,
         unread = [source.label for source, ref in lineage.sources if ref is None or not store.has(ref)]
         if unread:
             raise FatalError(
-                f"recipe {recipe.name}: source {unread[0]} is not done, so it is not known what belongs to it and gc "
-                "could drop too much; run `distil retry` first"
+                f"recipe {recipe.name}: source {unread[0]} has not been read, so its shards are unknown and gc could "
+                "delete them; run `distil retry` first"
             )
         keep |= {(ref.kind, ref.key) for refs in lineage.stages().values() for ref in refs}
         keep |= {(ref.kind, ref.key) for ref in lineage.sample}

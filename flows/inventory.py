@@ -1,7 +1,7 @@
-"""A recipe's artifacts against the store: planned training run, wanted and missing artifacts.
+"""Compares a recipe with its store: the planned training run, and the required, finished and missing artifacts.
 
 run = planned_training(workspace)
-rows = stage_rows(workspace)            # per stage: wanted, done, bytes, missing, failed
+rows = stage_rows(workspace)            # per stage: numbers of required and finished artifacts, bytes, missing, failed
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,35 +16,35 @@ from tasks.recipe.run_json import model_ref as ref_of_model
 
 
 def planned_training(workspace: Workspace) -> RunSpec:
-    """The training run of a recipe. FatalError: train.warm_start names no model."""
+    """Plans the training run of a recipe. FatalError: train.warm_start is not the name of a model."""
     return plan_training(with_local_start(workspace))
 
 
 def planned_key(workspace: Workspace) -> str:
-    """Key of the run that `planned_training` returns if no artifact is missing. The same error."""
+    """Returns the key of the run that `planned_training` plans once no artifact is missing. Raises the same error."""
     return training_key(with_local_start(workspace))
 
 
 def planned_model(workspace: Workspace) -> Ref:
-    """Reference to the model of that run. The same error."""
+    """Returns a reference to the model of the planned training run. Raises the same error."""
     return ref_of_model(planned_key(workspace), workspace.recipe.name)
 
 
 def trained_under_schema_1(workspace: Workspace) -> bool:
-    """True if a version with run schema 1 has trained this recipe in this store. The same error."""
+    """Returns True if the store has this recipe's model as trained under run schema 1. Raises the same error."""
     recipe = workspace.recipe
     if recipe.train.result != "last":
-        return False  # schema 1 had no other result
+        return False  # schema 1 supported no other value
     key = training_key_schema_1(with_local_start(workspace))
     return workspace.store.has(ref_of_model(key, recipe.name))
 
 
 def with_local_start(workspace: Workspace) -> Workspace:
-    """The workspace, with a registered model in train.warm_start replaced by its folder."""
+    """Returns the workspace; a registered model in train.warm_start is downloaded and replaced by its folder."""
     recipe = workspace.recipe
     if not recipe.train.warm_start.startswith(REGISTERED):
         return workspace
-    # Deferred: it imports MLflow, which takes seconds and which most recipes do not need here.
+    # Deferred: importing MLflow takes seconds, and most recipes do not need it here.
     from flows.tracking.model_registry import fetch_model
 
     return workspace.with_warm_start(str(fetch_model(recipe, recipe.train.warm_start)))
@@ -52,7 +52,11 @@ def with_local_start(workspace: Workspace) -> Workspace:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: wanted and done artifacts, bytes of the done, labels of the missing, reasons of the failed."""
+    """Progress of one stage.
+
+    Contains the numbers of required (`wanted`) and finished (`done`) artifacts, the bytes of the finished ones, the
+    labels of the missing ones, and the error message of each failed one by label.
+    """
 
     stage: str
     wanted: int
@@ -63,9 +67,9 @@ class StageRow:
 
 
 def stage_rows(workspace: Workspace) -> list[StageRow]:
-    """One row per stage, from two listings per kind.
+    """Returns one row per stage, from two listings of the store per artifact kind.
 
-    Artifacts whose keys depend on artifacts that do not exist yet are not counted.
+    Artifacts whose keys depend on missing artifacts are not counted.
     """
     store, lineage = workspace.store, workspace.lineage
     unread = tuple(source.label for source, ref in lineage.sources if ref is None)
@@ -75,7 +79,7 @@ def stage_rows(workspace: Workspace) -> list[StageRow]:
 
 
 def _row(store: Store, stage: str, refs: Iterable[Ref], unread: tuple[str, ...]) -> StageRow:
-    """`unread` holds labels of sources that have no key yet."""
+    """Returns the row of one stage. `unread` contains the labels of sources that have no key yet."""
     wanted = {ref.key: ref.label for ref in refs}
     there = store.sizes(stage)
     done = there.keys() & wanted.keys()
@@ -92,7 +96,7 @@ def _row(store: Store, stage: str, refs: Iterable[Ref], unread: tuple[str, ...])
 
 
 def model_ref(workspace: Workspace) -> Ref | None:
-    """Reference to the recipe's model, or None while an artifact that it is made from is missing."""
+    """Returns a reference to the recipe's model, or None if an artifact that the model is made from is missing."""
     if not workspace.lineage.shards or workspace.lineage.lacks(workspace.store):
         return None
     return planned_model(workspace)

@@ -1,9 +1,9 @@
-"""Runs a flow in this process, as the commands of `distil` do.
+"""Runs a flow in this process, for the commands of `distil`.
 
     run_flow(recipe, "flows.retry", "retry_shard", stage="targets", command="mine.toml")
-    run_chain_unless_done(recipe, "mine.toml")      # the flow `distill`, unless the store has everything
+    run_chain_unless_done(recipe, "mine.toml")      # runs the flow `distill` unless all artifacts exist
 
-Imports Prefect only while the server starts: both take seconds.
+Prefect is imported while its server starts, since both take seconds.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ from tasks.recipe.config import Recipe
 def run_flow(recipe: Recipe, module: str, name: str, **arguments: Any) -> None:
     """Runs the flow `name` of `module` to its end and prints its final message.
 
-    Uses the server of PREFECT_API_URL, or starts one. DistilError with the message of a flow that did not complete.
+    Uses the server at PREFECT_API_URL, or starts one. DistilError with the flow's message if it does not complete.
     """
     wait = start_server(recipe.home)
     flow = getattr(import_module(module), name)  # takes seconds, during which the server starts
@@ -33,7 +33,7 @@ def run_flow(recipe: Recipe, module: str, name: str, **arguments: Any) -> None:
 
 
 def run_chain_unless_done(recipe: Recipe, command: str) -> None:
-    """Runs the flow `distill`; where the store already has everything, shows the stored result without any server."""
+    """Runs the flow `distill`. If all artifacts and scores exist, shows the stored result without starting a server."""
     from flows.home import open_workspace
     from flows.pipeline.already_done import all_done, show_done
 

@@ -1,4 +1,4 @@
-"""The forecast of `distil plan`, from one measured sample and one timing. Starts no server.
+"""Computes the forecast of `distil plan` from a measured sample and timings. Starts no server.
 
 forecast = forecast_of(recipe, sample_bytes=4_000_000, prices=Prices())
 show_forecast(recipe, forecast)         # flows/views/forecast.py
@@ -24,11 +24,14 @@ from tasks.plan.timing import describe_machine, measure
 from tasks.recipe.config import Recipe
 
 TIMED_SECONDS = 10.0
-"""Seconds of timing for the teacher and for the student, each at most about doubled."""
+"""Seconds for which the teacher and the student are timed; each may take up to about twice as long."""
 
 
 def forecast_of(recipe: Recipe, *, sample_bytes: int, prices: Prices, training: bool = True) -> Forecast:
-    """Measures sample and machine, and computes the forecast. FatalError: unusable sources, teacher or student."""
+    """Measures a sample of the sources and this machine, and returns the forecast.
+
+    FatalError: the sources, the teacher or the student are unusable.
+    """
     workspace = with_local_start(open_workspace(recipe))
     recipe = workspace.recipe
     check_teacher(recipe)
@@ -43,7 +46,10 @@ def forecast_of(recipe: Recipe, *, sample_bytes: int, prices: Prices, training: 
 
 
 def _sample(scratch: Sequence[Store], workspace: Workspace, sample_bytes: int) -> Sample:
-    """The same sample in as many worker processes as will run at the same time, since they slow each other down."""
+    """Takes the same sample in all worker processes at the same time, since they slow each other down.
+
+    Returns the sample with the mean times over the processes.
+    """
     recipe, sources = workspace.recipe, [source for source, _ in workspace.lineage.sources]
     settings = (recipe.corpus, recipe.blocks, recipe.mask, workspace.vocabulary, sources, sample_bytes)
     run = recipe.with_changes({"run.workers": len(scratch)}).run

@@ -1,10 +1,10 @@
-"""Prepares the training data of a corpus: sources, shards, blocks, token counts, calibration, targets.
+"""Prepares the training data of a corpus: sources, shards, blocks, token counts, calibration and targets.
 
     distil prepare RECIPE.toml                      from the command line
     flows/prepare.py:prepare                        entry point of the deployments `prepare/NAME`
 
-The flow `distill` begins with the same stages. Each stage submits only artifacts that the store lacks; a shard that
-fails holds back only the artifacts made from it.
+The flow `distill` begins with the same stages. Each stage makes only missing artifacts. If a shard fails, only the
+artifacts made from it are skipped.
 """
 
 from typing import Any, Literal
@@ -23,7 +23,7 @@ def run_prepare(recipe: Recipe, until: Literal["blocks", "targets"] = "targets",
 
     Args:
         recipe: All settings of the run, by section, as in a recipe file.
-        until: The last stage: targets, or blocks to stop before the teacher is needed (no GPU).
+        until: The last stage to run. "blocks" stops before the stages that need the teacher and a GPU.
         command: Recipe file and settings as typed at the command line. Leave it empty for a run of a deployment.
     """
     workspace = open_workspace(with_absolute_paths(recipe))

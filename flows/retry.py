@@ -1,9 +1,9 @@
-"""Retries missing artifacts: all of them, one stage, or one shard.
+"""Makes missing artifacts: all of them, or those of one stage or one shard.
 
     distil retry RECIPE.toml --stage targets --shard fr_meta_part_3-0002
     flows/retry.py:retry_shard                      entry point of the deployments `retry-shard/NAME`
 
-Runs the stages of `prepare`. An artifact that exists is not made again, unless the retry is forced.
+Runs the stages of the flow `prepare`. Existing artifacts are made again only with `force`.
 """
 
 from typing import Any, Literal, get_args
@@ -23,26 +23,27 @@ Stage = Literal["all", "source", "shard", "blocks", "counts", "calibration", "ta
 def run_retry(
     recipe: Recipe, stage: Stage = "all", shard: str = "", force: bool = False, command: str = ""
 ) -> State[Any]:
-    """Makes missing shards, blocks and targets: all of them, those of one stage, or those of one shard.
+    """Makes missing shards, blocks and targets: all of them, or those of one stage or one shard.
 
     Args:
-        recipe: The recipe that the shard belongs to.
-        stage: The stage to retry, as `distil status` names it; all means every stage up to the targets.
-        shard: Label of a shard or source as `distil status` shows it; empty means all that are missing.
-        force: Make the artifacts again even if they exist. Needs a stage or a shard.
+        recipe: The recipe of the shard.
+        stage: The stage to retry, as in `distil status`; "all" selects every stage up to the targets.
+        shard: Label of a shard or source, as in `distil status`. Leave it empty for all missing artifacts.
+        force: Make the artifacts again even if they exist. Requires a stage or a shard.
         command: Recipe file and settings as typed at the command line. Leave it empty for a run of a deployment.
     """
     if stage not in get_args(Stage):
         raise FatalError(f"stage {stage!r} does not exist; choose one of {', '.join(get_args(Stage))}")
     if force and stage == "all" and not shard:
-        raise FatalError("force needs a stage or a shard, so that not everything is made again")
-    # A retry computes missing targets, whatever policy the recipe has for runs.
+        raise FatalError("force would make every artifact again; select a stage or a shard")
+    # A retry computes missing targets even if the recipe's runs do not.
     recipe = with_absolute_paths(recipe).with_changes({"targets.on_missing": "compute"})
     selection = Selection("" if stage == "all" else stage, shard, force)
     prepared = prepare_corpus(open_workspace(recipe), selection)
     if shard and not prepared.stages and not selection.named(prepared.workspace.lineage):
         raise FatalError(
-            f"no shard {shard!r} in {selection.stage or 'any stage'} of {recipe.name}; `distil status` lists them"
+            f"shard {shard!r} does not exist in {selection.stage or 'any stage'} of {recipe.name}; `distil status` "
+            "lists missing and failed shards"
         )
     lacking = [
         ref
@@ -52,7 +53,7 @@ def run_retry(
     if lacking and not prepared.failures:
         first = lacking[0]
         raise FatalError(
-            f"{first.kind} {first.label} is still missing, because an artifact that it is made from is missing; "
+            f"{first.kind} {first.label} is still missing because one of its input artifacts is missing; "
             "run `distil retry` without --stage and --shard"
         )
     return finish_state(prepared, command)

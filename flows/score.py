@@ -1,10 +1,10 @@
-"""Scores models side by side: held-out text, fill-mask, size and speed, fine-tuned sets.
+"""Scores models side by side: held-out text, fill-mask, size and speed, and fine-tuned data sets.
 
     distil score MODEL... [RECIPE.toml]             from the command line: folders, hub ids or registered models
     flows/score.py:score                            entry point of the deployments `score/NAME`
 
-Scores are artifacts keyed by model, protocol, set and seed, so none is computed twice. A score that cannot be computed
-is reported as `not run` with its reason.
+Scores are artifacts keyed by model, protocol, data set and seed, so none is computed twice. A score that cannot be
+computed is reported as `not run`, with the reason.
 """
 
 import re
@@ -52,19 +52,19 @@ from tasks.release.results import protocol_keys, set_results, summarize_models
 def run_score(
     recipe: Recipe, model: str, others: tuple[str, ...] = (), only: str = "", force: bool = False, command: str = ""
 ) -> State[Any]:
-    """Scores masked language models side by side by a recipe's protocol, on the recipe's held-out text.
+    """Scores masked language models side by side on the held-out text and by the protocol of a recipe.
 
     Args:
         recipe: The recipe with the held-out text, the teacher and the score settings.
         model: A folder, a hub id, or a registered model such as models:/distilled@challenger.
         others: More models to compare, scored by the same protocol.
-        only: Compute only this fine-tuned set (xnli) or pair (xnli seed 1); empty means all that are missing.
+        only: Compute only this data set (xnli) or one seed of it (xnli seed 1). Leave it empty for all missing scores.
         force: Compute the scores of `only` again even if they exist.
         command: Recipe file and settings as typed at the command line. Leave it empty for a run of a deployment.
     """
     if force and not only:
         raise FatalError(
-            "force needs only, a set or a pair such as `xnli seed 1`, so that not everything is made again"
+            "force would compute every score again; set `only` to a data set (xnli) or to one seed of it (xnli seed 1)"
         )
     recipe = with_absolute_paths(recipe)
     protocol_of(recipe)  # an unusable protocol fails before anything is computed
@@ -90,7 +90,10 @@ score = bound_flow(run_score, "score", run_name="{model}")
 
 
 def _evaluated_models(recipe: Recipe, models: Sequence[str]) -> list[EvaluatedModel]:
-    """Every model once, with a unique short name. The recipe's teacher is in the list only if no other model is."""
+    """Returns each model once, with a unique short name.
+
+    The recipe's teacher, which every model is compared with, is removed from the list unless it is the only model.
+    """
     found: dict[str, EvaluatedModel] = {}
     for model in models:
         one = find_model(recipe, model)
@@ -101,9 +104,10 @@ def _evaluated_models(recipe: Recipe, models: Sequence[str]) -> list[EvaluatedMo
 
 
 def _short_name(model: str, taken: set[str]) -> str:
-    """`distil-demo-challenger` for models:/distil-demo@challenger; for a folder or hub id its last part.
+    """Returns a short name that is not in `taken`.
 
-    It becomes part of names in MLflow, which allow no @.
+    It is `distil-demo-challenger` for models:/distil-demo@challenger, and the last part of the path of a folder or hub
+    id. It is used in names in MLflow, which must not contain @.
     """
     plain = model.removeprefix(REGISTERED) if model.startswith(REGISTERED) else Path(model.rstrip("/")).name
     name = re.sub(r"[^\w.-]", "-", plain)
@@ -126,7 +130,7 @@ def _show(title: str, scored: ScoredModels) -> None:
 
 
 def record(workspace: Workspace, models: Sequence[EvaluatedModel], scored: ScoredModels) -> None:
-    """Records the comparison as one MLflow run with a figure, and a child run per model and set.
+    """Records the comparison as one MLflow run with a figure and one child run per model and data set.
 
     Results of this recipe's registered models are also stored with their versions, where the gate reads them.
     """
@@ -147,9 +151,10 @@ def record(workspace: Workspace, models: Sequence[EvaluatedModel], scored: Score
 
 
 def is_own(recipe: Recipe, uri: str) -> bool:
-    """True if a registered model belongs to this recipe.
+    """Returns True if `uri` is a version of the model that this recipe registers.
 
-    Results on the held-out text of another recipe say nothing about a model and would replace its own.
+    Only results of such a model are stored with its version: results on the held-out text of a different recipe would
+    replace those that the gate needs.
     """
     name = re.split("[@/]", uri.removeprefix(REGISTERED), maxsplit=1)[0]
     return uri.startswith(REGISTERED) and name == recipe.register_as.name

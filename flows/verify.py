@@ -1,6 +1,6 @@
-"""Checks a store against a recipe: the body of `distil verify`.
+"""Implements `distil verify`: checks every file of a store, and whether a recipe's artifacts are complete.
 
-    verify_store(workspace, "mine.toml")            # hashes every file, lists what the recipe lacks
+    verify_store(workspace, "mine.toml")            # hashes every file, lists missing artifacts
 
 storage/verify.py hashes the files; this module compares the store with the recipe and prints the result.
 """
@@ -16,9 +16,10 @@ from tasks.lineage import Workspace
 
 
 def verify_store(workspace: Workspace, command: str) -> None:
-    """Hashes every file of the store again, withdraws damaged artifacts, and prints those and what the recipe lacks.
+    """Hashes every file of the store, withdraws damaged artifacts, and prints them and the recipe's missing artifacts.
 
-    `command` is the recipe file and settings as typed. DistilError with a summary unless everything is complete.
+    `command` is the recipe file and settings as typed. DistilError with a summary if any file is damaged, unreadable or
+    foreign, or any artifact is missing.
     """
     faults = verify(workspace.store)
     for fault in faults:
@@ -33,22 +34,29 @@ def verify_store(workspace: Workspace, command: str) -> None:
     for kind, label in lacking:
         print(f"missing  {kind} {label}")
     _raise_if_incomplete(faults, lacking, command)
-    print("every artifact is complete and none is missing")
+    print("all artifacts exist and are undamaged")
 
 
 def _raise_if_incomplete(faults: Sequence[Fault], lacking: Sequence[tuple[str, str]], command: str) -> None:
     withdrawn = sum(fault.withdrawn for fault in faults)
     if unread := sum(fault.what == "unread" for fault in faults):
-        print(f"{unread} could not be read and are left as they are; give access, or repair the disk, and verify again")
+        print(
+            f"{unread} of the files could not be read and were not changed; grant read access or repair the disk, then "
+            "run `distil verify` again"
+        )
     if withdrawn or lacking:
-        # A retry ends at the targets; only a run trains.
+        # `distil retry` makes artifacts up to the targets; only `distil run` trains.
         verb = "run" if all(kind == "model" for kind, _ in lacking) and not withdrawn else "retry"
         raise DistilError(
-            f"{withdrawn} damaged and withdrawn, {len(lacking)} missing; `distil {verb} {command}` makes them again"
+            f"{withdrawn} artifacts damaged and withdrawn, {len(lacking)} missing; make them again with "
+            f"`distil {verb} {command}`"
         )
     if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
-        raise DistilError(f"{stuck} damaged, but could not be withdrawn; verify again with write access")
+        raise DistilError(
+            f"{stuck} damaged artifacts could not be withdrawn; grant write access to the store, then run "
+            "`distil verify` again"
+        )
     if unread:
-        raise DistilError(f"{unread} could not be read, so it is unknown whether they are intact")
+        raise DistilError(f"{unread} of the files could not be read, so they may be damaged")
     if faults:
-        raise DistilError(f"{len(faults)} files in the store do not belong to it; delete them")
+        raise DistilError(f"{len(faults)} of the files in the store do not belong to it; delete them")

@@ -3,8 +3,8 @@
     distil watch RECIPE.toml                        one check, from the command line
     flows/watch.py:watch_snapshots                  entry point of the deployments `watch-snapshots/RECIPE`
 
-Only this flow starts runs for snapshots, on a schedule or on the event `corpus.snapshot.published`. The store remembers
-which listings it saw and which runs it started. Two watchers at the same time request the same run and get one.
+Only this flow starts runs for snapshots, on a schedule or on the event `corpus.snapshot.published`. The listings that
+it has seen and the runs that it has started are recorded in the store. Concurrent watchers start only one run.
 """
 
 import time
@@ -32,18 +32,18 @@ from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 
 CHECKS = "looks"
-"""Topic in the store: since when the files of a folder have been unchanged."""
+"""Topic of the notes in the store that record since when the files of a folder have been unchanged."""
 
 TAKEN = "taken"
-"""Topic in the store: the run that was started for a listing of a snapshot."""
+"""Topic of the notes in the store that record the run started for each listing of a snapshot."""
 
 
 @dataclass(frozen=True)
 class SnapshotCheck:
     """Result of one check of a snapshot.
 
-    `listing` is the fingerprint of its files, `age` the seconds for which they have been unchanged, and `lacking` why
-    the snapshot is incomplete ("" if it is complete).
+    `listing` is the fingerprint of the snapshot's files, `age` the seconds for which they have been unchanged, and
+    `lacking` the reason why the snapshot is incomplete ("" if it is complete).
     """
 
     url: str
@@ -64,7 +64,7 @@ def run_watch(recipe: Recipe) -> State[Any]:
     """Checks once for a new snapshot of the corpus, and starts a run of `distill` for it if it is complete.
 
     Args:
-        recipe: The recipe of the run to start. Its section `watch` names the folder of the snapshots.
+        recipe: The recipe of the run to start. Its setting `watch.folder` is the folder of the snapshots.
     """
     recipe = with_absolute_paths(recipe)
     workspace = open_workspace(recipe)
@@ -73,9 +73,9 @@ def run_watch(recipe: Recipe) -> State[Any]:
         check = _settled_check(_at(workspace, url))
         if not check.lacking:
             outcomes.append(_take(_at(workspace, url), check))
-            break  # snapshots older than a complete one are history
+            break  # snapshots older than a complete one need no check
         outcomes.append(f"{check.name} is not complete yet: {check.lacking}")
-    return Completed(message="; ".join(outcomes) or f"nothing new: {recipe.watch.folder} holds no snapshot yet")
+    return Completed(message="; ".join(outcomes) or f"nothing new: {recipe.watch.folder} contains no snapshot yet")
 
 
 watch_snapshots = bound_flow(run_watch, "watch-snapshots", run_name="{name}")
@@ -85,7 +85,7 @@ watch_snapshots = bound_flow(run_watch, "watch-snapshots", run_name="{name}")
 
 
 def _snapshots(recipe: Recipe) -> list[str]:
-    """URLs of all snapshots, newest first."""
+    """Returns the URLs of all snapshots, newest first."""
     folder = recipe.watch.folder
     if not folder:
         return [recipe.corpus.url]
@@ -97,12 +97,15 @@ def _last_part(url: str) -> str:
 
 
 def _at(workspace: Workspace, url: str) -> Workspace:
-    """The workspace, with one snapshot as its corpus."""
+    """Returns the workspace with the snapshot at `url` as its corpus."""
     return workspace.with_changes({"corpus.url": url})
 
 
 def _settled_check(workspace: Workspace) -> SnapshotCheck:
-    """A check whose files have been unchanged for `watch.settle_seconds`; waits for that time where it has to."""
+    """Checks a snapshot and, if it changed recently, checks it again after `watch.settle_seconds` without changes.
+
+    Returns the last check. A snapshot whose files changed in between is incomplete.
+    """
     check = _check(workspace)
     wait = workspace.recipe.watch.settle_seconds - check.age
     if check.lacking or wait <= 0 or _taken(workspace, check):
@@ -121,9 +124,10 @@ def _check(workspace: Workspace) -> SnapshotCheck:
 
 
 def check_snapshot(workspace: Workspace) -> SnapshotCheck:
-    """Checks the folder `corpus.url` once; the store remembers the listing for the next check.
+    """Checks the folder `corpus.url` once, and stores its listing for the next check.
 
-    FatalError: the folder cannot be listed, or holds invalid files and is no copy in progress.
+    FatalError: the folder cannot be listed, or it contains invalid files and has been unchanged for
+    `watch.settle_seconds`, so that it is not a copy in progress.
     """
     recipe, start = workspace.recipe, time.time()
     folder = list_folder(recipe.corpus.url)
@@ -138,7 +142,7 @@ def check_snapshot(workspace: Workspace) -> SnapshotCheck:
 
 
 def _unchanged_since(store: Store, folder: FolderListing) -> float:
-    """Time (seconds since 1970) at which the present files of a folder were first seen."""
+    """Returns the time (seconds since 1970) at which the current files of a folder were first seen."""
     known = store.recall(CHECKS, folder.url)
     if known is not None and known["listing"] == folder.fingerprint:
         return float(known["since"])
@@ -148,21 +152,21 @@ def _unchanged_since(store: Store, folder: FolderListing) -> float:
 
 
 def _lacking(folder: FolderListing, recipe: Recipe) -> str:
-    """Why the folder is incomplete, or "". FatalError as `snapshot_of`, also for half a checksum file."""
+    """Returns the reason why the folder is incomplete, or "". Raises FatalError for invalid files, as `snapshot_of`."""
     if not folder.files:
         return "it is empty"
     absent = snapshot_of(folder, recipe.corpus, partial=True).absent
     if not absent:
         return ""
-    more = f"; neither do {len(absent) - 1} others" if absent[1:] else ""
-    return f"{absent[0]} is named in a checksum file but does not exist{more}"
+    more = f" (and {len(absent) - 1} more)" if absent[1:] else ""
+    return f"{absent[0]} is listed in a checksum file but does not exist{more}"
 
 
 # ---- starting the run --------------------------------------------------------------------------------------
 
 
 def _key(recipe: Recipe, check: SnapshotCheck) -> str:
-    """Idempotency key of the one run for this recipe, store and listing; the server enforces it too."""
+    """Returns the idempotency key of the run for this recipe, store and listing. Prefect creates one run per key."""
     return sha256_bytes(canonical_json([recipe.name, recipe.store, check.listing]))
 
 
@@ -171,22 +175,25 @@ def _taken(workspace: Workspace, check: SnapshotCheck) -> dict[str, Any] | None:
 
 
 def _take(workspace: Workspace, check: SnapshotCheck) -> str:
-    """Starts the run for a complete snapshot, unless it was taken or processed before; returns what it did."""
+    """Starts a run for a complete snapshot unless it was taken or processed before. Returns a message for the user."""
     store, recipe, key = workspace.store, workspace.recipe, _key(workspace.recipe, check)
     taken = _taken(workspace, check)
     if taken is not None:
-        return f"nothing new: {check} taken already{', run ' + taken['run'] if taken['run'] else ''}"
+        return f"nothing new: {check} was taken before{', run ' + taken['run'] if taken['run'] else ''}"
     if all_done(workspace):
         store.remember(TAKEN, key, {"url": check.url, "run": ""})
-        return f"nothing new: {check} is processed already"
+        return f"nothing new: {check} was processed before"
     run = run_one("start", check.name, partial(_start, _warm(recipe), key), recipe.run)
-    # Only after the server has the run: a watcher that dies in between requests the same run again.
+    # Stored after the server has the run: if the watcher dies in between, the next one requests the same run.
     store.remember(TAKEN, key, {"url": check.url, "run": f"{run.name} ({run.id})"})
     return f"snapshot {check} taken: run {run.name} ({run.id})"
 
 
 def _warm(recipe: Recipe) -> Recipe:
-    """The recipe, warm-started from the present champion if it says so; by version, so that a Retry gets the same."""
+    """Returns the recipe; with `watch.warm_start`, the run starts from the current champion.
+
+    The champion is named by version number, so that a retried run starts from the same model.
+    """
     if not recipe.watch.warm_start:
         return recipe
     from flows.tracking.model_registry import champion_of  # deferred: MLflow takes seconds to import
@@ -198,7 +205,7 @@ def _warm(recipe: Recipe) -> Recipe:
 
 
 def _start(recipe: Recipe, key: str) -> FlowRun:
-    """Requests the run of this key from the server, which creates it only once."""
+    """Requests a run with this idempotency key from the Prefect server, which creates it only once."""
     name = f"distill/{recipe.name}"
     try:
         run = run_deployment(
@@ -219,4 +226,4 @@ def _start(recipe: Recipe, key: str) -> FlowRun:
             f"the deployment {name} does not accept this recipe; run `distil deploy` again ({error})", name
         ) from error
     except HTTPError as error:
-        raise RetryableError(f"the Prefect server did not answer: {error}", name) from error
+        raise RetryableError(f"the Prefect server did not respond: {error}", name) from error

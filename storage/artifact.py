@@ -1,4 +1,4 @@
-"""Values that describe artifacts: references, receipts, failures and faults. The bytes stay in the store.
+"""Defines the values that describe artifacts: references, receipts, failures and faults. Data stays in the store.
 
 ref = Ref("blocks", key, "fr_meta_part_3-0002")
 receipt = receipt_from_json(path.read_bytes(), str(path))
@@ -31,7 +31,7 @@ KINDS = (
 _KEY = re.compile(r"[0-9a-f]{64}(-[0-9]{9})?")
 
 NODE = "DISTIL_NODE"
-"""Environment variable: receipts and failures name this node instead of the host, where a host runs several nodes."""
+"""Environment variable that replaces the host name in receipts and failures, for a host that runs several nodes."""
 
 _FIELD_TYPES = {
     int: ("schema", "rows", "tokens"),
@@ -39,29 +39,29 @@ _FIELD_TYPES = {
     list: ("files", "parents"),
     dict: ("settings", "info", "versions", "timings"),
 }
-"""Types of a receipt's fields in JSON."""
+"""JSON types of the fields of a receipt."""
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601 with milliseconds."""
+    """Returns the current time in UTC, as ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def host_name() -> str:
-    """The node that runs this process, as receipts and failures record it."""
+    """Returns the name of the node that runs this process, as recorded in receipts and failures."""
     return os.environ.get(NODE) or socket.gethostname()
 
 
 def is_key(text: str) -> bool:
-    """True if `text` has the form of a key: a hex sha256, for a checkpoint followed by its step."""
+    """Returns True if `text` has the form of a key: a hex sha256, followed by the step in the key of a checkpoint."""
     return _KEY.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
 class Ref:
-    """Identifies one artifact by kind and key; the label (`fr_meta_part_3-0002`) is for display.
+    """Identifies one artifact by kind and key. The label (`fr_meta_part_3-0002`) is for display only.
 
-    ValueError: unknown kind, or a key of another form.
+    Raises ValueError if the kind is unknown or the key does not have the form of a key.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of an artifact: its name inside the artifact, size in bytes, sha256."""
+    """One file of an artifact, with its path inside the artifact, its size in bytes and its sha256."""
 
     name: str
     size: int
@@ -86,10 +86,10 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proves that an artifact is complete and lists its files; it is written last, so no receipt means no artifact.
+    """Lists the files of an artifact. It is written last, so it also proves that the artifact is complete.
 
-    `settings` are those in its key, `info` holds results of the computation (counts, digests, the parity probe),
-    `timings` are seconds. `seal` is the sha256 of all other fields, so that an edited receipt is detected.
+    `settings` are the settings in the key, `info` contains results of the computation (counts, digests, the parity
+    probe), and `timings` are in seconds. `seal` is the sha256 of all other fields: it reveals an edited receipt.
     """
 
     kind: str
@@ -110,31 +110,31 @@ class Receipt:
 
     @property
     def ref(self) -> Ref:
-        """The reference of this artifact."""
+        """Reference to this artifact."""
         return Ref(self.kind, self.key, self.label)
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """Bytes of all files together."""
         return sum(file.size for file in self.files)
 
     @property
     def content(self) -> str:
-        """Name of its data folder: 16 hex digits of a hash over its files."""
+        """Name of the data folder: 16 hex digits of a hash over the files."""
         return digest_of_files(self.files)
 
     def to_json(self) -> bytes:
-        """The sealed receipt as JSON."""
+        """Returns the receipt with its seal, as JSON."""
         body = {name: value for name, value in asdict(self).items() if name != "seal"}
         return canonical_json(body | {"seal": sha256_bytes(canonical_json(body))})
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an artifact could not be made; stored next to the place of its receipt until a later commit succeeds.
+    """Records why an artifact could not be made. It is stored in the folder of receipts until a later commit succeeds.
 
-    `key` is "" while the content of a source is not known. `error` is the class name; `file` and `line` are those of
-    the input that caused it ("" and None if unknown).
+    `key` is "" while the content of a source is unknown. `error` is the class name of the exception. `file` and `line`
+    locate the cause in the input ("" and None if unknown).
     """
 
     kind: str
@@ -150,7 +150,7 @@ class Failure:
 
     @classmethod
     def from_error(cls, kind: str, key: str, label: str, error: Exception) -> Self:
-        """The failure of an artifact on this host, now. Every error except FatalError counts as retryable."""
+        """Creates the failure of an artifact, with this host and the current time. Only FatalError is not retryable."""
         return cls(
             kind=kind,
             key=key,
@@ -167,10 +167,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem that `verify` found in a committed artifact; `withdrawn`: its receipt was removed.
+    """A problem that `verify` found in a committed artifact; `withdrawn` is True if its receipt was removed.
 
-    `what`: "damaged", "stray" (complete, plus a file that the receipt does not name) or "unread" (the store could not
-    read it, so its state is unknown).
+    `what` is "damaged", "stray" (the artifact is complete, but its folder contains a file that the receipt does not
+    list) or "unread" (the artifact could not be read, so its state is unknown).
     """
 
     ref: Ref
@@ -180,15 +180,15 @@ class Fault:
 
 
 def digest_of_files(files: tuple[DataFile, ...]) -> str:
-    """16 hex digits of a hash over names, sizes and hashes of the files."""
+    """Returns 16 hex digits of a hash over the names, sizes and hashes of the files."""
     return sha256_bytes(canonical_json([asdict(file) for file in files]))[:16]
 
 
 def receipt_from_json(data: bytes, where: str) -> Receipt:
-    """Parses a receipt; `where` names it in errors.
+    """Parses a receipt. `where` is its path in error messages.
 
-    DamagedError if the bytes differ from those of `to_json`, the seal is wrong, a field is missing or of another type,
-    or a file name leads out of the artifact's folder (a valid seal does not rule that out).
+    Raises DamagedError if the bytes differ from the output of `to_json`, the seal is wrong, a field is missing or of
+    the wrong type, or a file name points outside the folder of the artifact (a valid seal does not rule that out).
     """
     body = _parse(data, where)
     seal = body.pop("seal", None)
@@ -198,7 +198,7 @@ def receipt_from_json(data: bytes, where: str) -> Receipt:
         wrong = [name for kind, names in _FIELD_TYPES.items() for name in names if not isinstance(body[name], kind)]
         files = tuple(DataFile(**file) for file in body.pop("files"))
         if wrong or not files:
-            raise TypeError(f"{(*wrong, 'files')[0]} is of another type")
+            raise TypeError(f"{(*wrong, 'files')[0]} has the wrong type")
         receipt = Receipt(files=files, parents=tuple(body.pop("parents")), seal=seal, **body)
         Ref(receipt.kind, receipt.key, receipt.label)
         for file in files:
@@ -209,20 +209,22 @@ def receipt_from_json(data: bytes, where: str) -> Receipt:
 
 
 def _check_file(file: DataFile) -> None:
-    """ValueError unless the name is a printable relative path inside the artifact's folder, with a size and a hash."""
+    """Raises ValueError unless the file has a size, a hash, and a printable path inside the artifact's folder."""
     parts = file.name.split("/") if isinstance(file.name, str) else []
     if not parts or not file.name.isprintable() or "\\" in file.name or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"the file name {file.name!r} leads out of its folder or has odd characters")
+        raise ValueError(
+            f"the file name {file.name!r} points outside the folder of the artifact or contains unprintable characters"
+        )
     if type(file.size) is not int or file.size < 0 or not isinstance(file.sha256, str):
-        raise ValueError(f"the file {file.name} has no size or no hash")
+        raise ValueError(f"the file {file.name} has no valid size or hash")
 
 
 def failure_from_json(data: bytes, where: str) -> Failure:
-    """Parses a failure; `where` names it in errors. FatalError if it is not one."""
+    """Parses a failure. `where` is its path in error messages. Raises FatalError if the JSON is not a failure."""
     try:
         return Failure(**_parse(data, where))
     except TypeError as error:
-        raise FatalError(f"{where}: not a failure note ({error}); delete the file", where) from error
+        raise FatalError(f"{where}: not a failure record ({error}); delete the file", where) from error
 
 
 def _is_sealed(body: dict[str, Any], seal: object, data: bytes) -> bool:

@@ -1,12 +1,13 @@
-"""A bounded folder of local copies of a remote store's files, shared by all processes of this machine.
+"""Keeps local copies of a remote store's files in a folder of limited size that all processes of a machine share.
 
     cache = Cache(Path(".distil/cache"), limit=50_000_000_000)
     pinned = cache.pin("ab12/data/blocks/KEY/CONTENT", receipt.files, fetch)    # copies the missing files
     pinned.folder / "blocks.arrow"                                              # exists as long as `pinned` does
 
-Least recently used folders are evicted first; pinned folders never are: a reader holds a shared lock on a file in the
-folder, which the kernel releases if the process dies. One process copies a folder while the others wait for it. The
-cache may be deleted at any moment: files that are mapped into memory stay readable, the rest is copied again.
+Least recently used folders are evicted first. Pinned folders are never evicted: each reader holds a shared lock on a
+file in the folder, and the kernel releases the lock if the process dies. One process copies the files of a folder while
+the others wait. The cache may be deleted at any time: memory-mapped files stay readable, and other files are copied
+again when they are needed.
 """
 
 import os
@@ -26,23 +27,23 @@ from storage.files.lock import FileLock, acquire, try_acquire
 DEFAULT_CACHE_BYTES = 50_000_000_000
 
 _USE = ".use"
-"""Locked by the readers of a folder (shared) and by its eviction (exclusive); its mtime is the time of the last use."""
+"""Lock file that readers of a folder share and eviction locks exclusively; its mtime is the time of the last use."""
 
 _FETCH = ".fetch"
-"""Locked by the process that copies files into the folder."""
+"""Lock file of the process that copies files into the folder."""
 
 _ATTEMPTS = 20
 
 
 class PinnedFolder:
-    """The local folder of one artifact; it is not evicted before `release` is called or this object is deleted."""
+    """The local folder of one artifact, which is not evicted until `release` is called or this object is deleted."""
 
     def __init__(self, folder: Path, lock: FileLock | None = None) -> None:
         self.folder = folder
         self._lock = lock
 
     def release(self) -> None:
-        """Lets the folder be evicted; a second call does nothing."""
+        """Allows the eviction of the folder. A second call has no effect."""
         if self._lock is not None:
             self._lock.release()
 
@@ -60,12 +61,12 @@ class _Entry(NamedTuple):
 
 
 class Cache:
-    """Copies under `folder`, up to `limit` bytes; pinned folders may exceed the limit, permanent ones do not count."""
+    """The copies in `folder`, up to `limit` bytes. Pinned folders may exceed the limit; permanent ones do not count."""
 
     def __init__(self, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
         self.folder, self.limit = folder, limit
         self._lock = threading.Lock()
-        self._unused = 0  # bytes that this process may add before it measures the cache again
+        self._unused = 0  # bytes that this process may add before the next measurement of the cache
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, (self.folder, self.limit)
@@ -73,10 +74,12 @@ class Cache:
     def pin(
         self, name: str, files: Sequence[DataFile], fetch: Callable[[str, Path], None], *, permanent: bool = False
     ) -> PinnedFolder:
-        """The folder `name` with all these files; `fetch(file, path)` copies those that are missing.
+        """Pins the folder `name` after copying each of `files` that is missing with `fetch(file, path)`.
 
-        A `permanent` folder is neither evicted nor counted. DamagedError: a copy has another size than `files` say.
-        FatalError: the disk is full. Errors of `fetch` pass through.
+        A `permanent` folder is never evicted and does not count towards the limit.
+
+        Raises DamagedError if the size of a copy differs from that in `files`, FatalError if the disk is full,
+        RetryableError if the cache folder is deleted repeatedly, and all errors of `fetch`.
         """
         folder = self.folder / name
         for _ in range(_ATTEMPTS):
@@ -86,19 +89,22 @@ class Cache:
                 if not missing:
                     return pinned
                 self.evict_for(sum(file.size for file in missing))
-                with suppress(FileNotFoundError), acquire(folder / _FETCH):  # the cache was deleted: try again
+                with suppress(FileNotFoundError), acquire(folder / _FETCH):  # the cache was deleted; try again
                     for file in missing:
                         if not _has_size(folder / file.name, file.size):
                             _copy(folder, file, fetch)
-        raise RetryableError(f"the cache {self.folder} is deleted faster than it is filled")
+        raise RetryableError(
+            f"the cache folder {self.folder} was deleted repeatedly while files were copied into it; "
+            "do not delete it during a run"
+        )
 
     def adopt(self, name: str, folder: Path, files: Sequence[DataFile], *, permanent: bool = False) -> None:
-        """Moves files that were just uploaded from `folder` into the cache: they are likely to be read next."""
+        """Moves files that were just uploaded from `folder` into the cache, because they are likely to be read next."""
         size = sum(file.size for file in files)
         if size > self.limit:
             return
         self.evict_for(size)
-        # After an error the files are copied from the store when they are read.
+        # After an error, the next reader copies the files from the store.
         with suppress(OSError, RetryableError), _pin(self.folder / name, permanent) as target, acquire(target / _FETCH):
             for file in files:
                 (target / file.name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +112,7 @@ class Cache:
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
-        """FatalError that names the cache if its disk is full or read-only."""
+        """Raises FatalError with the path of the cache if its disk is full or read-only."""
         with writing(f"the cache {self.folder}", ", or lower run.cache_bytes"):
             yield
 
@@ -115,12 +121,12 @@ class Cache:
         _evict(self.folder / name)
 
     def evict_for(self, size: int) -> None:
-        """Evicts least recently used folders until `size` more bytes fit the limit or all that remain are pinned."""
+        """Evicts least recently used folders until `size` more bytes fit or all remaining folders are pinned."""
         with self._lock:
             self._unused -= size
             if self._unused >= 0:
                 return
-            # At most 1 % of the limit is added between two measurements, since other processes fill the cache too.
+            # Other processes fill the cache too, so at most 1 % of the limit is added between two measurements.
             slack = self.limit // 100
             entries = sorted(self.entries())
             total = sum(entry.size for entry in entries) + size
@@ -131,8 +137,8 @@ class Cache:
             self._unused = max(0, min(slack, self.limit - total))
 
     def entries(self) -> Iterator[_Entry]:
-        """Every folder that is not permanent: time of its last use, bytes of its files, path."""
-        # os.walk, because rglob raises if a folder is deleted meanwhile.
+        """Yields the time of last use, the bytes and the path of every folder that is not permanent."""
+        # Not rglob, which raises if a folder is deleted meanwhile.
         for parent, _, names in os.walk(self.folder):
             folder = Path(parent)
             if _USE in names:
@@ -150,7 +156,7 @@ def _copy(folder: Path, file: DataFile, fetch: Callable[[str, Path], None]) -> N
         fetch(file.name, partial)
         if partial.stat().st_size != file.size:
             raise DamagedError(
-                f"{file.name} is gone or has another size in the store than its receipt says ({file.size:,} bytes); "
+                f"the size of {file.name} in the store differs from the receipt ({file.size:,} bytes); "
                 "run `distil verify`",
                 os.fspath(path),
             )
@@ -167,7 +173,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _pin(folder: Path, permanent: bool) -> PinnedFolder:
-    """Creates the folder if it does not exist, and marks it as used now; a permanent one has no file of that mark."""
+    """Creates the folder if necessary, and locks and touches its .use file; a permanent folder has no such file."""
     if permanent:
         folder.mkdir(parents=True, exist_ok=True)
         return PinnedFolder(folder)
@@ -177,7 +183,7 @@ def _pin(folder: Path, permanent: bool) -> PinnedFolder:
 
 
 def _evict(folder: Path) -> bool:
-    """Deletes a folder; False if it is pinned, permanent or gone."""
+    """Deletes a folder. Returns False if the folder is pinned or permanent or does not exist, else True."""
     lock = try_acquire(folder / _USE, create=False)
     if lock is None:
         return False
@@ -188,6 +194,6 @@ def _evict(folder: Path) -> bool:
         except FileNotFoundError:
             return False
         shutil.rmtree(evicted, ignore_errors=True)
-        with suppress(OSError):  # the key has another content in the cache
+        with suppress(OSError):  # another content of the same key is in the cache
             folder.parent.rmdir()
     return True

@@ -1,27 +1,27 @@
-"""The two types of error that this project raises on purpose.
+"""Defines the two types of error that this project raises deliberately.
 
     raise FatalError("part_1.gz is truncated; download it again", "part_1.gz", line=12)
 
-`FatalError`: the user has to fix the cause (a wrong setting, a broken file, a full disk); a retry changes nothing.
+`FatalError`: the user has to fix the cause (a wrong setting, a damaged file, a full disk); a retry does not help.
 `RetryableError`: the cause is temporary (a connection reset, a throttled request); the same call may succeed later.
 Any other exception is a bug and keeps its traceback.
 """
 
 
 def printable(text: str) -> str:
-    """The text with unprintable characters, except newlines, escaped as in \\x1b; idempotent."""
+    """Escapes unprintable characters, except newlines, as in \\x1b. Escaping a text twice changes nothing."""
     return "".join(
         mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode() for mark in text
     )
 
 
 class DistilError(Exception):
-    """One sentence (cause, remedy), with the input file and line that it is about if they are known."""
+    """An error message of one sentence (cause, remedy), with the input file and line that caused it, if known."""
 
     def __init__(self, message: str, file: str = "", line: int | None = None) -> None:
         # Names and excerpts are untrusted input: escaped, they cannot control a terminal or break an encoder.
         message, file = printable(message), printable(file)
-        # Exception.args holds all three, so that the error survives pickling between processes.
+        # Exception.args contains all three, so that the error survives pickling between processes.
         super().__init__(message, file, line)
         self.message = message
         self.file = file
@@ -32,16 +32,16 @@ class DistilError(Exception):
 
 
 class FatalError(DistilError):
-    """A retry fails again until the user fixes the cause."""
+    """An error that persists until the user fixes its cause."""
 
 
 class DamagedError(FatalError):
-    """The store's files or receipts differ from those that were committed.
+    """A file or receipt in the store differs from the one that was committed.
 
-    Raised for nothing else: `verify` withdraws damaged artifacts, and must not withdraw one that is merely unreadable
-    at the moment.
+    It must not be raised for any other reason: `verify` withdraws damaged artifacts, and must not withdraw an artifact
+    that is only temporarily unreadable.
     """
 
 
 class RetryableError(DistilError):
-    """The same call may succeed later."""
+    """A temporary error: the same call may succeed later."""

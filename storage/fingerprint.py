@@ -1,4 +1,4 @@
-"""Artifact keys and hashes: sha256 over canonical JSON, so that equal settings and parents always give equal keys.
+"""Computes artifact keys and hashes. Keys are hashes of canonical JSON: equal settings and parents have equal keys.
 
 key = key_of("blocks", schema=1, settings={"length": 512}, parents=[shard.key])
 sha256_file("part_1.jsonl.gz")
@@ -15,24 +15,24 @@ CHUNK = 1 << 20
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no spaces. ValueError for NaN and infinity."""
+    """Encodes a value as UTF-8 JSON with sorted keys and no spaces. Raises ValueError for NaN and infinity."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Hex sha256 of `data`."""
+    """Returns the hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex sha256 of a local file, read in chunks of CHUNK bytes."""
+    """Returns the hex sha256 of a local file, which is read in chunks of CHUNK bytes."""
     with open(path, "rb") as file:
         return sha256_stream(file)
 
 
 def sha256_stream(file: BinaryIO) -> str:
-    """Hex sha256 of the rest of an open file."""
+    """Returns the hex sha256 of an open file, from the current position to the end."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK):
         digest.update(chunk)
@@ -40,16 +40,16 @@ def sha256_stream(file: BinaryIO) -> str:
 
 
 class HashCache:
-    """Hashes of local files; a file is read once per process for as long as its inode, size and times are unchanged."""
+    """Caches the hashes of local files. A file is read again only if its inode, size or times have changed."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HashCache, ()  # a copy in another process starts empty
+        return HashCache, ()  # the copy in another process starts empty
 
     def sha256(self, path: Path) -> str:
-        """Hex sha256 of a file."""
+        """Returns the hex sha256 of a file."""
         stat = path.stat()
         state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         known = self._known.get(os.fspath(path))
@@ -59,9 +59,10 @@ class HashCache:
 
 
 def key_of(stage: str, schema: int, settings: Mapping[str, Any], parents: Iterable[str]) -> str:
-    """The key of an artifact: a hash of its stage, the stage's schema number, its settings and the keys of its parents.
+    """Returns the key of an artifact: a hash of its stage, schema number, settings and the keys of its parents.
 
-    A change of the file format or of the computation needs a new schema number, which changes every key of the stage.
+    If the file format or the computation of a stage changes, its schema number must change too, and with it all keys of
+    the stage.
     """
     return sha256_bytes(
         canonical_json({"stage": stage, "schema": schema, "settings": dict(settings), "parents": list(parents)})

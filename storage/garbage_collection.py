@@ -24,10 +24,10 @@ def _still_older(store: Store, paths: Sequence[str], before: float) -> list[str]
 
 
 def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_age: float = DAY) -> list[str]:
-    """Files that belong to no (kind, key) in `keep` and are older than `min_age` seconds, as paths in the store.
+    """Lists the files of the store that no (kind, key) in `keep` needs and that are older than `min_age` seconds.
 
-    Includes old work in progress, and data that a newer receipt of the same key no longer names. With `delete` they are
-    deleted, receipts first, so that a partly deleted artifact does not count as one.
+    The paths include abandoned work in progress, and data that a newer receipt of the same key no longer lists. If
+    `delete` is set, the files are also deleted: receipts first, so that a partly deleted artifact has no receipt.
     """
     before = time.time() - min_age
     receipts, data = [], []
@@ -41,11 +41,11 @@ def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_ag
             key, content = path.split("/")[2:4]
             if (key, content) not in named and _is_listed_older(detail, before):
                 data.append(path)
-    # The scratch folder of a remote store is local too.
+    # The scratch folder is local even if the store is remote.
     files = (Path(parent, name) for parent, _, names in os.walk(store.scratch_folder) for name in names)
     scratch = [path for path in files if _is_older(path, before)]
     if delete:
-        # Reading the receipts took time: a file that was written again meanwhile is young now.
+        # Reading the receipts takes time; a file that was rewritten since the listing must be kept.
         store.remove_all(_still_older(store, receipts, before))
         store.remove_all(_still_older(store, data, before))
         for file in scratch:
@@ -54,7 +54,7 @@ def gc(store: Store, keep: set[tuple[str, str]], *, delete: bool = False, min_ag
 
 
 def _named_content(store: Store, kind: str, keep: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """(key, content) of the kept receipts of one kind; reads no other receipt."""
+    """Returns the (key, content) pairs of the kept receipts of one kind. Reads no other receipts."""
     kept = store.receipts_of(Ref(kind, key, key[:12]) for kept_kind, key in keep if kept_kind == kind)
     return {(receipt.key, receipt.content) for receipt in kept}
 
@@ -63,11 +63,11 @@ def _is_older(path: Path, before: float) -> bool:
     try:
         return path.stat().st_mtime < before
     except FileNotFoundError:
-        return False  # its job has just ended
+        return False  # its job ended after the listing
 
 
 def _is_listed_older(detail: dict[str, Any], before: float) -> bool:
-    """True if the listed file is older than `before` (seconds since 1970); an unknown age counts as young."""
+    """Returns True if a listed file is known to be older than `before` (Unix time)."""
     stamp = detail.get("mtime") or detail.get("LastModified") or detail.get("created")
     if isinstance(stamp, datetime):
         stamp = stamp.timestamp()

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub, with errors that name the remedy.
+"""Downloads repositories from the Hugging Face Hub. Each error message states a remedy.
 
 folder = download_repository("model", "almanach/camembert-base", "", ("*.json", "*.safetensors"))
 """
@@ -10,25 +10,26 @@ from pathlib import Path
 from storage.errors import FatalError, RetryableError
 
 DATA_SET = "data set"
-"""The `kind` of a data set; every other kind is a model on the hub."""
+"""The `kind` of a data set; any other kind refers to a model repository."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """True if `name` has the form of a hub id: `owner/name` or `name`."""
+    """Returns True if `name` has the form of a Hub id: `owner/name` or `name`."""
     return _ID.fullmatch(name) is not None
 
 
 @lru_cache(maxsize=8)
 def download_repository(kind: str, name: str, revision: str, patterns: tuple[str, ...]) -> Path:
-    """The local folder of a hub repository, with the files that match the glob `patterns`; "" is the newest revision.
+    """Downloads the files of a Hub repository that match the glob `patterns`. Returns their local folder.
 
-    `kind` is used in messages: model, tokenizer or DATA_SET.
+    `revision` may be "", the newest. `kind` is model, tokenizer or DATA_SET, and appears in error messages.
 
-    FatalError: no such id or revision, or offline and not cached. RetryableError: the hub does not answer.
+    Raises FatalError if the id or the revision does not exist, or if the Hub is offline and the repository not cached.
+    Raises RetryableError if the Hub does not respond.
     """
-    # Deferred: local folders need no HTTP client.
+    # Imported here because local folders need no HTTP client.
     from httpx import HTTPError
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -46,19 +47,19 @@ def download_repository(kind: str, name: str, revision: str, patterns: tuple[str
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         wanted = f"{name} at revision {revision}" if revision else name
         raise FatalError(
-            f"{kind} {wanted}: there is no such folder here and no such {kind} on the hub (or it is private and needs "
-            "a token); correct the name",
+            f"{kind} {wanted} is neither a local folder nor an accessible repository on the Hugging Face Hub; correct "
+            "the name, or set HF_TOKEN if the repository is private",
             name,
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, ConnectionError, TimeoutError) as error:
         if constants.HF_HUB_OFFLINE:
             raise FatalError(
-                f"{kind} {name}: no such folder here, not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; "
-                "name a local folder or unset HF_HUB_OFFLINE",
+                f"{kind} {name} is neither a local folder nor in the Hub cache, and HF_HUB_OFFLINE forbids downloads; "
+                "use a local folder or unset HF_HUB_OFFLINE",
                 name,
             ) from error
         raise RetryableError(
-            f"{kind} {name}: no such folder here and the hub did not answer; check the name or the network (a local "
-            "folder always works)",
+            f"{kind} {name} is not a local folder, and the Hugging Face Hub did not respond; check the name and the "
+            "network, or use a local folder",
             name,
         ) from error

@@ -1,11 +1,11 @@
-"""Paths inside a store; no other module builds them.
+"""Builds all paths inside a store; no other module builds such paths.
 
-receipts/KIND/KEY.receipt.json   the artifact's receipt; one listing of KIND finds all of them
-receipts/KIND/KEY.failure.json   why the artifact could not be made, until it is
-data/KIND/KEY/CONTENT/NAME       its files; CONTENT is a hash of them, so different bytes never share a path
-notes/TOPIC/NAME.json            small JSON objects (the hash of a source, the last listings of a folder)
-leases/KEY.json                  the process that trains this run now
-leases/KEY.reads.json            the artifacts that the run reads, until it ends
+receipts/KIND/KEY.receipt.json   the receipt of the artifact; one listing of KIND finds all receipts
+receipts/KIND/KEY.failure.json   the failure of the artifact, until it is made
+data/KIND/KEY/CONTENT/NAME       its files; CONTENT is a hash over the files, so different bytes never share a path
+notes/TOPIC/NAME.json            a small JSON object (the hash of a source, the last listings of a folder)
+leases/KEY.json                  the process that currently trains this run
+leases/KEY.reads.json            the artifacts that this run reads, until it ends
 scratch/                         work in progress of a local store
 """
 

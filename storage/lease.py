@@ -1,14 +1,14 @@
-"""A lease on a training run: the newest holder writes checkpoints; an older holder detects it and stops.
+"""Leases a training run to one process. A process that finds a newer lease on its run stops.
 
-    lease = Lease.take(store, run_key)     # generation = the last one + 1
+    lease = Lease.take(store, run_key)     # generation = the previous one + 1
     lease.renew()                          # before each checkpoint; raises if another process took over
     lease.end()                            # the run is complete
-    leased_artifacts(store)                # artifacts that unfinished runs read, which gc keeps
+    leased_artifacts(store)                # artifacts that unfinished runs read; gc keeps them
 
-Failures that it covers: a trainer that lost its scheduler and still runs after its replacement started, and a `gc` that
-would delete the inputs of a running training. Object stores share no compare-and-set, so the lease is not a lock: two
-processes may both write for up to one checkpoint interval. That is safe, because a store keeps the data of two
-writers apart, and each checkpoint is complete.
+The lease covers two failures: a trainer that lost its scheduler and still runs after its replacement has started, and
+a `gc` that would delete the inputs of a running training run. Object stores have no common compare-and-set operation,
+so the lease is not a lock: two processes may both write for up to one checkpoint interval. That is safe, because the
+store separates the data of two writers, and each checkpoint is complete.
 """
 
 import os
@@ -37,7 +37,7 @@ class Lease:
 
     @staticmethod
     def take(store: Store, key: str, reads: Iterable[Ref] = ()) -> "Lease":
-        """Takes the run over from an earlier holder, and records what it reads for `leased_artifacts`."""
+        """Takes over the run from any earlier holder, and records for `leased_artifacts` what the run reads."""
         previous = store.read_json(layout.lease_path(key)) or {"generation": 0}
         holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         lease = Lease(store, key, int(previous["generation"]) + 1, holder)
@@ -46,7 +46,7 @@ class Lease:
         return lease
 
     def renew(self) -> None:
-        """Renews the time of the lease. FatalError if a newer holder took the run over."""
+        """Updates the time of the lease. Raises FatalError if a newer holder has taken over the run."""
         current = self.store.read_json(layout.lease_path(self.key))
         if current is not None and (int(current["generation"]), current["holder"]) != (self.generation, self.holder):
             raise FatalError(
@@ -56,7 +56,7 @@ class Lease:
         self._write()
 
     def end(self) -> None:
-        """Ends the protection of what the run reads. The generation stays, for a later holder."""
+        """Ends the protection of the artifacts that the run reads. The generation is kept for a later holder."""
         self.store.remove(layout.reads_path(self.key))
 
     def _write(self) -> None:
@@ -65,7 +65,7 @@ class Lease:
 
 
 def leased_artifacts(store: Store, seconds: float = WEEK) -> set[tuple[str, str]]:
-    """(kind, key) of artifacts that unfinished runs read, if their lease was renewed within the last `seconds`."""
+    """Returns the (kind, key) pairs that unfinished runs read, if a run renewed its lease within the last `seconds`."""
     found: set[tuple[str, str]] = set()
     for path in store.find(layout.leases_folder()):
         name = path.rsplit("/", 1)[-1]

@@ -1,10 +1,10 @@
-"""The artifacts that a store holds: receipts, listings and recorded failures; reads no data.
+"""Lists the artifacts of a store, and reads receipts and recorded failures. It does not read any data.
 
     store.missing(refs)                      # the retry list
     store.receipts_of(refs)                  # receipts of those that exist
 
-An artifact exists if it has a receipt and data. Listings answer that for many artifacts with two requests per kind.
-`storage.store.Store` adds writing, deleting and reading of the data.
+An artifact exists if it has a receipt and data. For many artifacts, this is checked with two listings per kind.
+`storage.store.Store` adds methods that write, delete and read the data.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,38 +17,38 @@ from storage.files.root import Files
 
 
 class Receipts(Files):
-    """Receipts and failures under one root."""
+    """The receipts and failures under one root."""
 
     def has(self, ref: Ref) -> bool:
-        """True if `ref` has a receipt and data; requests this one artifact only."""
+        """Returns True if `ref` has a receipt and data. Sends requests for this artifact only."""
         receipt = self.path(layout.receipt_path(ref.kind, ref.key))
         try:
-            # Not `exists`, which for some file systems is False after any error.
+            # Not `exists`, which on some file systems returns False after any error.
             self.request(partial(self.fs.info, receipt))
         except FileNotFoundError:
             return False
         return bool(self.find(layout.key_folder(ref.kind, ref.key)))
 
     def receipt(self, ref: Ref) -> Receipt:
-        """The receipt of `ref`. FatalError if it does not exist; DamagedError as in `find_receipt`."""
+        """Returns the receipt of `ref`. Raises FatalError if it does not exist, and the errors of `find_receipt`."""
         receipt = self.find_receipt(ref)
         if receipt is None:
             raise FatalError(f"{ref.kind} {ref.label} is not in the store {self.root}; run `distil retry`")
         return receipt
 
     def find_receipt(self, ref: Ref) -> Receipt | None:
-        """The receipt of `ref`, or None if it does not exist. DamagedError if it is damaged or of another artifact."""
+        """Returns the receipt of `ref` or None. Raises DamagedError if it is damaged or identifies another artifact."""
         path = self.path(layout.receipt_path(ref.kind, ref.key))
         try:
             receipt = self.request(partial(self._read_receipt, path))
         except FileNotFoundError:
             return None
-        except FatalError as error:  # damaged, or not readable
+        except FatalError as error:  # damaged or unreadable
             raise type(error)(f"{ref.kind} {ref.label}: {error}", path) from error
         if (receipt.kind, receipt.key) != (ref.kind, ref.key):
             raise DamagedError(
-                f"{ref.kind} {ref.label}: {path}: this receipt is of {receipt.kind} {receipt.label}, "
-                f"not of {ref.label}; run `distil verify`",
+                f"{ref.kind} {ref.label}: {path}: this receipt belongs to {receipt.kind} {receipt.label}, "
+                f"not to {ref.label}; run `distil verify`",
                 path,
             )
         return receipt
@@ -56,14 +56,14 @@ class Receipts(Files):
     # ---- all artifacts of one kind -------------------------------------------------------------------------
 
     def keys(self, kind: str) -> set[str]:
-        """Keys of `kind` that have a receipt and data, by two listings; reads no receipt."""
+        """Returns the keys of `kind` that have a receipt and data. Sends two listing requests and reads no receipt."""
         return set(self.sizes(kind))
 
     def sizes(self, kind: str) -> dict[str, int]:
-        """Bytes of data per key of `kind`, for keys that have a receipt and data, by the same two listings."""
+        """Returns the bytes of data by key, for the same keys and with the same two listing requests as `keys`."""
         with_receipt = set(self.receipt_keys(kind))
         found: dict[str, int] = {}
-        # Files, not folders: an empty folder of deleted data is no artifact.
+        # Files are counted, not folders, because the empty folder of deleted data is not an artifact.
         for path, detail in self.find(layout.data_folder(kind)).items():
             key = path.split("/")[2]
             if key in with_receipt:
@@ -71,17 +71,17 @@ class Receipts(Files):
         return found
 
     def receipt_keys(self, kind: str) -> list[str]:
-        """Sorted keys of `kind` that have a receipt, with or without data, by one listing."""
+        """Returns the sorted keys of `kind` that have a receipt, with or without data. Sends one listing request."""
         names = self._names(layout.receipts_folder(kind))
         keys = (name.removesuffix(layout.RECEIPT) for name in names if name.endswith(layout.RECEIPT))
         return sorted(filter(is_key, keys))
 
     def receipts(self, kind: str) -> Iterator[Receipt]:
-        """Reads every receipt of `kind`, in the order of keys, except those deleted since the listing."""
+        """Reads all receipts of `kind`, sorted by key, and skips those that were deleted after the listing."""
         return self._read_all(Ref(kind, key, key[:12]) for key in self.receipt_keys(kind))
 
     def failures(self, kind: str) -> list[Failure]:
-        """Failures of `kind` that no later commit has removed, in the order of keys."""
+        """Returns the failures of `kind` that no later commit has removed, sorted by key."""
         paths = [
             self.path(f"{layout.receipts_folder(kind)}/{name}")
             for name in sorted(self._names(layout.receipts_folder(kind)))
@@ -92,13 +92,16 @@ class Receipts(Files):
     # ---- a list of artifacts -------------------------------------------------------------------------------
 
     def missing(self, refs: Iterable[Ref]) -> list[Ref]:
-        """Those of `refs` that do not exist, in their order: the retry list."""
+        """Returns the references in `refs` to artifacts that do not exist, in the same order: the retry list."""
         wanted = list(refs)
         existing = self._existing(wanted)
         return [ref for ref in wanted if ref.key not in existing[ref.kind]]
 
     def receipts_of(self, refs: Iterable[Ref]) -> list[Receipt]:
-        """Receipts of those of `refs` that exist, in their order, except those deleted since the listing."""
+        """Returns the receipts of the existing artifacts in `refs`, in the same order.
+
+        Receipts that are deleted after the listing are skipped.
+        """
         wanted = list(refs)
         existing = self._existing(wanted)
         return list(self._read_all(ref for ref in wanted if ref.key in existing[ref.kind]))
@@ -118,7 +121,7 @@ class Receipts(Files):
         except DamagedError as error:
             if self.fs.info(path)["size"] == len(data):
                 raise
-            raise RetryableError(f"{path} arrived with only {len(data):,} bytes", path) from error
+            raise RetryableError(f"only {len(data):,} bytes of {path} were received; try again", path) from error
 
     def _find_failure(self, path: str) -> Failure | None:
         try:

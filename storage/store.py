@@ -1,28 +1,28 @@
-"""The store: artifacts under any fsspec URL, each as data written first and a receipt written last.
+"""Stores artifacts under any fsspec URL. The data of an artifact is written first, its receipt last.
 
     store = Store("/data/distil/store")            # or s3://bucket/prefix, memory://name
     with store.scratch() as folder:
-        ...write files into folder...
+        ...  # write files into folder
         receipt = store.commit(ref, folder, schema=1, rows=…, tokens=…, settings=…, parents=…)
     with store.pin(receipt, check=True) as folder:
-        ...read files of folder...
+        ...  # read files in folder
 
 Terms:
-- artifact: the files that one job makes, such as the token blocks of one shard; immutable once committed.
-- kind and key: its identity. The kind is the type (storage.artifact.KINDS); the key is a hash of the settings and the
-  parents that it is made from (storage.fingerprint.key_of), so equal inputs always have equal keys.
-- receipt: the JSON that lists its files with sizes and hashes. No receipt means that the artifact does not exist.
-- failure: the JSON that says why a job failed; a later commit of the same key deletes it.
-- cache: the local copies of a remote store's files (storage.cache). A pinned artifact is never evicted from it.
+- artifact: the files that one job produces, such as the token blocks of one shard; immutable once committed.
+- kind and key: the identity of an artifact. The kind is its type (storage.artifact.KINDS); the key is a hash of its
+  settings and parents (storage.fingerprint.key_of), so equal inputs always have equal keys.
+- receipt: the JSON file that lists the files of an artifact with sizes and hashes; an artifact exists only with it.
+- failure: the JSON file that records why a job failed; a later commit of the same key deletes it.
+- cache: the local copies of a remote store's files (storage.cache). Pinned artifacts are never evicted.
 - lease: the claim of one process on a training run (storage.lease).
 
-Failures that the design covers:
-- A crash before the receipt leaves data without a receipt. It does not count, and `gc` deletes it.
-- Two writers of one key: the data of each has a folder named by its content; the last receipt wins, and its files are
-  complete. Object stores need no rename and no conditional write for this.
-- A short upload: the size of each object is requested after the upload, before the receipt is written.
-- Damaged data: readers verify hashes before they use an artifact (`check`, or `pin` with `check=True`). A process
-  hashes an unchanged file once, so a second check costs nothing.
+The design covers these failures:
+- A crash before the receipt is written leaves data without a receipt. Such data is ignored, and `gc` deletes it.
+- Two processes may write the same key. Each writes into a folder named by a hash of its content; the last receipt wins,
+  and its files are complete. This requires neither renames nor conditional writes from an object store.
+- An upload may be truncated. The size of each object is checked after the upload, before the receipt is written.
+- Data may be damaged. Readers verify hashes before they use an artifact (`check`, or `pin` with `check=True`). Each
+  process hashes an unchanged file only once, so a second check costs nothing.
 
 Local files are written atomically and flushed (storage.files.disk); transfers are retried (storage.files.filesystem).
 """
@@ -49,19 +49,19 @@ from storage.fingerprint import HashCache, canonical_json, sha256_bytes, sha256_
 from storage.receipts import Receipts
 
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch")
-"""Packages whose versions a receipt records."""
+"""Packages whose versions are recorded in receipts."""
 
 PERMANENT = ("model",)
-"""Kinds whose local folder is shown to users: the cache never evicts their copies."""
+"""Kinds whose local folders are shown to users, so the cache never evicts them."""
 
-STRAY = "is none of the files that its receipt names; delete it"
+STRAY = "is not listed in the receipt; delete this file"
 """End of the error message about a stray file."""
 
 
 class Store(Receipts):
-    """Artifacts under one root. `cache` is the folder for copies of a remote root's files, of `cache_bytes` at most.
+    """The artifacts under one root. `cache` is the folder for copies of remote files, limited to `cache_bytes` bytes.
 
-    FatalError: the root cannot be opened, because its package is not installed or the URL holds a password.
+    Raises FatalError if the package of the protocol is not installed or the URL contains a password.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Store(Receipts):
 
     @property
     def scratch_folder(self) -> Path:
-        """Local folder of work in progress: inside a local store, or next to the cache of a remote store."""
+        """Local folder of work in progress, inside a local store or next to the cache of a remote store."""
         return Path(self.path(layout.scratch_folder())) if self.is_local else self.cache.folder.parent / "scratch"
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """An empty local folder to write an artifact into; deleted at the end, committed or not.
+        """Creates an empty local folder for the files of an artifact, and deletes it at the end in any case.
 
-        FatalError if its disk is full or read-only.
+        Raises FatalError if the disk is full or read-only.
         """
         with self.translate_errors():
             parent = self.scratch_folder
@@ -111,14 +111,16 @@ class Store(Receipts):
         info: Mapping[str, Any] | None = None,
         timings: Mapping[str, float] | None = None,
     ) -> Receipt:
-        """Moves every file of `folder`, with its subfolders, into the store, then writes the receipt.
+        """Moves all files in `folder` and its subfolders into the store, then writes the receipt, and returns it.
 
-        `rows` and `tokens` count the content, `settings` and `parents` are those of the key, `info` holds results of
-        the computation, `timings` are seconds. FatalError, RetryableError: the store cannot be written.
+        `rows` and `tokens` are the size of the content, `settings` and `parents` are those of the key, `info` contains
+        results of the computation, and `timings` are in seconds.
+
+        Raises FatalError or RetryableError if the store is not writable.
         """
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         if not paths:
-            raise ValueError(f"nothing to commit for {ref.kind} {ref.label}")
+            raise ValueError(f"the folder to commit for {ref.kind} {ref.label} contains no files")
         files = tuple(
             DataFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_file(path)) for path in paths
         )
@@ -152,17 +154,17 @@ class Store(Receipts):
         return receipt
 
     def fail(self, ref: Ref, error: Exception) -> Failure:
-        """Records why `ref` could not be made."""
+        """Records in the store why `ref` could not be made, and returns the failure."""
         failure = Failure.from_error(ref.kind, ref.key, ref.label, error)
         self._write(layout.failure_path(ref.kind, ref.key), canonical_json(asdict(failure)))
         return failure
 
     def withdraw(self, ref: Ref) -> None:
-        """Deletes the receipt: the artifact no longer exists. Its data is left to `gc`."""
+        """Deletes the receipt, so that the artifact no longer exists. Its data remains until `gc` deletes it."""
         self._remove(layout.receipt_path(ref.kind, ref.key))
 
     def drop_data(self, receipt: Receipt) -> None:
-        """Deletes the data of an artifact whose receipt was withdrawn, and its copy in the cache."""
+        """Deletes the data of a withdrawn artifact and its copy in the cache."""
         folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
         for file in receipt.files:
             self._remove(f"{folder}/{file.name}")
@@ -174,12 +176,13 @@ class Store(Receipts):
     # ---- reading -------------------------------------------------------------------------------------------
 
     def pin(self, receipt: Receipt, *, check: bool = False) -> PinnedFolder:
-        """A local folder with the artifact's files, which stays until the returned object is released.
+        """Returns a local folder with the artifact's files, which is not evicted until the returned object is released.
 
-        Files of a remote store are copied into the cache first. Sizes are always compared with the receipt, and hashes
-        with `check` (of files that this process has not hashed, or that changed since). DamagedError: a file is
-        missing, differs, or (with `check`) is not named by the receipt. FatalError: a file is not readable, or the
-        cache's disk is full.
+        Files of a remote store are copied into the cache first. Sizes are always compared with the receipt. If `check`
+        is set, hashes are compared too, unless this process has already hashed the unchanged file.
+
+        Raises DamagedError if a file is missing, differs from the receipt, or (with `check`) is not listed in it.
+        Raises FatalError if a file is unreadable or the disk of the cache is full.
         """
         folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
         pinned = PinnedFolder(Path(self.path(folder))) if self.is_local else self._pin_copy(folder, receipt)
@@ -188,13 +191,13 @@ class Store(Receipts):
                 path = pinned.folder / file.name
                 if _size(path) != file.size:
                     raise DamagedError(
-                        f"{receipt.kind} {receipt.label}: {path} is gone or has another size than its receipt says; "
+                        f"{receipt.kind} {receipt.label}: {path} is missing or its size differs from the receipt; "
                         "run `distil verify`",
                         os.fspath(path),
                     )
                 if check and not self._matches(path, file, partial(self._pin_copy, folder, receipt)):
                     raise DamagedError(
-                        f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt; "
+                        f"{receipt.kind} {receipt.label}: the sha256 of {path} differs from the receipt; "
                         "run `distil verify`",
                         os.fspath(path),
                     )
@@ -203,29 +206,29 @@ class Store(Receipts):
         return pinned
 
     def strays(self, receipt: Receipt) -> list[str]:
-        """Paths in the artifact's folder that its receipt does not name; a library that opens it would read them.
+        """Returns the paths in the artifact's folder that its receipt does not list, which libraries might read.
 
-        Names that begin with a dot are ignored: file systems create them.
+        Names that begin with a dot are ignored, because file systems create such files.
         """
         folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
         named = {f"{folder}/{file.name}" for file in receipt.files}
         return [self.path(path) for path in self.find(folder) if path not in named and "/." not in path]
 
     def local(self, receipt: Receipt) -> Path:
-        """The artifact's local folder, with sizes verified; a copy in the cache may be evicted at any later time."""
+        """Returns the artifact's local folder after checking sizes. A copy in the cache may be evicted at any time."""
         return self.pin(receipt).folder
 
     def check(self, receipt: Receipt) -> Path:
-        """The artifact's local folder, with hashes verified; a copy in the cache may be evicted as with `local`."""
+        """Returns the artifact's local folder after checking hashes. A copy in the cache may be evicted at any time."""
         return self.pin(receipt, check=True).folder
 
     def _matches(self, path: Path, file: DataFile, copy_again: Callable[[], PinnedFolder]) -> bool:
-        """True if the file has the receipt's hash; a copy with another hash is replaced once."""
+        """Returns True if the hash of the file is that of the receipt. A copy with a wrong hash is replaced once."""
         if self._hashes.sha256(path) == file.sha256:
             return True
         if self.is_local:
             return False
-        path.unlink(missing_ok=True)  # another process may have deleted it too
+        path.unlink(missing_ok=True)  # another process may have deleted the file too
         with copy_again():
             return self._hashes.sha256(path) == file.sha256
 
@@ -234,17 +237,17 @@ class Store(Receipts):
         return self.cache.pin(self._copy_of(folder), receipt.files, fetch, permanent=receipt.kind in PERMANENT)
 
     def _copy_of(self, folder: str) -> str:
-        """The cache's name for a folder of this store; one cache serves several stores."""
+        """Returns the name of a folder in the cache, which several stores may share."""
         return f"{sha256_bytes(self.root.encode())[:8]}/{folder}"
 
     # ---- notes ---------------------------------------------------------------------------------------------
 
     def remember(self, topic: str, name: str, value: Mapping[str, Any]) -> None:
-        """Stores a small JSON object under `topic` and `name`, which may be any text."""
+        """Stores a small JSON object under `topic` and `name`. The name may be any text."""
         self._write(layout.note_path(topic, sha256_bytes(name.encode())), canonical_json(dict(value)))
 
     def recall(self, topic: str, name: str) -> dict[str, Any] | None:
-        """The object that `remember` stored, or None."""
+        """Returns the object that `remember` stored, or None."""
         return self.read_json(layout.note_path(topic, sha256_bytes(name.encode())))
 
     # ---- transfers -------------------------------------------------------------------------------------------
@@ -260,8 +263,8 @@ class Store(Receipts):
             with_retries(partial(self._download, remote, path))
         except FileNotFoundError as error:
             if error.filename == os.fspath(path):
-                raise  # the cache folder was deleted
-            raise DamagedError(f"{remote} is gone from the store; run `distil verify`", remote) from error
+                raise  # the cache folder was deleted; the caller tries again
+            raise DamagedError(f"{remote} is missing from the store; run `distil verify`", remote) from error
 
     def _download(self, remote: str, path: Path) -> None:
         with self.translate_errors(), self.cache.disk_errors():
@@ -269,7 +272,7 @@ class Store(Receipts):
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of a file, or None if it does not exist; unlike `exists`, raises if the file cannot be read."""
+    """Returns the bytes of a file, or None if it does not exist. Unlike `exists`, it raises if access is denied."""
     try:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
@@ -278,7 +281,7 @@ def _size(path: Path) -> int | None:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Versions of LIBRARIES; cached, because parsing their metadata takes longer than committing a small artifact."""
+    """Returns the versions of LIBRARIES. They are cached, because reading them takes longer than a small commit."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -292,7 +295,7 @@ def _versions() -> dict[str, str]:
 def reading_ahead(store: Store, ref: Ref | None) -> Iterator[None]:
     """Copies an artifact of a remote store into the cache while the body runs, and waits for the copy at the end.
 
-    Errors are dropped: the later reader of the artifact copies it again, and raises them.
+    Errors are ignored here; the later reader of the artifact repeats the copy and raises them.
     """
     if ref is None or store.is_local:
         yield

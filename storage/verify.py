@@ -1,6 +1,6 @@
 """Re-hashes the artifacts of a store and withdraws the damaged ones: `distil verify`.
 
-faults = verify(store)              # `distil retry` rebuilds what it withdraws
+faults = verify(store)              # `distil retry` rebuilds the withdrawn artifacts
 """
 
 from collections.abc import Iterable
@@ -14,22 +14,23 @@ from storage.fingerprint import sha256_stream
 from storage.store import STRAY, Store
 
 BLOCK_BYTES = 4 << 20
-"""Bytes per request when `verify` reads a remote file; each parallel read holds one to three blocks in memory."""
+"""Bytes per request when `verify` reads a remote file; each parallel read keeps one to three blocks in memory."""
 
 
 def verify(store: Store, kinds: Iterable[str] = KINDS) -> list[Fault]:
-    """Re-hashes every file of every receipt, and withdraws each damaged artifact; returns the faults by kind and key.
+    """Re-hashes every file of every receipt and withdraws each damaged artifact. Returns the faults, by kind and key.
 
-    The reason is recorded as the artifact's failure, so that `status` shows it. A stray file and an unreadable artifact
-    are only reported: the first harms no listed file, and the second may be intact. FatalError, RetryableError: the
-    store cannot be listed; nothing was withdrawn.
+    The reason is recorded as the failure of the artifact, so that `status` shows it. Stray files and unreadable
+    artifacts are only reported: a stray file does not affect the listed files, and an unreadable one may be intact.
+
+    Raises FatalError or RetryableError if the store cannot be listed; in that case nothing is withdrawn.
     """
     listed = [Ref(kind, key, key[:12]) for kind in kinds for key in store.receipt_keys(kind)]
     return [fault for fault in store.parallel_map(partial(_verify_artifact, store), listed) if fault is not None]
 
 
 def _verify_artifact(store: Store, ref: Ref) -> Fault | None:
-    """Checks one artifact, and withdraws it if it is damaged. None if it is intact, or deleted since the listing."""
+    """Verifies one artifact and withdraws it if it is damaged. Returns None if it is intact or no longer exists."""
     receipt = None
     try:
         receipt = store.find_receipt(ref)
@@ -49,9 +50,10 @@ def _verify_artifact(store: Store, ref: Ref) -> Fault | None:
 
 
 def _withdraw(store: Store, fault: Fault, receipt: Receipt | None) -> Fault | None:
-    """Withdraws the artifact that was found damaged under this receipt (None: the receipt is damaged), and records why.
+    """Withdraws a damaged artifact and records the reason. `receipt` is None if the receipt itself is damaged.
 
-    None if it was deleted or made again meanwhile. If the store refuses, the reason says so.
+    Returns None if the artifact was deleted or rebuilt in the meantime. If the store rejects the request, the reason of
+    the returned fault says so.
     """
     withdrawn = False
     try:
@@ -75,9 +77,9 @@ def _is_unchanged(store: Store, ref: Ref, receipt: Receipt | None) -> bool:
 
 
 def _rehash(store: Store, receipt: Receipt) -> None:
-    """Hashes the files in the store itself: neither copies in the cache nor earlier hashes count.
+    """Hashes the files in the store itself, without the cached copies and the hashes of earlier reads.
 
-    DamagedError that names the first file that differs.
+    Raises DamagedError for the first file that is missing or differs from the receipt.
     """
     folder = layout.content_folder(receipt.kind, receipt.key, receipt.content)
     for file in receipt.files:
@@ -85,17 +87,17 @@ def _rehash(store: Store, receipt: Receipt) -> None:
         try:
             found = store.request(partial(_hash, store, path, file.sha256))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DamagedError(f"{receipt.kind} {receipt.label}: {path} is gone", path) from error
+            raise DamagedError(f"{receipt.kind} {receipt.label}: {path} is missing", path) from error
         if found != file.sha256:
-            message = f"{receipt.kind} {receipt.label}: the bytes of {path} are not those of its receipt"
+            message = f"{receipt.kind} {receipt.label}: the sha256 of {path} differs from the receipt"
             raise DamagedError(message, path)
 
 
 def _hash(store: Store, path: str, expected: str) -> str:
-    """Hex sha256 of a file. RetryableError if it is not `expected` because bytes are missing from the response."""
+    """Returns the hex sha256 of a file. Raises RetryableError if the response was truncated and the hash is wrong."""
     with store.fs.open(path, "rb", block_size=BLOCK_BYTES) as stream:
         found = sha256_stream(stream)
         received, size = stream.tell(), int(store.fs.info(path)["size"])
     if found != expected and received < size:
-        raise RetryableError(f"{path} arrived with {received:,} of its {size:,} bytes; try again", path)
+        raise RetryableError(f"only {received:,} of {size:,} bytes of {path} were received; try again", path)
     return found

@@ -1,10 +1,10 @@
-"""Names every artifact of a recipe, from snapshot to targets, by its key; computes none of them.
+"""Computes the key of every artifact of a recipe, from snapshot to targets, but none of the artifacts.
 
     workspace = Workspace(store, recipe)
     store.missing(workspace.lineage.blocks.values())
 
 Used by the flows (to find missing artifacts), `distil status`, `verify`, `retry` and `gc`. The shards of a source are
-known once its receipt exists; until then they, and everything made from them, are not in the lineage.
+known once its receipt exists; until then, its shards and everything made from them are missing from the lineage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from tasks.tokens.token_counts import counts_ref
 from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, vocabulary_for
 
 SAMPLE_SHARDS = 4
-"""Number of shards that token counts and int8 calibration are estimated from. The choice is frozen by the first run."""
+"""Number of shards that token counts and calibration are estimated from; the first run freezes the choice of shards."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Every artifact of a recipe whose key is known now. `blocks` maps each shard to its blocks."""
+    """All artifacts of a recipe whose keys are known. `blocks` maps each shard to its blocks."""
 
     snapshot: Snapshot
     sources: tuple[tuple[Source, Ref | None], ...]
@@ -60,11 +60,11 @@ class Lineage:
 
     @property
     def heldout_blocks(self) -> tuple[Ref, ...]:
-        """Blocks of held-out text, which are never trained on."""
+        """Blocks of held-out text, which are never used for training."""
         return tuple((self.blocks or {})[shard] for shard in self.heldout_shards)
 
     def stages(self) -> dict[str, tuple[Ref, ...]]:
-        """All known artifacts by stage, in the order of the pipeline."""
+        """Returns all known artifacts by stage, in the order of the pipeline."""
         return {
             "source": tuple(ref for _, ref in self.sources if ref),
             "shard": (*self.shards, *self.heldout_shards),
@@ -75,7 +75,7 @@ class Lineage:
         }
 
     def lacks(self, store: Store, *stages: str) -> bool:
-        """True if a source was not read yet, or an artifact of these stages (default: all) does not exist."""
+        """Returns True if a source was not read yet, or an artifact of these stages (default: all) does not exist."""
         if any(ref is None for _, ref in self.sources):
             return True
         named = self.stages()
@@ -84,9 +84,9 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A recipe and the store that holds its artifacts.
+    """A recipe and the store of its artifacts.
 
-    Lineage, vocabulary and teacher key are computed once per value. Use `refreshed()` after artifacts were made.
+    Lineage, vocabulary and teacher key are computed once per instance. Call `refreshed()` after artifacts were made.
     """
 
     store: Store
@@ -94,36 +94,36 @@ class Workspace:
 
     @cached_property
     def lineage(self) -> Lineage:
-        """Every artifact of the recipe whose key is known now."""
+        """All artifacts of the recipe whose keys are known."""
         return _trace(self)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The recipe's tokenizer: its own, else the teacher's."""
+        """The vocabulary of the recipe's own tokenizer, or else of the teacher's."""
         return vocabulary_of(self.recipe)
 
     @cached_property
     def teacher_key(self) -> str:
-        """Fingerprint of the teacher, or "" without one."""
+        """Fingerprint of the teacher, or "" without a teacher."""
         return teacher_key(self.recipe)
 
     def refreshed(self) -> "Workspace":
-        """The same store and recipe; the lineage is read from the store again."""
+        """Returns a workspace with the same store and recipe, which reads the lineage from the store again."""
         return replace(self)
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Workspace":
-        """The same store with a changed recipe: `{"train.lr": 1e-3}`."""
+        """Returns a workspace with the same store and a changed recipe, such as `{"train.lr": 1e-3}`."""
         return replace(self, recipe=self.recipe.with_changes(changes))
 
     def with_warm_start(self, model: str) -> "Workspace":
-        """The same workspace with another model as warm start; keeps the lineage, which does not depend on it."""
+        """Returns a workspace with a different warm-start model; it keeps the lineage, which does not depend on it."""
         changed = self.with_changes({"train.warm_start": model})
         vars(changed)["lineage"] = self.lineage  # where cached_property keeps it
         return changed
 
 
 def trace(store: Store, recipe: Recipe) -> Lineage:
-    """The lineage of a recipe in a store, as far as the receipts of its sources exist. Computes nothing."""
+    """Returns the lineage of a recipe in a store, as far as the receipts of its sources exist; computes no artifact."""
     return Workspace(store, recipe).lineage
 
 
@@ -142,14 +142,14 @@ def _trace(workspace: Workspace) -> Lineage:
 
 
 def vocabulary_of(recipe: Recipe) -> Vocabulary:
-    """The tokenizer of the recipe: its own, else the teacher's."""
+    """Returns the vocabulary of the recipe's own tokenizer, or else of the teacher's."""
     return vocabulary_for(recipe.blocks, recipe.teacher)
 
 
 def check_teacher(recipe: Recipe) -> None:
-    """Checks two small files of the teacher, so that an unusable one fails before hours of other work.
+    """Checks two small files of the teacher, so that an unusable teacher fails before hours of other work.
 
-    FatalError: no such teacher, no weights, or a tokenizer that does not fit.
+    FatalError if the teacher does not exist, has no weights, or does not fit the tokenizer.
     """
     if recipe.teacher.model:
         rows = vocabulary_rows(recipe.teacher)
@@ -158,21 +158,21 @@ def check_teacher(recipe: Recipe) -> None:
 
 
 def caches_targets(recipe: Recipe) -> bool:
-    """True if the run trains from cached targets."""
+    """Returns True if the run trains from cached targets."""
     return recipe.targets.source == "cached" and recipe.loss.needs_teacher
 
 
 def teacher_key(recipe: Recipe) -> str:
-    """Fingerprint of the teacher, or "" without one."""
+    """Returns the fingerprint of the teacher, or "" without a teacher."""
     return fingerprint_of(recipe.teacher) if recipe.teacher.model else ""
 
 
 def plan_training(workspace: Workspace) -> RunSpec:
-    """The training run over all existing blocks and targets. Reads the receipt of each block.
+    """Returns the training run over all existing blocks and targets. Reads the receipts of all blocks.
 
-    Parts with missing targets are left out, or refused, as targets.on_missing says. FatalError: targets are missing and
-    targets.on_missing = raise, or train.warm_start is no folder or hub id of a model (flows replace a registered model
-    with its folder first).
+    Blocks with missing targets are omitted from the run, or raise FatalError if targets.on_missing = raise. FatalError
+    also if train.warm_start is neither a model folder nor a hub id (flows replace a registered model with its folder
+    first).
     """
     store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
     existing = store.keys("targets")
@@ -196,9 +196,9 @@ def plan_training(workspace: Workspace) -> RunSpec:
 
 
 def training_key(workspace: Workspace) -> str:
-    """Key of the run that `plan_training` returns if nothing is missing; reads nothing but the lineage.
+    """Returns the key of the run that `plan_training` returns if nothing is missing; reads only the lineage.
 
-    FatalError: train.warm_start is no model.
+    FatalError if train.warm_start is not a model.
     """
     lineage = workspace.lineage
     return key_of_run(
@@ -212,7 +212,7 @@ def training_key(workspace: Workspace) -> str:
 
 
 def training_key_schema_1(workspace: Workspace) -> str:
-    """`training_key` as versions with run schema 1 computed it. The same error."""
+    """Returns the training key as run schema 1 computed it. FatalError if train.warm_start is not a model."""
     lineage = workspace.lineage
     return key_of_run_schema_1(
         workspace.recipe,
@@ -228,12 +228,12 @@ def _keys_of_parts(lineage: Lineage) -> list[tuple[str, ...]]:
 
 
 def _start(recipe: Recipe) -> str:
-    """Fingerprint of the warm-start model, or "": the key of a run covers its content, not its folder."""
+    """Returns the fingerprint of the warm-start model, or "": the run key depends on its content, not its folder."""
     return fingerprint_of(TeacherSettings(model=recipe.train.warm_start)) if recipe.train.warm_start else ""
 
 
 def _parts(lineage: Lineage) -> list[tuple[Ref, list[Target]]]:
-    """The blocks to train on, each with its targets by mask variant."""
+    """Returns the blocks to train on, each with its targets in the order of the mask variants."""
     targets: dict[str, list[Target]] = {}
     for target in lineage.targets:
         targets.setdefault(target.blocks.key, []).append(target)
@@ -241,10 +241,10 @@ def _parts(lineage: Lineage) -> list[tuple[Ref, list[Target]]]:
 
 
 def freeze_sample(workspace: Workspace, sample: Sequence[Ref]) -> None:
-    """Freezes the blocks that calibration and token counts are estimated from, for this and all later snapshots."""
+    """Freezes the sample of blocks for calibration and token counts, for this and all later snapshots."""
     store, name = workspace.store, _sample_name(workspace)
     value = {"blocks": [{"key": ref.key, "label": ref.label} for ref in sample]}
-    if store.recall("sample", name) != value:  # a run with nothing to do must not write
+    if store.recall("sample", name) != value:  # a run without remaining work must not write
         store.remember("sample", name, value)
 
 
@@ -272,7 +272,7 @@ def _with_targets(workspace: Workspace, lineage: Lineage) -> Lineage:
 
 
 def _estimates(workspace: Workspace, sample: Sequence[Ref]) -> tuple[Ref | None, Ref | None]:
-    """Token counts and calibration from this sample; None for what the recipe does not need."""
+    """Returns the token counts and the calibration of this sample, each None if the recipe does not need it."""
     recipe = workspace.recipe
     counts = counts_ref(sample) if recipe.mask.kind == "smoothed" else None
     if not caches_targets(recipe) or not needs_calibration(recipe.targets):
@@ -283,10 +283,10 @@ def _estimates(workspace: Workspace, sample: Sequence[Ref]) -> tuple[Ref | None,
 
 
 def _sample(workspace: Workspace, lineage: Lineage) -> list[Ref]:
-    """The pinned sample; if none exists or it is unusable, the first shards of this snapshot.
+    """Returns the frozen sample, or the first blocks of this snapshot if none is frozen or it is unusable.
 
-    Another sample changes the keys of all targets. So lost blocks of the sample do not matter while they can be made
-    again, or while the estimates from them exist.
+    A different sample changes the keys of all targets. The frozen sample is therefore kept although some of its blocks
+    are lost, as long as they can be made again or the estimates from them exist.
     """
     store = workspace.store
     pinned = store.recall("sample", _sample_name(workspace))
@@ -301,7 +301,7 @@ def _sample(workspace: Workspace, lineage: Lineage) -> list[Ref]:
 
 def _sample_name(workspace: Workspace) -> str:
     recipe = workspace.recipe
-    # The defaults, so that raising a limit to admit a refused source does not change the calibration of all others.
+    # The defaults, so that raising a limit to accept a rejected source does not change the calibration of all others.
     limits = {name: CorpusSettings.model_fields[name].default for name in ("max_bad_lines", "max_unpacked_ratio")}
     settings = {
         "corpus": recipe.corpus.in_key({"url", "pattern"}) | limits,
@@ -312,7 +312,7 @@ def _sample_name(workspace: Workspace) -> str:
 
 
 def _receipts(store: Store, refs: Sequence[Ref]) -> list[Receipt]:
-    """Receipts of finished sources; two files with the same bytes are one source."""
+    """Returns the receipts of finished sources; two files with the same bytes are one source."""
     once = {ref.key: ref for ref in reversed(refs)}
     return store.receipts_of(ref for ref in refs if once[ref.key] is ref)
 

@@ -1,23 +1,23 @@
-"""The parent-death signal of Linux: a child process ends when the process that started it dies, even by SIGKILL.
+"""Ends child processes when the process that started them dies, even by SIGKILL: the parent-death signal of Linux.
 
     subprocess.Popen(command, preexec_fn=signal_on_parent_death())      # in the parent: for a command
     set_parent_death_signal(signal.SIGKILL, parent=pid)                 # in the child: for this process itself
 
-The signal is the option PR_SET_PDEATHSIG of prctl(2). It survives exec and is not inherited by children. On other
-systems the functions here do nothing.
+The signal is set by the option PR_SET_PDEATHSIG of prctl(2). The setting survives exec and is not inherited by
+children. On other systems, the functions of this module do nothing.
 
-Four mechanisms act against left-over processes. Each covers a failure that the other three do not:
+Four mechanisms prevent left-over processes. Each covers a failure that the other three do not:
 
-    parent-death signal   The parent is killed and runs no code of its own: trainer, torchrun's ranks, pool workers and
-                          flow runs still end. It reaches direct children only.
-    keeper (subreaper)    A service dies, or ends, and its descendants have sessions of their own. The keeper
-                          (flows/services/keeper.py) adopts them and ends them. It does not survive its own SIGKILL.
+    parent-death signal   The parent is killed and cannot clean up: the trainer, torchrun's ranks, pool workers and flow
+                          runs still end. The signal reaches direct children only.
+    keeper (subreaper)    A service ends or crashes while its descendants run in sessions of their own: the keeper
+                          (flows/services/keeper.py) adopts and ends them, unless the keeper itself gets SIGKILL.
     process group         The trainer ends, or is killed after its grace period, while a process that it started still
-                          runs: SIGKILL to the group ends both. It needs a live flow process that sends it.
+                          runs: SIGKILL to the group ends both. A live flow process must send it.
     lease                 A process on another machine, or one that no signal reaches, still trains the same run: it
                           finds a newer lease (storage/lease.py) before its next checkpoint and stops.
 
-Imports nothing heavy, since a keeper runs next to every service.
+This module imports only the standard library, since a keeper runs next to every service.
 """
 
 import ctypes
@@ -34,9 +34,9 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def set_parent_death_signal(signum: int, parent: int | None = None) -> None:
-    """Requests `signum` for this process when its parent dies.
+    """Makes the kernel send `signum` to this process when its parent dies.
 
-    `parent` is the expected parent's process id. If that process is dead already, so that no signal will come, this
+    `parent` is the process id of the expected parent. If that process has already died, no signal would follow, so this
     process exits at once with status 1.
     """
     if _libc is None:
@@ -47,9 +47,10 @@ def set_parent_death_signal(signum: int, parent: int | None = None) -> None:
 
 
 def signal_on_parent_death(signum: int = signal.SIGTERM) -> Callable[[], None]:
-    """A `preexec_fn`: the command gets `signum` when the calling process dies.
+    """Returns a `preexec_fn` for Popen: the command receives `signum` when the calling process dies.
 
-    It only calls a C function that is loaded already: after a fork in a process with threads, little else is safe.
+    The function only calls a C function that is already loaded; little else is safe after a fork in a process with
+    threads.
     """
     parent = os.getpid()
 
@@ -60,6 +61,6 @@ def signal_on_parent_death(signum: int = signal.SIGTERM) -> Callable[[], None]:
 
 
 def become_subreaper() -> None:
-    """Makes this process the parent of its descendants whose own parent dies (PR_SET_CHILD_SUBREAPER)."""
+    """Makes this process the parent of every descendant whose own parent dies (PR_SET_CHILD_SUBREAPER)."""
     if _libc is not None:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -14,6 +14,9 @@ from tests.harness.s3 import s3
 
 __all__ = ["postgres", "s3"]
 
+# OpenMP threads that wait keep a core busy by default, which slows two workers on two cores many times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REPO = Path(__file__).resolve().parent.parent
 HISTORY = "tests/end_to_end/"
 """The default suite's tests in this folder share a history of runs that takes half a minute to make."""

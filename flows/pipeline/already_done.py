@@ -1,9 +1,9 @@
-"""Checks within seconds whether a recipe has anything left to do, from the store alone: no server, no MLflow.
+"""Checks within seconds whether a recipe has anything left to do. Reads only the store; needs no server and no MLflow.
 
     done = all_done(workspace)              # None, or the final sentence and table of the earlier run
     show_done(workspace, done)              # prints the table with the paths and addresses of this machine
 
-Called by `distil run` before it starts anything, and by the flow `distill`.
+Called by `distil run` before it starts a server, and by the flow `distill`.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from tasks.recipe.config import Recipe
 from tasks.recipe.run_json import RunSpec, model_ref
 
 TOPIC = "finished-2"
-"""Topic of the notes in the store. The first version lacks the number of blocks."""
+"""Topic of the notes in the store. Notes of the first version do not contain the number of blocks."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished recipe: a sentence for the user, the sections of its final table, and its model."""
+    """The result of a finished recipe: a sentence for the user, the sections of its final table, and its model."""
 
     sentence: str
     sections: Mapping[str, Rows]
@@ -35,7 +35,7 @@ class Done:
 
 
 def all_done(workspace: Workspace) -> Done | None:
-    """The finished recipe, or None if any artifact, score or registration is missing."""
+    """Returns the result of the recipe, or None if any artifact, score or registration is missing."""
     store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
     if not lineage.shards or lineage.lacks(store):
         return None
@@ -46,17 +46,17 @@ def all_done(workspace: Workspace) -> Done | None:
         return None
     sentence = (
         f"nothing to do: {number(len(lineage.shards))} shards, {number(note['rows'])} blocks, "
-        f"{number(len(lineage.targets))} targets, model {model.label} ({model.key[:12]}) already there"
+        f"{number(len(lineage.targets))} targets and model {model.label} ({model.key[:12]}) already exist"
     )
     sections = {heading: [(name, text) for name, text in rows] for heading, rows in _table_of(note)}
     return Done(sentence, sections, model)
 
 
 def show_done(workspace: Workspace, done: Done, command: str = "") -> None:
-    """Prints the table with the folders and servers of this home, and links HOME/models/NAME to the model again.
+    """Prints the final table with the folders and servers of this home, and links HOME/models/NAME to the model again.
 
-    Both may differ from those of the run that made it: another user of a shared store, or another model since then.
-    FatalError: the model is incomplete.
+    Both may have changed since the model was trained: the store may be shared by several users, and the link may refer
+    to a later model. FatalError: the model is incomplete.
     """
     store, recipe = workspace.store, workspace.recipe
     folder = link_model(recipe, store.check(store.receipt(done.model)))
@@ -70,18 +70,18 @@ def show_done(workspace: Workspace, done: Done, command: str = "") -> None:
 
 
 def remember_done(workspace: Workspace, run: RunSpec, sections: Mapping[str, Rows]) -> None:
-    """Remembers in the store that training, registration and scores of this run are done."""
+    """Stores a note that training, registration and scoring of this run are done, with its final table."""
     value = {"rows": run.rows, "table": list(sections.items())}
     workspace.store.remember(TOPIC, _name(workspace.recipe, run.run_key), value)
 
 
 def _table_of(note: Mapping[str, Any]) -> Any:
-    """The final table of a note; notes of earlier versions have it under another name."""
+    """Returns the final table of a note. Notes of earlier versions store it under a different name."""
     return next(value for name, value in note.items() if name != "rows")
 
 
 def _name(recipe: Recipe, run_key: str) -> str:
-    """Name of the note: a hash of everything that decides whether work is left."""
+    """Returns the name of the note: a hash of all settings that affect whether work is left."""
     protocol = load_protocol(recipe.score.protocol) if recipe.score.protocol else None
     settings = {
         "run": run_key,

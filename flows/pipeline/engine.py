@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 @contextmanager
 def text_pool(recipe: Recipe) -> Iterator[Pool]:
-    """The pool for work on CPUs: other processes, which are killed at the time-out of their call."""
+    """Yields the pool for work on CPUs. It runs calls in other processes, and kills them at the time-out of a call."""
     if recipe.run.engine == "ray":
         from flows.pipeline.ray_pool import ray_workers
 
@@ -31,7 +31,7 @@ def text_pool(recipe: Recipe) -> Iterator[Pool]:
 
 @contextmanager
 def teacher_pool(recipe: Recipe) -> Iterator[Pool]:
-    """The pool for work with the teacher, which each process loads once: Ray tasks, or this process with its GPU."""
+    """Yields the pool for work with the teacher: Ray tasks, or this process. Each process loads the teacher once."""
     if recipe.run.engine == "ray":
         from flows.pipeline.ray_pool import ray_workers
 
@@ -42,11 +42,11 @@ def teacher_pool(recipe: Recipe) -> Iterator[Pool]:
 
 
 class _InProcess:
-    """A `Pool` that calls in this process, one call at a time, without a time-out."""
+    """A `Pool` that runs one call at a time in this process, without a time-out."""
 
     is_here = True
     width = 1
 
     def call(self, timeout: float, fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """`fn(*args, **kwargs)`."""
+        """Returns `fn(*args, **kwargs)`."""
         return fn(*args, **kwargs)

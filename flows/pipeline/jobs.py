@@ -4,7 +4,7 @@
         jobs = list(block_jobs(workspace, workspace.lineage.shards, pool))
         run_stage("blocks", "blocks", jobs, workspace.store, recipe.run, window=4)
 
-Which of them are missing is decided in preparation.py.
+preparation.py selects the jobs whose artifacts are missing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,11 +29,14 @@ from tasks.tokens.token_counts import count_tokens
 
 
 def source_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
-    """One job per source: hash it, read it, cut it into shards. A source with a lost shard is read again."""
+    """Yields one job per source, which hashes and reads it and writes its shards.
+
+    If a shard of a source is missing, the job reads that source again even if its own artifact exists.
+    """
     store, lineage = workspace.store, workspace.lineage
     absent = {ref.key for ref in store.missing((*lineage.shards, *lineage.heldout_shards))}
     read = store.receipts_of(ref for _, ref in lineage.sources if ref) if absent else []
-    # Compared by key: after a source was renamed its shards keep their old labels.
+    # Compared by key, since the shards of a renamed source keep their old labels.
     lacking = {one.key for one in read if absent & {shard.key for shard in (*shards_of(one), *heldout_of(one))}}
     for source, ref in lineage.sources:
         lost = ref is not None and ref.key in lacking
@@ -44,7 +47,7 @@ def _read_source(pool: Pool, store: Store, source: Source, recipe: Recipe, *, fo
     try:
         pool.call(job_timeout(recipe.run), shard_source, store, source, recipe.corpus, force=force)
     except DistilError as error:
-        # The failure is stored by key; a source without checksum has a key only after its content was hashed.
+        # Failures are stored by key, and a source without a checksum has no key until its content is hashed.
         content = source_content(store, source)
         if content:
             store.fail(source_ref(source, content, recipe.corpus), error)
@@ -52,7 +55,7 @@ def _read_source(pool: Pool, store: Store, source: Source, recipe: Recipe, *, fo
 
 
 def block_jobs(workspace: Workspace, shards: Iterable[Ref], pool: Pool) -> Iterator[Job]:
-    """One job per shard that exists."""
+    """Yields one job per existing shard."""
     store, recipe = workspace.store, workspace.recipe
     absent = {ref.key for ref in store.missing(shards)}
     for shard in shards:
@@ -63,7 +66,7 @@ def block_jobs(workspace: Workspace, shards: Iterable[Ref], pool: Pool) -> Itera
 
 
 def count_jobs(workspace: Workspace) -> Iterator[Job]:
-    """One job for the token counts of the sample, if the masks are smoothed by token frequency."""
+    """Yields one job for the token counts of the sample if the masks depend on token frequency."""
     lineage = workspace.lineage
     if lineage.counts:
         work = partial(count_tokens, workspace.store, lineage.sample, workspace.vocabulary)
@@ -71,7 +74,7 @@ def count_jobs(workspace: Workspace) -> Iterator[Job]:
 
 
 def calibration_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
-    """One job for the teacher's channel statistics over the sample, if the target encoding needs them."""
+    """Yields one job for the teacher's channel statistics over the sample if the target encoding needs them."""
     lineage = workspace.lineage
     if lineage.calibration:
         opened = _capture_opener(workspace, None, pool)
@@ -81,7 +84,7 @@ def calibration_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
 
 
 def target_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
-    """One job per shard and mask variant, for the shards whose blocks exist."""
+    """Yields one job per mask variant of each shard whose blocks exist."""
     store, lineage = workspace.store, workspace.lineage
     absent = {ref.key for ref in store.missing(lineage.training_blocks)}
     opened = _capture_opener(workspace, lineage.calibration, pool)
@@ -89,13 +92,13 @@ def target_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
     ready = [target for target in lineage.targets if target.blocks.key not in absent]
     for target, following in zip_longest(ready, ready[1:]):
         work = partial(with_capture, make_targets, opened, store, target.blocks, variant=target.variant)
-        if pool.is_here and following:  # in a pool of processes the next shard of each is not known
+        if pool.is_here and following:  # in a pool of processes, the next shard of each process is unknown
             work = partial(work, following=following.blocks)
         yield Job("targets", target.ref.label, target.ref, partial(pool.call, timeout, work))
 
 
 def _capture_opener(workspace: Workspace, calibration: Ref | None, pool: Pool) -> Callable[[], Capture]:
-    """A function that opens the teacher in the process that calls it; each process loads the teacher once."""
+    """Returns a function that opens the teacher in the calling process. Each process loads the teacher once."""
     recipe = workspace.recipe
     opened = partial(
         open_capture,
@@ -108,5 +111,5 @@ def _capture_opener(workspace: Workspace, calibration: Ref | None, pool: Pool) -
         calibration,
         recipe.train.device,
     )
-    # Work in this process has to poll for a stop of the run; other processes are killed by the pool.
+    # Work in this process must poll whether the run was stopped; the pool kills other processes.
     return partial(opened, raise_if_stopped) if pool.is_here else opened

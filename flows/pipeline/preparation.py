@@ -1,10 +1,10 @@
-"""Runs the preparation stages of a recipe, from sources to targets, for all artifacts that the store lacks.
+"""Runs the preparation stages of a recipe, from sources to targets, for all artifacts that are missing in the store.
 
     prepared = prepare_corpus(workspace)                        # sources, blocks, counts, calibration, targets
     prepared = prepare_corpus(workspace, Selection("blocks", "fr_meta_part_2-0000", force=True))
     return finish_state(prepared, command)                      # the Prefect state of a flow without training
 
-Each stage queries the store for missing artifacts first; jobs.py lists its jobs and stage.py runs them.
+Each stage first queries the store for missing artifacts; jobs.py lists its jobs and stage.py runs them.
 """
 
 import time
@@ -25,14 +25,14 @@ from tasks.lineage import SAMPLE_SHARDS, Lineage, Workspace, check_teacher, free
 from tasks.plan.free_space import check_store_has_space, free_bytes
 
 VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration": "calibrate", "targets": "teach"}
-"""Stage, as in the store and in `distil status`, and the verb in the names of its task runs."""
+"""Maps each stage, as named in the store and in `distil status`, to the verb in the names of its task runs."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The jobs of a retry: those of a stage, of a shard, of a shard in a stage, or (both empty) all.
+    """Selects the jobs of a stage, of a shard, of one shard in one stage, or all jobs if both fields are empty.
 
-    Of these the missing artifacts are made; with `force` also those that exist.
+    Selected jobs whose artifacts are missing are run; with `force`, all selected jobs are run.
     """
 
     stage: str = ""
@@ -40,7 +40,10 @@ class Selection:
     force: bool = False
 
     def takes(self, job: Job) -> bool:
-        """True if the job is selected. A shard of text selects the job of its source, a shard all its mask variants."""
+        """Returns True if the job is selected.
+
+        The label of a shard selects the job that reads its source, and its targets for every mask variant.
+        """
         if (self.stage or job.stage) not in (job.stage, "shard" if job.stage == "source" else job.stage):
             return False
         if job.stage == "source":
@@ -48,7 +51,7 @@ class Selection:
         return not self.shard or self.shard in (job.label, job.label.rsplit(".v", 1)[0])
 
     def named(self, lineage: Lineage) -> bool:
-        """True if the selected shard or source exists in this lineage, done or not."""
+        """Returns True if the lineage contains the selected shard or source, whether it is done or not."""
         labels = {ref.label for refs in lineage.stages().values() for ref in refs}
         return self.shard in labels | {source.label for source, _ in lineage.sources}
 
@@ -58,7 +61,7 @@ SELECT_ALL = Selection()
 
 @dataclass(frozen=True)
 class StageDone:
-    """The result of one stage in this run: number of jobs, the failures among them, seconds."""
+    """The result of one stage in this run: its number of jobs, its failures and its duration in seconds."""
 
     stage: str
     jobs: int
@@ -68,7 +71,7 @@ class StageDone:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The workspace after all stages, and the result of each stage that had something to do."""
+    """The workspace after all stages, and the result of each stage that ran any job."""
 
     workspace: Workspace
     stages: tuple[StageDone, ...]
@@ -80,7 +83,7 @@ class Prepared:
 
     @property
     def too_many_failed(self) -> bool:
-        """True if the run must end Failed: more than `run.max_failed` failures, or no counts or calibration."""
+        """True if the run must end Failed: more than `run.max_failed` jobs failed, or the counts or calibration did."""
         vital = any(failure.kind in ("counts", "calibration") for failure in self.failures)
         return vital or len(self.failures) > self.workspace.recipe.run.max_failed
 
@@ -89,10 +92,10 @@ class Prepared:
 
 
 def prepare_corpus(workspace: Workspace, selection: Selection = SELECT_ALL, *, training: bool = False) -> Prepared:
-    """Makes the missing (or the selected) artifacts from sources to targets. The failure of one shard stops no other.
+    """Makes the missing or the selected artifacts, from sources to targets. A failed shard does not stop the others.
 
-    FatalError before anything is made if the teacher cannot be used, the tokenizer does not fit it, or the store has
-    too little free space for all that is missing (with `training` also for the checkpoints and the model).
+    FatalError before any artifact is made if the teacher cannot be used, the tokenizer does not match it, or the store
+    has too little free space for all missing artifacts (with `training`, also for the checkpoints and the model).
     """
     check_teacher(workspace.recipe)
     if selection == SELECT_ALL:
@@ -107,7 +110,7 @@ def prepare_corpus(workspace: Workspace, selection: Selection = SELECT_ALL, *, t
 
 
 def silently_missing(prepared: Prepared) -> list[Ref]:
-    """Blocks and targets that do not exist although none of their inputs failed in this run."""
+    """Returns the blocks and targets that are missing although no job of their shard failed in this run."""
     lineage = prepared.workspace.lineage
     excused = {plain_label(failure.label) for failure in prepared.failures}
     wanted = (*lineage.training_blocks, *(target.ref for target in lineage.targets))
@@ -115,18 +118,18 @@ def silently_missing(prepared: Prepared) -> list[Ref]:
 
 
 def plain_label(label: str) -> str:
-    """The shard's label, without the mask variant."""
+    """Returns the label of a shard without its mask variant."""
     return label.rsplit(".v", 1)[0]
 
 
 def prepare_text(workspace: Workspace) -> Prepared:
-    """Makes shards and blocks only."""
+    """Makes only shards and blocks."""
     workspace, stages = _text_stages(workspace, SELECT_ALL)
     return Prepared(workspace, tuple(stages))
 
 
 def prepare_heldout(workspace: Workspace) -> Prepared:
-    """Makes held-out blocks only, for a score."""
+    """Makes all shards, but blocks only of held-out ones, for scoring."""
     workspace, stages = _text_stages(workspace, SELECT_ALL, heldout_only=True)
     return Prepared(workspace, tuple(stages))
 
@@ -134,7 +137,7 @@ def prepare_heldout(workspace: Workspace) -> Prepared:
 def _text_stages(
     workspace: Workspace, selection: Selection, *, heldout_only: bool = False
 ) -> tuple[Workspace, list[StageDone]]:
-    """Runs sources, then blocks, in other processes; returns the refreshed workspace and the results."""
+    """Runs the stages `source` and `blocks` in the text pool; returns the refreshed workspace and the results."""
     with text_pool(workspace.recipe) as pool:
         stages = _stage(workspace, selection, source_jobs(workspace, pool), pool.width)
         if stages:
@@ -146,7 +149,7 @@ def _text_stages(
 
 
 def _teacher_stages(workspace: Workspace, selection: Selection) -> list[StageDone]:
-    """Runs calibration, then targets, in the pool that has the teacher."""
+    """Runs the stages `calibration` and `targets` in the teacher pool; returns their results."""
     estimates = (workspace.lineage.counts, workspace.lineage.calibration)
     with teacher_pool(workspace.recipe) as pool:
         stages = _stage(workspace, selection, calibration_jobs(workspace, pool))
@@ -156,7 +159,10 @@ def _teacher_stages(workspace: Workspace, selection: Selection) -> list[StageDon
 
 
 def _stage(workspace: Workspace, selection: Selection, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
-    """Runs the jobs of one stage whose artifacts are missing (or forced). An empty list if there are none."""
+    """Runs the selected jobs of one stage that are forced or whose artifacts are missing.
+
+    Returns a list with the result, or an empty list if no job was run.
+    """
     store, run = workspace.store, workspace.recipe.run
     selected = [job for job in jobs if selection.takes(job)]
     missing = {ref.key for ref in store.missing(job.ref for job in selected if job.ref)}
@@ -171,10 +177,10 @@ def _stage(workspace: Workspace, selection: Selection, jobs: Iterable[Job], widt
 
 
 def _freeze_sample(workspace: Workspace) -> tuple[Ref, ...]:
-    """Pins and returns the sample for counts and calibration: the blocks of the first shards that exist.
+    """Pins and returns the sample for counts and calibration: the first SAMPLE_SHARDS training blocks that exist.
 
-    Once counts or calibration exist the sample stays, even if its blocks are lost: another sample would change the keys
-    of all targets.
+    Once counts and calibration exist, the sample stays the same even if its blocks are lost, since a different sample
+    would change the keys of all targets.
     """
     store, lineage = workspace.store, workspace.lineage
     blocks = lineage.sample
@@ -190,7 +196,7 @@ def _freeze_sample(workspace: Workspace) -> tuple[Ref, ...]:
 
 
 def finish_state(prepared: Prepared, command: str) -> State[Any]:
-    """Publishes the failures and returns the final state of a flow without training."""
+    """Publishes the failures and returns the final Prefect state of a flow without training."""
     publish_failures(prepared.workspace.recipe, prepared.failures, command)
     if prepared.too_many_failed:
         return failed_state(prepared.failures)
@@ -199,24 +205,27 @@ def finish_state(prepared: Prepared, command: str) -> State[Any]:
 
 
 def failed_state(failures: tuple[Failure, ...]) -> State[Any]:
-    """The state Failed, with a message that names the first failure."""
+    """Returns the Prefect state Failed with a message about the first failure."""
     first = failures[0]
     others = f" and {len(failures) - 1} more" if failures[1:] else ""
     return Failed(
-        message=f"{first.kind} {first.label} failed{others}: {first.message}; all others are done, "
-        "fix the cause and start the same run again"
+        message=f"{first.kind} {first.label} failed{others}: {first.message}; all other artifacts are done, fix the "
+        "cause and repeat the run"
     )
 
 
 def check_free_space(workspace: Workspace, *, training: bool) -> None:
-    """FatalError if the missing artifacts do not fit. No check if none is missing or an object store has no limit."""
+    """FatalError if the missing artifacts do not fit into the free space of the store.
+
+    Object stores have no limit, so they are not checked.
+    """
     free = free_bytes(workspace.store)
     if free is not None and _lacks(workspace, training=training):
         check_store_has_space(workspace, free, training=training)
 
 
 def _lacks(workspace: Workspace, *, training: bool) -> bool:
-    """True if any artifact is missing."""
+    """Returns True if any artifact is missing; `training` includes the model."""
     if not training:
         return workspace.lineage.lacks(workspace.store)
     model = model_ref(workspace)

@@ -1,11 +1,11 @@
-"""Makes shards, blocks and the teacher's targets as Ray tasks, on one machine or many.
+"""Makes shards, blocks and the teacher's targets in Ray tasks, on one machine or many.
 
     with ray_workers(recipe.ray, recipe.run.window, teacher=True) as pool:
         pool.call(3600, with_capture, make_targets, opened, store, blocks)
 
-Needs the extra `ray`, this code and the same Python on every node, and a store, corpus and teacher that every node
-reads under the same address. Uses plain Ray tasks, not Prefect's Ray task runner: with the latter every node would need
-a client of the Prefect server with its password, and `run.window` could not bound the tasks in flight.
+Requires the extra `ray`, this code and the same Python on every node, and a store, a corpus and a teacher that have the
+same address on every node. Uses plain Ray tasks instead of Prefect's Ray task runner: with the task runner, every node
+would need access to the Prefect server and its password, and `run.window` could not limit the tasks in flight.
 """
 
 import logging
@@ -27,10 +27,10 @@ R = TypeVar("R")
 
 @contextmanager
 def ray_workers(settings: RaySettings, width: int, *, teacher: bool = False) -> Iterator["_RayTasks"]:
-    """A pool of Ray tasks, `width` at once, each with the CPUs, GPUs and memory (bytes) that the settings give.
+    """Yields a pool of `width` concurrent Ray tasks with the CPUs, GPUs and memory (bytes) of the settings.
 
-    FatalError if Ray is not installed or the cluster does not answer. Tasks in flight are cancelled at the end of the
-    block.
+    FatalError if Ray is not installed or the cluster does not respond. Tasks in flight are cancelled at the end of the
+    `with` block.
     """
     _connect(settings.address)
     tasks = _RayTasks(_resources(settings, teacher), width)
@@ -41,19 +41,21 @@ def ray_workers(settings: RaySettings, width: int, *, teacher: bool = False) -> 
 
 
 def _connect(address: str) -> None:
-    """Joins the cluster on the first call in a process; Ray leaves it at the end of the process."""
+    """Connects this process to the cluster on the first call. Ray disconnects at the end of the process."""
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise FatalError("run.engine = ray, but Ray is not installed; pip install -e '.[ray]'") from error
+        raise FatalError(
+            "run.engine is ray, but Ray is not installed; install it with `pip install -e '.[ray]'`"
+        ) from error
     if ray.is_initialized():
         return
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError) as error:
         raise FatalError(
-            f"ray.address = {address}: no Ray cluster accepts the connection ({error}); start one with `ray start`, "
-            "and give its token, if it has one, as RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"cannot connect to a Ray cluster at ray.address = {address} ({error}); start one with `ray start`, and if "
+            "it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
 
 
@@ -66,28 +68,28 @@ def _resources(settings: RaySettings, teacher: bool) -> dict[str, Any]:
 
 
 class _RayTasks:
-    """A `Pool` over the cluster. Ray queues tasks for which no node has free resources."""
+    """A `Pool` of Ray tasks. Ray queues tasks for which no node has free resources."""
 
     is_here = False
 
     def __init__(self, resources: dict[str, Any], width: int) -> None:
         import ray
 
-        # max_retries=0: Prefect retries, and counts the attempts. max_calls=0: the worker process stays after a call,
-        # with the teacher that it loaded; by default Ray ends those with a GPU after each call.
+        # max_retries=0: Prefect retries, and counts the attempts. max_calls=0: the worker process stays after a call
+        # and keeps the loaded teacher; by default Ray ends a process with a GPU after each call.
         self.start = ray.remote(
             max_calls=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD", **resources
         )(_run)
         self.active, self.width = True, width
 
     def call(self, timeout: float, fn: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """See `Pool`. `timeout` counts from the start on a node; time in Ray's queue does not count."""
+        """See `Pool`. The time-out starts when the task starts on a node; time in Ray's queue does not count."""
         import ray
         from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
         outputs = self.start.remote(fn, args, kwargs)
         try:
-            self._next(outputs, None)  # the task has started
+            self._next(outputs, None)  # returns once the task has started
             result: R = self._next(outputs, timeout)
         except StoppedError:
             ray.cancel(outputs, force=True)  # kills its process
@@ -98,13 +100,16 @@ class _RayTasks:
         except RayTaskError as error:
             raise error.cause from error
         except TaskCancelledError as error:
-            raise StoppedError("its Ray task was cancelled") from error
+            raise StoppedError("the Ray task was cancelled") from error
         except RayError as error:
-            raise RetryableError(f"its Ray task was lost ({type(error).__name__}): {error}") from error
+            raise RetryableError(f"the Ray task was lost ({type(error).__name__}): {error}") from error
         return result
 
     def _next(self, outputs: Any, timeout: float | None) -> Any:
-        """The next output of the task. TimeoutError after `timeout` seconds, StoppedError if the pool is stopped."""
+        """Waits for the next output of the task and returns it.
+
+        TimeoutError after `timeout` seconds, StoppedError if the pool is stopped.
+        """
         import ray
 
         end = math.inf if timeout is None else time.monotonic() + timeout
@@ -117,7 +122,7 @@ class _RayTasks:
 
 
 def _run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The body of every task: yields None at its start, then the result of `fn`. Sets the node's name for receipts."""
+    """Body of every Ray task: sets the node's name for receipts, yields None at the start, then the result of `fn`."""
     import ray
 
     os.environ[NODE] = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"

@@ -1,4 +1,4 @@
-"""Makes shards and blocks on another work pool: a run on a machine with GPUs starts a deployment on machines with CPUs.
+"""Makes shards and blocks in a different work pool, so that a run on a GPU machine does this work on CPU machines.
 
     workspace = prepare_text_remotely(workspace)    # run.text_on = "prepare/text": the deployment to start
 
@@ -19,9 +19,9 @@ POLL_SECONDS = 5.0
 
 
 def prepare_text_remotely(workspace: Workspace) -> Workspace:
-    """Starts the deployment if shards or blocks are missing, waits for its end and returns the refreshed workspace.
+    """Runs the deployment `run.text_on` if shards or blocks are missing. Returns the refreshed workspace.
 
-    FatalError if the deployment does not exist or its run failed, with the message of that run. RetryableError if the
+    FatalError if the deployment does not exist, or with the message of its run if that failed. RetryableError if the
     run was cancelled or crashed.
     """
     name = workspace.recipe.run.text_on
@@ -33,7 +33,8 @@ def prepare_text_remotely(workspace: Workspace) -> Workspace:
         run = cast(FlowRun, run_deployment(name, parameters=parameters, poll_interval=POLL_SECONDS))
     except ObjectNotFound as error:
         raise FatalError(
-            f"run.text_on = {name}, but there is no such deployment; deploy it with `distil deploy`, or leave it empty"
+            f"the deployment run.text_on = {name} does not exist; register it with `distil deploy`, or leave "
+            "run.text_on empty"
         ) from error
     state = run.state
     if state is None or not state.is_completed():
@@ -44,7 +45,10 @@ def prepare_text_remotely(workspace: Workspace) -> Workspace:
 
 
 def _home_of(deployment: str) -> str:
-    """The home in a deployment's own recipe; ours is a folder of this machine. ObjectNotFound: no such deployment."""
+    """Returns the home in the deployment's own recipe, since our home is a folder of this machine.
+
+    ObjectNotFound if the deployment does not exist.
+    """
     with get_client(sync_client=True) as client:
         recipe: dict[str, str] = client.read_deployment_by_name(deployment).parameters.get("recipe", {})
     return recipe.get("home", "")

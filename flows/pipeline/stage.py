@@ -1,9 +1,9 @@
-"""Runs the jobs of one stage as Prefect task runs, a bounded number in flight; a failed job stops no other.
+"""Runs the jobs of one stage as Prefect task runs, with a limited number in flight. A failed job does not stop others.
 
     failures = run_stage("blocks", "blocks", jobs, store, recipe.run, window=4)
 
-The caller asks the store which jobs to run. Prefect shows the task runs and retries them; whether a job succeeded is
-recorded here, whatever state its task run ends in. Short jobs share a task run.
+The caller selects the jobs. Prefect shows and retries the task runs; the success of each job is recorded here,
+independently of the final state of its task run. Short jobs share a task run.
 """
 
 import threading
@@ -29,14 +29,14 @@ from storage.store import Store
 from tasks.recipe.config import RunSettings
 
 POLL_SECONDS = 5.0
-"""Longest wait for the end of a task run before the progress artifact is updated."""
+"""Longest time to wait for the end of a task run before the progress artifact is updated."""
 
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact, made by `work(force=force)`. `ref` is None while the content of a source is not known yet."""
+    """One artifact, made by `work(force=force)`. `ref` is None for a source whose content is not hashed yet."""
 
     stage: str
     label: str
@@ -46,16 +46,16 @@ class Job:
 
 
 def raise_if_stopped() -> None:
-    """Raises StoppedError in a job whose run was stopped. Long work in this process must call it regularly."""
+    """Raises StoppedError if the run of the current job was stopped. Long jobs in this process call it regularly."""
     stop = _stop.get()
     if stop is not None and stop.is_set():
         raise StoppedError("the run was stopped")
 
 
 def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: RunSettings, window: int) -> list[Failure]:
-    """Runs all jobs, `window` task runs in flight at once, and returns the failures in the order of the jobs.
+    """Runs all jobs with at most `window` task runs in flight, and returns the failures in the order of the jobs.
 
-    A job's own error is returned, never raised. After an interrupt no further job is started.
+    The error of a job is returned, never raised. After an interrupt no further job is started.
     """
     if not jobs:
         return []
@@ -70,8 +70,8 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
         groups = _groups(jobs, group_size, store, stop)
         start = monotonic()
         try:
-            # A call, not the loop itself: Python 3.11 skips `finally` if a signal arrives as a loop that is the first
-            # statement of `try` jumps back.
+            # The loop is in a function: if it were the first statement of `try`, Python 3.11 would skip `finally` when
+            # a signal arrives as the loop jumps back.
             submitted, failures = _run_groups(bound_task(make_group, verb, run), groups, window, progress)
         finally:
             # After an interrupt no thread may start another job.
@@ -86,7 +86,10 @@ def run_stage(stage: str, verb: str, jobs: Sequence[Job], store: Store, run: Run
 def _run_groups(
     task: Task[..., Any], groups: "Iterator[_Group]", window: int, progress: ProgressArtifact
 ) -> tuple[int, list[tuple[int, Failure]]]:
-    """Submits all groups, `window` in flight; returns their number, and position and failure of each failed job."""
+    """Submits all groups with at most `window` in flight.
+
+    Returns the number of groups, and the position and failure of each failed job.
+    """
     ended: SimpleQueue[_Group] = SimpleQueue()
     failures: list[tuple[int, Failure]] = []
     in_flight = submitted = 0
@@ -107,12 +110,12 @@ def _run_groups(
 
 
 def make_group(label: str, group: Callable[[], State[None] | None]) -> State[None] | None:
-    """The body of every task run; `label` is only its name."""
+    """Body of every task run of a stage. `label` is used only in the name of the task run."""
     return group()
 
 
 class _GroupSize:
-    """Chooses how many jobs share a task run, from the mean duration of the jobs of this stage so far."""
+    """Chooses how many jobs share a task run, from the mean duration of the finished jobs of the stage."""
 
     def __init__(self, seconds: float, window: int, total: int, on_job_done: Callable[[], None]) -> None:
         self.wanted, self.window, self.total, self.on_job_done = seconds, window, total, on_job_done
@@ -120,14 +123,17 @@ class _GroupSize:
         self._lock = threading.Lock()
 
     def ended(self, seconds: float) -> None:
-        """Counts one more job, done or failed for good. Called from the threads of the task runs."""
+        """Counts one more job that is done or has failed with a fatal error. Called from threads of task runs."""
         with self._lock:
             self.jobs += 1
             self.seconds += seconds
             self.on_job_done()
 
     def size(self, remaining: int) -> int:
-        """Number of jobs of the next task run: about `run.task_seconds` of work, few enough to keep all slots busy."""
+        """Returns the number of jobs for the next task run, given the number of remaining jobs.
+
+        The jobs take about `run.task_seconds`, and enough of them remain to keep all slots busy.
+        """
         with self._lock:
             if not self.jobs:
                 return 1
@@ -136,9 +142,9 @@ class _GroupSize:
 
 
 class _Group:
-    """The jobs of one task run. A call runs those that are not done yet, so Prefect may retry it.
+    """The jobs of one task run. A call runs only unfinished jobs, so Prefect can retry it.
 
-    Not a dataclass: Prefect searches dataclasses and pydantic models for futures, which takes time.
+    This is not a dataclass because Prefect searches dataclasses and pydantic models for futures, which takes time.
     """
 
     def __init__(
@@ -151,7 +157,7 @@ class _Group:
 
     @property
     def label(self) -> str:
-        """The label of the first job, and the number of the others."""
+        """The label of the first job and, if there are more, the number of the others."""
         others = len(self.jobs) - 1
         return f"{self.jobs[0].label} +{others}" if others else self.jobs[0].label
 
@@ -163,13 +169,13 @@ class _Group:
                 self.group_size.ended(self._seconds[number])
         if self.stop.is_set():
             return Cancelled(message="the run was stopped")
-        # Retryable errors come first: for these Prefect retries the task run, which then runs only unfinished jobs.
+        # Retryable errors are raised first: Prefect then retries the task run, which runs only the unfinished jobs.
         for number in (*self._unfinished, *self.errors):
             raise self.errors[number]
         return None
 
     def _make(self, number: int) -> Exception | None:
-        """Makes one artifact. Its error is returned and kept, so that the other jobs of the group still run."""
+        """Runs one job. Stores and returns its error instead of raising it, so that the other jobs of the group run."""
         job, start = self.jobs[number], monotonic()
         self.errors.pop(number, None)
         try:
@@ -177,14 +183,14 @@ class _Group:
         except Exception as error:  # noqa: BLE001  __call__ raises it after the other jobs of the group
             self.errors[number] = error
             if job.ref is not None and not self.stop.is_set():
-                with suppress(RetryableError):  # the store itself may not answer
+                with suppress(RetryableError):  # the store itself may not respond
                     self.store.fail(job.ref, error)
         self._seconds[number] += monotonic() - start
         return self.errors.get(number)
 
     def failures(self) -> Iterator[tuple[int, Failure]]:
-        """Position and failure of each job that is not done, after the end of the task run."""
-        lost = DistilError("Prefect ended its task run before it was tried; retry it")
+        """Yields position and failure of each job that is not done after the end of the task run."""
+        lost = DistilError("Prefect ended the task run before this job started; retry it with `distil retry`")
         errors = dict.fromkeys(self._unfinished, lost) | self.errors
         for number, error in errors.items():
             yield self.first + number, _failure(self.jobs[number], error)
@@ -195,7 +201,7 @@ def _put(ended: "SimpleQueue[_Group]", group: _Group, _future: object) -> None:
 
 
 def _groups(jobs: Sequence[Job], group_size: _GroupSize, store: Store, stop: threading.Event) -> Iterator[_Group]:
-    """All jobs in order. The size of each group is chosen when a slot becomes free for it."""
+    """Yields all jobs in order, in groups. The size of a group is chosen when a slot becomes free for it."""
     first = 0
     while first < len(jobs):
         size = group_size.size(len(jobs) - first)

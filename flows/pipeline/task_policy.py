@@ -1,14 +1,14 @@
-"""All policy of Prefect tasks and flows: retries, time-outs, names, caching and persistence of results.
+"""Defines the policy of all Prefect tasks and flows: retries, time-outs, names, caching and persistence of results.
 
     bound_task(make_group, "teach", recipe.run).submit("fr_meta_part_3-0000", group)
     distill = bound_flow(run_chain, "distill", run_name="{name}")
 
-Retries      `run.retries` per task run, only after RetryableError, with delays that double (retry_delays). Flows are
-             not retried: a new run computes only what is missing.
-Time-outs    None of Prefect's, which cannot end a thread. The pool kills the process of a call after job_timeout; a
-             trainer gets GRACE_SECONDS between SIGTERM and SIGKILL. Training itself has no limit.
-Names        Task runs `VERB LABEL` (`teach fr_meta_part_3-0000`); flow runs by the `run_name` of bound_flow.
-Caching      NO_CACHE: the store decides what is done. A cached task run would hide that its artifact was deleted.
+Retries      A task run is retried up to `run.retries` times, only after RetryableError, with delays that double
+             (retry_delays). Flows are not retried, since a new run computes only missing artifacts.
+Time-outs    Prefect's time-outs are not used, since they cannot end a thread. The pool kills the process of a call
+             after job_timeout. A trainer gets GRACE_SECONDS between SIGTERM and SIGKILL; training has no time limit.
+Names        Task runs are named `VERB LABEL` (`teach fr_meta_part_3-0000`), flow runs by the `run_name` of bound_flow.
+Caching      NO_CACHE: only the store records what is done. A cached task run would hide a deleted artifact.
 Persistence  persist_result=False: results are artifacts in the store, not values in Prefect.
 """
 
@@ -36,32 +36,32 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_RETRY_DELAY = 60.0
-"""Seconds. A stopped run waits for the last delay, so it is short."""
+"""Longest delay in seconds. It is short because a stopped run waits for the end of the current delay."""
 
 GRACE_SECONDS = 60.0
-"""Time that a trainer gets for its checkpoint after SIGTERM."""
+"""Time in seconds that a trainer gets for its checkpoint after SIGTERM."""
 
 MAX_THREADS = 5000
-"""Upper limit of `run.window`: one thread per task run in flight, started when needed."""
+"""Upper limit of `run.window`. Each task run in flight has one thread, which is started when it is needed."""
 
 
 def is_retryable(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
-    """True for a transient error; every other error would recur."""
+    """Returns True if the task run failed with a transient error. Every other error would recur."""
     return isinstance(state.data, RetryableError)
 
 
 def retry_delays(run: RunSettings) -> list[float]:
-    """Seconds before each retry: `run.retry_seconds`, doubled each time, up to MAX_RETRY_DELAY."""
+    """Returns the delay in seconds before each retry: `run.retry_seconds`, doubled each time, up to MAX_RETRY_DELAY."""
     return [min(MAX_RETRY_DELAY, run.retry_seconds * 2**number) for number in range(run.retries)]
 
 
 def job_timeout(run: RunSettings) -> float:
-    """Seconds after which a pool kills the process of one call (process_pool.py, ray_pool.py)."""
+    """Returns the seconds after which a pool kills the process of a call (process_pool.py, ray_pool.py)."""
     return run.shard_timeout
 
 
 def bound_task(fn: Callable[..., R], verb: str, run: RunSettings) -> Task[..., R]:
-    """A Prefect task for `fn`. Its runs are named `VERB LABEL`, where `label` is the first argument of `fn`."""
+    """Returns a Prefect task for `fn`. Its runs are named `VERB LABEL`; `label` is the first parameter of `fn`."""
     return task(
         name=verb,
         task_run_name=f"{verb} {{label}}",
@@ -74,22 +74,22 @@ def bound_task(fn: Callable[..., R], verb: str, run: RunSettings) -> Task[..., R
 
 
 def run_one(verb: str, label: str, work: Callable[[], R], run: RunSettings) -> R:
-    """Runs `work` as a task run `VERB LABEL` in this thread; returns its result or raises its error."""
+    """Runs `work` in this thread as a task run named `VERB LABEL`, and returns its result or raises its error."""
     return cast(R, bound_task(_call, verb, run)(label, work))
 
 
 def _call(label: str, work: Callable[[], R]) -> R:
-    """The body of `run_one`; `label` is only the name of the task run."""
+    """Body of the task in `run_one`. `label` is used only in the name of the task run."""
     return work()
 
 
 def bound_flow(
     fn: Callable[Concatenate[Recipe, P], Any], name: str, *, run_name: str
 ) -> Flow[Concatenate[Recipe, P], Any]:
-    """A Prefect flow for `fn`. On a DistilError it ends Failed with one sentence instead of a traceback.
+    """Returns a Prefect flow for `fn`. On a DistilError the run ends Failed with one sentence instead of a traceback.
 
     `run_name` is a format string of the flow's parameters and `name`, the recipe's name. A deployment passes the recipe
-    as plain values; they are validated here, since Prefect reports a rule across fields as a traceback.
+    as plain values. They are validated here, since Prefect would report an invalid combination as a traceback.
     """
 
     @wraps(fn)
@@ -103,7 +103,7 @@ def bound_flow(
 
     def named() -> str:
         parameters = dict(runtime.flow_run.parameters)
-        recipe = parameters.pop("recipe")  # a Recipe or plain values, so a format string cannot use its fields
+        recipe = parameters.pop("recipe")  # a Recipe or a dictionary, so a format string cannot use its fields
         return run_name.format(**parameters, name=recipe["name"] if isinstance(recipe, dict) else recipe.name).strip()
 
     bound = flow(
@@ -117,10 +117,10 @@ def bound_flow(
 
 
 def end_with_worker(flow_run: str | None) -> None:
-    """Makes this process end as on SIGTERM when the Prefect worker that started it for this flow run dies.
+    """Ends this process as on SIGTERM when the Prefect worker that started it for this flow run dies.
 
-    A run without its worker could not be cancelled any more. No effect on runs that no worker started (in a terminal,
-    in a test) and under process 1. One of the mechanisms that tasks/parent_death.py lists.
+    Without its worker, a run could no longer be cancelled. Has no effect on runs that no worker started (in a terminal
+    or a test) or if the parent is process 1. tasks/parent_death.py lists all mechanisms of this kind.
     """
     by_worker = flow_run is not None and os.environ.get("PREFECT__FLOW_RUN_ID") == flow_run
     if sys.platform == "linux" and by_worker and os.getppid() > 1:
@@ -131,7 +131,7 @@ def end_with_worker(flow_run: str | None) -> None:
 def _on_worker_death(*_: object) -> None:
     # The kernel sends the signal again for every thread of the worker that ends.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # The worker read this process's output: an error on writing a line would end it before it reports its state.
+    # The dead worker read this process's output, so writing would now raise an error before the state is reported.
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(devnull, stream)

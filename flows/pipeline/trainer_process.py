@@ -1,9 +1,9 @@
-"""Starts the trainer as a process of its own, follows its metrics.jsonl, and ends it with the flow.
+"""Starts the trainer as a separate process, follows its metrics.jsonl, and ends it with the flow.
 
     result = launch_trainer(run, follow)    # `python -m tasks.train RUN.json`, torchrun, or `train.launcher`
 
 When this process is stopped, the trainer gets SIGTERM and GRACE_SECONDS to write a checkpoint. tasks/parent_death.py
-lists the mechanisms that keep a trainer from being left over.
+lists the mechanisms that end the trainer if this process dies.
 """
 
 import json
@@ -30,11 +30,11 @@ Line = dict[str, Any]
 
 
 def launch_trainer(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> dict[str, Any]:
-    """Trains to the end and returns result.json.
+    """Runs the trainer to its end and returns the content of result.json.
 
-    `follow` gets the new lines of metrics.jsonl (all of them again after the trainer has truncated the file), and True
-    on the last call. FatalError with the trainer's last line of output if it fails or was stopped from outside;
-    RetryableError if it exits with EXIT_RETRYABLE, which torchrun does not pass on.
+    `follow` receives the new lines of metrics.jsonl (all lines if the trainer has truncated the file), and whether the
+    call is the last one. FatalError with the trainer's last line of output if the trainer fails or is stopped by a
+    different process. RetryableError if it exits with EXIT_RETRYABLE; torchrun does not forward this status.
     """
     folder = Path(run.folder)
     path = write_run(run)
@@ -55,9 +55,10 @@ def launch_trainer(run: RunSpec, follow: Callable[[list[Line], bool], None]) -> 
 
 
 def command(run: RunSpec, path: Path) -> list[str]:
-    """The command of the trainer: the recipe's launcher, torchrun for several ranks, else Python, which starts faster.
+    """Returns the command of the trainer: `train.launcher` if set, torchrun for several ranks, else plain Python.
 
-    A launcher starts the trainer on other machines, follows it there and forwards SIGTERM.
+    Plain Python starts faster than torchrun. A launcher must start the trainer on other machines, wait for it and
+    forward SIGTERM.
     """
     if run.train.launcher:
         return [part.replace("{run}", str(path)).replace("{folder}", run.folder) for part in run.train.launcher]
@@ -70,7 +71,7 @@ def command(run: RunSpec, path: Path) -> list[str]:
 
 
 def _start(run: RunSpec, path: Path, output: Any) -> subprocess.Popen[bytes]:
-    # The trainer calls no server, so it gets no password of one.
+    # The trainer uses no server, so it does not get the variables that contain passwords.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{GRACE_SECONDS:.0f}")  # torchrun's default: 30 s
     return subprocess.Popen(
@@ -91,7 +92,7 @@ class Tail:
         self.path, self._offset, self._inode = path, 0, -1
 
     def lines(self) -> list[Line]:
-        """The new lines; all lines if the file was replaced, as the trainer does to truncate it."""
+        """Returns the new lines, or all lines if the file was replaced: the trainer truncates it by replacing it."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -104,7 +105,7 @@ class Tail:
 
 
 def _wait(process: subprocess.Popen[bytes], metrics: Path, follow: Callable[[list[Line], bool], None]) -> int:
-    """Follows the metrics file until the trainer ends; returns its exit status."""
+    """Follows the metrics file until the trainer ends, and returns the trainer's exit status."""
     tail = Tail(metrics)
     while process.poll() is None:
         if fresh := tail.lines():
@@ -115,21 +116,21 @@ def _wait(process: subprocess.Popen[bytes], metrics: Path, follow: Callable[[lis
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the trainer if it still runs: SIGTERM, GRACE_SECONDS, then SIGKILL to its process group."""
+    """Ends the trainer if it still runs: SIGTERM, then SIGKILL to its process group after at most GRACE_SECONDS."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # processes that it left in its group
+        os.killpg(process.pid, signal.SIGKILL)  # also ends processes that the trainer left in its group
     process.wait()
 
 
 def _reason(folder: Path, status: int) -> str:
-    """A message with the trainer's last line of output. With several ranks: that of the first rank with any output."""
+    """Returns a message with the trainer's last line of output; with several ranks, of the first rank with output."""
     for log in (*sorted((folder / "ranks").glob("**/stderr.log")), folder / "train.log"):
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
         output = [line.strip() for line in lines if line.strip()]
         if output:
             return f"training ended with status {status}: {output[-1]} (log: {log})"
-    return f"training ended with status {status} without any output; its log is {folder / 'train.log'}"
+    return f"training ended with status {status} without any output (log: {folder / 'train.log'})"

@@ -1,9 +1,9 @@
-"""Approval by a person in the middle of a flow: the run pauses, and Resume in the Prefect UI shows a form.
+"""Pauses a flow until a user approves or declines: Resume in the Prefect UI shows a form.
 
     answer = ask_for_approval("distilled version 3 passed the gate", reasons, hours=72)
 
-The run waits in its process; a paused run holds no slot of its work queue. Prefect validates the form: an invalid
-answer leaves the run paused.
+The run waits in its process; a paused run occupies no slot of its work queue. Prefect validates the form; after an
+invalid answer the run stays paused.
 """
 
 import sys
@@ -23,24 +23,24 @@ POLL_SECONDS = 5
 
 
 class Approval(RunInput):
-    """Fields of the form."""
+    """Fields of the approval form."""
 
-    approve: bool = Field(description="May this version become champion?")
+    approve: bool = Field(description="Promote this version to champion?")
     by: str = Field(min_length=1, description="Your name; stored with the version")
-    reason: str = Field("", description="Reason; stored with the version")
+    reason: str = Field("", description="Reason for your decision; stored with the version")
 
 
 def ask_for_approval(question: str, details: Sequence[str], hours: float) -> Approval:
-    """Pauses the flow until the form is answered. No answer within `hours` counts as no."""
+    """Pauses the flow until the form is submitted, and returns it; after `hours`, returns a form that declines."""
     where = current_link(runtime.flow_run.ui_url) if runtime.flow_run.ui_url else "the Prefect UI"
-    print(f"waiting for approval: {question}; answer in {where}", file=sys.stderr)
+    print(f"waiting for approval: {question}; approve or decline in {where}", file=sys.stderr)
     form = Approval.with_initial_data(description=f"# {question}\n\n" + "\n".join(f"- {line}" for line in details))
-    # A unique key: Prefect counts pauses in the process, and a retried run must not reuse the key of its first pause.
+    # A unique key: Prefect numbers pauses per process, and a retried run must not reuse the key of its first pause.
     key = uuid4().hex
     try:
         return pause_flow_run(wait_for_input=form, timeout=int(hours * 3600), poll_interval=POLL_SECONDS, key=key)
     except FlowPauseTimeout:
         with get_client(sync_client=True) as client:
-            # The server still has the run as paused, and would turn any final state into Failed as the time is over.
+            # On the server the run is still paused: after the time-out, it would replace any final state by Failed.
             client.set_flow_run_state(runtime.flow_run.id, Running(), force=True)
-        return Approval(approve=False, by="the clock", reason=f"no answer within {hours:g} hours")
+        return Approval(approve=False, by="the time limit", reason=f"no answer within {hours:g} hours")

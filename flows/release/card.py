@@ -2,9 +2,9 @@
 
     publish_card(mlflow_runs, run_id, result)
 
-They are written to three places: the MLflow run (its page shows the figure), `model/` of the registered version (every
-download includes its README.md), and HOME/models/NAME-card next to the link to the newest model. The model in the store
-is sealed by its receipt and stays as it is.
+Both are written to three places: the MLflow run (its page shows the figure), `model/` of the registered version (so
+that every download includes README.md), and HOME/models/NAME-card next to the link to the newest model. They are not
+added to the model in the store, whose receipt lists its files.
 """
 
 import os
@@ -29,7 +29,7 @@ FIGURE = "scores.png"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained, registered and scored student. `scores` holds its own scores first, then those of the other models."""
+    """A trained, registered and scored student. `scores` maps each model to its scores; the student comes first."""
 
     workspace: Workspace
     run: RunSpec
@@ -55,7 +55,7 @@ def publish_card(mlflow_runs: MlflowRuns, run_id: str, result: TrainedModel) -> 
 
 
 def card_facts(result: TrainedModel) -> CardFacts:
-    """Gathers the facts of the card from recipe, receipts, metrics and scores."""
+    """Gathers the content of the card from the recipe, receipts, metrics and scores."""
     store, recipe, lineage = result.workspace.store, result.workspace.recipe, result.workspace.lineage
     run = result.run
     model = store.receipt(run.model_ref)

@@ -1,6 +1,6 @@
 """Decides whether a model version becomes champion, records the decision and its reasons, and moves the alias.
 
-decision = decide_in_flow(recipe, registry, version)        # in a flow, with approval where the recipe requires it
+decision = decide_in_flow(recipe, registry, version)        # in a flow, with approval if the recipe requires it
 decision = decide(recipe, registry, version, request)       # the gate alone
 """
 
@@ -31,9 +31,10 @@ PROMOTED, FORCED, REFUSED, DECLINED, ALREADY_CHAMPION = "promoted", "forced", "r
 
 @dataclass(frozen=True)
 class GateDecision:
-    """The decision about a version and its reasons; `against` is the champion's version number, or "".
+    """The decision about a version, and its reasons.
 
-    `outcome` is one of PROMOTED, FORCED, REFUSED, DECLINED, ALREADY_CHAMPION.
+    `against` is the version number of the champion that it was compared with, or "". `outcome` is PROMOTED, FORCED,
+    REFUSED, DECLINED or ALREADY_CHAMPION.
     """
 
     version: Version
@@ -44,7 +45,7 @@ class GateDecision:
 
     @property
     def is_champion(self) -> bool:
-        """Whether the version has the alias now."""
+        """True if the version has the alias `champion` after the decision."""
         return self.outcome in (PROMOTED, FORCED, ALREADY_CHAMPION)
 
     @property
@@ -55,7 +56,7 @@ class GateDecision:
 
 @dataclass(frozen=True)
 class PromotionRequest:
-    """A requested promotion: by which user or flow run, and with `force` even if the gate refuses, for `reason`."""
+    """A requested promotion: the user or flow run that requests it, and whether and for what reason it is forced."""
 
     by: str
     force: bool = False
@@ -66,7 +67,7 @@ class PromotionRequest:
 
 
 def examine(registry: ModelRegistry, version: Version, rules: GateSettings) -> tuple[Verdict, Version | None]:
-    """The gate's verdict on a version, and the present champion. Changes nothing."""
+    """Returns the gate's verdict on a version, and the current champion or None. Changes nothing."""
     champions = registry.champions(version.name)
     wanted = protocols_by_set(version)
     now = registry.champion(version.name)
@@ -75,18 +76,19 @@ def examine(registry: ModelRegistry, version: Version, rules: GateSettings) -> t
 
 
 def _comparable(champion: Version, wanted: Mapping[str, str], *, strict: bool) -> list[SetResult]:
-    """A champion's results by the candidate's protocols; on sets that the candidate lacks, its newest results.
+    """Returns a champion's results that can be compared with the candidate's, which has the protocols `wanted`.
 
-    Results that were not run are left out. `strict`, for the present champion: a set without a score by this protocol
-    is included without values, and blocks the promotion.
+    For data sets without a result of the candidate, these are the champion's newest results. Scores that were not run
+    are omitted. With `strict`, for the current champion, a data set that the champion was not scored on by the
+    candidate's protocol is included without values, which blocks the promotion.
     """
     found = []
     for name, protocol in {**protocols_by_set(champion), **wanted}.items():
         result = result_on(champion, name, protocol)
         if result is None and strict:
             reason = (
-                f"{champion}, the champion, has no score by this protocol; "
-                f"score it by the same recipe (`distil score {champion.uri} RECIPE.toml`), or force"
+                f"{champion}, the champion, has no score by this protocol; score it with the same recipe "
+                f"(`distil score {champion.uri} RECIPE.toml`), or use --force"
             )
             found.append(SetResult(name, "", (), reason))
         elif result is not None and result.was_run:
@@ -96,36 +98,36 @@ def _comparable(champion: Version, wanted: Mapping[str, str], *, strict: bool) -
 
 @contextmanager
 def promotion_lock(recipe: Recipe, model: str) -> Iterator[None]:
-    """Lets one process of this home at a time decide about the model; the others wait."""
+    """Holds the lock under which only one process of this home at a time decides about the model."""
     with acquire(Path(recipe.home) / "run" / f"promote-{model}.lock"):
         yield
 
 
 def decide(recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest) -> GateDecision:
-    """Decides by the gate, records the decision and moves the alias, one process at a time.
+    """Decides by the gate, records the decision and moves the alias, under the promotion lock.
 
-    RetryableError: MLflow does not answer, or another process moved the alias meanwhile; the retry decides again.
+    RetryableError: MLflow does not respond, or another process moved the alias meanwhile; the retry decides again.
     """
     with promotion_lock(recipe, version.name):
         version = registry.version(version.name, version.version)
         verdict, champion = examine(registry, version, recipe.gate)
         against = champion.version if champion else ""
         if champion == version:
-            return GateDecision(version, against, ALREADY_CHAMPION, ("it is the champion already",), verdict.rows)
+            return GateDecision(version, against, ALREADY_CHAMPION, ("it is already the champion",), verdict.rows)
         forced = request.force and not verdict.promote
         outcome = PROMOTED if verdict.promote else FORCED if forced else REFUSED
         reasons = (f"{request.reason} (against the gate: {'; '.join(verdict.reasons)})",) if forced else verdict.reasons
         decision = GateDecision(version, against, outcome, reasons, verdict.rows)
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         record_decision(registry, decision, request, now)
-        # Tags first: if the process dies in between, the version is not champion and the next call decides again.
+        # Tags are set first: if the process dies in between, the version is not champion and the next call decides.
         if decision.is_champion:
             registry.set_champion(version, now, champion)
         return decision
 
 
 def record_decision(registry: ModelRegistry, decision: GateDecision, request: PromotionRequest, when: str) -> None:
-    """Stores a decision as tags of the version, replacing an earlier one."""
+    """Stores a decision as tags of the version, replacing those of an earlier decision."""
     tags = {
         "decision": decision.outcome,
         "reason": "; ".join(decision.reasons),
@@ -145,9 +147,10 @@ def record_decision(registry: ModelRegistry, decision: GateDecision, request: Pr
 def decide_in_flow(
     recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest | None = None
 ) -> GateDecision:
-    """Decides about a version inside a flow; with gate.approval a person approves the promotion first.
+    """Decides about a version inside a flow, and publishes the decision. With gate.approval, a user must approve first.
 
-    The lock is free while the flow waits; afterwards the gate decides again, against the champion of that moment.
+    The promotion lock is not held while the flow waits. After approval the gate decides again, against the champion at
+    that time.
     """
     request = request or PromotionRequest(by=requester())
     if recipe.gate.approval and not request.force:
@@ -163,7 +166,7 @@ def decide_in_flow(
 def _ask_for_approval(
     recipe: Recipe, registry: ModelRegistry, version: Version, request: PromotionRequest
 ) -> GateDecision | None:
-    """Pauses the flow for approval if the gate would promote; returns the decision if it is declined, else None."""
+    """Pauses the flow for approval if the version passes the gate. Returns the decision if declined, else None."""
     version = registry.version(version.name, version.version)
     verdict, champion = examine(registry, version, recipe.gate)
     if not verdict.promote or champion == version:
@@ -172,7 +175,7 @@ def _ask_for_approval(
     if answer.approve:
         registry.tag_version(version, {"distil.gate.approved_by": answer.by, "distil.gate.approval": answer.reason})
         return None
-    reason = f"declined by {answer.by or 'an unnamed person'}: {answer.reason or 'no reason given'}"
+    reason = f"declined by {answer.by or 'an unnamed user'}: {answer.reason or 'no reason given'}"
     against = champion.version if champion else ""
     decision = GateDecision(version, against, DECLINED, (reason,), verdict.rows)
     record_decision(registry, decision, request, datetime.now(UTC).isoformat(timespec="microseconds"))
@@ -180,33 +183,33 @@ def _ask_for_approval(
 
 
 def publish_decision(decision: GateDecision) -> None:
-    """Publishes the decision and its table as a Prefect artifact of this run."""
+    """Publishes the decision and its table as a Prefect artifact of the current run."""
     title = f"{decision.version}: {decision.outcome}"
     text = markdown(Table(title, {"Gate": gate_rows(decision)}), decision_table(decision.rows))
     create_markdown_artifact(text, "gate", decision.sentence[:250])
 
 
 def gate_rows(decision: GateDecision) -> Rows:
-    """The decision as rows of a table."""
-    against = f"against version {decision.against}" if decision.against else "no champion so far"
-    return [("decision", f"{decision.outcome}, {against}"), ("because", "; ".join(decision.reasons))]
+    """Returns the decision as rows of a table."""
+    against = f"compared with version {decision.against}" if decision.against else "no champion so far"
+    return [("decision", f"{decision.outcome}, {against}"), ("reasons", "; ".join(decision.reasons))]
 
 
 def decision_table(rows: Sequence[VerdictRow]) -> Table:
-    """One row per set: candidate, best result so far, tolerance."""
+    """Returns a table with one row per data set: candidate, best result so far, tolerance and outcome."""
     lines = []
     for row in rows:
         figures = [f"{value:.4f}" if value is not None else "–" for value in (row.candidate, row.best, row.tolerance)]
-        lines.append([row.set_name, row.metric, *figures, "passed" if row.passed else "refused"])
-    return Table("Sets", {"": lines}, ("set", "metric", "candidate", "best so far", "tolerance", ""))
+        lines.append([row.set_name, row.metric, *figures, "passed" if row.passed else "failed"])
+    return Table("Data sets", {"": lines}, ("data set", "metric", "candidate", "best so far", "tolerance", "outcome"))
 
 
 def requester() -> str:
-    """The flow run that requests a promotion, or the user outside of a flow."""
+    """Returns a name for the current flow run, or the user outside of a flow, as the requester of a promotion."""
     run = runtime.flow_run.id
     return f"Prefect flow run {run}" if run else user()
 
 
 def set_rows(rows: Sequence[VerdictRow]) -> Rows:
-    """One row per set: passed or refused, and why."""
-    return [(row.set_name, f"{'passed' if row.passed else 'refused'}: {row.note}") for row in rows]
+    """Returns one row per data set: passed or failed, and why."""
+    return [(row.set_name, f"{'passed' if row.passed else 'failed'}: {row.note}") for row in rows]

@@ -2,8 +2,8 @@
 
     score_champion(registry, result)
 
-A new snapshot has other held-out text, and a recipe may change its sets: then the champion's older scores cannot be
-compared. Scores that the store has are not computed again.
+The champion's older scores cannot be compared if a new snapshot has different held-out text or the recipe's data sets
+have changed. Scores that exist in the store are not computed again.
 """
 
 from dataclasses import replace
@@ -19,10 +19,10 @@ from tasks.tokens.vocabulary import load_vocabulary
 
 
 def score_champion(registry: ModelRegistry, result: TrainedModel) -> None:
-    """Scores the present champion and stores its results with its version.
+    """Scores the current champion by the candidate's protocol, and stores the results with the champion's version.
 
-    Does nothing if it has them already, is the candidate itself, or has another tokenizer; in the last case the gate
-    refuses the candidate because the two cannot be compared. FatalError: a score failed.
+    Does nothing if the champion has these results, is the candidate itself, or has a different tokenizer. In the last
+    case the two cannot be compared, so the candidate fails the gate. FatalError: a score failed.
     """
     champion = registry.champion(result.version.name)
     if champion is None or champion == result.version:

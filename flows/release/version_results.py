@@ -1,4 +1,4 @@
-"""The scores that decide about a registered model version, stored as its MLflow tags.
+"""Stores the scores that the gate compares as MLflow tags of a model version, and reads them.
 
 version = record_results(registry, version, set_results(scores), protocol_keys(scores))
 newest_results(version)
@@ -12,10 +12,10 @@ from flows.tracking.model_registry import ModelRegistry, Version
 from tasks.release.results import NOT_RUN, SetResult
 
 RESULT_TAG = "distil.standing."
-"""Tag of a result: RESULT_TAG + set + "." + name of the protocol."""
+"""Prefix of the tag of a result: RESULT_TAG + data set + "." + first PROTOCOL_DIGITS of the protocol's hash."""
 
 PROTOCOL_TAG = "distil.protocol."
-"""Tag of the protocol by which a set was scored last: PROTOCOL_TAG + set."""
+"""Prefix of the tag with the protocol by which a data set was scored last: PROTOCOL_TAG + data set."""
 
 PROTOCOL_DIGITS = 12
 
@@ -23,9 +23,10 @@ PROTOCOL_DIGITS = 12
 def record_results(
     registry: ModelRegistry, version: Version, results: Sequence[SetResult], protocols: Mapping[str, str]
 ) -> Version:
-    """Stores results as tags of a version, each under the protocol of its set (any long hash). Older ones stay.
+    """Stores results as tags of a version, each under the protocol of its data set. Returns the updated version.
 
-    Only a set that was once not run, and is not among the results any more, is removed: it must not block the gate.
+    `protocols` maps each data set to a hash. Older results are kept, except those of a data set that was not run and is
+    no longer among the results: it must not block the gate.
     """
     given = {result.set_name for result in results}
     lacked = [name for name, protocol in protocols_by_set(version).items() if protocol == NOT_RUN]
@@ -39,19 +40,19 @@ def record_results(
 
 
 def protocols_by_set(version: Version) -> dict[str, str]:
-    """The protocol by which each set of a version was scored last."""
+    """Returns the protocol by which each data set of a version was scored last."""
     return {
         tag.removeprefix(PROTOCOL_TAG): value for tag, value in version.tags.items() if tag.startswith(PROTOCOL_TAG)
     }
 
 
 def result_on(version: Version, set_name: str, protocol: str) -> SetResult | None:
-    """A version's result on a set by one protocol, or None if it has none."""
+    """Returns a version's result on a data set by one protocol, or None if the version has no such result."""
     text = version.tags.get(f"{RESULT_TAG}{set_name}.{protocol[:PROTOCOL_DIGITS]}")
     return SetResult.from_json(json.loads(text)) if text else None
 
 
 def newest_results(version: Version) -> list[SetResult]:
-    """A version's newest result on each set."""
+    """Returns a version's newest result on each data set."""
     found = (result_on(version, name, protocol) for name, protocol in protocols_by_set(version).items())
     return [result for result in found if result]

@@ -1,4 +1,4 @@
-"""Computes the scores of several models: held-out text, fill-mask, size and speed, fine-tuned sets.
+"""Computes the scores of several models: held-out text, fill-mask, size and speed, and fine-tuned data sets.
 
 scored = score_models(workspace, models, {model.name: workspace for model in models})
 scored = deciding_scores(workspace, champion)       # only the scores that the gate compares
@@ -21,7 +21,7 @@ from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.tokens.blocks import open_blocks
 
-OWN_TOKENIZER = "scored with its own tokenizer, so not comparable with models that use the recipe's"
+OWN_TOKENIZER = "scored with its own tokenizer, so not comparable with models that have the recipe's tokenizer"
 
 
 def score_models(
@@ -30,9 +30,9 @@ def score_models(
     heldout: Mapping[str, Workspace],
     seeds: SeedSelection = ALL_SEEDS,
 ) -> ScoredModels:
-    """All scores of all models and of the recipe's teacher; each score is one task run.
+    """Computes all scores of all models and of the recipe's teacher; each score is one task run.
 
-    `heldout` maps the name of a model to the workspace with its held-out blocks. Scores that compare all models
+    `heldout` maps the name of each model to the workspace with its held-out blocks. Scores that compare all models
     (fill-mask, size and speed) are stored with the first model.
     """
     recipe = workspace.recipe
@@ -62,7 +62,10 @@ def score_models(
 
 
 def deciding_scores(workspace: Workspace, model: EvaluatedModel) -> ScoredModels:
-    """The scores that the gate compares: held-out text and fine-tuned sets. The model has the recipe's tokenizer."""
+    """Computes the scores that the gate compares, on held-out text and fine-tuned data sets.
+
+    The model must have the recipe's tokenizer.
+    """
     protocol = protocol_of(workspace.recipe)
     scores = {"heldout": _heldout(workspace, model)}
     if protocol is None:
@@ -72,7 +75,7 @@ def deciding_scores(workspace: Workspace, model: EvaluatedModel) -> ScoredModels
 
 
 def _add_heldout_intervals(figures: Sequence[Scores]) -> None:
-    """Adds paired differences over held-out blocks: top-1 against the teacher, top-1 and KL against the first model."""
+    """Adds differences paired by held-out block: top-1 against the teacher, top-1 and KL against the first model."""
     compared = [one for one in figures if "teacher_hits" in one.get("by_block", {})]
     for number, one in enumerate(compared):
         one["against_teacher"] = paired_difference(block_counts(one, "hits"), block_counts(one, "teacher_hits"))
@@ -102,7 +105,10 @@ def _heldout(workspace: Workspace, model: EvaluatedModel) -> Scores:
 
 
 def _side_by_side(workspace: Workspace, models: Sequence[EvaluatedModel]) -> Iterator[tuple[str, Callable[[], Scores]]]:
-    """The scores that compare all models; keyed by the first model, with the names and keys of all in the protocol."""
+    """Yields name and function of each score that compares all models.
+
+    Such a score is keyed by the first model; its protocol contains the names and keys of all models.
+    """
     store, recipe = workspace.store, workspace.recipe
     names = {"models": [[model.name, model.key] for model in models]}
     sentences, runs = recipe.score.sentences, recipe.score.latency_runs
@@ -130,6 +136,6 @@ def _size_and_speed(models: Mapping[str, LoadedModel], runs: int) -> Scores:
 
 
 def failure_sentence(scored: ScoredModels) -> str:
-    """One sentence about the scores that failed."""
+    """Returns one sentence about the failed scores."""
     more = f" and {len(scored.failures) - 1} more" if scored.failures[1:] else ""
-    return f"scoring failed: {scored.failures[0]}{more}; the same command computes only what is missing"
+    return f"scoring failed: {scored.failures[0]}{more}; repeat the command to compute only the missing scores"

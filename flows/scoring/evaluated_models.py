@@ -1,7 +1,7 @@
 """Finds the models to score, by folder, hub id or registered name; their scores are keyed by model content.
 
 find_model(recipe, "models:/distilled@champion")
-teacher_of(recipe), control_of(recipe)              # None where the recipe names none
+teacher_of(recipe), control_of(recipe)              # None if the recipe has none
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ TEACHER, CONTROL = "teacher", "control"
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to score: the name that tables show, the key of its scores, its folder.
+    """A model to score: its name in tables, the key of its scores, and its folder.
 
     `uri` is models:/NAME/VERSION for a registered model, else "".
     """
@@ -35,19 +35,19 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class ScoredModels:
-    """Scores by model and set (figures, or `not run` with a reason), and one sentence per failed score."""
+    """Scores by model and data set (values, or `not run` with a reason), and one sentence per failed score."""
 
     scores: dict[str, dict[str, Scores]]
     failures: tuple[str, ...] = ()
 
 
 def protocol_of(recipe: Recipe) -> Protocol | None:
-    """The protocol of the fine-tuned sets, or None where the recipe names none. FatalError: it is invalid."""
+    """Loads the protocol of the fine-tuned data sets, or returns None if none is set. FatalError: it is invalid."""
     return load_protocol(recipe.score.protocol) if recipe.score.protocol else None
 
 
 def teacher_of(recipe: Recipe) -> EvaluatedModel | None:
-    """The recipe's teacher as a model to compare with, or None without one."""
+    """Returns the recipe's teacher as a model to compare with, or None if the recipe has no teacher."""
     if not recipe.teacher.model:
         return None
     folder = resolve_model(recipe.teacher.model, recipe.teacher.revision)
@@ -57,20 +57,26 @@ def teacher_of(recipe: Recipe) -> EvaluatedModel | None:
 
 
 def control_of(recipe: Recipe) -> EvaluatedModel | None:
-    """The recipe's control as a model to compare with, or None. FatalError: it has another tokenizer."""
+    """Returns the recipe's control as a model to compare with, or None if the recipe has no control.
+
+    FatalError: the control and the student have different tokenizers.
+    """
     if not recipe.score.control:
         return None
     control = find_model(recipe, recipe.score.control)
     if with_tokenizer_of(recipe, control.folder) is not recipe:
         raise FatalError(
-            f"score.control: {recipe.score.control} has another tokenizer than the student, so their scores on "
-            "held-out text cannot be compared; give a model with the same one"
+            f"score.control = {recipe.score.control} has a different tokenizer from the student, so their scores on "
+            "held-out text cannot be compared; use a model with the same tokenizer"
         )
     return replace(control, name=CONTROL)
 
 
 def find_model(recipe: Recipe, model: str) -> EvaluatedModel:
-    """A folder, hub id or registered model, keyed by its content. FatalError: it does not exist."""
+    """Finds a model by folder, hub id or registered name, and returns it keyed by its content.
+
+    FatalError: the model does not exist.
+    """
     uri = open_registry(recipe).named(model).uri if model.startswith(REGISTERED) else ""
     folder = fetch_model(recipe, uri) if uri else resolve_model(model)
     return EvaluatedModel(
@@ -79,7 +85,10 @@ def find_model(recipe: Recipe, model: str) -> EvaluatedModel:
 
 
 def with_tokenizer_of(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe itself; for a model with another tokenizer, a recipe with that tokenizer and without a teacher."""
+    """Returns the recipe itself if the model in `folder` has the recipe's tokenizer.
+
+    Else returns a recipe with the model's tokenizer and without a teacher.
+    """
     if load_vocabulary(str(folder)).fingerprint == vocabulary_of(recipe).fingerprint:
         return recipe
     return recipe.with_changes({"blocks.tokenizer": str(folder), "teacher.model": ""})

@@ -1,10 +1,10 @@
-"""Scores the fine-tuned sets of a protocol; each set, seed and model is a task run: `score xnli seed 1 student`.
+"""Scores the fine-tuned data sets of a protocol, with one task run per data set, seed and model.
 
     scored = finetuned_scores(workspace, protocol, models, teacher)
 
-Scores that the store has are not computed again, so a killed run resumes with the missing pairs. A set that cannot be
-loaded is `not run` with its reason. A failed seed makes its set `not run` and is named in `failures`; all others are
-still computed.
+Scores that exist in the store are not computed again, so a killed run resumes with the missing ones. A data set that
+cannot be loaded is reported as `not run`, with the reason. If a seed fails, its data set is `not run` and the seed is
+listed in `failures`; all other scores are still computed.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ from tasks.eval.protocol import Protocol
 from tasks.eval.scores import Scores, not_run, was_run
 from tasks.lineage import Workspace
 
-NO_PROTOCOL = "score.protocol names no protocol file"
+NO_PROTOCOL = "score.protocol is not set"
 
 
 @dataclass(frozen=True)
 class SeedSelection:
-    """Which (set, seed) pairs to compute: all missing ones, those of one set, or one pair; `force`: existing ones too.
+    """Selects the (data set, seed) pairs to compute: all, those of one data set, or one pair.
 
-    `only` is "", "xnli" or "xnli seed 1".
+    `only` is "", "xnli" or "xnli seed 1". Selected pairs that have scores are computed again only with `force`.
     """
 
     only: str = ""
     force: bool = False
 
     def takes(self, name: str, seed: int) -> bool:
-        """True if the pair is selected."""
+        """Returns True if the pair is selected."""
         return self.only in ("", name, f"{name} seed {seed}")
 
 
@@ -51,7 +51,7 @@ def finetuned_scores(
     teacher: EvaluatedModel | None = None,
     seeds: SeedSelection = ALL_SEEDS,
 ) -> ScoredModels:
-    """Scores of all sets of the protocol for all models and the teacher.
+    """Scores all models and the teacher on all data sets of the protocol.
 
     Each model is also compared with the teacher (`against_teacher`), and all but the first with the first model
     (`against_first`).
@@ -79,7 +79,7 @@ def finetuned_scores(
 def _tune(
     workspace: Workspace, protocol: Protocol, data: AnySet, model: EvaluatedModel, seeds: SeedSelection
 ) -> list[str]:
-    """Computes the missing (or forced) seeds of one set and model; returns one sentence per failed seed."""
+    """Computes the missing or forced seeds of one data set and model; returns one sentence per failed seed."""
     store, recipe = workspace.store, workspace.recipe
     failures: list[str] = []
     missing = missing_seeds(store, model.key, data, protocol)
@@ -104,7 +104,7 @@ def _figures(store: Store, protocol: Protocol, data: AnySet, model: EvaluatedMod
     missing = missing_seeds(store, model.key, data, protocol)
     if missing:
         listed = ", ".join(map(str, missing))
-        return not_run(f"no scores of seed {listed}; the same command computes them")
+        return not_run(f"the scores of seed {listed} are missing; repeat the command to compute them")
     return set_scores(store, model.key, data, protocol)
 
 
@@ -117,7 +117,7 @@ def _compare(
     scores: dict[str, dict[str, Scores]],
     part: str,
 ) -> None:
-    """Adds ratio and difference to another model, where both were run, to each model's scores as `part`."""
+    """Adds ratio and difference to `other` as `part` to the scores of each model, if both models were run."""
     if was_run(scores[other.name][data.name]):
         for model in models:
             if was_run(scores[model.name][data.name]):

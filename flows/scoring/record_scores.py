@@ -1,8 +1,8 @@
-"""Records scores in MLflow: one child run per model and set, which its page compares side by side.
+"""Records scores in MLflow as one child run per model and data set, which MLflow's UI can compare.
 
     record_scores(mlflow_runs, parent, key, scored)
 
-Called by the flows `distill` and `score` with the run that they opened as parent.
+The flows `distill` and `score` call it with their own run as parent.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ AGAINST = ("against_teacher", "against_first")
 
 
 def record_scores(mlflow_runs: MlflowRuns, parent: str, key: str, scored: ScoredModels) -> None:
-    """Records each set of each model as a child run; tags of the parent list which sets were run, or why not."""
+    """Records each data set of each model as a child run. Tags of the parent show which were run, or why not."""
     first = next(iter(scored.scores))
     for model, scores in scored.scores.items():
         suffix = "" if model == first else f"-{model}"
@@ -36,9 +36,10 @@ def record_scores(mlflow_runs: MlflowRuns, parent: str, key: str, scored: Scored
 
 
 def plain_figures(figures: Scores) -> Scores:
-    """Figures of a set as flat names; for a fine-tuned set mean, standard deviation and interval over seeds.
+    """Returns the values of a data set by flat name.
 
-    `accuracy`, `accuracy.sd`, `accuracy.low`, `accuracy.high`; `against_teacher.ratio` with `.low`, `.high` and so on.
+    A fine-tuned data set has mean, standard deviation and interval over seeds: `accuracy`, `accuracy.sd`,
+    `accuracy.low` and `accuracy.high`. Comparisons are named `against_teacher.ratio`, `against_teacher.ratio.low` etc.
     """
     own = {name: value for name, value in figures.items() if name not in (*AGAINST, "by_block")}
     found = {"lr": figures["lr"]} | _with_means(figures["summary"]) if "summary" in figures else own

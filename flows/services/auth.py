@@ -1,10 +1,10 @@
-"""Authentication of the Prefect and MLflow servers, turned on by the variables that their clients read.
+"""Configures authentication in the Prefect and MLflow servers from the variables that their clients read.
 
-    environment = os.environ | prefect_access() | mlflow_access(home)       # of the servers
-    check_mlflow(url, home)                                                 # after its start
+    environment = os.environ | prefect_access() | mlflow_access(home)       # environment of the servers
+    check_mlflow(url, home)                                                 # after the start of the MLflow server
 
 PREFECT_API_AUTH_STRING turns it on in Prefect, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in MLflow. Secrets
-are passed by environment only; the one secret in a file is the random key that signs MLflow's forms.
+are passed only in the environment, except the random key that signs MLflow's forms, which is stored in a file.
 """
 
 import base64
@@ -18,22 +18,23 @@ from pathlib import Path
 from storage.errors import FatalError
 
 LEAST_CHARACTERS = 12
-"""Minimum length of a password, a rule of MLflow."""
+"""Minimum length of a password, set by MLflow."""
 
 PRIVATE = stat.S_IRUSR | stat.S_IWUSR
 """File mode 0600."""
 
 
 def prefect_access() -> dict[str, str]:
-    """Variables for the Prefect server: the secret that its clients send, or none."""
+    """Returns the variables of the Prefect server: the secret that its clients send, or none if it is not set."""
     secret = os.environ.get("PREFECT_API_AUTH_STRING", "")
     return {"PREFECT_SERVER_API_AUTH_STRING": secret} if secret else {}
 
 
 def mlflow_access(home: str) -> dict[str, str]:
-    """Variables for the MLflow server: its administrator's name and password and its own files, or none.
+    """Returns the variables of the MLflow server: the administrator's name and password and the paths of its files.
 
-    FatalError if only one of name and password is set, or the password is too short.
+    Returns none if neither name nor password is set. FatalError if only one of them is set, or if the password is too
+    short.
     """
     name = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
@@ -41,9 +42,11 @@ def mlflow_access(home: str) -> dict[str, str]:
         return {}
     if not name or not password:
         absent = "MLFLOW_TRACKING_PASSWORD" if name else "MLFLOW_TRACKING_USERNAME"
-        raise FatalError(f"{absent} is not set; MLflow needs MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        raise FatalError(f"{absent} is not set; set both MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     if len(password) < LEAST_CHARACTERS:
-        raise FatalError(f"MLFLOW_TRACKING_PASSWORD is too short; MLflow needs {LEAST_CHARACTERS} characters or more")
+        raise FatalError(
+            f"MLFLOW_TRACKING_PASSWORD is too short; MLflow requires at least {LEAST_CHARACTERS} characters"
+        )
     folder = Path(home) / "mlflow"
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(_config(folder)),
@@ -54,7 +57,7 @@ def mlflow_access(home: str) -> dict[str, str]:
 
 
 def check_mlflow(url: str, home: str) -> None:
-    """FatalError if the running server refuses our name and password: it keeps those of its first start."""
+    """FatalError if the running server rejects our name and password. It keeps the credentials of its first start."""
     name, password = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
     if not name:
         return
@@ -68,16 +71,16 @@ def check_mlflow(url: str, home: str) -> None:
         if error.code not in (401, 403):
             raise
     raise FatalError(
-        "MLflow refuses MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: it knows those of its first start; "
-        f"give those, or delete {Path(home) / 'mlflow' / 'auth.db'}, which holds its users and nothing else"
+        "MLflow rejects MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD because it has those of its first start; "
+        f"set the earlier ones, or delete {Path(home) / 'mlflow' / 'auth.db'}, which contains only MLflow's users"
     )
 
 
 def _config(folder: Path) -> Path:
-    """Writes MLflow's authentication settings; its user database is in the same folder, not in the working folder."""
+    """Writes MLflow's authentication settings and an empty user database to `folder`; returns the settings file."""
     users = folder.absolute() / "auth.db"
     if not users.exists():
-        _write(users, "")  # created here, since MLflow would make it readable for all users
+        _write(users, "")  # created here, since MLflow would make it readable by all users of the machine
     database = str(users).replace("%", "%%")
     lines = (
         "[mlflow]",
@@ -91,7 +94,7 @@ def _config(folder: Path) -> Path:
 
 
 def _form_key(folder: Path) -> str:
-    """The random key that signs MLflow's forms, the same at every start."""
+    """Returns the random key that signs MLflow's forms. It is created at the first start and stored in `folder`."""
     path = folder / "form.key"
     if not path.exists():
         _write(path, secrets.token_hex(32))
@@ -99,7 +102,7 @@ def _form_key(folder: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file that only its owner can read and write."""
+    """Writes a file that only its owner can read or write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE), "w", encoding="utf-8") as file:
         file.write(text)

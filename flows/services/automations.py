@@ -1,10 +1,10 @@
-"""Automations of the Prefect server: mark runs Crashed whose process died, and send notifications of failed runs.
+"""Creates automations in the Prefect server that mark runs without a process Crashed and report failed runs.
 
     mark_dead_runs(client)                                  # creates "distil: mark dead runs"
     notify_of_failures(client, "custom-webhook/on-call")    # creates "distil: tell of failures"
 
 `distil deploy` creates both. They apply to runs with the tag `distil`, which all our deployments have. An existing
-automation is updated only if it differs: an update discards the heartbeats that it waits for.
+automation is updated only if its rule differs, since an update discards the heartbeats that the server waits for.
 """
 
 from datetime import timedelta
@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from storage.errors import FatalError
 
 DEAD_AFTER = timedelta(seconds=90)
-"""Three heartbeats of 30 s, the shortest interval that Prefect allows."""
+"""Three heartbeats at intervals of 30 s, the shortest that Prefect allows."""
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
 
@@ -38,7 +38,7 @@ SUBJECT = "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}"
 BODY = """{{ flow_run.state.message }}
 
 {{ flow_run|ui_url or flow_run.id }}"""
-"""The URL needs PREFECT_UI_URL (or PREFECT_API_URL) in the server's environment; without it the message has the id."""
+"""The URL requires PREFECT_UI_URL or PREFECT_API_URL in the server's environment; without them the run id is sent."""
 
 
 def mark_dead_runs(client: SyncPrefectClient) -> None:
@@ -53,14 +53,14 @@ def mark_dead_runs(client: SyncPrefectClient) -> None:
     )
     crash = ChangeFlowRunState(
         state=StateType.CRASHED,
-        message=f"the process of this run gave no sign of life for {DEAD_AFTER.seconds} seconds; "
-        "retry it, and it resumes where it was",
+        message=f"the process of this run sent no heartbeat for {DEAD_AFTER.seconds} seconds; "
+        "retry the run to resume it from the store",
     )
     _make(
         client,
         AutomationCore(
             name="distil: mark dead runs",
-            description="Marks runs Crashed whose process has died, so that they can be retried and block no queue.",
+            description="Marks a run Crashed if its process has died, so that it can be retried and blocks no queue.",
             trigger=trigger,
             actions=[crash],
         ),
@@ -68,9 +68,9 @@ def mark_dead_runs(client: SyncPrefectClient) -> None:
 
 
 def notify_of_failures(client: SyncPrefectClient, block: str) -> None:
-    """Creates the automation that sends each failed or crashed run to a notification block TYPE/NAME.
+    """Creates the automation that reports each failed or crashed run through a notification block TYPE/NAME.
 
-    FatalError if the block does not exist or cannot notify.
+    FatalError if the block does not exist or cannot send notifications.
     """
     send = SendNotification(block_document_id=_notifier(client, block).id, subject=SUBJECT, body=BODY)
     _make(
@@ -85,23 +85,26 @@ def notify_of_failures(client: SyncPrefectClient, block: str) -> None:
 
 
 def _notifier(client: SyncPrefectClient, block: str) -> BlockDocument:
-    """The block TYPE/NAME. FatalError if it does not exist or cannot notify."""
+    """Returns the block TYPE/NAME. FatalError if it does not exist or cannot send notifications."""
     kind, _, name = block.partition("/")
     try:
         document = client.read_block_document_by_name(name, kind)
     except ObjectNotFound as error:
         raise FatalError(
-            f"the Prefect server has no block {block}; make one under Blocks in its UI, and name it TYPE/NAME "
-            "(custom-webhook/on-call)"
+            f"the Prefect server has no block {block}; create one under Blocks in its UI and pass it as TYPE/NAME, "
+            "such as custom-webhook/on-call"
         ) from error
     schema = document.block_schema
     if schema is None or "notify" not in schema.capabilities:
-        raise FatalError(f"the block {block} cannot notify; take one such as custom-webhook/NAME or slack-webhook/NAME")
+        raise FatalError(
+            f"the block {block} cannot send notifications; use a notification block such as custom-webhook/NAME or "
+            "slack-webhook/NAME"
+        )
     return document
 
 
 def _make(client: SyncPrefectClient, wanted: AutomationCore) -> None:
-    """Creates the automation, or updates the one of the same name if its rule differs."""
+    """Creates the automation, or updates an existing one of the same name if its rule differs."""
     existing = client.read_automations_by_name(wanted.name)
     if not existing:
         client.create_automation(wanted)
@@ -110,5 +113,5 @@ def _make(client: SyncPrefectClient, wanted: AutomationCore) -> None:
 
 
 def _rule(automation: AutomationCore) -> dict[str, Any]:
-    """The fields that are compared; `enabled` is not one of them, so that a user can switch an automation off."""
+    """Returns the fields to compare. `enabled` is not compared, so that a user can turn an automation off."""
     return automation.model_dump(include={"description", "trigger", "actions"})

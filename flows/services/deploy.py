@@ -2,8 +2,8 @@
 
     deploy([load_recipe("deployments/demo.toml")], WorkPool("distil"))
 
-deployments/prefect.yaml is the template with one deployment per flow; here its braces are filled in for each recipe,
-and `prefect deploy` registers the result. Deploying again updates the same deployments.
+deployments/prefect.yaml is a template with one deployment per flow. This module fills in its placeholders for each
+recipe, and `prefect deploy` registers the result. A repeated call updates the same deployments.
 """
 
 import asyncio
@@ -37,19 +37,19 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PROJECT = CHECKOUT / "deployments" / "prefect.yaml"
 
 ONE_AT_A_TIME = ("distill", "promote")
-"""The work queues of concurrency 1. With a limit on the deployment instead, a server restart would end a training."""
+"""Work queues with a concurrency limit of 1. A limit on the deployment would end training runs at a server restart."""
 
 PAGE = 200
 
 MESSAGE_CHARACTERS = 1000
-"""Prefect's error message is cut to this length: in a refusal it contains the complete form."""
+"""Prefect's error message is cut to this length, since it contains the complete form if a deployment is rejected."""
 
 KINDS = ("process", "docker", "kubernetes")
 
 
 @dataclass(frozen=True)
 class WorkPool:
-    """The work pool that starts the runs, and the image that a docker or kubernetes pool starts them in."""
+    """The work pool that starts the runs. A docker or kubernetes pool starts them in containers of `image`."""
 
     name: str = "distil"
     kind: str = "process"
@@ -68,13 +68,16 @@ class Deployed:
 def deploy(recipes: Sequence[Recipe], pool: WorkPool, notify: str = "") -> list[Deployed]:
     """Creates or updates the work pool, its queues, the automations and one deployment per flow and recipe.
 
-    `notify` is a notification block, TYPE/NAME, for failed runs. FatalError if the server does not answer, or refuses
-    the pool, the block or a deployment.
+    `notify` is a notification block, TYPE/NAME, for failed runs, or "". FatalError if the server does not respond, or
+    if the pool, the block or a deployment is invalid.
     """
     _check(recipes, pool)
     with get_client(sync_client=True) as client:
         if error := client.api_healthcheck():
-            raise FatalError(f"the Prefect server {client.api_url} does not answer ({error}); start `distil up`")
+            raise FatalError(
+                f"the Prefect server {client.api_url} does not respond ({error}); start `distil up`, or correct "
+                "PREFECT_API_URL"
+            )
         mark_dead_runs(client)
         if notify:
             notify_of_failures(client, notify)
@@ -93,7 +96,7 @@ def show(deployments: Sequence[Deployed]) -> None:
 
 
 def render(project: dict[str, Any], recipes: Sequence[Recipe], pool: WorkPool) -> dict[str, Any]:
-    """The project file with its braces filled in and its deployments repeated for each recipe."""
+    """Returns the project file with all deployments for each recipe and its placeholders filled in."""
     place = {"checkout": str(CHECKOUT), "pool": {name: value for name, value in asdict(pool).items() if value}}
     rendered = [
         apply_values(entry, place | {"recipe": _values(recipe)})
@@ -104,7 +107,7 @@ def render(project: dict[str, Any], recipes: Sequence[Recipe], pool: WorkPool) -
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:
-    """The values of a recipe that prefect.yaml can use in braces."""
+    """Returns the values of a recipe that prefect.yaml can use in placeholders."""
     return {
         "name": recipe.name,
         "values": recipe.model_dump(mode="json", by_alias=True),
@@ -115,23 +118,25 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check(recipes: Sequence[Recipe], pool: WorkPool) -> None:
-    """FatalError for recipes or a pool that cannot be deployed."""
+    """FatalError if the recipes or the pool cannot be deployed."""
     (name, times), *_ = Counter(recipe.name for recipe in recipes).most_common(1)
     if times > 1:
         raise FatalError(
-            f"{times} recipes are named {name!r}, and so would be their deployments; give each its own name"
+            f"{times} recipes are named {name!r}, so their deployments would have the same name; rename all but one"
         )
     if pool.kind not in KINDS:
-        raise FatalError(f"there is no pool type {pool.kind!r}; take one of {', '.join(KINDS)}")
-    if bool(pool.image) != (pool.kind != "process"):
-        raise FatalError("--image goes with --pool-type docker or kubernetes, which need one")
+        raise FatalError(f"the pool type {pool.kind!r} does not exist; choose one of {', '.join(KINDS)}")
+    if pool.image and pool.kind == "process":
+        raise FatalError("--image requires --pool-type docker or kubernetes; remove it, or set the pool type")
+    if not pool.image and pool.kind != "process":
+        raise FatalError(f"--pool-type {pool.kind} requires a container image; set --image")
 
 
 def ensure_work_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
-    """Creates the work pool and its queues unless they exist; settings of existing ones stay as they are.
+    """Creates the work pool and its queues unless they exist. Settings of existing ones are not changed.
 
-    Safe for concurrent calls; a starting worker may create the same pool too, and the first one wins. FatalError if the
-    pool is of another type.
+    Concurrent calls are safe; a starting worker may create the same pool too, and the first one wins. FatalError if an
+    existing pool has a different type.
     """
     try:
         kind = client.read_work_pool(pool.name).type
@@ -143,7 +148,10 @@ def ensure_work_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
         except ObjectAlreadyExists:
             kind = client.read_work_pool(pool.name).type
     if kind != pool.kind:
-        raise FatalError(f"the work pool {pool.name!r} is of type {kind}, not {pool.kind}; name another with --pool")
+        raise FatalError(
+            f"the work pool {pool.name!r} has type {kind}, not {pool.kind}; choose a different pool with --pool, or "
+            f"set --pool-type {kind}"
+        )
     for queue in ONE_AT_A_TIME:
         try:
             client.read_work_queue_by_name(queue, pool.name)
@@ -153,7 +161,7 @@ def ensure_work_pool(client: SyncPrefectClient, pool: WorkPool) -> None:
 
 
 def _register(project: dict[str, Any]) -> None:
-    """Runs `prefect deploy --all` on a project file. FatalError with its last line of output."""
+    """Runs `prefect deploy --all` on a project file. FatalError with the last line of output if it fails."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "prefect.yaml"
         path.write_text(yaml.safe_dump(project, allow_unicode=True, sort_keys=False), encoding="utf-8")
@@ -168,11 +176,11 @@ def _register(project: dict[str, Any]) -> None:
     if result.returncode != 0:
         output = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
         reason = output[-1][:MESSAGE_CHARACTERS] if output else "no output"
-        raise FatalError(f"Prefect refused the deployments: {reason}")
+        raise FatalError(f"Prefect rejected the deployments: {reason}")
 
 
 def _deployments_of(client: SyncPrefectClient, recipes: set[str]) -> list[DeploymentResponse]:
-    """The server's deployments of these recipes."""
+    """Returns the server's deployments of these recipes."""
     tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=["distil"]), name=DeploymentFilterName(any_=list(recipes)))
     found: list[DeploymentResponse] = []
     while page := client.read_deployments(deployment_filter=tagged, limit=PAGE, offset=len(found)):
@@ -181,10 +189,10 @@ def _deployments_of(client: SyncPrefectClient, recipes: set[str]) -> list[Deploy
 
 
 def _finish_forms(client: SyncPrefectClient, deployments: Sequence[DeploymentResponse]) -> None:
-    """Changes three things in the forms that Prefect derives from our flows.
+    """Makes three changes to the forms that Prefect derives from our flows.
 
-    Unknown parameters are refused, since they would crash the run. The recipe, a long section, comes after the flow's
-    own two or three parameters. `command`, a parameter for the command line, is removed.
+    Unknown parameters are rejected, since they would crash the run. The recipe, a long section, is moved after the
+    other parameters of the flow. `command`, a parameter for the command line, is removed.
     """
     for one in deployments:
         schema = deepcopy(one.parameter_openapi_schema or {}) | {"additionalProperties": False}

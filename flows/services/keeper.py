@@ -1,9 +1,9 @@
-"""Runs one command and ends it with all its descendants when the command, or the process that started the keeper, ends.
+"""Runs one command, and ends all its descendants when the command or the process that started the keeper ends.
 
     python -m flows.services.keeper PARENT_PID GRACE_SECONDS COMMAND ...
 
-Started by process.py for each service. tasks/parent_death.py lists the failures that the keeper covers and those that
-other mechanisms cover. Imports little, since one runs for each server.
+process.py starts one keeper per service, so this module imports little. tasks/parent_death.py lists the failures that
+the keeper covers, and those that other mechanisms cover.
 """
 
 import os
@@ -22,24 +22,24 @@ POLL_SECONDS = 0.1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command until it or the parent ends; returns its exit status (128 + signal if a signal ended it)."""
+    """Runs the command until it or the parent ends. Returns its exit status, or 128 + signal if a signal ended it."""
     parent, grace, command = int(arguments[0]), float(arguments[1]), list(arguments[2:])
     received: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda given, _frame: received.append(given))
     become_subreaper()
-    # If the keeper itself is killed, the command still gets a SIGTERM.
+    # If the keeper itself is killed, the kernel sends SIGTERM to the command.
     child = subprocess.Popen(command, preexec_fn=signal_on_parent_death())
     status = _watch(child.pid, parent, received, grace)
     _sweep(0.0 if status is None else grace)
-    child.returncode = -signal.SIGKILL if status is None else status  # _reap has waited for it
+    child.returncode = -signal.SIGKILL if status is None else status  # already reaped by _reap
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def _watch(child: int, parent: int, received: list[int], grace: float) -> int | None:
-    """Returns the command's exit status; None if it still runs `grace` seconds after its SIGTERM.
+    """Waits for the command. Returns its exit status, or None if it still runs `grace` seconds after SIGTERM.
 
-    The command gets SIGTERM when the keeper has received a signal or the parent is dead.
+    The command gets SIGTERM when the keeper receives a signal or the parent dies.
     """
     end = float("inf")
     while time.monotonic() < end:
@@ -54,7 +54,10 @@ def _watch(child: int, parent: int, received: list[int], grace: float) -> int | 
 
 
 def _reap() -> dict[int, int]:
-    """Waits for all children that have ended: pid -> exit status, negative for a signal."""
+    """Reaps all child processes that have ended, without blocking.
+
+    Returns the exit status by pid; a negative status is a signal number.
+    """
     ended = {}
     with suppress(ChildProcessError):
         while True:
@@ -66,11 +69,11 @@ def _reap() -> dict[int, int]:
 
 
 def _sweep(grace: float) -> None:
-    """Ends all descendants: SIGTERM, `grace` seconds for a checkpoint, then SIGKILL until none is left."""
+    """Ends all descendants: SIGTERM, then after at most `grace` seconds SIGKILL until none is left."""
     signalled: set[int] = set()
     end = time.monotonic() + grace
     while time.monotonic() < end and (left := _descendants(recursive=False)):
-        # Direct children only: each stops its own children in order, and those that it leaves become direct ones.
+        # Only direct children: each stops its own children first, and those left over become children of the keeper.
         for process in left:
             if process.pid not in signalled:
                 signalled.add(process.pid)

@@ -1,11 +1,11 @@
-"""Starts, awaits and stops the servers and workers of this machine.
+"""Starts and stops the servers and workers of this machine, and waits for them.
 
     server = start("prefect", [sys.executable, "-m", "prefect", ...], folder, environment, health=f"{url}/health")
     wait_until_up(server)
     stop(server)
 
-Each runs under a keeper (keeper.py) in a session of its own, so Ctrl-C reaches only the process that started it;
-tasks/parent_death.py lists how it ends when that process dies. Its output is in FOLDER/NAME.log.
+Each service runs under a keeper (keeper.py) in its own session, so Ctrl-C reaches only the process that started it.
+tasks/parent_death.py lists how a service ends when that process dies. Its output is written to FOLDER/NAME.log.
 """
 
 import os
@@ -23,15 +23,15 @@ from flows.home import LOOPBACK
 from storage.errors import FatalError
 
 START_SECONDS = 180.0
-"""Time limit of a start. On two busy cores a start takes up to 30 s."""
+"""Time limit in seconds for the start of a server. On two busy cores a start takes up to 30 s."""
 
 STOP_SECONDS = 15.0
-"""Time that a server gets to close its connections."""
+"""Time in seconds that a server gets to close its connections."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """A running service: its name, its keeper's process, its log, its health page ("": none), its grace in seconds."""
+    """A running service: its name, its keeper, its log file, its health page or "", and its grace period in seconds."""
 
     name: str
     process: "subprocess.Popen[bytes]"
@@ -49,7 +49,7 @@ def start(
     health: str = "",
     grace: float = STOP_SECONDS,
 ) -> Service:
-    """Starts a command in `folder`, with its log there. `grace`: seconds between SIGTERM and SIGKILL."""
+    """Starts a command in `folder` and writes its log there. `grace` is the time in seconds from SIGTERM to SIGKILL."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
     with log.open("wb") as output:
@@ -58,7 +58,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Prefect reads a project file from the working folder and MLflow writes into it, so not the user's.
+            # Not the user's working folder: Prefect reads a project file from it, and MLflow writes to it.
             cwd=folder,
             env=with_repo_on_path(environment),
             start_new_session=True,
@@ -67,14 +67,14 @@ def start(
 
 
 def with_repo_on_path(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with this checkout first in PYTHONPATH, so that a child process imports the same code."""
+    """Returns the environment with this checkout first in PYTHONPATH, so that child processes import the same code."""
     checkout = str(Path(__file__).resolve().parents[2])
     python_path = os.pathsep.join(part for part in (checkout, environment.get("PYTHONPATH", "")) if part)
     return dict(environment) | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
 
 
 def wait_until_up(service: Service) -> None:
-    """Returns when the server answers. FatalError if it ends or takes too long."""
+    """Waits until the server responds. FatalError if it ends, or does not respond within START_SECONDS."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and service.process.poll() is None:
         if is_healthy(service.health):
@@ -100,14 +100,14 @@ def stop(service: Service) -> None:
     """Ends a service and all its descendants: SIGTERM, then SIGKILL after `grace` seconds."""
     service.process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        # Twice: first the command has its grace period, then the processes that it left.
+        # Twice: first the command has a grace period, then the processes that it left over.
         service.process.wait(2 * service.grace + STOP_SECONDS)
     service.process.kill()
     service.process.wait()
 
 
 def is_healthy(url: str) -> bool:
-    """True if the health page answers 200. Both servers show it without authentication."""
+    """Returns True if the health page responds with status 200. Both servers serve it without authentication."""
     try:
         with urllib.request.urlopen(url, timeout=5) as page:
             return bool(page.status == 200)
@@ -116,10 +116,13 @@ def is_healthy(url: str) -> bool:
 
 
 def free_port(name: str, given: int | None, usual: int = 0) -> int:
-    """A free port on loopback: `given`; without it `usual`, or any if that is taken. FatalError if `given` is taken."""
+    """Returns a free port on loopback: `given` if set, else `usual` if it is free, else any.
+
+    FatalError with the name of the server if `given` is taken.
+    """
     for port in (usual, 0) if given is None else (given,):
         with socket.socket() as probe:
-            # As servers do: the port of a server that has just stopped counts as free.
+            # Servers set this option too: the port of a server that has just stopped counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((LOOPBACK, port))
@@ -127,4 +130,4 @@ def free_port(name: str, given: int | None, usual: int = 0) -> int:
                 continue
             free: int = probe.getsockname()[1]
             return free
-    raise FatalError(f"port {given} is taken, so {name} cannot have it; choose another one")
+    raise FatalError(f"{name} cannot use port {given} because it is taken; choose a different port")

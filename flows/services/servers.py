@@ -1,10 +1,10 @@
-"""Starts or finds the Prefect and MLflow servers of this machine: on loopback, with their state below `home`.
+"""Starts or finds the Prefect and MLflow servers of this machine. They use loopback and keep their state below `home`.
 
     wait = start_server(home)        # for `distil run`: uses a live `distil up`, else starts a Prefect server
-    wait()                           # until it answers
+    wait()                           # until the server responds
 
-The server of `start_server` shows the UI during the run and ends with this process; up.py starts both servers for
-longer. Prefect's own embedded server is not used: it outlives a killed parent and writes into the user's terminal.
+The server of `start_server` serves the UI during the run and ends with this process; up.py starts both servers for
+longer. Prefect's embedded server is not used, since it outlives a killed parent and writes to the user's terminal.
 """
 
 import atexit
@@ -23,11 +23,11 @@ from storage.files.lock import acquire
 
 
 def live_up(home: str) -> dict[str, str] | None:
-    """The addresses (`prefect_api`, `prefect_ui`, `mlflow`) of the `distil up` that serves this home, or None."""
+    """Returns the addresses (`prefect_api`, `prefect_ui`, `mlflow`) of a live `distil up` of this home, or None."""
     up = _last_up(home)
     if up is None:
         return None
-    with suppress(PermissionError):  # the process of another user: alive
+    with suppress(PermissionError):  # the process belongs to another user, so it is alive
         try:
             os.kill(int(up["pid"]), 0)
         except ProcessLookupError:
@@ -40,30 +40,30 @@ PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
 
 DEFAULT_PREFECT_UI = f"http://{LOOPBACK}:{PREFECT_PORT}"
-"""The UI of a later `distil up`; stored links to runs begin with it."""
+"""Address of the UI of a later `distil up`. Stored links to runs begin with it."""
 
 RUN_SERVER = "DISTIL_SERVER"
-"""Environment variable: the address of the server that `start_server` started, which ends with the run."""
+"""Environment variable with the address of the server that `start_server` started. It ends with the run."""
 
 RETENTION = {
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 24 * 3600),
 }
-"""Default retention of our Prefect servers: runs and their logs 90 days (in seconds), events Prefect's own 7 days."""
+"""Default retention in our Prefect servers: 90 days (in seconds) for runs and logs. Events have Prefect's 7 days."""
 
 
 def start_server(home: str) -> Callable[[], None]:
-    """Starts a Prefect server and sets PREFECT_API_URL, unless that is set or a `distil up` serves this home.
+    """Starts a Prefect server and sets PREFECT_API_URL, unless it is set or a `distil up` serves this home.
 
-    Returns a function that waits until the server answers. Call before Prefect is imported.
+    Returns a function that waits until the server responds. Call it before Prefect is imported.
     """
     if os.environ.get("PREFECT_API_URL") or join_up(home):
         return lambda: None
-    # Locked: two servers that create the same database at the same time corrupt it.
+    # The lock prevents two servers from creating the same database at the same time, which would corrupt it.
     with writing(f"the home {home}"):
         lock = acquire(Path(home) / "run" / "prefect.lock")
     server = prefect_server(home, free_port("Prefect", None))
-    # Registered before Prefect's own exit hooks, so it runs after these have sent their last logs and events.
+    # Registered before Prefect's own exit hooks, so it runs after they have sent the last logs and events.
     atexit.register(stop, server)
     os.environ["PREFECT_API_URL"] = server.health.removesuffix("/health")
     os.environ[RUN_SERVER] = server.health.removesuffix("/api/health")
@@ -77,17 +77,17 @@ def start_server(home: str) -> Callable[[], None]:
 
 
 def current_link(link: str) -> str:
-    """A stored link to a page of Prefect, changed so that it works during this run.
+    """Changes a stored link to a page of Prefect so that it works during this run, and returns it.
 
-    The server of a plain `distil run` has any free port, while stored links name the port of a later `distil up`. Links
-    to any other server are returned as they are.
+    The server of a plain `distil run` uses any free port, while stored links contain the port of a later `distil up`.
+    Links to other servers are returned unchanged.
     """
     server = os.environ.get(RUN_SERVER)
     return server + link.removeprefix(os.environ["PREFECT_UI_URL"].rstrip("/")) if server else link
 
 
 def join_up(home: str) -> bool:
-    """Makes this process a client of the `distil up` that serves this home; False if none does."""
+    """Makes this process a client of the live `distil up` of this home. Returns False if there is none, else True."""
     up = live_up(home)
     if up is None:
         return False
@@ -98,23 +98,23 @@ def join_up(home: str) -> bool:
 
 
 def find_server(home: str) -> str:
-    """The URL of the Prefect API: PREFECT_API_URL, else that of a live `distil up` of this home; sets the variable.
+    """Sets PREFECT_API_URL to that of a live `distil up` of this home unless it is set, and returns it.
 
-    FatalError if neither exists. Call before Prefect is imported.
+    FatalError if no server is known. Call it before Prefect is imported.
     """
     if not os.environ.get("PREFECT_API_URL") and not join_up(home):
-        raise FatalError("there is no Prefect server: start `distil up` in another terminal, or set PREFECT_API_URL")
+        raise FatalError("no Prefect server was found; start `distil up` in another terminal, or set PREFECT_API_URL")
     return os.environ["PREFECT_API_URL"]
 
 
 def verbose_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a Prefect process that writes to a log file, not to the terminal: warnings are logged."""
+    """Returns the environment of a Prefect process that writes to a log file: warnings are logged, too."""
     levels = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL")
     return dict(environment) | dict.fromkeys(levels, "WARNING")
 
 
 def prefect_server(home: str, port: int) -> Service:
-    """Starts a Prefect server, with SQLite below home unless PREFECT_API_DATABASE_CONNECTION_URL names a database."""
+    """Starts a Prefect server with a SQLite database below `home`, or that of PREFECT_API_DATABASE_CONNECTION_URL."""
     url = f"http://{LOOPBACK}:{port}/api"
     folder = Path(home)
     fixed = {"PREFECT_SERVER_UI_API_URL": url, "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui")}
@@ -126,13 +126,13 @@ def prefect_server(home: str, port: int) -> Service:
 def mlflow_server(home: str, port: int) -> Service:
     """Starts an MLflow server with the database and the artifacts folder that a plain `distil run` writes to.
 
-    MLFLOW_BACKEND_STORE_URI can name another database.
+    MLFLOW_BACKEND_STORE_URI can set a different database.
     """
     folder = Path(home) / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     artifacts = (folder / "artifacts").absolute().as_uri()
     settings = {
-        # Not on the command line, which every user of the machine can read: the URI may contain a password.
+        # Not on the command line, which every user of the machine can read, since the URI may contain a password.
         "MLFLOW_BACKEND_STORE_URI": mlflow_database(home),
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts,

@@ -1,10 +1,10 @@
-"""Marks runs Crashed or Cancelled that lost their process when this machine's worker was killed.
+"""Marks runs Crashed or Cancelled if they lost their process when this machine's worker was killed.
 
     marked = mark_stale_runs(client)     # before the new worker starts
 
-A run is stale if Prefect has it as running, this machine's worker took it, and no process here works on it. Runs of
-other machines are left alone, since their processes are not visible here. This corrects Prefect's database only;
-tasks/parent_death.py lists the mechanisms that end the processes.
+A run is stale if it is active in Prefect, this machine's worker took it, and no process of this machine works on it.
+Runs of other machines are not changed, since their processes are not visible here. This module corrects only Prefect's
+database; tasks/parent_death.py lists the mechanisms that end processes.
 """
 
 import os
@@ -31,7 +31,7 @@ RUN_ID = "PREFECT__FLOW_RUN_ID"
 ALIVE = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
 
 UNCLAIMED_AFTER = timedelta(minutes=1)
-"""A worker puts its name on a run when it takes it; a run that is Pending for longer without a name is lost."""
+"""A worker adds its name to a run when it takes the run. A run that is Pending without a name for longer is stale."""
 
 PAGE = 200
 
@@ -45,9 +45,10 @@ class Marked:
 
 
 def worker_name() -> str:
-    """The name of this user's worker on this machine; Prefect stores it with each run that the worker takes.
+    """Returns the name of this user's worker on this machine. Prefect stores it with each run that the worker takes.
 
-    It contains the user id, since the environments of another user's processes are not readable.
+    The name contains the user id: the processes of another user cannot be checked, since their environment is not
+    readable.
     """
     return f"{socket.gethostname()}-{os.getuid()}"
 
@@ -59,7 +60,7 @@ def mark_stale_runs(client: SyncPrefectClient) -> list[Marked]:
 
 
 def _active(client: SyncPrefectClient) -> Iterator[FlowRun]:
-    """All runs of deployments in a state of ALIVE."""
+    """Yields all runs of deployments whose state is in ALIVE."""
     wanted = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ALIVE))),
         deployment_id=FlowRunFilterDeploymentId(is_null_=False),
@@ -71,7 +72,7 @@ def _active(client: SyncPrefectClient) -> Iterator[FlowRun]:
 
 
 def _runs_with_process() -> set[str]:
-    """Ids of the runs that a process of this machine works on."""
+    """Returns the ids of the runs that a process of this machine works on."""
     ids = set()
     for process in psutil.process_iter():
         try:
@@ -82,23 +83,23 @@ def _runs_with_process() -> set[str]:
 
 
 def _is_ours(run: FlowRun) -> bool:
-    """True if this machine's worker took the run, or it is Pending without a worker for longer than UNCLAIMED_AFTER."""
+    """Returns True if this machine's worker took the run, or no worker did within UNCLAIMED_AFTER."""
     name = run.labels.get("prefect.worker.name")
     if name is not None:
         return name == worker_name()
     state = run.state
     if state is None or state.type == StateType.RUNNING:
-        return False  # started without a worker, from a program
+        return False  # started by a program, without a worker
     return datetime.now(UTC) - state.timestamp > UNCLAIMED_AFTER
 
 
 def _mark(client: SyncPrefectClient, run: FlowRun) -> Marked:
-    """Sets Cancelled for a run that was being cancelled, else Crashed."""
+    """Marks a run Cancelled if it was being cancelled, else Crashed, and returns it with its new state."""
     state: State[Any]
     if run.state_type == StateType.CANCELLING:
-        state = Cancelled(message="The process had ended before it could report the cancellation.")
+        state = Cancelled(message="The process ended before it could report the cancellation.")
     else:
-        state = Crashed(message="The process ended without a report; Retry resumes from what is in the store.")
-    # Forced: the orchestration rules apply to transitions that the flow process reports itself.
+        state = Crashed(message="The process ended without reporting a state; press Retry to resume from the store.")
+    # Forced, since orchestration rules apply to transitions that the flow process itself reports.
     client.set_flow_run_state(run.id, state, force=True)
     return Marked(run.name, str(state.name))

@@ -1,11 +1,11 @@
-"""Prefect's process worker with an orderly stop: on SIGTERM it takes no more runs and lets running flows save.
+"""Runs Prefect's process worker with an orderly stop: on SIGTERM it takes no more runs and lets running flows save.
 
     python -m flows.services.worker POOL [--with-healthcheck]
 
-Prefect's own worker kills its flow processes when it is stopped: a training would lose the steps since its last
-checkpoint, and its run would stay Running. Here each flow process gets SIGTERM first, as from Cancel: the flow stops
-its trainer, which writes a checkpoint, and reports Crashed, so that Retry resumes from there. Started by up.py and by
-the Docker image, whose health check requests /health on PREFECT_WORKER_WEBSERVER_PORT.
+Prefect's own worker kills its flow processes when it is stopped: a training run would lose the steps since its last
+checkpoint, and its state would stay Running. This worker first sends SIGTERM to each flow process, as Cancel does. The
+flow stops its trainer, which writes a checkpoint, and reports Crashed; Retry resumes from the checkpoint. up.py and the
+Docker image start this worker; the image's health check requests /health on PREFECT_WORKER_WEBSERVER_PORT.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from flows.services.stale_runs import mark_stale_runs, worker_name
 POLL_SECONDS = 0.2
 
 
-class Worker(ProcessWorker, ABC):  # Prefect's list of worker types leaves out abstract classes, and this is no type
-    """Takes runs of its pool until `stopping` is set."""
+class Worker(ProcessWorker, ABC):  # abstract, so that Prefect does not list it as a worker type
+    """Takes runs of its pool until `stopping` is True."""
 
     stopping = False
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        """Called by Prefect at every poll. Runs that are not taken stay in their queue."""
+        """Takes and submits scheduled runs; Prefect calls it at every poll. Other runs stay in their queue."""
         return [] if self.stopping else await super().get_and_submit_flow_runs()
 
 
 async def work(pool: str, with_healthcheck: bool = False) -> None:
-    """Serves the pool until SIGTERM or SIGINT, and then until the last flow process has ended."""
+    """Serves the pool until SIGTERM or SIGINT, then stops the flow processes and waits for their end."""
     worker = Worker(work_pool_name=pool, name=worker_name())
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -64,11 +64,11 @@ async def _stop_flows() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Marks stale runs of an earlier worker of this name, which would block their queue, then serves the pool."""
+    """Marks stale runs of an earlier worker of the same name, which would block their queue, then serves the pool."""
     pool, *options = arguments
     with get_client(sync_client=True) as client:
         for run in mark_stale_runs(client):
-            print(f"{run.name}: left behind, now {run.state}", flush=True)
+            print(f"run {run.name} lost its process with an earlier worker and was marked {run.state}", flush=True)
     asyncio.run(work(pool, with_healthcheck="--with-healthcheck" in options))
 
 

@@ -1,12 +1,12 @@
 """Records a recipe's work as MLflow runs: settings, data sets, training curves, files and scores.
 
     mlflow_runs = open_mlflow_runs(recipe)
-    run_id = mlflow_runs.run("train", run_key, ...)                     # after a crash: the same run, found by its tags
+    run_id = mlflow_runs.run("train", run_key, ...)                     # the same run after a crash, found by its tags
     mlflow_runs.send(run_id, lines, mlflow_runs.last_steps(run_id))     # new lines of metrics.jsonl only
     version = mlflow_runs.registry.register(run_id, name, ...)
 
-One result has one parent run with child runs for training and scores. A training that was killed and resumed is one
-MLflow run with one curve. Models and their versions are in model_registry.py.
+Each result has one parent run with child runs for training and scores. A training run that was killed and resumed is
+one MLflow run with one curve. Models and their versions are in model_registry.py.
 """
 
 import json
@@ -36,18 +36,18 @@ PARAM_CHARACTERS = 6000
 DIGEST_CHARACTERS = 36
 
 UNITS = ("step", "time")
-"""Fields of a line of metrics.jsonl that are axes, not metrics."""
+"""Fields of metrics.jsonl that are the axes of the curves, not metrics."""
 
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
-"""Tag by which the UI of MLflow 3 opens an experiment in its mode "Model training"."""
+"""Tag with which the UI of MLflow 3 shows an experiment in its mode "Model training"."""
 
 CURVES = ("loss", "heldout_loss")
-"""Metric that marks a training line and a held-out line. The last step sent is tracked separately for each."""
+"""Metrics that identify a training line and a held-out line. The last step sent is tracked separately for each."""
 
 
 @dataclass(frozen=True)
 class MlflowRuns:
-    """The runs of one MLflow experiment. `experiment` is its id, `uri` the server or database."""
+    """The runs of one MLflow experiment. `experiment` is its id, `uri` the address of the server or database."""
 
     client: MlflowClient
     experiment: str
@@ -62,10 +62,10 @@ class MlflowRuns:
     def run(
         self, part: str, key: str, name: str, *, parent: str = "", settings: Mapping[str, Any] | None = None
     ) -> str:
-        """Id of the MLflow run of one part (`chain`, `train`, `score-…`) of a run key; created on the first call.
+        """Returns the id of the MLflow run of one part (`chain`, `train`, `score-…`) of a run key.
 
-        `settings` become its parameters; those that it has already stay as they are. A run that had ended gets the
-        status RUNNING again.
+        Creates the run on the first call. `settings` are logged as parameters; existing parameters are not changed. The
+        status of a run that had ended is set to RUNNING.
         """
         query = f"tags.`distil.run_key` = '{key}' and tags.`distil.part` = '{part}'"
         found = self.client.search_runs([self.experiment], query, max_results=1)
@@ -85,12 +85,12 @@ class MlflowRuns:
 
     @translate_errors()
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Sets tags of a run."""
+        """Sets tags of a run. Empty values are ignored."""
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items() if value])
 
     @translate_errors()
     def data(self, run_id: str, digests: Mapping[str, tuple[str, str]]) -> None:
-        """Logs the data sets of a run: name -> (digest, URI). Logging one twice has no effect."""
+        """Logs data sets of a run; `digests` maps a name to (digest, URI). Repeated calls have no effect."""
         inputs = [
             DatasetInput(
                 Dataset(name, digest[:DIGEST_CHARACTERS], "uri", json.dumps({"uri": uri})),
@@ -102,7 +102,7 @@ class MlflowRuns:
 
     @translate_errors()
     def last_steps(self, run_id: str) -> dict[str, int]:
-        """The last step that MLflow has of each metric in CURVES, or -1."""
+        """Returns the last step of each metric in CURVES that MLflow has, or -1."""
         return {
             name: max((metric.step for metric in self.client.get_metric_history(run_id, name)), default=-1)
             for name in CURVES
@@ -110,9 +110,9 @@ class MlflowRuns:
 
     @translate_errors()
     def send(self, run_id: str, lines: Sequence[Mapping[str, Any]], last: dict[str, int]) -> None:
-        """Sends the lines of metrics.jsonl that come after `last` (see `last_steps`), then updates `last` in place.
+        """Sends the lines of metrics.jsonl with steps after `last` (see `last_steps`), and updates `last` in place.
 
-        RetryableError: MLflow does not answer; `last` is unchanged and the same lines may be sent again.
+        RetryableError: MLflow does not respond; `last` is unchanged, so the same lines can be sent again.
         """
         batch: list[Metric] = []
         reached = dict(last)
@@ -130,18 +130,18 @@ class MlflowRuns:
 
     @translate_errors()
     def figures(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Logs final metrics at step 0. Values that are not numbers are left out; the score artifact has them."""
+        """Logs final metrics at step 0. Values that are not numbers are omitted; the score artifact contains them."""
         now = int(time.time() * 1000)
         numbers = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
         self.client.log_batch(run_id, metrics=[Metric(name, float(v), now, 0) for name, v in numbers.items()])
 
     @translate_errors()
     def file(self, run_id: str, name: str, values: Mapping[str, Any]) -> None:
-        """Logs plain values as a JSON file of a run."""
+        """Logs plain values as a JSON file with a run."""
         self.client.log_dict(run_id, dict(values), name)
 
     def url(self, run_id: str) -> str:
-        """The page of the run, or "" for a database without a server."""
+        """The URL of the run's page, or "" for a database without a server."""
         if not self.uri.startswith("http"):
             return ""
         return f"{without_credentials(self.uri).rstrip('/')}/#/experiments/{self.experiment}/runs/{run_id}"
@@ -153,11 +153,11 @@ class MlflowRuns:
 
     @contextmanager
     def ending(self, run_id: str) -> Iterator[None]:
-        """Ends the run with the block: FINISHED, FAILED after an error, KILLED after an interrupt."""
+        """Ends the run after the `with` block as FINISHED, after an error as FAILED, after an interrupt as KILLED."""
         try:
             yield
         except BaseException as error:
-            # An MLflow that does not answer must not replace the first error; the next attempt ends the run.
+            # If MLflow does not respond, the first error must still be raised; the next attempt ends the run.
             with suppress(RetryableError):
                 self.end(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
@@ -165,7 +165,7 @@ class MlflowRuns:
 
     @translate_errors()
     def keep(self, run_id: str, files: Mapping[str, bytes], version: Version | None = None) -> None:
-        """Logs files with a run, and into `model/` of a version whose logged model is known."""
+        """Logs files with a run and, if the logged model of `version` is known, in its folder `model/`."""
         with tempfile.TemporaryDirectory() as folder:
             model_folder = Path(folder) / "model"
             model_folder.mkdir()
@@ -180,8 +180,8 @@ class MlflowRuns:
 def open_mlflow_runs(recipe: Recipe) -> MlflowRuns:
     """Opens the recipe's experiment, or creates it with its artifacts at `register.artifacts`.
 
-    An experiment without a kind gets that of model training. FatalError if an existing experiment keeps its artifacts
-    elsewhere. RetryableError if the server does not answer.
+    An experiment without a kind gets the kind of model training. FatalError if an existing experiment stores its
+    artifacts elsewhere. RetryableError if the server does not respond.
     """
     client, uri = connect(recipe)
     kind, model_training = EXPERIMENT_KIND
@@ -190,8 +190,8 @@ def open_mlflow_runs(recipe: Recipe) -> MlflowRuns:
     if found is not None:
         if wanted and found.artifact_location.rstrip("/") != wanted:
             raise FatalError(
-                f"MLflow's experiment {name} keeps its artifacts in {found.artifact_location} for good, not in "
-                f"register.artifacts = {wanted}; name another register.experiment"
+                f"MLflow's experiment {name} stores its artifacts in {found.artifact_location}, which cannot be "
+                f"changed to register.artifacts = {wanted}; set register.experiment to a new name"
             )
         if kind not in found.tags:
             client.set_experiment_tag(found.experiment_id, kind, model_training)
@@ -203,7 +203,7 @@ def open_mlflow_runs(recipe: Recipe) -> MlflowRuns:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested settings: `section.field` -> value."""
+    """Flattens nested settings; the keys of the result are `section.field`."""
     return dict(_flat(values, prefix))
 
 

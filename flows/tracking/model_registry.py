@@ -1,7 +1,7 @@
-"""MLflow's model registry: versions of a model, their tags, and the aliases `challenger` and `champion`.
+"""Reads and writes MLflow's model registry: versions of a model, their tags, aliases `challenger` and `champion`.
 
     registry = open_registry(recipe)
-    version = registry.register(run_id, name, model_key, folder, ...)     # one per model key, alias `challenger`
+    version = registry.register(run_id, name, model_key, folder, ...)     # once per model key; alias `challenger`
     registry.named("models:/NAME@ALIAS"), registry.version("NAME", "3"), registry.champion("NAME")
     registry.set_champion(version, when, expected)          # flows/promote.py decides which version
 
@@ -34,15 +34,15 @@ CHALLENGER = "challenger"
 CHAMPION = "champion"
 
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's error codes for a model, alias or version that does not exist or has an invalid name."""
+"""MLflow's error codes for a model, alias or version that does not exist or whose name is invalid."""
 
 CHAMPION_SINCE = "distil.champion_since"
-"""Tag of every present or past champion: the time (UTC) at which it became champion."""
+"""Tag of every current or past champion with the time (UTC) at which it became champion."""
 
 HALF_REGISTERED = "distil.half_registered"
-"""Tag of a version whose registration is incomplete: it has not received the alias `challenger` yet.
+"""Tag of a version whose registration is incomplete because its alias `challenger` is not set yet.
 
-Without the tag a repeated registration would move the alias back from a newer version."""
+Without the tag, a repeated registration would move the alias back from a newer version."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class ModelRegistry:
         tags: Mapping[str, str],
         trust_remote_code: bool = False,
     ) -> Version:
-        """Registers a model folder as a new version with the alias `challenger`, once per model key.
+        """Registers a model folder once per model key; returns its version, which gets the alias `challenger`.
 
-        `example` is a sentence with `<mask>`. A call after an interrupted one completes the registration.
+        `example` is a sentence with `<mask>`. A repeated call completes an interrupted registration.
         """
         known = self.version_of(name, model_key)
         if known is None:
@@ -100,7 +100,7 @@ class ModelRegistry:
                 model_id=logged.model_id,  # required by a server, optional with a database
             )
             known = _version(created)
-        if HALF_REGISTERED in known.tags:  # new, or left by a process that was killed at this point
+        if HALF_REGISTERED in known.tags:  # new, or left over from a process that was killed at this point
             self.client.set_registered_model_alias(name, CHALLENGER, known.version)
             self.tag_version(known, {HALF_REGISTERED: ""})
             known = self.version(name, known.version)
@@ -108,7 +108,7 @@ class ModelRegistry:
 
     @translate_errors()
     def version_of(self, name: str, model_key: str) -> Version | None:
-        """The version with this model key, or None."""
+        """Returns the version with this model key, or None."""
         query = f"name = '{name}' and tags.`distil.model_key` = '{model_key}'"
         for found in self.client.search_model_versions(query, max_results=1):
             return _version(found)
@@ -116,34 +116,34 @@ class ModelRegistry:
 
     @translate_errors()
     def version(self, name: str, version: str = "") -> Version:
-        """A version with its tags; the challenger if no number is given. FatalError if it does not exist."""
+        """Returns the version with this number, or the challenger for "". FatalError if it does not exist."""
         try:
             number = version or self._aliases(name).get(CHALLENGER, "")
             if not number:
-                raise FatalError(f"model {name} has no {CHALLENGER}; give --version")
+                raise FatalError(f"model {name} has no {CHALLENGER}; select a version with --version")
             return _version(self.client.get_model_version(name, number))
         except MlflowException as error:
             if error.error_code not in ABSENT:
                 raise
             what = f"version {version} of model {name}" if version else f"model {name}"
             raise FatalError(
-                f"MLflow has no {what}; give the recipe that registers it, and --version as MLflow shows it"
+                f"MLflow has no {what}; use the recipe that registers the model, and a --version that MLflow lists"
             ) from error
 
     @translate_errors()
     def named(self, uri: str) -> Version:
-        """The version that `models:/NAME/NUMBER` or `models:/NAME@ALIAS` names. FatalError if it does not exist."""
+        """Returns the version of a URI models:/NAME/NUMBER or models:/NAME@ALIAS. FatalError if it does not exist."""
         return _version(_find(self.client, uri))
 
     @translate_errors()
     def champion(self, name: str) -> Version | None:
-        """The version with the alias `champion`, or None."""
+        """Returns the version with the alias `champion`, or None."""
         number = self._aliases(name).get(CHAMPION)
         return _version(self.client.get_model_version(name, number)) if number else None
 
     @translate_errors()
     def champions(self, name: str) -> list[Version]:
-        """Past champions, oldest first, then the present one."""
+        """Returns the past champions, oldest first, followed by the current one."""
         now = self.champion(name)
         found, token = [], None
         while True:
@@ -157,12 +157,12 @@ class ModelRegistry:
 
     @translate_errors()
     def aliases_of(self, version: Version) -> list[str]:
-        """The present aliases of the version, sorted; a newer version may have taken `challenger`."""
+        """Returns the current aliases of the version, sorted. A newer version may have taken over `challenger`."""
         return sorted(alias for alias, number in self._aliases(version.name).items() if number == version.version)
 
     @translate_errors()
     def tag_version(self, version: Version, tags: Mapping[str, str]) -> None:
-        """Sets tags of a version; an empty value removes the tag."""
+        """Sets tags of a version. An empty value removes the tag."""
         for name, value in tags.items():
             if value:
                 self.client.set_model_version_tag(version.name, version.version, name, value)
@@ -171,20 +171,18 @@ class ModelRegistry:
 
     @translate_errors()
     def set_champion(self, version: Version, when: str, expected: Version | None) -> None:
-        """Moves the alias `champion` to this version; `when` is the time in UTC.
+        """Moves the alias `champion` to this version. `when` is the current time in UTC.
 
         RetryableError if the champion is not the `expected` version, or changes during the call.
         """
         before = self.champion(version.name)
         if before != expected:
-            raise RetryableError(
-                f"the champion of {version.name} was changed by another process while the gate decided"
-            )
+            raise RetryableError(f"another process changed the champion of {version.name} while the gate decided")
         if before and before != version and CHAMPION_SINCE not in before.tags:
-            self.tag_version(before, {CHAMPION_SINCE: when})  # the alias was set by hand in MLflow
+            self.tag_version(before, {CHAMPION_SINCE: when})  # a user set the alias in MLflow
         self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
         if self.champion(version.name) != version:
-            raise RetryableError(f"the champion of {version.name} was changed by another process at the same time")
+            raise RetryableError(f"another process changed the champion of {version.name} at the same time")
         self.tag_version(version, {CHAMPION_SINCE: when})
 
     def _aliases(self, name: str) -> dict[str, str]:
@@ -192,15 +190,15 @@ class ModelRegistry:
 
 
 def open_registry(recipe: Recipe) -> ModelRegistry:
-    """The registry of the recipe's MLflow."""
+    """Opens the registry of the recipe's MLflow."""
     return ModelRegistry(connect(recipe)[0])
 
 
 @translate_errors()
 def connect(recipe: Recipe) -> tuple[MlflowClient, str]:
-    """A client of the recipe's MLflow and its URI; creates the folder of a local database.
+    """Returns a client of the recipe's MLflow, and its URI. Creates the folder of a local database.
 
-    FatalError: the driver of its database is not installed. RetryableError: the database does not answer.
+    FatalError: the driver of the database is not installed. RetryableError: the database does not respond.
     """
     uri = tracking_uri(recipe)
     if uri.startswith("sqlite:"):
@@ -210,21 +208,21 @@ def connect(recipe: Recipe) -> tuple[MlflowClient, str]:
         return MlflowClient(uri), uri
     except ModuleNotFoundError as error:
         raise FatalError(
-            f"MLflow's database {without_credentials(uri)} needs the Python package {error.name}; for PostgreSQL: "
-            "pip install -e '.[postgres]'"
+            f"MLflow's database {without_credentials(uri)} requires the Python package {error.name}; install it (for "
+            "PostgreSQL with `pip install -e '.[postgres]'`)"
         ) from error
 
 
 @translate_errors()
 def fetch_model(recipe: Recipe, uri: str) -> Path:
-    """Downloads a registered model and returns its folder, which AutoModel and AutoTokenizer load.
+    """Downloads a registered model and returns its folder, which AutoModel and AutoTokenizer can load.
 
     `uri` is models:/NAME@ALIAS or models:/NAME/VERSION. The folder is cached below the recipe's home. FatalError if the
     model does not exist.
     """
     client, server = connect(recipe)
     found = _find(client, uri)
-    # The creation time is part of the key: in a new database version numbers start at 1 again.
+    # The key contains the creation time because version numbers start at 1 again in a new database.
     cache_key = sha256_bytes(canonical_json([server, found.name, str(found.version), found.creation_timestamp]))
     folder = Path(recipe.home) / "cache" / "registered" / cache_key[:16]
     if not folder.exists():
@@ -232,7 +230,7 @@ def fetch_model(recipe: Recipe, uri: str) -> Path:
         exact = f"{REGISTERED}{found.name}/{found.version}"
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as fresh:
             copy = mlflow.artifacts.download_artifacts(exact, dst_path=f"{fresh}/whole")
-            # Renamed once complete; if another process was faster, its copy is the same.
+            # Renamed once complete. If another process was faster, its copy is identical.
             with suppress(OSError):
                 Path(copy).rename(folder)
     return folder / "model"
@@ -240,7 +238,7 @@ def fetch_model(recipe: Recipe, uri: str) -> Path:
 
 @translate_errors()
 def champion_of(recipe: Recipe) -> Version | None:
-    """The champion of the recipe's registered model, or None."""
+    """Returns the champion of the recipe's registered model, or None."""
     client, _ = connect(recipe)
     try:
         return _version(_find(client, f"{REGISTERED}{recipe.register_as.name}@{CHAMPION}"))
@@ -249,7 +247,7 @@ def champion_of(recipe: Recipe) -> Version | None:
 
 
 def _find(client: MlflowClient, uri: str) -> ModelVersion:
-    """The version that a models:/ URI names. FatalError if it does not exist."""
+    """Returns the version with a models:/ URI. FatalError if it does not exist."""
     name, at, alias = uri.removeprefix(REGISTERED).partition("@")
     try:
         if at:
@@ -260,24 +258,24 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
         if error.error_code not in ABSENT:
             raise
         raise FatalError(
-            f"MLflow has no registered model {uri}; correct the name (models:/NAME@ALIAS or "
-            "models:/NAME/VERSION), or register such a model first",
+            f"MLflow has no registered model {uri}; correct the name (models:/NAME@ALIAS or models:/NAME/VERSION), or "
+            "register the model with `distil run`",
             uri,
         ) from error
 
 
 def _version(found: ModelVersion) -> Version:
-    # The registry does not return the id of the logged model; the source of the version has it: models:/m-...
+    # The registry does not return the id of the logged model, but the source of the version contains it: models:/m-...
     source = found.source or ""
     logged = source.removeprefix(REGISTERED) if source.startswith(f"{REGISTERED}m-") else ""
     return Version(found.name, str(found.version), found.run_id or "", logged, dict(found.tags))
 
 
 def _log_model(client: MlflowClient, run_id: str, folder: Path, example: str, trust_remote_code: bool) -> ModelInfo:
-    """Logs the folder in the transformers flavour.
+    """Logs the model folder in MLflow's transformers flavour.
 
-    MLflow stores the tokenizer in another folder than the weights. Its files are copied into `model/` as well, which
-    AutoModel and AutoTokenizer then load.
+    MLflow stores the tokenizer in a different folder from the weights. The tokenizer's files are therefore also copied
+    to `model/`, so that AutoModel and AutoTokenizer can load that folder.
     """
     import transformers
 
@@ -290,7 +288,7 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, example: str, tr
             name="model",
             signature=ModelSignature(inputs=text, outputs=text),
             input_example=example.replace("<mask>", mask),
-            # Explicit: otherwise MLflow loads the model in another process to infer them.
+            # Without explicit requirements MLflow loads the model in another process to infer them.
             pip_requirements=[f"transformers=={transformers.__version__}", "torch"],
         )
     with tempfile.TemporaryDirectory() as extra:

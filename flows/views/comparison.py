@@ -1,10 +1,10 @@
-"""Tables that compare several models, from their scores: one column per model. Pure functions.
+"""Makes tables that compare the scores of several models, with one column per model. Pure functions.
 
     table = comparison_table("small, large", scored.scores)
 
-A cell with ± is a mean and half of its 95 % interval: Student's t over seeds, or on held-out text the standard error
-over blocks. Ratios and differences are paired by test row (by held-out block); their interval is the wider of a
-bootstrap over these and Student's t over seeds.
+A cell with ± contains a mean and half the width of its 95 % interval: Student's t over seeds or, on held-out text, the
+standard error over blocks. Ratios and differences are paired by test row (or held-out block); their interval is the
+wider of a bootstrap over the pairs and Student's t over seeds.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("as_published", "entity_f1"),
     ),
 }
-"""Figures of a fine-tuned set that have a row, by the metric that decides; the rest is in MLflow."""
+"""Metrics of a fine-tuned data set that have a row, by the main metric of the data set. MLflow has all metrics."""
 
 WORDS = {
     ("macro_f1",): "macro F1",
@@ -43,7 +43,10 @@ WORDS = {
 
 
 def comparison_table(title: str, models: Models) -> Table:
-    """Held-out text, fine-tuned sets, size and speed; the last column is the first model's ratio to the teacher."""
+    """Returns a table of held-out text, fine-tuned data sets, size and speed.
+
+    The last column is the ratio of the first model to the teacher.
+    """
     first = next(iter(models))
     ratio = "teacher" in models or "teacher_top1" in models[first].get("heldout", {})
     shown = dict(models)
@@ -55,7 +58,10 @@ def comparison_table(title: str, models: Models) -> Table:
 
 
 def fill_mask_table(models: Models) -> Table | None:
-    """The five most likely tokens of each model at the mask, and how often it agrees with the last model."""
+    """Returns a table of each model's most likely tokens at the mask, and how often they agree with the last model's.
+
+    Returns None if fill-mask was not run.
+    """
     figures = next(iter(models.values())).get("fill-mask", {})
     if not figures.get("rows"):
         return None
@@ -64,17 +70,17 @@ def fill_mask_table(models: Models) -> Table | None:
         [row["sentence"], *("\n".join(map(_answer, row["answers"][name])) for name in names)] for row in figures["rows"]
     ]
     if len(names) > 1:
-        rows.append([f"same first token as {names[-1]}", *(agreement(figures, name, names[-1]) for name in names)])
+        rows.append([f"top-1 agreement with {names[-1]}", *(agreement(figures, name, names[-1]) for name in names)])
     return Table("Fill-mask", {"": rows}, ["sentence", *names])
 
 
 def _in_order(models: Models, values: Mapping[str, Any]) -> list[str]:
-    """Names in the order of the models, the teacher last: scores from the store are in alphabetical order."""
+    """Returns the names in the order of the models, the teacher last. Stored scores are in alphabetical order."""
     return [name for name in dict.fromkeys([*models, "teacher"]) if name in values]
 
 
 def agreement(figures: Scores, one: str, other: str) -> str:
-    """Number of sentences in which two models have the same first token, and of top tokens they share on average."""
+    """Describes how often two models agree: sentences with the same first token, and mean number of shared tokens."""
     if one == other:
         return ""
     tokens = [
@@ -86,7 +92,11 @@ def agreement(figures: Scores, one: str, other: str) -> str:
 
 
 def notes(models: Models) -> Rows:
-    """Rows of notes: scores that were not run and why, differences to the first model, rows and rules of the sets."""
+    """Returns rows of notes.
+
+    They contain the scores that were not run and why, the differences from the first model, and the numbers of rows and
+    rules of the data sets.
+    """
     lines: list[tuple[str, str]] = []
     lacking: dict[tuple[str, str], list[str]] = {}
     for model, scores in models.items():
@@ -104,7 +114,7 @@ def notes(models: Models) -> Rows:
 
 
 def _differences(models: Models) -> Iterator[tuple[str, str]]:
-    """Each further model against the first, set by set."""
+    """Yields each model but the first with its differences from the first model by data set."""
     for model, scores in models.items():
         parts = []
         for part, figures in scores.items():
@@ -124,7 +134,7 @@ def _signed(value: Mapping[str, float], factor: float, digits: int) -> str:
 
 
 def not_run_parts(scores: Mapping[str, Scores]) -> Iterator[tuple[str, list[str]]]:
-    """Each reason why scores of a model were not run, with the names of these scores."""
+    """Yields each reason why scores of a model were not run, with the names of these scores."""
     reasons: dict[str, list[str]] = {}
     for part, figures in scores.items():
         if figures.get("status") == "not run":
@@ -133,12 +143,12 @@ def not_run_parts(scores: Mapping[str, Scores]) -> Iterator[tuple[str, list[str]
 
 
 def counted(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Rows used per split, with numbers of dropped, duplicate and overlapping rows."""
+    """Describes the number of rows used per split, and of dropped, duplicate and overlapping rows."""
     labels = {
         "dropped": "dropped",
-        "duplicates": "duplicates left out",
-        "in_other_split": "in another split, left out",
-        "also_in_train": "of them also in train",
+        "duplicates": "duplicates removed",
+        "in_other_split": "found in another split and removed",
+        "also_in_train": "kept although in train",
     }
     parts = []
     for split in ("train", "validation", "test"):
@@ -163,7 +173,7 @@ def _heldout_rows(models: Models, first: str) -> Iterator[list[str]]:
     if any("kl" in one for one in figures.values()):
         yield [*row("KL to the teacher, nats", lambda one: f"{one['kl']:.3f}" if "kl" in one else ""), ""]
         same = [f"{100 * one['agreement']:.1f}" if "agreement" in one else "" for one in figures.values()]
-        yield ["same first token, %", *same, ""]
+        yield ["top-1 agreement, %", *same, ""]
 
 
 def _top1(figures: Scores) -> str:
@@ -200,13 +210,13 @@ def _over_seeds(figures: Scores, path: Sequence[str]) -> str:
 
 
 def spread_text(value: Mapping[str, float]) -> str:
-    """A mean in percent, ± half of its 95 % interval."""
+    """Returns a mean in percent, ± half the width of its 95 % interval."""
     half = f" ± {100 * (value['high'] - value['mean']):.1f}" if "high" in value else ""
     return f"{100 * value['mean']:.1f}{half}"
 
 
 def ratio_text(figures: Scores) -> str:
-    """The ratio to the teacher with its 95 % interval, or ""."""
+    """Returns the ratio to the teacher with its 95 % interval, or "" if there is none."""
     ratio = figures.get("against_teacher", {}).get("ratio")
     return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
 

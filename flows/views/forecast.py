@@ -1,4 +1,4 @@
-"""Prints a forecast as tables (bytes, time, bytes of each target encoding, cost and recommendation) or as JSON.
+"""Prints a forecast of bytes, time, target encodings and cost, as tables or as JSON.
 
 show_forecast(recipe, forecast, as_json=False)
 """
@@ -26,7 +26,7 @@ def show_forecast(recipe: Recipe, forecast: Forecast, *, as_json: bool = False) 
 
 
 def made_table(forecast: Forecast) -> Table:
-    """Counts of the training text, and bytes by stage: total, done already, remaining."""
+    """Returns a table of counts of the training text and of bytes by stage: total, done and remaining."""
     found = forecast.sizes
     counts = {"tokens": found.tokens, "blocks": found.blocks, "masked positions": found.positions}
     rows = [(name, *_three(one, number)) for name, one in counts.items()]
@@ -34,19 +34,19 @@ def made_table(forecast: Forecast) -> Table:
     sizes = {f"{name} (bytes)": one for name, one in found.bytes.items()}
     rows += [(name, *_three(one, amount_of_bytes)) for name, one in sizes.items()]
     rows.append(("all (bytes)", *_three(summed(found.bytes), amount_of_bytes)))
-    return Table(f"{forecast.recipe}: counts and bytes", {"": rows}, ("", "total", "done already", "remaining"))
+    return Table(f"{forecast.recipe}: counts and bytes", {"": rows}, ("", "total", "done", "remaining"))
 
 
 def time_table(forecast: Forecast) -> Table:
-    """Durations by stage."""
+    """Returns a table of durations by stage: total, done and remaining."""
     stages = {**forecast.seconds, "all": forecast.total_seconds}
     rows = [(name, *_three(one, duration)) for name, one in stages.items()]
     title = f"Time on {forecast.timings.device or 'this machine'}"
-    return Table(title, {"": rows}, ("stage", "total", "done already", "remaining"))
+    return Table(title, {"": rows}, ("stage", "total", "done", "remaining"))
 
 
 def choice_table(recipe: Recipe, forecast: Forecast) -> Table:
-    """Bytes of every encoding, for masked and for all positions; the recipe's own is marked."""
+    """Returns a table of the bytes of every encoding, for masked and for all positions; marks the recipe's choice."""
     sizes = {
         (one.encoding, one.positions): amount_of_bytes(one.bytes) + (" (recipe)" if one.chosen else "")
         for one in forecast.choices
@@ -58,7 +58,7 @@ def choice_table(recipe: Recipe, forecast: Forecast) -> Table:
 
 
 def plan_rows(recipe: Recipe, forecast: Forecast) -> Rows:
-    """Rows of measurements, space needed, cost and recommendation."""
+    """Returns rows of measurements, required space, cost and recommendation."""
     sample, timings, free = forecast.sample, forecast.timings, forecast.free
     documents = max(1, sample.documents)
     rows = [
@@ -77,16 +77,21 @@ def plan_rows(recipe: Recipe, forecast: Forecast) -> Rows:
         rows.append(
             ("training", f"{number(tokens / timings.step)} tokens/s, timed with steps of {timings.rows} blocks")
         )
-        rows.append(("trainer reads", f"{forecast.read_rate / 1e6:.2f} MB/s"))
+        rows.append(("trainer input", f"{forecast.read_rate / 1e6:.2f} MB/s"))
     free_text = "unknown" if free is None else amount_of_bytes(free)
     rows += [
-        ("space needed", f"{amount_of_bytes(forecast.need)}, including a margin of 10 %; free: {free_text}"),
+        ("required space", f"{amount_of_bytes(forecast.need)}, including a margin of 10 %; free: {free_text}"),
         ("cost", f"machine {forecast.cost['machine']:.2f}, storage {forecast.cost['storage_month']:.2f} per month"),
     ]
     if even := forecast.break_even:
-        rows.append(("one training", f"{duration(even.cached)} from the cache, {duration(even.online)} online"))
         rows.append(
-            ("caching pays", f"from run {even.runs}; with a month of storage from run {even.runs_with_storage}")
+            ("one training run", f"{duration(even.cached)} from the cache, {duration(even.online)} with online teacher")
+        )
+        rows.append(
+            (
+                "cache pays off",
+                f"from training run {even.runs}; with one month of storage, from training run {even.runs_with_storage}",
+            )
         )
     return [*rows, ("recommendation", forecast.advice)]
 

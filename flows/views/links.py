@@ -1,6 +1,6 @@
-"""Rows of the final table that say where to find everything: store, servers (or the command that starts them), model.
+"""Makes the rows of the final table that locate the store, the servers (or the command that starts them) and the model.
 
-places(recipe, folder, mlflow_uri, command)     # addresses of this machine, at this time
+places(recipe, folder, mlflow_uri, command)     # the current addresses of this machine
 """
 
 import os
@@ -12,14 +12,17 @@ from flows.views.tables import Rows
 from tasks.recipe.config import Recipe
 
 MADE, MODEL = "Made", "model"
-"""Heading and name of the row with the folder of the model."""
+"""Heading and name of the row with the folder of the model. Notes in the store contain both."""
 
 WHERE = "Where to find it"
 """Heading of the rows of `places`."""
 
 
 def places(recipe: Recipe, model_folder: Path, mlflow_uri: str, command: str = "") -> Rows:
-    """Rows of (what, where). `command` is the recipe file and settings as typed, "" for a run of a deployment."""
+    """Returns rows of names and addresses.
+
+    `command` is the recipe file and settings as typed, or "" for a run of a deployment.
+    """
     seen = [("curves, models and runs", f"distil up --home {shlex.quote(recipe.home)}")]
     if mlflow_uri.startswith("http"):  # else a database, which has no web page
         seen = [("curves and models", without_credentials(mlflow_uri)), ("runs", os.environ.get("PREFECT_UI_URL", ""))]

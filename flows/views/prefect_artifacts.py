@@ -1,9 +1,9 @@
-"""Artifacts of a run in Prefect: progress, failed shards, the result and the link to MLflow.
+"""Publishes Prefect artifacts of a run: its progress, its failed shards, its result and a link to MLflow.
 
     with ProgressArtifact("blocks", 2000) as progress: progress.add(); progress.publish()
     publish_failures(recipe, failures, command)
 
-They are views only: if Prefect's server does not answer, a warning is logged and the run continues.
+Artifacts are for display only: if Prefect's server does not respond, a warning is logged and the run continues.
 """
 
 import threading
@@ -28,10 +28,10 @@ from storage.artifact import Failure
 from tasks.recipe.config import Recipe
 
 PROGRESS_SECONDS = 5.0
-"""Least seconds between two updates of a progress artifact: each is a call to the server."""
+"""Minimum time in seconds between two updates of a progress artifact. Each update is a request to the server."""
 
 FAILURE_ROWS = 1000
-"""Most rows of the failure table; the store has all failures."""
+"""Maximum number of rows in the failure table. The store has all failures."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def best_effort() -> Iterator[None]:
     try:
         yield
     except HTTPError as error:
-        get_run_logger().warning(f"Prefect's server did not accept an artifact: {error}")
+        get_run_logger().warning(f"could not publish an artifact to the Prefect server: {error}")
 
 
 def publish_failures(recipe: Recipe, failures: tuple[Failure, ...], command: str = "") -> None:
@@ -51,20 +51,20 @@ def publish_failures(recipe: Recipe, failures: tuple[Failure, ...], command: str
     show_table(failure_table(rows))
     more = f" (the first {FAILURE_ROWS} are listed)" if failures[FAILURE_ROWS:] else ""
     with best_effort():
-        about = f"{len(failures)} failed{more}; all others are done. {how_to_retry_all(recipe, command)}"
+        about = f"{len(failures)} artifacts failed{more}; all others are done. {how_to_retry_all(recipe, command)}"
         create_table_artifact(rows, "failures", about)
 
 
 def publish_result(table: Table, mlflow_url: str) -> None:
     """Publishes the final table as Markdown, and a link to MLflow if it has a web page."""
     with best_effort():
-        create_markdown_artifact(markdown(table), "result", "What was made and where to find it")
+        create_markdown_artifact(markdown(table), "result", "Results of the run and where to find them")
         if mlflow_url:
             create_link_artifact(mlflow_url, "MLflow run", "mlflow-run")
 
 
 class ProgressArtifact:
-    """Progress of a long stage in percent."""
+    """Publishes the progress of a stage in percent. A stage that ends within PROGRESS_SECONDS has no artifact."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage, self.total, self.done = stage, total, 0
@@ -84,7 +84,7 @@ class ProgressArtifact:
         self._published = time.monotonic()
         with best_effort():
             if self._artifact is None:
-                about = f"Progress of {self.stage}, {self.total} in all"
+                about = f"Progress of the stage {self.stage}, {self.total} jobs in total"
                 made = create_progress_artifact(self._percent(), f"progress-{self.stage}", about)
                 self._artifact = cast(UUID, made)
             else:
@@ -97,7 +97,7 @@ class ProgressArtifact:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A run that is being stopped has only seconds left, so its progress is not written again.
+        # A run that is being stopped has only seconds left, so its progress is not updated.
         if self._artifact is not None and kind is None:
             with best_effort():
                 update_progress_artifact(self._artifact, self._percent())

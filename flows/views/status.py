@@ -1,8 +1,8 @@
-"""Prints the state of a recipe's artifacts by stage: wanted, done, missing, failed, bytes.
+"""Prints the numbers of required, finished, missing and failed artifacts of a recipe by stage, and their bytes.
 
     show_status(recipe, stage_rows(workspace))
 
-For `distil status` and `distil verify`. Starts no server and imports no Prefect.
+Used by `distil status` and `distil verify`. Starts no server and does not import Prefect.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ NAMES_SHOWN = 20
 
 
 def show_status(recipe: Recipe, rows: Sequence[StageRow], *, as_json: bool = False) -> None:
-    """Prints the table, then the labels of missing and failed artifacts; or all of it as JSON, by stage."""
+    """Prints the table and the labels of missing and failed artifacts, or the same data as JSON."""
     if as_json:
         show_json({row.stage: {name: value for name, value in asdict(row).items() if name != "stage"} for row in rows})
         return
@@ -34,8 +34,8 @@ def show_status(recipe: Recipe, rows: Sequence[StageRow], *, as_json: bool = Fal
 
 
 def status_table(title: str, rows: Iterable[StageRow]) -> Table:
-    """Counts and bytes by stage."""
-    header = ("stage", "wanted", "done", "missing", "failed", "bytes")
+    """Returns a table of counts and bytes by stage."""
+    header = ("stage", "required", "done", "missing", "failed", "bytes")
     lines = []
     for row in rows:
         counts = (row.wanted, row.done, len(row.missing), len(row.failed))
@@ -44,6 +44,6 @@ def status_table(title: str, rows: Iterable[StageRow]) -> Table:
 
 
 def named(kind: str, label: str, reason: str) -> str:
-    """The reason, preceded by the name of the artifact unless it starts with it."""
+    """Returns the reason with the kind and label of the artifact in front, unless it starts with them."""
     reason = plain(reason)  # it may contain names from the corpus
     return reason if reason.startswith(f"{kind} {label}") else f"{kind} {label}: {reason}"

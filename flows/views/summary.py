@@ -1,4 +1,4 @@
-"""The final table of a run: what was made, how good it is, where to find it, how long it took.
+"""Makes the rows of a run's final table: artifacts, scores, gate decision, locations and times.
 
 sections = summary_sections(summary, seconds)       # heading -> rows of (name, text)
 """
@@ -21,7 +21,7 @@ Scores = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The facts of the table."""
+    """The data of the final table."""
 
     workspace: Workspace
     run: RunSpec
@@ -37,7 +37,7 @@ class RunSummary:
 
 
 def summary_sections(summary: RunSummary, total: float) -> dict[str, Rows]:
-    """All rows by heading; `total` is the wall time of the run in seconds."""
+    """Returns all rows by heading. `total` is the wall time of the run in seconds."""
     return {
         MADE: _made(summary),
         "Scores": score_rows(summary.scores),
@@ -75,12 +75,12 @@ def _made(summary: RunSummary) -> Rows:
 
 
 def size_of(receipts: Any) -> str:
-    """Total bytes of several artifacts, as text."""
+    """Returns the total size of several artifacts as text."""
     return size(sum(receipt.size for receipt in receipts))
 
 
 def score_rows(scores: Mapping[str, Scores]) -> Rows:
-    """One row per important figure, then the scores that were not run, with their reasons."""
+    """Returns one row per main metric, followed by the scores that were not run, with their reasons."""
     rows: list[tuple[str, str]] = []
     for part, figures in scores.items():
         if part in _WRITERS and figures.get("status") != "not run":
@@ -95,19 +95,20 @@ def _heldout_rows(figures: Scores) -> Rows:
     rows = [
         (
             "masked top-1",
-            _against(figures, "top1", 100, " %") + f", most frequent {100 * figures['frequent_top1']:.1f} %",
+            _against(figures, "top1", 100, " %")
+            + f", most-frequent-token baseline {100 * figures['frequent_top1']:.1f} %",
         ),
         ("perplexity", _against(figures, "perplexity", 1, "")),
     ]
     if "kept" in figures:
         rows.append(
             (
-                "share of the teacher",
-                f"{figures['kept']:.3f} = (student - f) / (teacher - f), f the most frequent token",
+                "share of teacher",
+                f"{figures['kept']:.3f} = (student - baseline) / (teacher - baseline)",
             )
         )
     if "kl" in figures:
-        rows.append(("teacher", f"KL {figures['kl']:.3f} nats, same first token {100 * figures['agreement']:.1f} %"))
+        rows.append(("vs. teacher", f"KL {figures['kl']:.3f} nats, top-1 agreement {100 * figures['agreement']:.1f} %"))
     return rows
 
 
@@ -135,7 +136,7 @@ def _size_and_speed_rows(figures: Scores) -> Rows:
 
 
 def _set_rows(part: str, figures: Scores) -> Rows:
-    """Rows of a fine-tuned set: figures over seeds, ratio to the teacher, numbers of rows."""
+    """Returns the rows of a fine-tuned data set: metrics over seeds, ratio to the teacher, and numbers of rows."""
     paths = FIGURES[figures["metric"]]
     seeds = len(figures["runs"])
     rows = []
@@ -153,14 +154,14 @@ _WRITERS = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows}
 
 
 def fill_mask_rows(figures: Scores) -> Rows:
-    """Each sentence with the five most likely tokens of student and teacher, and how often they agree."""
+    """Returns a row per sentence with each model's most likely tokens, and how often student and teacher agree."""
     rows = [
         (row["sentence"], "\n".join(_answers(name, answers) for name, answers in row["answers"].items()))
         for row in figures.get("rows", ())
     ]
     names = list(figures["rows"][0]["answers"]) if rows else []
     if len(names) == 2:
-        rows.append(("same first token", agreement(figures, *names)))
+        rows.append(("top-1 agreement", agreement(figures, *names)))
     return rows
 
 

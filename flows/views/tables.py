@@ -1,9 +1,9 @@
-"""Progress bars and tables on the console, and the same tables as Markdown for Prefect artifacts.
+"""Prints progress bars and tables on the console, and renders the same tables as Markdown for Prefect artifacts.
 
     with bar("blocks", total=2000) as advance: advance(1)
     show_table(Table("Scores", {"": rows}, header))
 
-Tables go to standard output, bars to standard error.
+Tables are written to standard output, progress bars to standard error.
 """
 
 import html
@@ -25,18 +25,18 @@ from storage.artifact import Failure
 from tasks.recipe.config import Recipe
 
 Rows = Sequence[tuple[str, str]]
-"""Names and values."""
+"""Rows of a table of names and values."""
 
 CELL_CHARACTERS = 2000
-"""Longer texts are cut in the tables; the store has the complete ones."""
+"""Longer text is cut in tables. The store has the complete text."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. `sections` maps a heading ("" for none) to rows of cells; empty sections are left out.
+    """A table of text. `sections` maps a heading, or "" for none, to rows of cells; empty sections are omitted.
 
-    A table without `header` lists names and values. On the console, `ruled` draws a line between rows and
-    `right_aligned` aligns all columns but the first.
+    A table without `header` lists names and values. On the console, `ruled` draws lines between the rows, and
+    `right_aligned` applies to all columns but the first.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Table:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar. Yields `advance(done, note="")`: adds to the bar and shows the note at its end."""
+    """Shows a progress bar. Yields `advance(done, note="")`, which adds to the bar and shows the note at its end."""
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(),
@@ -67,9 +67,9 @@ def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def failure_rows(recipe: Recipe, failures: Sequence[Failure], command: str = "") -> list[dict[str, Any]]:
-    """The failure table as plain values, with the command that retries each shard (see `how_to_retry`).
+    """Returns the failure table as plain values, with the command that retries each shard (see `how_to_retry`).
 
-    File names and messages come from the corpus, so control characters are escaped, as in \\x1b.
+    Control characters in file names and messages are escaped, as in \\x1b, since both may contain text of the corpus.
     """
     return [
         {
@@ -85,31 +85,34 @@ def failure_rows(recipe: Recipe, failures: Sequence[Failure], command: str = "")
 
 
 def plain(text: str) -> str:
-    """Any text as one line of at most CELL_CHARACTERS printable characters."""
+    """Returns the text as one line of printable characters, cut to CELL_CHARACTERS."""
     shown = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
     return shown if len(shown) <= CELL_CHARACTERS else f"{shown[:CELL_CHARACTERS]}…"
 
 
 def how_to_retry(recipe: Recipe, stage: str, shard: str, command: str = "") -> str:
-    """How to retry one shard: `distil retry` with the recipe file and settings as typed (`command`), or, for a run of a
-    deployment (`command` is empty), that recipe's deployment."""
+    """Returns how to retry one shard.
+
+    It is a `distil retry` command with the recipe file and settings as typed (`command`). For a run of a deployment,
+    where `command` is empty, it refers to the recipe's deployment.
+    """
     if command:
         return f"distil retry {command} --stage {stage} --shard {shlex.quote(shard)}"
-    return f"Retry on this run, or run retry-shard/{recipe.name} with stage = {stage} and shard = {shard}"
+    return f"press Retry on this run, or run retry-shard/{recipe.name} with stage = {stage} and shard = {shard}"
 
 
 def how_to_retry_all(recipe: Recipe, command: str = "") -> str:
-    """How to retry everything in a failure table; only a run of a deployment has Retry in the UI."""
+    """Returns how to retry all failures of a table. Only the run of a deployment has a Retry button in the UI."""
     if command:
-        return "Fix the cause, then run the command in the last column, or repeat the run to retry all of them."
+        return "Fix the cause, then run the command in the last column, or repeat the run to retry all failures."
     return (
-        f"Fix the cause, then press Retry on this run, or run the deployment retry-shard/{recipe.name} with stage and "
-        "shard as in the table."
+        f"Fix the cause, then press Retry on this run, or run the deployment retry-shard/{recipe.name} with the stage "
+        "and shard in the table."
     )
 
 
 def failure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of `failure_rows`; at least one row."""
+    """Returns the table of `failure_rows`, which must contain at least one row."""
     return Table("Failed", {"": [[str(value) for value in row.values()] for row in rows]}, list(rows[0]), ruled=True)
 
 
@@ -142,7 +145,7 @@ def show_json(value: object) -> None:
 
 
 def markdown(*tables: Table) -> str:
-    """Tables as Markdown, one below the other, for a Prefect artifact."""
+    """Renders tables as Markdown, one below the other, for a Prefect artifact."""
     parts: list[str] = []
     for table in tables:
         parts.append(f"# {_literal(table.title)}")
@@ -156,27 +159,27 @@ def markdown(*tables: Table) -> str:
 
 
 def _literal(text: str) -> str:
-    """Escapes text for Markdown: no tags (Prefect's page renders raw HTML), links, images or new cells."""
+    """Escapes text for Markdown, so that it contains no links, images, cells or HTML, which Prefect would render."""
     return re.sub(r"([\\`*_\[\]|!])", r"\\\1", html.escape(plain(text), quote=False))
 
 
 def _cell(text: str) -> str:
-    """Escapes the text of a cell for Markdown; lines stay lines."""
+    """Escapes the text of a cell for Markdown, and keeps its line breaks."""
     return "<br>".join(_literal(line) for line in text.split("\n"))
 
 
 def _shown(text: str) -> str:
-    """Escapes the text of a cell for the terminal (no markup, no escape codes); lines stay lines."""
+    """Escapes markup and control characters in the text of a cell for the terminal, and keeps its line breaks."""
     return escape("\n".join(map(plain, text.split("\n"))))
 
 
 def console() -> Console:
-    """Standard output; 120 columns wide if it is not a terminal but a log."""
+    """Returns a console on standard output, 120 columns wide if that is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def size(count: float) -> str:
-    """Bytes as text: `1.2 MB`."""
+    """Returns bytes as text: `1.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -185,12 +188,12 @@ def size(count: float) -> str:
 
 
 def number(value: float) -> str:
-    """A count as text: `1,234,567`."""
+    """Returns a count as text: `1,234,567`."""
     return f"{value:,.0f}"
 
 
 def seconds(value: float) -> str:
-    """A duration as text: `48 s`, `3 min 05 s`, `2 h 10 min`."""
+    """Returns a duration as text: `4.8 s`, `3 min 05 s`, `2 h 10 min`."""
     if value < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(int(value), 60)

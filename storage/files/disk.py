@@ -1,12 +1,12 @@
-"""Atomic and durable writes to a local disk.
+"""Writes files to a local disk atomically and durably.
 
-    with writing("the home /data/distil"):      # a full or read-only disk becomes a FatalError
+    with writing("the home /data/distil"):      # raises FatalError if the disk is full or read-only
         write_file(path, data)
 
-Failures that each step covers:
-- temporary name, then rename: after a crash a file is complete or absent, and a reader never sees a part of it.
-- fsync of the file before the rename: after a power cut the new name does not refer to an empty or partial file.
-- fsync of the folder after the rename: a power cut does not undo a write that a function here has returned from.
+Each step covers one failure:
+- Write to a temporary name, then rename: after a crash a file is complete or absent; readers never see a partial file.
+- fsync of the file before the rename: after a power failure the new name does not refer to an empty or partial file.
+- fsync of the folder after the rename: a power failure does not undo a write after the function has returned.
 """
 
 import errno
@@ -19,18 +19,18 @@ from pathlib import Path
 from storage.errors import FatalError
 
 DISK_ERRORS = {
-    errno.ENOSPC: "is full; make space there or name another one",
-    errno.EDQUOT: "is over its quota; make space there or name another one",
-    errno.EROFS: "is read-only; make it writable or name another one",
+    errno.ENOSPC: "is full; free some space or use a different disk",
+    errno.EDQUOT: "is over its quota; free some space or use a different disk",
+    errno.EROFS: "is read-only; make it writable or use a different disk",
 }
-"""Errors of a local disk that a retry does not fix, and their remedy."""
+"""Error numbers of a local disk that a retry does not fix, with the ends of their messages."""
 
 
 @contextmanager
 def writing(where: str, instead: str = "") -> Iterator[None]:
-    """Raises FatalError if the body finds its disk full or read-only; other errors pass through.
+    """Raises FatalError if the body fails because the disk is full or read-only. Other errors pass through.
 
-    `where` names the disk in the message, `instead` is another remedy, such as ", or lower run.cache_bytes".
+    `where` is the name of the disk in the message; `instead` adds a remedy, such as ", or lower run.cache_bytes".
     """
     try:
         yield
@@ -41,7 +41,7 @@ def writing(where: str, instead: str = "") -> Iterator[None]:
 
 
 def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
-    """Moves files of `folder`, given by relative names, into `target` on the same file system, and flushes them."""
+    """Moves files from `folder` to `target` on the same file system and flushes them. `names` are relative paths."""
     names = list(names)
     for name in names:
         source, final = folder / name, target / name
@@ -53,7 +53,7 @@ def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file atomically and flushes it; creates its folder if it does not exist."""
+    """Writes a file atomically and flushes it. Creates its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".write-", dir=path.parent)
     try:

@@ -1,10 +1,10 @@
-"""Local and remote file systems through fsspec: opening, error translation, and verified transfers of files.
+"""Opens local and remote file systems through fsspec, translates their errors, and verifies file transfers.
 
     fs, base = open_url("s3://bucket/prefix")
     with translate_errors("the store s3://bucket/prefix"):
         upload(fs, path, f"{base}/name")
 
-A remote file system needs the package of its protocol (s3fs, gcsfs, adlfs). Credentials and endpoints come from the
+A remote file system needs the package of its protocol (s3fs, gcsfs, adlfs). Credentials and endpoints are set in the
 environment variables that those packages read (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION,
 AWS_ENDPOINT_URL_S3; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME, …), never from a URL.
 """
@@ -25,18 +25,18 @@ from storage.files.disk import DISK_ERRORS
 
 T = TypeVar("T")
 
-CREDENTIALS = "credentials come from the environment (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+CREDENTIALS = "set credentials in the environment (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
 
 PART_BYTES = 16 << 20
-"""Bytes of one part of a large object; each of PARALLEL_PARTS transfers holds one part in memory."""
+"""Bytes per part of a large object; each of the PARALLEL_PARTS transfers keeps one part in memory."""
 
 PARALLEL_PARTS = 4
 
 MAX_PARTS = 10_000
-"""Limit of S3 per object."""
+"""Maximum number of parts per object in S3."""
 
 PAUSES = (1.0, 4.0)
-"""Seconds before each retry of a transfer, on top of the retries of the client itself."""
+"""Seconds before each retry of a transfer, in addition to the retries of the client itself."""
 
 PACKAGES = {
     "s3": "s3fs boto3",
@@ -84,34 +84,34 @@ _CONFIGURATION_CODES = {
 
 
 def open_url(url: str, options: Mapping[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it. Sends no request.
+    """Returns the file system of a path or URL, and the path in that file system. Sends no request.
 
-    FatalError: the URL holds a password, or its protocol is unknown or its package not installed.
+    Raises FatalError if the URL contains a password, or its protocol is unknown or needs a package that is missing.
     """
     protocol = url.partition("://")[0] if "://" in url else ""
     if has_password(url):
-        raise FatalError(f"a {protocol}:// URL holds a name and a password; take them out: {CREDENTIALS}")
+        raise FatalError(f"the {protocol}:// URL contains a user name and a password; remove them and {CREDENTIALS}")
     try:
         fs, path = fsspec.core.url_to_fs(url, **_options(protocol), **dict(options or {}))
     except ImportError as error:
         package = PACKAGES.get(protocol, "")
-        advice = f"pip install {package}" if package else "install the package that it names"
-        raise FatalError(f"{url} cannot be opened, {protocol}:// needs another package ({error}): {advice}") from error
+        advice = f"run `pip install {package}`" if package else "install the package that the error names"
+        raise FatalError(f"{url} cannot be opened without the package for {protocol}:// ({error}); {advice}") from error
     except ValueError as error:
-        raise FatalError(f"{url} cannot be opened: {error}", url) from error
+        raise FatalError(f"{url} cannot be opened ({error}); correct the URL", url) from error
     return fs, path
 
 
 def has_password(url: str) -> bool:
-    """True if a URL holds a user name and a password, as in `s3://KEY:SECRET@bucket`."""
+    """Returns True if a URL contains a user name and a password, as in `s3://KEY:SECRET@bucket`."""
     return bool(_PASSWORD.match(url))
 
 
 def files_below(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    """Every file below a folder with its size and modification time, in the format of `fs.find(path, detail=True)`.
+    """Returns size and modification time of every file below a folder, in the format of `fs.find(path, detail=True)`.
 
-    Avoids `find` where it is slow: that of s3fs takes minutes for 20,000 folders (it searches a list of all folders for
-    each), and the local one calls stat ten times per file.
+    `find` itself is slow in two file systems: in s3fs it takes minutes for 20,000 folders (it searches a list of all
+    folders for each of them), and in the local file system it calls stat ten times per file.
     """
     if on_this_machine(fs):
         return dict(_local_files(path))
@@ -130,7 +130,7 @@ def files_below(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str,
 
 
 def _local_files(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Leaves out files and folders that do not exist or are deleted meanwhile; raises for unreadable ones."""
+    """Yields path and details of each local file. Skips paths that are deleted meanwhile; raises OSError for others."""
 
     def raise_unless_deleted(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -144,12 +144,12 @@ def _local_files(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def on_this_machine(fs: fsspec.AbstractFileSystem) -> bool:
-    """True for the local file system."""
+    """Returns True if `fs` is the local file system."""
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """Client options. Listings are not cached, because other processes write too; botocore retries S3 requests."""
+    """Returns client options: listings are not cached, because other processes write too; botocore retries requests."""
     if protocol not in PACKAGES:
         return {}
     if PACKAGES[protocol] != PACKAGES["s3"]:
@@ -162,7 +162,7 @@ def _options(protocol: str) -> dict[str, Any]:
         "use_listings_cache": False,
         "max_concurrency": PARALLEL_PARTS,
         "default_block_size": PART_BYTES,
-        # Receipts hold the sha256 of every file, and some servers send the checksum of the entire object with a part.
+        # Receipts contain the sha256 of every file, and some servers send the checksum of the full object with a part.
         "config_kwargs": {
             "retries": retries,
             "read_timeout": 60,
@@ -176,9 +176,9 @@ def _options(protocol: str) -> dict[str, Any]:
 
 @contextmanager
 def translate_errors(where: str) -> Iterator[None]:
-    """Raises a file system's errors as FatalError or RetryableError; FileNotFoundError passes through.
+    """Translates the errors of a file system into FatalError and RetryableError. FileNotFoundError passes through.
 
-    `where` names the file system in the message: `the store s3://bucket/prefix`.
+    `where` is the name of the file system in the message, such as `the store s3://bucket/prefix`.
     """
     try:
         yield
@@ -190,7 +190,7 @@ def translate_errors(where: str) -> Iterator[None]:
 
 
 def client_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """Types of error that file systems raise: OSError, those of imported object-store clients, and `others`."""
+    """Returns the exception types of file systems: OSError, those of imported object-store clients, and `others`."""
     return (
         *others,
         OSError,
@@ -199,37 +199,43 @@ def client_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def translated(error: Exception, where: str) -> DistilError | None:
-    """The error as FatalError or RetryableError, or None if a file or folder does not exist."""
+    """Returns the error as FatalError or RetryableError, or None if it means that a file or folder does not exist."""
     code, kind = _code(error), type(error).__name__
     if code == "NoSuchBucket":
-        return FatalError(f"{where}: there is no such bucket; create it, or correct the URL")
+        return FatalError(f"{where}: the bucket does not exist; create it or correct the URL")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        # The server lost the parts that it had received; another upload sends all of them.
-        return RetryableError(f"{where} lost an upload half-way: {error}") if code == "NoSuchUpload" else None
+        # The server lost the parts that it had received; a new upload sends all of them.
+        return RetryableError(f"{where} lost an unfinished upload: {error}") if code == "NoSuchUpload" else None
     if kind in _NO_CREDENTIALS:
         return FatalError(
-            f"{where} needs credentials and found none ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or the variables that its client reads, in the environment"
+            f"{where} needs credentials, but none were found ({error}); set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or the variables that its client reads, in the environment"
         )
     if isinstance(error, PermissionError) or code in ("AccessDenied", "403"):
-        advice = "; check the credentials in the environment and what they allow" if code else ""
-        return FatalError(f"{where} may not be written or read: {error}{advice}")
+        advice = (
+            "check the credentials in the environment and their permissions"
+            if code
+            else "change the permissions of this path"
+        )
+        return FatalError(f"{where} denied access ({error}); {advice}")
     if code in _CONFIGURATION_CODES or kind in _CONFIGURATION_ERRORS:
-        return FatalError(f"{where} refused: {error}; check the URL, the region and the endpoint in the environment")
+        return FatalError(
+            f"{where} rejected the request ({error}); check the URL, and the region and endpoint in the environment"
+        )
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return FatalError(f"{where} {DISK_ERRORS[error.errno]} ({error})")
     if is_remote_error(error):
-        return RetryableError(f"{where} did not answer: {error or kind}")
+        return RetryableError(f"{where} did not respond: {error or kind}")
     return RetryableError(f"{where} failed: {error}")
 
 
 def is_remote_error(error: Exception) -> bool:
-    """True if the server or the network is the cause, and not a local file or its content."""
+    """Returns True if the cause is the server or the network, not a local file or its content."""
     return _code(error) != "" or not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError)
 
 
 def _code(error: BaseException | None) -> str:
-    """S3's error code, from the first error in the chain that has one; "" if none has."""
+    """Returns the S3 error code of the first error in the chain that has one, else ""."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
@@ -242,7 +248,7 @@ def _code(error: BaseException | None) -> str:
 
 
 def with_retries(transfer: Callable[[], T]) -> T:
-    """Calls `transfer`, and again after each of PAUSES while it raises RetryableError."""
+    """Calls `transfer`, and retries it after each of PAUSES as long as it raises RetryableError."""
     for pause in PAUSES:
         try:
             return transfer()
@@ -252,7 +258,7 @@ def with_retries(transfer: Callable[[], T]) -> T:
 
 
 def upload(fs: fsspec.AbstractFileSystem, path: Path, target: str) -> None:
-    """Uploads a local file in parts, then requests the size of the object. RetryableError if it differs."""
+    """Uploads a local file in parts, then checks the size of the object. Raises RetryableError if it differs."""
     size = path.stat().st_size
     parts = {"chunksize": max(PART_BYTES, -(-size // MAX_PARTS))} if "s3" in fs.protocol else {}
     fs.put_file(os.fspath(path), target, **parts)
@@ -260,8 +266,9 @@ def upload(fs: fsspec.AbstractFileSystem, path: Path, target: str) -> None:
 
 
 def write_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """Writes a small object, then requests its size. RetryableError if it differs; the object is then deleted, because
-    a truncated receipt would count as one in a listing.
+    """Writes a small object, then checks its size. If the size differs, deletes the object and raises RetryableError.
+
+    The object is deleted because a listing would count a truncated receipt as a receipt.
     """
     fs.pipe_file(path, data)
     try:
@@ -276,14 +283,17 @@ def _check_size(fs: fsspec.AbstractFileSystem, path: str, size: int) -> None:
     try:
         found = int(fs.info(path)["size"])
     except FileNotFoundError as error:
-        raise RetryableError(f"{path} does not exist after an upload of {size:,} bytes", path) from error
+        raise RetryableError(f"{path} does not exist after the upload of {size:,} bytes; try again", path) from error
     if found != size:
-        raise RetryableError(f"{path} has {found:,} bytes after an upload of {size:,}", path)
+        raise RetryableError(f"{path} has {found:,} bytes after the upload of {size:,} bytes; try again", path)
 
 
 def download_file(fs: fsspec.AbstractFileSystem, path: str, target: Path) -> None:
-    """Downloads an object to a local file. RetryableError: bytes are missing. FileNotFoundError: no such object."""
+    """Downloads an object to a local file.
+
+    Raises RetryableError if bytes are missing, and FileNotFoundError if the object does not exist.
+    """
     fs.get_file(path, os.fspath(target))
     size, received = int(fs.info(path)["size"]), target.stat().st_size
     if received != size:
-        raise RetryableError(f"{path} arrived with {received:,} of its {size:,} bytes", path)
+        raise RetryableError(f"only {received:,} of {size:,} bytes of {path} were received; try again", path)

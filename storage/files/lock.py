@@ -1,13 +1,13 @@
-"""Advisory file locks between processes of one machine; the only module that calls `fcntl.flock`.
+"""Provides advisory file locks for the processes of one machine; the only module that calls `fcntl.flock`.
 
     with acquire(home / "run" / "prefect.lock"):        # waits until the lock is free
         ...
     lock = try_acquire(home / "run" / "up.lock")        # None if another process holds it
-    reader = acquire(folder / ".use", shared=True)      # any number of readers, or one exclusive holder
+    reader = acquire(folder / ".use", shared=True)      # many shared holders or one exclusive holder
 
-The kernel releases a lock when its holder ends, even after SIGKILL, so a stale lock file blocks no process and needs no
-cleanup. A lock belongs to one open file: a second `acquire` in the same process waits too, and a forked child keeps the
-lock of its parent until both have closed it.
+The kernel releases a lock when its holder ends, even after SIGKILL, so a leftover lock file is harmless and needs no
+cleanup. A lock belongs to one open file: a second `acquire` in the same process waits too, and the lock of a
+parent that forks is released only when both the parent and the child have closed the file.
 """
 
 import fcntl
@@ -20,13 +20,13 @@ from typing import Self
 from storage.errors import RetryableError
 
 _ATTEMPTS = 20
-"""A file that is deleted that often while it is being locked is an error."""
+"""Number of times that the lock file may be deleted while it is being locked before an error is raised."""
 
 
 class FileLock:
-    """A held lock on the file `path`.
+    """An acquired lock on the file `path`.
 
-    Ends with `release`, with a `with` block, when this object is deleted, or with the process.
+    It ends with `release`, at the end of a `with` block, when this object is deleted, or with the process.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -35,11 +35,11 @@ class FileLock:
         self._close = weakref.finalize(self, os.close, descriptor)
 
     def release(self) -> None:
-        """Releases the lock; a second call does nothing."""
+        """Releases the lock. A second call has no effect."""
         self._close()
 
     def touch(self) -> None:
-        """Sets the file's modification time to now."""
+        """Sets the modification time of the file to the current time."""
         os.utime(self._descriptor)
 
     def __enter__(self) -> Self:
@@ -50,9 +50,9 @@ class FileLock:
 
 
 def acquire(path: Path, *, shared: bool = False) -> FileLock:
-    """Waits for the lock on `path`; creates the file and its folder if they do not exist.
+    """Waits for the lock on `path`. Creates the file and its folder if they do not exist.
 
-    A shared lock excludes only exclusive ones. RetryableError if the file is deleted again and again.
+    A shared lock excludes only exclusive locks. Raises RetryableError if the file is deleted repeatedly.
     """
     for _ in range(_ATTEMPTS):
         with suppress(FileNotFoundError):  # the folder was deleted before the file was opened
@@ -62,10 +62,10 @@ def acquire(path: Path, *, shared: bool = False) -> FileLock:
 
 
 def try_acquire(path: Path, *, create: bool = True) -> FileLock | None:
-    """The exclusive lock on `path`, or None at once if it is held elsewhere.
+    """Acquires the exclusive lock on `path` without waiting. Returns None if the lock is held elsewhere.
 
-    Creates the file and its folder if they do not exist, or returns None for a missing file if not `create`.
-    RetryableError if the file is deleted again and again.
+    If the file does not exist, creates it and its folder, or returns None if `create` is False.
+    Raises RetryableError if the file is deleted repeatedly.
     """
     for _ in range(_ATTEMPTS):
         try:
@@ -80,7 +80,7 @@ def try_acquire(path: Path, *, create: bool = True) -> FileLock | None:
 
 
 def _lock_once(path: Path, flags: int, operation: int) -> FileLock | None:
-    """Opens and locks the file. None if it was deleted or replaced meanwhile: that lock would protect nothing."""
+    """Opens and locks the file. Returns None if it was deleted or replaced meanwhile; such a lock has no effect."""
     if flags & os.O_CREAT:
         path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | flags, 0o666)
@@ -99,4 +99,4 @@ def _lock_once(path: Path, flags: int, operation: int) -> FileLock | None:
 
 
 def _deleted_too_often(path: Path) -> RetryableError:
-    return RetryableError(f"{path} is deleted as often as it is created; try again", str(path))
+    return RetryableError(f"{path} was deleted repeatedly while it was being locked; try again", str(path))

@@ -1,10 +1,11 @@
-"""Files under one local or remote root: paths, listings, reading, writing and deleting.
+"""Lists, reads, writes and deletes files under one local or remote root.
 
     files = Files("s3://bucket/prefix")
     files.find("receipts")                       # every file below a folder
     files.write_json("notes/x.json", {"a": 1})
 
-Errors are FatalError or RetryableError; requests to a remote root are retried first. Base of storage.store.Store.
+All errors are FatalError or RetryableError. Requests to a remote root are retried before RetryableError is raised.
+`Files` is a base class of storage.store.Store.
 """
 
 import json
@@ -33,13 +34,13 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PARALLEL_REQUESTS = 16
-"""Parallel requests to a remote store: each takes a round trip of milliseconds, and there may be 20,000."""
+"""Number of parallel requests to a remote store, where a run may send 20,000 requests of some milliseconds each."""
 
 
 class Files:
-    """One root; paths are relative to it.
+    """The files under one root; all paths are relative to the root.
 
-    FatalError: the root cannot be opened, because its package is not installed or the URL holds a password.
+    Raises FatalError if the package of the protocol is not installed or the URL contains a password.
     """
 
     def __init__(self, root: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
@@ -48,36 +49,36 @@ class Files:
         self.is_local = on_this_machine(self.fs)
 
     def path(self, relative: str) -> str:
-        """The path in the file system of a path relative to the root."""
+        """Returns the path in the file system for a path relative to the root."""
         return f"{self._base.rstrip('/')}/{relative}"
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Raises the file system's errors as FatalError or RetryableError; FileNotFoundError passes through."""
+        """Translates file-system errors into FatalError and RetryableError. FileNotFoundError passes through."""
         with translate_errors(f"the store {self.root}"):
             yield
 
     def find(self, relative: str) -> dict[str, dict[str, Any]]:
-        """Every file below a folder: its path relative to the root -> size, modification time and other details."""
+        """Returns size, modification time and other details of each file below a folder, by relative path."""
         self.fs.invalidate_cache()
         found = self.request(partial(files_below, self.fs, self.path(relative)))
         base = len(self.path(""))
         return {path[base:]: detail for path, detail in found.items()}
 
     def remove(self, relative: str) -> None:
-        """Deletes a file; does nothing if it does not exist."""
+        """Deletes a file if it exists."""
         self._remove(relative)
 
     def remove_all(self, relatives: Iterable[str]) -> None:
-        """Deletes files; ignores those that do not exist.
+        """Deletes the files that exist.
 
-        One request per file: servers differ in bulk deletion, and s3fs does not report the files that one refused.
+        Sends one request per file: servers differ in bulk deletion, and s3fs does not report the files that remain.
         """
         for _ in self.parallel_map(self._remove, relatives):
             pass
 
     def parallel_map(self, call: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-        """`call` of each item, in order; of a remote store PARALLEL_REQUESTS of them in parallel."""
+        """Yields the results of `call` in the order of items; a remote store runs PARALLEL_REQUESTS calls at once."""
         if self.is_local:
             yield from map(call, items)
         else:
@@ -85,7 +86,7 @@ class Files:
                 yield from pool.map(call, items)
 
     def read_json(self, relative: str) -> dict[str, Any] | None:
-        """The JSON object in a file, or None if it does not exist. FatalError if it is not one."""
+        """Returns the JSON object in a file, or None if the file does not exist. Raises FatalError if it is damaged."""
         path = self.path(relative)
         try:
             value = json.loads(self._read(path))
@@ -102,7 +103,7 @@ class Files:
         self._write(relative, canonical_json(dict(value)))
 
     def request(self, call: Callable[[], T]) -> T:
-        """Result of `call`, with errors as of `translate_errors`; a remote store is retried after a RetryableError."""
+        """Returns the result of `call`, with translated errors. For a remote store, RetryableError is retried."""
 
         def once() -> T:
             with self.translate_errors():

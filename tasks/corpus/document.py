@@ -1,9 +1,9 @@
-"""Documents and their labels, as the readers yield them for every schema.
+"""Defines documents and their labels, which the readers yield for every schema.
 
     labels = labels_of(record.get("metadata"))
     document = Document(text.encode(), len(text), line_number, labels)
 
-Made by tasks/corpus/reader.py and tasks/corpus/parquet.py, filtered by tasks/corpus/filters.py.
+tasks/corpus/reader.py and tasks/corpus/parquet.py create documents; tasks/corpus/filters.py filters them.
 """
 
 from typing import NamedTuple
@@ -11,13 +11,13 @@ from typing import NamedTuple
 from storage.errors import FatalError
 
 FIELDS = ("content", "text")
-"""Fields that may hold the text of a record: `content` in OSCAR since 22.01, `text` elsewhere."""
+"""Fields that may contain the text of a record: `content` in OSCAR since 22.01, `text` elsewhere."""
 
 _NUMBER = (int, float)
 
 
 class Labels(NamedTuple):
-    """Labels of a document; None or empty where its schema has none. `harmful_pp` is a perplexity: low is harmful."""
+    """Labels of a document, None or empty if missing. `harmful_pp` is a perplexity: low values mean harmful text."""
 
     language: str | None
     language_prob: float | None
@@ -26,7 +26,7 @@ class Labels(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document: its text as UTF-8, its length in characters, its first line (or row) in the source, from 1."""
+    """One document: UTF-8 text, length in characters, and number of its first line (or row) in the source, from 1."""
 
     text: bytes
     chars: int
@@ -35,7 +35,7 @@ class Document(NamedTuple):
 
 
 def labels_of(metadata: object) -> Labels | None:
-    """Labels from the `metadata` of a record, or None if it has none; 22.01 names quality warnings `annotation`."""
+    """Returns the labels in the `metadata` of a record, or None. OSCAR 22.01 calls quality warnings `annotation`."""
     if not isinstance(metadata, dict):
         return None
     identification = metadata.get("identification")
@@ -52,9 +52,10 @@ def labels_of(metadata: object) -> Labels | None:
 
 
 def unknown_schema_error(name: str, found: str, line: int | None = None) -> FatalError:
-    """The error for a file of no known schema; `found` describes its content."""
+    """Returns the error for a file of unknown schema. `found` describes the content of the file."""
     return FatalError(
-        f"{name}: unknown schema, found {found}; the README lists what can be read, corpus.pattern leaves files out",
+        f"{name}: unknown schema, found {found}; convert it to OSCAR, jsonl, txt or parquet, or exclude it with "
+        "corpus.pattern",
         name,
         line,
     )

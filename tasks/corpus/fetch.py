@@ -1,4 +1,4 @@
-"""Fetches a source to local disk and hashes it, or reads its first bytes. Called by shard.py and tasks/plan/sample.py.
+"""Copies a source to local disk and hashes it, or reads its first bytes, for shard.py and tasks/plan/sample.py.
 
 with fetched(source, folder) as (path, content): ...
 head = read_head(source, 1 << 20)
@@ -19,30 +19,33 @@ from tasks.corpus.snapshot import Source
 
 @contextmanager
 def fetched(source: Source, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yields (local path, hex sha256) of a source. Local files stay in place; others are copied and hashed in one pass.
+    """Yields the local path and the hex sha256 of a source. A remote source is copied and hashed in one pass.
 
-    FatalError: empty, missing, or its hash differs from the checksum file. RetryableError: it changed during the
-    read, or the server did not answer.
+    Raises FatalError if the source is empty or missing, or its hash differs from the checksum file. Raises
+    RetryableError if the source changes during the read, or the server does not respond.
     """
     before = _size_and_mtime(source)
     if not source.size:
-        raise FatalError(f"{source.name} is empty; fetch it again or leave it out", source.name)
+        raise FatalError(f"{source.name} is empty; download it again or remove it from the corpus folder", source.name)
     path, content = (Path(source.url), _hash(source)) if source.is_local else _copy(source, folder)
     if source.sha256 and content != source.sha256:
         raise FatalError(
             f"{source.name}: its sha256 is {content[:12]}…, but the checksum file says {source.sha256[:12]}…; "
-            "fetch the file again, or correct the checksum file",
+            "download the file again or correct the checksum file",
             source.name,
         )
     yield path, content
     if _size_and_mtime(source) != before:
-        raise RetryableError(f"{source.name} was changed while it was read", source.name)
+        raise RetryableError(f"{source.name} changed while it was being read; try again", source.name)
     if not source.is_local:
         path.unlink()
 
 
 def read_head(source: Source, size: int) -> bytes:
-    """The first `size` bytes of a source, or all if it has fewer. Errors as `fetched`, but no checksum is verified."""
+    """Returns the first `size` bytes of a source, or all of a shorter one.
+
+    Raises the same errors as `fetched`, except that no checksum is verified.
+    """
     parts: list[bytes] = []
     received = 0
     for chunk in _download(source):
@@ -54,7 +57,7 @@ def read_head(source: Source, size: int) -> bytes:
 
 
 def _size_and_mtime(source: Source) -> tuple[int, int]:
-    """(size in bytes, modification time in ns) of a local file; (0, 0) of a remote one, which is copied in full."""
+    """Returns the size and the mtime in ns of a local file; (0, 0) for a remote source, which is copied in full."""
     if not source.is_local:
         return 0, 0
     try:
@@ -79,10 +82,13 @@ def _copy(source: Source, folder: Path) -> tuple[Path, str]:
         for chunk in _download(source):
             digest.update(chunk)
             out.write(chunk)
-            if out.tell() > source.size:  # a response without end would fill the disk
-                raise RetryableError(f"{source.name} has more than the {source.size:,} bytes listed", source.name)
+            if out.tell() > source.size:  # an endless response would fill the disk
+                raise RetryableError(
+                    f"{source.name} has more than the {source.size:,} bytes that were listed; try again", source.name
+                )
     if path.stat().st_size != source.size:
-        raise RetryableError(f"{source.name} has {path.stat().st_size:,} bytes, not {source.size:,}", source.name)
+        received = path.stat().st_size
+        raise RetryableError(f"only {received:,} of {source.size:,} bytes of {source.name} were received", source.name)
     return path, digest.hexdigest()
 
 

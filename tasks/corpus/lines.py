@@ -1,10 +1,10 @@
-"""Splits plain, gzip or zstd files into lines, with bounded memory. Called by tasks/corpus/reader.py.
+"""Splits plain, gzip or zstd files into lines for tasks/corpus/reader.py, with bounded memory.
 
     for line in split_lines(chunks_of(path, name), max_line_bytes): ...
 
-The compression is recognised by the first bytes, not by the name. Files of several gzip members or zstd frames are
-read to their end. A truncated or damaged file is a FatalError, and so is one that unpacks to far more than text does.
-Memory holds at most one line; of a line longer than the limit, only the first bytes are kept.
+The compression is detected from the first bytes, not from the name. Files with several gzip members or zstd frames are
+read to the end. A file that is truncated or damaged, or unpacks to far more bytes than text does, raises FatalError. At
+most one line is in memory; only the first bytes of a line longer than the limit are kept.
 """
 
 import os
@@ -20,16 +20,16 @@ CHUNK = 1 << 16
 """Unpacked bytes per read; a chunk stays in the CPU cache while it is split and parsed."""
 
 HEAD_BYTES = 400
-"""Bytes kept of a line that is too long."""
+"""Bytes that are kept of a line that is too long."""
 
 ENDLESS_FACTOR = 64
-"""A line this many times longer than the limit ends the source: it is not text, or a decompression bomb."""
+"""A line this many times longer than the limit raises FatalError: it is not text, or is a decompression bomb."""
 
 DEFAULT_UNPACKED_RATIO = 200
-"""Default limit of unpacked bytes per packed byte; text reaches 3 to 30, more is a decompression bomb."""
+"""Default limit of unpacked bytes per packed byte. Text reaches 3 to 30; decompression bombs reach far more."""
 
 UNCHECKED_BYTES = 1 << 28
-"""Unpacked bytes up to which the ratio is not checked: a small file of one repeated line does no harm."""
+"""Unpacked bytes up to which the ratio is not checked, because a small file of one repeated line is harmless."""
 
 _GZIP = b"\x1f\x8b"
 
@@ -46,7 +46,7 @@ class LongLine(NamedTuple):
 
 
 def packing_of(head: bytes) -> str:
-    """Compression of a file by its first four bytes: "gzip", "zstd" or ""."""
+    """Returns the compression of a file by its first four bytes: "gzip", "zstd" or ""."""
     if head.startswith(_GZIP):
         return "gzip"
     if head.startswith(_ZSTD) or (head[1:4] == _ZSTD_SKIPPABLE and 0x50 <= head[0] <= 0x5F):
@@ -55,30 +55,31 @@ def packing_of(head: bytes) -> str:
 
 
 class UnpackedSizeLimit:
-    """Limits the unpacked bytes of a file of `size` bytes to `ratio` times that, but at least UNCHECKED_BYTES."""
+    """Limits the unpacked bytes of a file of `size` bytes to `ratio * size`, but to no less than UNCHECKED_BYTES."""
 
     def __init__(self, name: str, size: int, ratio: int) -> None:
         self.name, self.size, self.ratio = name, size, ratio
         self.remaining = max(UNCHECKED_BYTES, ratio * size)
 
     def add(self, unpacked: int) -> None:
-        """Counts unpacked bytes. FatalError: more than the limit."""
+        """Counts unpacked bytes. Raises FatalError if their sum exceeds the limit."""
         self.remaining -= unpacked
         if self.remaining < 0:
             raise FatalError(
-                f"{self.name} unpacks to more than {self.ratio} times its {self.size:,} bytes, as no text does; "
-                "leave it out, or raise corpus.max_unpacked_ratio if it is genuine",
+                f"{self.name} unpacks to more than {self.ratio} times its {self.size:,} bytes, which text never does; "
+                "remove it from the corpus folder, or raise corpus.max_unpacked_ratio if you trust it",
                 self.name,
             )
 
 
 def chunks_of(path: Path, name: str, ratio: int = DEFAULT_UNPACKED_RATIO) -> Iterator[bytes]:
-    """Yields the unpacked bytes of a local file in chunks of at most CHUNK bytes; errors cite it as `name`.
+    """Yields the unpacked bytes of a local file in chunks of at most CHUNK bytes. Errors cite the file as `name`.
 
-    Arrow's streams unpack because they raise at a truncated frame or member, where the reader of zstandard ends
-    silently, and because they never unpack more than requested.
+    Arrow streams are used because they raise an error at a truncated frame or member, where the zstandard package ends
+    silently, and because they never unpack more bytes than requested.
 
-    FatalError: missing, truncated, damaged, or unpacks to more than `ratio` times its size (and UNCHECKED_BYTES).
+    Raises FatalError if the file is missing, truncated or damaged, or unpacks to more than `ratio` times its size and
+    more than UNCHECKED_BYTES bytes.
     """
     try:
         with pa.OSFile(os.fspath(path), "rb") as file:
@@ -95,23 +96,23 @@ def chunks_of(path: Path, name: str, ratio: int = DEFAULT_UNPACKED_RATIO) -> Ite
 
 
 def reading_error(error: Exception, name: str) -> FatalError | RetryableError:
-    """The error for a failed read. FatalError: missing, forbidden, truncated or damaged; else RetryableError."""
+    """Returns the error for a failed read: FatalError for a missing, forbidden or damaged file, else RetryableError."""
     if isinstance(error, FileNotFoundError):
-        return FatalError(f"{name} is gone; put it back or take a new snapshot", name)
+        return FatalError(f"{name} no longer exists; restore it, or start a new run without it", name)
     if isinstance(error, PermissionError):
-        return FatalError(f"{name} may not be read: {error}; change its permissions", name)
+        return FatalError(f"{name} is not readable ({error}); change its permissions", name)
     if isinstance(error, OSError) and error.errno is not None:
         return RetryableError(f"{name} could not be read: {error}", name)
     detail = " ".join(str(error).split())[:200]
     if "runcated" in detail:
-        return FatalError(f"{name} is cut short ({detail}); fetch it again", name)
-    return FatalError(f"{name} is damaged or cut short ({detail}); fetch it again", name)
+        return FatalError(f"{name} is truncated ({detail}); download it again", name)
+    return FatalError(f"{name} is damaged or truncated ({detail}); download it again", name)
 
 
 def split_lines(chunks: Iterable[bytes], limit: int, name: str = "") -> Iterator[bytes | LongLine]:
-    """Yields lines in order, without their newline; a line of more than `limit` bytes as a LongLine.
+    """Yields lines in order, without newlines. A line of more than `limit` bytes is yielded as a LongLine.
 
-    FatalError: a line of more than ENDLESS_FACTOR times `limit` bytes.
+    Raises FatalError if a line has more than ENDLESS_FACTOR times `limit` bytes.
     """
     parts: list[bytes] = []
     size = 0
@@ -124,7 +125,10 @@ def split_lines(chunks: Iterable[bytes], limit: int, name: str = "") -> Iterator
             parts = [b"".join(parts)[:HEAD_BYTES]]
         if not rest:
             if size > ENDLESS_FACTOR * limit:
-                raise FatalError(f"{name}: a line does not end after {size:,} bytes; this is no text file", name)
+                raise FatalError(
+                    f"{name}: a line does not end after {size:,} bytes, so this is not text; remove the file",
+                    name,
+                )
             continue
         yield b"".join(parts) if size <= limit else LongLine(parts[0], size)
         last = rest.pop()

@@ -1,10 +1,10 @@
-"""Lists a corpus folder on any fsspec URL: the files that it holds now, by one listing, without reading any.
+"""Lists the current files of a corpus folder at any fsspec URL, without reading them.
 
     folder = list_folder("s3://bucket/oscar/2026-10")
-    folder.fingerprint                       # changes with any file, which reveals a copy in progress
+    folder.fingerprint                       # changes with any file, so it reveals a copy in progress
     subfolders("s3://bucket/oscar")          # .../2026-9 before .../2026-10
 
-Called by tasks/corpus/snapshot.py, which selects the source files, and by flows/watch.py.
+tasks/corpus/snapshot.py selects the source files of a listing; flows/watch.py compares listings.
 """
 
 import os
@@ -26,7 +26,7 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "created")
 
 @dataclass(frozen=True)
 class FolderListing:
-    """One listing of a folder. `files` maps the path below the folder to the file system's details of that file."""
+    """One listing of a folder. `files` maps the path of each file below the folder to its file-system details."""
 
     url: str
     fs: fsspec.AbstractFileSystem
@@ -35,19 +35,20 @@ class FolderListing:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over the URL and over name, size and stamp of every file, source or not.
+        """Hex sha256 over the URL and over the name, size and stamp of every file, source or not.
 
-        Unlike the fingerprint of a snapshot it ignores checksums: a checksum file may arrive long before its files.
+        Unlike the fingerprint of a snapshot, it ignores checksums, since a checksum file may arrive long before the
+        files that it lists.
         """
         listed = [[name, int(detail["size"]), stamp_of(detail)] for name, detail in sorted(self.files.items())]
         return sha256_bytes(canonical_json([self.url, listed]))
 
 
 def list_folder(url: str) -> FolderListing:
-    """Lists a folder and its subfolders. `url` may be a symbolic link; a link inside must point into the folder.
+    """Lists a folder and its subfolders. `url` may be a symbolic link; links in the folder must point into the folder.
 
-    FatalError: no such folder, a link that leads out of it or is broken, or a file name that is not UTF-8.
-    RetryableError: the file system does not answer.
+    Raises FatalError if the folder does not exist, a link in it is broken or points outside it, or a file name is not
+    UTF-8. Raises RetryableError if the file system does not respond.
     """
     with listing_errors(url):
         fs, root = open_url(url)
@@ -57,9 +58,9 @@ def list_folder(url: str) -> FolderListing:
 
 
 def subfolders(url: str) -> list[str]:
-    """URLs of the folders directly below `url` in natural order, without links and hidden folders.
+    """Returns the URLs of the folders directly below `url`, in natural order, without links and hidden folders.
 
-    Errors as `list_folder`.
+    Raises the same errors as `list_folder`.
     """
     with listing_errors(url, "watch.folder"):
         fs, root = open_url(url)
@@ -72,32 +73,32 @@ def subfolders(url: str) -> list[str]:
 
 @contextmanager
 def listing_errors(url: str, field: str = "corpus.url") -> Iterator[None]:
-    """Translates file-system errors into FatalError and RetryableError; `field` is the recipe field to name in them."""
+    """Translates file-system errors into FatalError and RetryableError. `field` is the recipe field in the messages."""
     try:
         with translate_errors(f"{field} {url}"):
             yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FatalError(f"{field} {url} cannot be listed: {error}", url) from error
+        raise FatalError(f"{field} {url} cannot be listed ({error}); correct {field}", url) from error
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts part 2 before part 10."""
+    """Returns a sort key that orders part 2 before part 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def stamp_of(detail: Mapping[str, Any]) -> str:
-    """ETag or modification time of a file, or "" if the file system provides neither."""
+    """Returns the ETag or the modification time of a file, or "" if the file system provides neither."""
     return str(next((detail[key] for key in _STAMPS if detail.get(key)), "")).strip('"')
 
 
 def _check_folder(fs: fsspec.AbstractFileSystem, root: str, url: str, field: str) -> None:
     if not fs.isdir(root):
-        kind = "a file, not a folder" if fs.exists(root) else "no folder that exists"
-        raise FatalError(f"{field} {url} is {kind}; correct it", url)
+        fault = "is a file, not a folder" if fs.exists(root) else "does not exist"
+        raise FatalError(f"{field} {url} {fault}; correct {field}", url)
 
 
 def _list(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[str, dict[str, Any]]:
-    """The file system's details of each file, by its path below the folder."""
+    """Returns the file-system details of each file, by path below the folder."""
     local = on_this_machine(fs)
     found = fs.find(root, detail=True, **({"on_error": "raise"} if local else {}))
     base = len(root.rstrip("/")) + 1
@@ -116,14 +117,17 @@ def _list(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[str, dict[
 
 
 def _resolve_link(path: Path, root: Path, name: str, detail: dict[str, Any]) -> dict[str, Any]:
-    """Details of the target of a local link. FatalError: it leads out of the folder, is broken, or is a pipe."""
+    """Returns the details of the target of a local link.
+
+    Raises FatalError if the link is broken or points outside the folder, or if `path` is a special file such as a pipe.
+    """
     if not detail["islink"]:
-        raise FatalError(f"{path} is neither a file nor a folder; move it out of the corpus", name)
+        raise FatalError(f"{path} is neither a file nor a folder; remove it from the corpus folder", name)
     target = Path(os.path.realpath(path))
     if not target.is_relative_to(os.path.realpath(root)) or not target.exists():
         raise FatalError(
-            f"{path} is a link that leads out of the corpus folder or nowhere; put the file itself there", name
+            f"{path} is a link that is broken or points outside the corpus folder; replace it by the file", name
         )
     if target.is_dir():
-        return {"type": "directory"}  # its files are listed under their own names
+        return {"type": "directory"}  # the files in it are listed under their own names
     return {"name": str(path), "type": "file", "size": target.stat().st_size, "mtime": target.stat().st_mtime}

@@ -1,10 +1,10 @@
 """Detects how plain text separates its documents: one per line (OSCAR 2019) or by blank lines (21.09).
 
     layout, chunks = detect_layout(chunks)            # "lines" or "paragraphs", from the first 4 MiB
-    for line in reject_paragraphs(lines, name): ...   # FatalError if the rest contradicts "lines"
+    for line in reject_paragraphs(lines, name): ...   # raises FatalError if the rest contradicts "lines"
 
-Such a file does not declare its layout, and a few blank lines occur in files of lines too, so their frequency decides.
-Called by tasks/corpus/reader.py if corpus.text is "auto".
+Plain text does not declare its layout. A few blank lines also occur in files with one document per line, so the
+frequency of blank lines decides. tasks/corpus/reader.py calls this module if corpus.text is "auto".
 """
 
 from collections import deque
@@ -16,19 +16,19 @@ from storage.errors import FatalError
 from tasks.corpus.lines import LongLine
 
 SAMPLE_BYTES = 4 << 20
-"""Bytes from which the layout is detected: about 20,000 lines, so that one long first document does not decide."""
+"""Bytes that are examined: about 20,000 lines, so that one long first document does not decide the layout."""
 
 MAX_LINES_PER_GAP = 100
-"""Blank lines separate documents if at least one in this many lines is blank; fewer occur in files of lines too."""
+"""Maximum lines per gap (a run of blank lines) of a text whose blank lines separate documents."""
 
 CONTRADICTING_GAPS = 100
-"""Gaps at that frequency, one after another, that contradict the layout "lines" after the sample."""
+"""Number of consecutive gaps, at no less than that frequency, that contradict the layout "lines" after the sample."""
 
 Layout = Literal["lines", "paragraphs"]
 
 
 def detect_layout(chunks: Iterator[bytes]) -> tuple[Layout, Iterator[bytes]]:
-    """The layout of a text by its first SAMPLE_BYTES bytes, and all of its chunks, those of the sample included."""
+    """Detects the layout from the first SAMPLE_BYTES bytes. Returns it with an iterator over all chunks of the text."""
     head: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -40,7 +40,10 @@ def detect_layout(chunks: Iterator[bytes]) -> tuple[Layout, Iterator[bytes]]:
 
 
 def reject_paragraphs(lines: Iterable[bytes | LongLine], name: str) -> Iterator[bytes | LongLine]:
-    """Yields the lines of a text of one document per line. FatalError: its blank lines separate documents after all."""
+    """Yields the lines of a text with one document per line.
+
+    Raises FatalError if blank lines turn out to separate the documents.
+    """
     gaps: deque[int] = deque(maxlen=CONTRADICTING_GAPS)
     previous_blank = False
     for number, line in enumerate(lines, 1):
@@ -49,8 +52,8 @@ def reject_paragraphs(lines: Iterable[bytes | LongLine], name: str) -> Iterator[
             gaps.append(number)
             if len(gaps) == CONTRADICTING_GAPS and number - gaps[0] <= MAX_LINES_PER_GAP * CONTRADICTING_GAPS:
                 raise FatalError(
-                    f"{name} begins with one document per line, but blank lines separate its documents from line "
-                    f'{gaps[0]:,} on; set corpus.text to "lines" or "paragraphs", whichever is right',
+                    f"{name} begins with one document per line, but from line {gaps[0]:,} blank lines separate its "
+                    'documents; set corpus.text to "lines" or "paragraphs", whichever is correct',
                     name,
                     gaps[0],
                 )
@@ -59,7 +62,7 @@ def reject_paragraphs(lines: Iterable[bytes | LongLine], name: str) -> Iterator[
 
 
 def _has_paragraphs(sample: bytes) -> bool:
-    """True if blank lines separate texts more often than they occur in a file of lines."""
+    """Returns True if blank lines are so frequent that they separate documents."""
     lines = [bool(line.strip()) for line in sample.split(b"\n")]
     gaps = sum(not previous and line for previous, line in pairwise(lines))
     return gaps > 0 and sum(lines) <= MAX_LINES_PER_GAP * gaps

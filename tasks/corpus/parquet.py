@@ -1,9 +1,9 @@
-"""Reads the documents of a parquet file: the {id, text} export of OSCAR 2019, or any with a column `text` or `content`.
+"""Reads the documents of a parquet file for reader.py. The file must have a column `text` or `content`.
 
     for document in read_parquet(path, chunks, name, counts, folder, recipe.corpus): ...
 
-Called by reader.py. Memory is limited to a few pages plus the rows that parquet_pages.py allows to be decoded at once,
-for row groups of any size.
+The {id, text} export of OSCAR 2019 is such a file. For row groups of any size, memory is limited to a few pages and the
+rows that are decoded at once, whose number is computed by parquet_pages.py.
 """
 
 import os
@@ -28,11 +28,10 @@ _METADATA_COLUMNS = ("metadata", "meta")
 def read_parquet(
     path: Path, chunks: Iterable[bytes], name: str, counts: DocumentCounts, folder: Path, corpus: CorpusSettings
 ) -> Iterator[Document]:
-    """Yields every row as a document whose `line` is the number of the row, from 1; bad rows go to `counts`.
+    """Yields each row as a document, with the number of the row as `line`, from 1. Records bad rows in `counts`.
 
-    Parquet has its footer at the end, so a compressed file is first unpacked into `folder`, from its unpacked `chunks`.
-
-    FatalError: no text column, damaged or truncated, or pages or texts far larger than text is.
+    A compressed file is first written to `folder` from its unpacked `chunks`, because the footer of parquet is at the
+    end. Raises FatalError if the file has no text column, is damaged or truncated, or unpacks to far more than text.
     """
     with path.open("rb") as file:
         packed = bool(packing_of(file.read(4)))
@@ -80,11 +79,14 @@ def _rows(
 def record_batches(
     parquet: pq.ParquetFile, file: BinaryIO, name: str, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of some or all columns in batches that the page sizes allow; `file` is a second handle on it."""
+    """Yields all rows in batches whose size depends on the pages, with all columns unless `columns` is set.
+
+    `file` is a second handle on the file that `parquet` reads.
+    """
     wanted = columns or parquet.schema_arrow.names
     groups = row_groups(file, name)
     if [len(group) for group in groups] != [parquet.metadata.num_columns] * parquet.metadata.num_row_groups:
-        raise FatalError(f"{name} is damaged: its footer contradicts itself; fetch it again", name)
+        raise FatalError(f"{name} is damaged: its footer contradicts itself; download it again", name)
     for number, group in enumerate(groups):
         rows = batch_rows(group, parquet.schema, file, name, wanted)
         yield from parquet.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False)

@@ -1,12 +1,12 @@
-"""Finds how many rows of a parquet file may be decoded at once, from its page headers. Called by parquet.py.
+"""Computes from the page headers of a parquet file how many rows may be decoded at once, for parquet.py.
 
     group, *others = row_groups(file, name)
     rows = batch_rows(group, metadata.schema, file, name, ("text",))
 
 A page of a few kB may unpack to gigabytes, and a dictionary or shared prefixes may repeat one long text in every row.
-The sizes in the footer cannot be trusted for that. Arrow reads the header of each page, in Thrift's compact protocol,
-so this module reads the same headers first. It parses the footer too, because pyarrow 25 aborts the process on a column
-chunk that contradicts itself.
+The sizes in the footer are not reliable. Arrow reads the header of each page, in Thrift's compact protocol, so this
+module reads the same headers first. It also parses the footer, because pyarrow 25 aborts the process if a column chunk
+contradicts itself.
 """
 
 import os
@@ -18,16 +18,16 @@ import pyarrow.parquet as pq
 from storage.errors import FatalError
 
 MAX_PAGE_BYTES = 1 << 29
-"""Unpacked bytes of the largest page that is read; writers make pages of about 1 MB."""
+"""Maximum unpacked bytes per page; writers usually create pages of about 1 MB."""
 
 MAX_PAGE_VALUES = 10_000_000
-"""Values of the largest page of a list column; writers put 20,000 rows or 1 MB into a page."""
+"""Maximum values per page of a list column; writers usually put 20,000 rows or 1 MB into a page."""
 
 MAX_BATCH_ROWS = 64
-"""Rows per batch; some documents have many megabytes."""
+"""Maximum rows per batch, because some documents have many megabytes."""
 
 MAX_BATCH_BYTES = 1 << 28
-"""Bytes that the decoded rows of a batch may take; a single row may take more."""
+"""Maximum bytes of the decoded rows of a batch; a single row may exceed it."""
 
 Columns = Collection[str]
 
@@ -36,13 +36,13 @@ Chunk = Mapping[int, Any]
 
 NUM_VALUES, TOTAL_COMPRESSED_SIZE, DATA_PAGE_OFFSET, DICTIONARY_PAGE_OFFSET = 5, 7, 9, 11
 
-_MAX_HEADER_BYTES = 1 << 24  # Arrow refuses longer ones
+_MAX_HEADER_BYTES = 1 << 24  # Arrow rejects longer headers
 
 _MAX_DEPTH = 16
 
 
 def row_groups(file: BinaryIO, name: str) -> list[list[Chunk]]:
-    """The column chunks of each row group, from the footer. FatalError: the footer cannot be parsed."""
+    """Returns the column chunks of each row group. Raises FatalError if the footer cannot be parsed."""
     end = file.seek(-8, os.SEEK_END)
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, end - length))
@@ -50,15 +50,15 @@ def row_groups(file: BinaryIO, name: str) -> list[list[Chunk]]:
         footer, _ = _struct(file.read(length), 0, 0)
         return [[column[3] for column in group[1]] for group in footer[4]]
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise FatalError(f"{name} is damaged: its footer cannot be read; fetch it again", name) from error
+        raise FatalError(f"{name} is damaged: its footer cannot be parsed; download it again", name) from error
 
 
 def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO, name: str, columns: Columns) -> int:
-    """Rows of a row group to decode at once, so that they take at most MAX_BATCH_BYTES bytes: 1 to MAX_BATCH_ROWS.
+    """Returns how many rows to decode at once, 1 to MAX_BATCH_ROWS, so that they take at most MAX_BATCH_BYTES bytes.
 
-    Reads the page headers of `columns` and their nested columns; errors cite the file as `name`.
+    Reads the page headers of `columns` and their nested columns in one row group. Errors cite the file as `name`.
 
-    FatalError: a page of more than MAX_PAGE_BYTES bytes or MAX_PAGE_VALUES values, or a damaged header.
+    Raises FatalError if a page has more than MAX_PAGE_BYTES bytes or MAX_PAGE_VALUES values, or a header is damaged.
     """
     largest = 1
     for number, chunk in enumerate(group):
@@ -68,8 +68,8 @@ def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO,
         for size, values in _pages(file, chunk, name):
             if size > MAX_PAGE_BYTES or (column.max_repetition_level and values > MAX_PAGE_VALUES):
                 raise FatalError(
-                    f"{name}: a page of its column {column.path} unpacks to {size:,} bytes and {values:,} values, as "
-                    "no text does; write the file again with smaller pages, or leave it out",
+                    f"{name}: a page of its column {column.path} unpacks to {size:,} bytes and {values:,} values, "
+                    "which text never does; rewrite the file with smaller pages, or remove it from the corpus folder",
                     name,
                 )
             largest = max(largest, size)
@@ -77,12 +77,12 @@ def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO,
 
 
 def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]:
-    """Yields (unpacked bytes, values) of each page of a column chunk, from the page headers."""
+    """Yields the unpacked bytes and the number of values of each page of a column chunk, from the page headers."""
     values, length, at = (chunk.get(field) for field in (NUM_VALUES, TOTAL_COMPRESSED_SIZE, DATA_PAGE_OFFSET))
     dictionary = chunk.get(DICTIONARY_PAGE_OFFSET)
     if not (isinstance(values, int) and isinstance(length, int) and isinstance(at, int)):
-        raise FatalError(f"{name} is damaged: its footer does not say where its pages are; fetch it again", name)
-    if values <= 0:  # Arrow does not read such a column, and it may have no page
+        raise FatalError(f"{name} is damaged: its footer lists no offset of the pages; download it again", name)
+    if values <= 0:  # Arrow does not read such a column, which may have no page
         return
     if isinstance(dictionary, int) and 0 < dictionary < at:
         at = dictionary
@@ -99,7 +99,7 @@ def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]
 
 
 def _header(file: BinaryIO, at: int, name: str) -> tuple[dict[int, Any], int]:
-    """(fields by number, size in bytes) of the page header at an offset."""
+    """Returns the fields of the page header at an offset, by number, and its size in bytes."""
     window = 1 << 12
     while at >= 0 and window <= _MAX_HEADER_BYTES:
         file.seek(at)
@@ -116,16 +116,19 @@ def _header(file: BinaryIO, at: int, name: str) -> tuple[dict[int, Any], int]:
 
 
 def _damaged(name: str, at: int) -> FatalError:
-    return FatalError(f"{name} is damaged: no page at byte {at:,}; fetch it again", name)
+    return FatalError(f"{name} is damaged: no page at byte {at:,}; download it again", name)
 
 
 # ---- Thrift's compact protocol -----------------------------------------------------------------------------
 
 
 def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    """(value by field number, offset after the struct). IndexError: `data` ends inside it; ValueError: not Thrift."""
+    """Parses a struct. Returns its values by field number and the offset after it.
+
+    Raises IndexError if `data` ends inside the struct, and ValueError if `data` is not Thrift.
+    """
     if depth > _MAX_DEPTH:
-        raise ValueError("nested too deep")
+        raise ValueError("the struct is nested too deeply")
     fields: dict[int, Any] = {}
     field = 0
     while kind := data[at]:
@@ -162,7 +165,7 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         return values, at
     if kind == 12:
         return _struct(data, at, depth + 1)
-    raise ValueError(f"no type {kind} in Parquet")
+    raise ValueError(f"Parquet has no type {kind}")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -173,4 +176,4 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if data[at - 1] < 128:
             return value, at
         shift += 7
-    raise ValueError("a number without end")
+    raise ValueError("a varint does not end")

@@ -1,10 +1,10 @@
-"""Counts of one pass over a source, and the file of its bad lines, quarantine.jsonl.
+"""Counts the lines and documents of a source, and writes its bad lines to quarantine.jsonl.
 
     counts = DocumentCounts(source.name, recipe.corpus, folder / "quarantine.jsonl")
     counts.quarantine(line, "not JSON", data)
     counts.finish()
 
-tasks/corpus/filters.py holds the limit for bad lines.
+tasks/corpus/filters.py defines the limit for bad lines.
 """
 
 import json
@@ -16,10 +16,10 @@ from tasks.corpus.filters import EARLY_STOP_MARGIN, bad_line_limit
 from tasks.recipe.config import CorpusSettings
 
 EXCERPT_CHARS = 200
-"""Characters of a bad line that are kept."""
+"""Characters of each bad line that are stored."""
 
 MIN_LINES_TO_REJECT_SCHEMA = 10
-"""Bad lines at the start of a source, with no good one among them, that leave its schema open."""
+"""Bad lines allowed at the start of a source before its schema counts as unknown (or max_bad_lines, if more)."""
 
 
 class DocumentCounts:
@@ -27,7 +27,7 @@ class DocumentCounts:
 
     def __init__(self, name: str, corpus: CorpusSettings, quarantine_file: Path) -> None:
         self.name = name
-        self.schema = ""  # set by the reader as soon as it is known
+        self.schema = ""  # set by the reader once it is known
         self.lines = 0  # rows, in parquet
         self.documents = 0
         self.bad_lines = 0
@@ -37,7 +37,7 @@ class DocumentCounts:
         quarantine_file.write_bytes(b"")
 
     def quarantine(self, line: int, reason: str, data: bytes) -> None:
-        """Records one bad line. FatalError: far more bad lines than allowed, or no good one at the start."""
+        """Records one bad line. Raises FatalError if far too many lines are bad, or all lines at the start."""
         excerpt = data[: EXCERPT_CHARS * 4].decode("utf-8", "replace")[:EXCERPT_CHARS]
         entry = {"line": line, "reason": reason, "excerpt": excerpt}
         with self._path.open("ab") as file:  # bad lines are rare
@@ -52,14 +52,16 @@ class DocumentCounts:
     def finish(self) -> None:
         """Checks the counts at the end of the source.
 
-        FatalError: no document, no known schema, or more bad lines than allowed.
+        Raises FatalError if the source contains no documents, its schema is unknown, or too many lines are bad.
         """
         if self.bad_lines and not self.schema:
             raise self._unknown_schema()
         if self.bad_lines > self._limit:
             raise self._too_many_bad_lines()
         if not self.documents:
-            raise FatalError(f"{self.name} holds no document; fetch it again or leave it out", self.name)
+            raise FatalError(
+                f"{self.name} contains no documents; download it again or remove it from the corpus folder", self.name
+            )
 
     @property
     def _limit(self) -> int:

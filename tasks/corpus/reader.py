@@ -1,17 +1,17 @@
-"""Reads the documents of one source file: any OSCAR generation, or plain jsonl, txt or parquet. Called by shard.py.
+"""Reads the documents of one source file for shard.py: OSCAR of any year, or plain jsonl, txt or parquet.
 
     counts = DocumentCounts(name, corpus, folder / "quarantine.jsonl")
     for document in read_documents(path, name, corpus, counts, folder): ...
     counts.finish()
 
-The schema is recognised from the data:
+The schema is detected from the data:
 
     oscar-2019      text, one document per line                     oscar-22.01  {content, metadata{annotation, ...}}
     oscar-21.09     text, a blank line between documents            oscar-23.01  {content, metadata{harmful_pp, ...}}
     jsonl           {text} or {content}                             parquet      the same fields as columns
 
-Plain text has no magic bytes, so a file counts as text if its name contains `.txt`; paragraphs.py detects how its
-documents are separated. Unreadable lines are counted and quarantined one by one, up to the limit in filters.py.
+Plain text has no magic bytes, so a file is treated as text if its name contains `.txt`; paragraphs.py detects how its
+documents are separated. Each unreadable line is counted and quarantined, up to the limit in filters.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,18 +44,18 @@ _FIELDS_OF_23_01 = {"quality_warnings", "harmful_pp", "tlsh", "categories"}
 def read_documents(
     path: Path, name: str, corpus: CorpusSettings, counts: DocumentCounts, folder: Path, companion: Path | None = None
 ) -> Iterator[Document]:
-    """Yields every document of a local file in order; bad lines go to `counts`. Call `counts.finish()` at the end.
+    """Yields the documents of a local file in order, and records bad lines in `counts`; then call `counts.finish()`.
 
-    `name` is the name of the source, which errors cite and whose suffix may mark text; `companion` is the metadata file
-    of a 21.09 pair; `folder` takes temporary files.
+    `name` is the name of the source: errors cite it, and `.txt` in it identifies text. `companion` is the metadata file
+    of an OSCAR 21.09 pair. `folder` is for temporary files.
 
-    FatalError: unknown schema, damaged or truncated archive, an archive that unpacks to far more than text does, a pair
-    whose files do not match, or text that separates its documents in two ways.
+    Raises FatalError if the schema is unknown, if the file is damaged or truncated or unpacks to far more bytes than
+    text does, if the files of a pair do not match, or if a text separates its documents in two ways.
     """
     chunks = chunks_of(path, name, corpus.max_unpacked_ratio)
     sample = next(chunks, b"")
     if not sample:
-        raise FatalError(f"{name} is empty; fetch it again or leave it out", name)
+        raise FatalError(f"{name} is empty; download it again or remove it from the corpus folder", name)
     if sample.startswith(b"PAR1"):
         yield from read_parquet(path, chain([sample], chunks), name, counts, folder, corpus)
         return
@@ -94,7 +94,7 @@ def _records(lines: Iterable[bytes | LongLine], counts: DocumentCounts) -> Itera
 
 
 def _record(line: bytes | LongLine) -> tuple[dict[str, Any] | None, str]:
-    """(JSON object, fault) of a line: one of the two, or neither for a blank line."""
+    """Returns the JSON object of a line, or None and the fault; a blank line has no object and no fault."""
     if isinstance(line, LongLine):
         return None, long_line_reason(line.size)
     try:
@@ -107,7 +107,7 @@ def _record(line: bytes | LongLine) -> tuple[dict[str, Any] | None, str]:
 
 
 def _schema_of(record: Mapping[str, Any]) -> tuple[str, str]:
-    """(field that holds the text, name of the schema); both are empty if the record has no text."""
+    """Returns the field that contains the text and the name of the schema; both are "" if the record has no text."""
     field = next((field for field in FIELDS if isinstance(record.get(field), str)), "")
     metadata = record.get("metadata")
     if not field or not isinstance(metadata, dict):
@@ -127,7 +127,7 @@ def _fault_of(record: Mapping[str, Any], field: str) -> str:
 
 
 def _fields(record: Mapping[str, Any]) -> str:
-    """The first field names of a record, each cut and on one line, because they come from an untrusted file."""
+    """Returns the first field names of a record, truncated and without newlines, since the file is untrusted."""
     return ", ".join(" ".join(field[:40].split()) for field in sorted(record)[:8])
 
 
@@ -140,7 +140,7 @@ def _kind(value: object) -> str:
 
 
 def _texts(chunks: Iterator[bytes], name: str, corpus: CorpusSettings, counts: DocumentCounts) -> Iterator[Document]:
-    """Documents of a text without metadata, separated as `corpus.text` says or, with "auto", as detected."""
+    """Yields the documents of a text without metadata, in the layout `corpus.text`, which "auto" detects."""
     layout = corpus.text
     if auto := layout == "auto":
         layout, chunks = detect_layout(chunks)
@@ -154,7 +154,7 @@ def _texts(chunks: Iterator[bytes], name: str, corpus: CorpusSettings, counts: D
 
 
 def _text_lines(lines: Iterable[bytes | LongLine], counts: DocumentCounts) -> Iterator[Document]:
-    """One document per line (2019)."""
+    """Yields one document per line (OSCAR 2019)."""
     for counts.lines, line in enumerate(lines, 1):
         text = _text(line, counts)
         if text:
@@ -163,7 +163,7 @@ def _text_lines(lines: Iterable[bytes | LongLine], counts: DocumentCounts) -> It
 
 
 def _paragraphs(lines: Iterable[bytes | LongLine], limit: int, counts: DocumentCounts) -> Iterator[Document]:
-    """One sentence per line, a blank line between documents (21.09)."""
+    """Yields the documents of a text with one sentence per line and blank lines between documents (OSCAR 21.09)."""
     sentences: list[bytes] = []
     chars = size = first = 0
     for counts.lines, line in enumerate(chain(lines, [b""]), 1):
@@ -188,7 +188,7 @@ def _paragraphs(lines: Iterable[bytes | LongLine], limit: int, counts: DocumentC
 
 
 def _text(line: bytes | LongLine, counts: DocumentCounts) -> tuple[bytes, int] | None:
-    """(UTF-8 text, number of characters) of a line; None if it is blank or was quarantined."""
+    """Returns the UTF-8 text of a line and its number of characters, or None if it is blank or quarantined."""
     if isinstance(line, LongLine):
         counts.quarantine(counts.lines, long_line_reason(line.size), line.head)
         return None
@@ -202,29 +202,30 @@ def _text(line: bytes | LongLine, counts: DocumentCounts) -> tuple[bytes, int] |
 
 
 def _check_pair(companion: Path, name: str, counts: DocumentCounts, ratio: int) -> None:
-    """FatalError unless the metadata file of a 21.09 pair has one record per document of the text."""
+    """Raises FatalError unless the metadata file of an OSCAR 21.09 pair has one record per document of the text."""
     records = 0
     for line in split_lines(chunks_of(companion, companion.name, ratio), 1 << 26, companion.name):
         record, fault = _record(line)
         if record is not None and "nb_sentences" not in record:
             fields = _fields(record)
             raise unknown_schema_error(
-                companion.name, f"fields {fields} next to {name}, where 21.09 has headers, nb_sentences"
+                companion.name,
+                f"fields {fields} in the metadata file of {name}, where OSCAR 21.09 has headers, nb_sentences",
             )
         records += record is not None or fault != ""
     if records != counts.documents:
         raise FatalError(
-            f"{name} holds {counts.documents} documents, but its metadata file {companion.name} {records}; fetch both "
-            "again, or remove the metadata file to read the text alone",
+            f"{name} contains {counts.documents} documents, but its metadata file {companion.name} has {records} "
+            "records; download both again, or remove the metadata file to read only the text",
             name,
         )
 
 
-# ---- recognition of the format -----------------------------------------------------------------------------
+# ---- detection of the format --------------------------------------------------------------------------------
 
 
 def _looks_like_json(sample: bytes, name: str) -> bool:
-    """True if the name says so, one of the first ten lines is a JSON object, or the first exceeds the sample."""
+    """Returns True if the name contains .json, one of ten lines is a JSON object, or a JSON line exceeds the sample."""
     if ".json" in name.lower():
         return True
     head = sample.split(b"\n", 10)
@@ -234,7 +235,7 @@ def _looks_like_json(sample: bytes, name: str) -> bool:
 
 
 def _looks_like_text(sample: bytes, name: str) -> bool:
-    """True if the name says so and the bytes do not contradict it; web text may contain single zero bytes."""
+    """Returns True if the name contains .txt and the bytes may be text; web text may contain single zero bytes."""
     return (
         ".txt" in name.lower()
         and 10 * sample.count(0) < len(sample)
@@ -243,7 +244,7 @@ def _looks_like_text(sample: bytes, name: str) -> bool:
 
 
 def _describe(sample: bytes) -> str:
-    """Describes the first bytes of a file of no known schema."""
+    """Describes the first bytes of a file of unknown schema."""
     for magic, kind in _UNSUPPORTED_MAGIC.items():
         if sample.startswith(magic):
             return kind

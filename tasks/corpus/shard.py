@@ -1,12 +1,12 @@
-"""Shards: the filtered text of one source, about `corpus.shard_bytes` each, as Arrow files in the store.
+"""Filters the text of one source and stores it in shards: Arrow files of about `corpus.shard_bytes` bytes each.
 
     receipt = shard_source(store, source, recipe.corpus)
     shards_of(receipt), heldout_of(receipt)
 
-One source is one unit of work, because compressed streams do not seek. Its bytes are hashed first (a wrong checksum
-ends it before any receipt), then one pass commits each shard as it fills, and the receipt of the source last. The bytes
-of a shard depend only on the source and the settings. tasks/corpus/filters.py decides which documents are kept. Called
-by the flows in worker processes.
+One source is one unit of work, because compressed streams do not support seeking. The source is hashed first, so a
+wrong checksum fails before any receipt is written. Then a single pass commits each shard as soon as it is full, and the
+receipt of the source last. The bytes of a shard depend only on the source and the settings. tasks/corpus/filters.py
+decides which documents are kept. The flows call this module in worker processes.
 """
 
 import time
@@ -34,37 +34,40 @@ from tasks.recipe.config import CorpusSettings
 SCHEMA = 1
 
 BATCH_BYTES = 4 << 20
-"""Bytes of text per record batch; limits the memory of writer and readers."""
+"""Bytes of text per record batch; limits the memory of the writer and the readers."""
 
 BATCH_ROWS = 16_384
-"""Documents per record batch."""
+"""Maximum documents per record batch."""
 
 SHARD_ROWS = 1_000_000
-"""Documents per shard of very short lines; keeps the hashes for deduplication under 150 MB."""
+"""Maximum documents per shard; keeps the hashes for deduplication below 150 MB if documents are very short."""
 
 _NOT_IN_KEY = {"url", "pattern", "max_bad_lines", "max_unpacked_ratio"}
 
 
 def source_ref(source: Source, content: str, corpus: CorpusSettings) -> Ref:
-    """Reference to the artifact of a source; `content` is its hex sha256. Its URL and name are not part of the key."""
+    """Returns the reference to the artifact of a source. The key depends on `content`, the sha256, not URL or name."""
     return Ref("source", key_of("source", SCHEMA, _settings(source, corpus), [content]), source.label)
 
 
 def shards_of(receipt: Receipt) -> tuple[Ref, ...]:
-    """References to the training shards that the receipt of a source lists, in order."""
+    """Returns references to the training shards that the receipt of a source lists, in order."""
     return tuple(Ref("shard", item["key"], item["label"]) for item in receipt.info["shards"])
 
 
 def heldout_of(receipt: Receipt) -> tuple[Ref, ...]:
-    """Reference to the held-out shard that the receipt of a source lists; empty if it has none."""
+    """Returns the reference to the held-out shard that the receipt of a source lists; empty if it lists none."""
     return tuple(Ref("shard", item["key"], item["label"]) for item in receipt.info["heldout"])
 
 
 def shard_source(store: Store, source: Source, corpus: CorpusSettings, *, force: bool = False) -> Receipt:
-    """Makes every shard of one source and its receipt; does nothing if they exist (unless `force`).
+    """Writes the shards of one source, then its receipt, and returns the receipt.
 
-    FatalError: wrong checksum, empty, unknown schema, archive cut short or damaged, too many bad lines, store full.
-    RetryableError: the source or the store did not answer, or the source changed while it was read.
+    If the shards and the receipt exist already, only returns the receipt, unless `force` is set.
+
+    Raises FatalError if the source is empty, truncated, damaged or of unknown schema, has a wrong checksum or too many
+    bad lines, or if the store is full. Raises RetryableError if the source or the store does not respond, or if the
+    source changes during the read.
     """
     content = source_content(store, source)
     if content and not force and (receipt := _complete_receipt(store, source_ref(source, content, corpus))):
@@ -96,12 +99,12 @@ def shard_source(store: Store, source: Source, corpus: CorpusSettings, *, force:
 
 
 def _settings(source: Source, corpus: CorpusSettings) -> dict[str, Any]:
-    """The settings that change the bytes of the shards."""
+    """Returns the settings that change the bytes of the shards."""
     return corpus.in_key(_NOT_IN_KEY) | {"pair": source.companion is not None}
 
 
 def _complete_receipt(store: Store, ref: Ref) -> Receipt | None:
-    """The receipt of a source if the store has it and every shard that it lists, else None."""
+    """Returns the receipt of a source if the store contains it and all shards that it lists, else None."""
     if not store.has(ref):
         return None
     receipt = store.receipt(ref)
@@ -115,7 +118,7 @@ def _complete_receipt(store: Store, ref: Ref) -> Receipt | None:
 def _parse(
     store: Store, source: Ref, corpus: CorpusSettings, documents: Iterator[Document], counts: DocumentCounts
 ) -> dict[str, Any]:
-    """Filters documents into shards and commits these; returns the info of the source's receipt."""
+    """Filters documents into shards and commits the shards. Returns the `info` of the receipt of the source."""
     dropped = Counter(dict.fromkeys(DROP_REASONS, 0))
     shards: list[_Shard] = []
     with ExitStack() as stack:
@@ -158,7 +161,7 @@ def _parse(
 
 
 class _Shard:
-    """A shard that is being written, on disk except for its last batch; its context removes the scratch files."""
+    """A shard that is being written. Only its last batch is in memory; its context manager removes scratch files."""
 
     def __init__(self, store: Store, source: Ref, index: int | str) -> None:
         suffix = f"{index:04d}" if isinstance(index, int) else index
@@ -175,7 +178,7 @@ class _Shard:
     def __enter__(self) -> Self:
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(self._store.scratch())
-        self._file = self._stack.enter_context(ExitStack())  # closed before the commit, and not twice
+        self._file = self._stack.enter_context(ExitStack())  # closed before the commit, but never twice
         self._writer = self._file.enter_context(ArrowWriter(self._folder / TEXT_FILE, TEXT_SCHEMA))
         return self
 
@@ -188,7 +191,7 @@ class _Shard:
         return {"key": self.ref.key, "label": self.ref.label, "rows": self.rows, "bytes": self.size}
 
     def add(self, document: Document) -> None:
-        """Appends one document."""
+        """Appends one document to the shard."""
         self.rows += 1
         self.size += len(document.text)
         self._pending_bytes += len(document.text)
@@ -198,7 +201,7 @@ class _Shard:
             self._flush()
 
     def commit(self) -> bool:
-        """Commits the shard to the store and frees its scratch space; returns False without a commit if it is empty."""
+        """Commits the shard and frees its scratch space. Returns False, without a commit, if the shard is empty."""
         if not self.rows:
             return False
         self._flush()
@@ -225,7 +228,7 @@ class _Shard:
 
 
 def _text_array(texts: list[bytes]) -> pa.Array:
-    """UTF-8 texts as one Arrow column, built from its buffers; `pa.array` would check each text and import pandas."""
+    """Builds an Arrow column of UTF-8 texts from buffers, since `pa.array` would check each text and import pandas."""
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
     return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))

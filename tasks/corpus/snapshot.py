@@ -1,11 +1,10 @@
-"""A snapshot: the source files that a corpus folder holds now, from its listing, without reading any source.
+"""Takes a snapshot of a corpus folder: lists its current source files without reading them.
 
     snapshot = take_snapshot(recipe.corpus)
     for source in snapshot.sources: print(source.label, source.size)
 
-The folder may be any fsspec URL. Checksum files (`fr_sha256.txt`, `SHA256SUMS`) are honoured: every file that they
-name must exist, and their hashes identify the sources. Readme files, licences, hidden files and other checksum files
-are not sources.
+The folder may be any fsspec URL. Each file that a checksum file (`fr_sha256.txt`, `SHA256SUMS`) lists must exist, and
+its hash identifies the source. Readme files, licences, hidden files and checksum files of other types are not sources.
 """
 
 import hashlib
@@ -42,11 +41,11 @@ _LABEL_LENGTH = 100
 
 @dataclass(frozen=True)
 class Source:
-    """One source file. `name` is its path below the folder, `url` its location, `size` its bytes.
+    """One source file. `name` is its path below the folder, `url` its location, `size` its size in bytes.
 
-    `stamp` is its ETag or modification time; `sha256` comes from a checksum file and is None without one. `label` is
-    its display name, unique in the snapshot, of letters, digits, `.`, `_` and `-`. `companion` is the metadata file of
-    a 21.09 pair.
+    `stamp` is the ETag or modification time. `sha256` is the hash in a checksum file, or None. `label` is the display
+    name: it is unique in the snapshot and consists of letters, digits, `.`, `_` and `-`. `companion` is the metadata
+    file if the source is the text file of an OSCAR 21.09 pair.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The sources of a folder in natural order; `absent` holds the names in checksum files that do not exist."""
+    """The sources of a folder in natural order. `absent` contains the listed names without a file."""
 
     url: str
     sources: tuple[Source, ...]
@@ -73,43 +72,43 @@ class Snapshot:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over names, sizes and checksums (or stamps)."""
+        """Hex sha256 over the names, sizes and checksums of the sources (or stamps, where there is no checksum)."""
         files = [file for source in self.sources for file in (source, source.companion) if file]
         return sha256_bytes(canonical_json([[file.name, file.size, file.sha256 or file.stamp] for file in files]))
 
 
 def take_snapshot(corpus: CorpusSettings, *, partial: bool = False) -> Snapshot:
-    """Lists the sources of `corpus.url` and its subfolders whose file name matches `corpus.pattern`.
+    """Lists the sources in `corpus.url` and its subfolders whose file name matches `corpus.pattern`.
 
-    FatalError: no such folder, no source in it, a link that leads out of it, an invalid checksum file, or, unless
-    `partial`, a name in a checksum file that does not exist.
+    Raises FatalError if the folder does not exist or contains no source, if a link points outside it, if a checksum
+    file is invalid, or, unless `partial` is set, if a file that a checksum file lists does not exist.
     """
     return snapshot_of(list_folder(corpus.url), corpus, partial=partial)
 
 
 def snapshot_of(folder: FolderListing, corpus: CorpusSettings, *, partial: bool = False) -> Snapshot:
-    """As `take_snapshot`, from an existing listing; the errors are the same.
+    """Takes a snapshot from an existing listing. Raises the same errors as `take_snapshot`.
 
-    With `partial`, a folder that holds a checksum file but none of its files is a snapshot without sources.
+    If `partial` is set, a folder with a checksum file but none of the listed files is a snapshot without sources.
     """
     fs, files = folder.fs, folder.files
     with listing_errors(corpus.url):
         checksums = read_checksums(fs, folder.root, files)
     absent = tuple(sorted(name for name in checksums.keys() - files.keys() if _matches_pattern(name, corpus.pattern)))
     if absent and not partial:
-        more = f" (nor are {len(absent) - 1} others)" if absent[1:] else ""
+        more = f" (nor do {len(absent) - 1} others)" if absent[1:] else ""
         raise FatalError(
-            f"{corpus.url}: {absent[0]} is named in a checksum file but does not exist{more}; "
-            "fetch it, or wait until the folder is complete",
+            f"{corpus.url}: {absent[0]} is listed in a checksum file but does not exist{more}; "
+            "download it, or wait until the folder is complete",
             absent[0],
         )
     listed = [_source(fs, name, detail, checksums.get(name)) for name, detail in files.items() if _is_source(name)]
     sources = _with_companions(listed)
     sources = [source for source in sources if _matches_pattern(source.name, corpus.pattern)]
     if not sources and not (partial and absent):
+        matching = "" if corpus.pattern == "*" else f" that matches {corpus.pattern}"
         raise FatalError(
-            f"{corpus.url} holds no source file{'' if corpus.pattern == '*' else f' that matches {corpus.pattern}'}; "
-            "correct corpus.url or corpus.pattern",
+            f"{corpus.url} contains no source file{matching}; correct corpus.url or corpus.pattern",
             corpus.url,
         )
     sources.sort(key=lambda source: natural_key(source.name))
@@ -117,17 +116,17 @@ def snapshot_of(folder: FolderListing, corpus: CorpusSettings, *, partial: bool 
 
 
 def source_content(store: Store, source: Source) -> str | None:
-    """Hex sha256 of a source, from its checksum file or remembered from an earlier read; None if unknown."""
+    """Returns the hex sha256 of a source from a checksum file or an earlier read, or None if it is unknown."""
     if source.sha256:
         return source.sha256
     if not source.size:
-        return sha256_bytes(b"")  # gives the failure of an empty source a key to be recorded under
+        return sha256_bytes(b"")  # so that the failure of an empty source has a key
     remembered = store.recall("source", _identity(source))
     return remembered["sha256"] if remembered else None
 
 
 def remember_source_content(store: Store, source: Source, content: str) -> None:
-    """Remembers the hex sha256 of a source for as long as its URL, size and stamp stay the same."""
+    """Stores the hex sha256 of a source; it is valid as long as URL, size and stamp of the source are unchanged."""
     store.remember("source", _identity(source), {"url": source.url, "sha256": content})
 
 
@@ -177,7 +176,7 @@ def _with_companions(sources: Iterable[Source]) -> list[Source]:
 
 
 def _with_unique_labels(sources: list[Source]) -> list[Source]:
-    """Gives each source a unique label: its file name, with its folders or a hash of its path if that is ambiguous."""
+    """Sets a unique label for each source: its file name, or its path, with a hash of the path if necessary."""
     names = [source.name for source in sources]
     labels = [_safe_label(name.rsplit("/", 1)[-1]) for name in names]
     for longer in (_safe_label, lambda name: f"{_safe_label(name)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"):
@@ -189,6 +188,6 @@ def _with_unique_labels(sources: list[Source]) -> list[Source]:
 
 
 def _safe_label(name: str) -> str:
-    """A path without its suffixes, in which `_` replaces all but letters, digits, `.`, `_` and `-`."""
+    """Returns a path without its suffixes, with `_` for all characters except letters, digits, `.`, `_` and `-`."""
     label = re.sub(r"[^A-Za-z0-9._-]+", "_", _SUFFIXES.sub("", name.replace("/", "-"))).lstrip(".-_")
     return label[-_LABEL_LENGTH:].lstrip(".-_") or "source"

@@ -3,7 +3,7 @@
     models = {"student": load_model(folder), "teacher": load_model(other_folder)}
     answers = fill_mask_answers(models, recipe.score.sentences)
 
-The result is a plain JSON value.
+The result contains plain JSON values only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,20 +18,20 @@ from tasks.eval.scores import Scores
 from tasks.models.forward import longest_input
 
 MASK = "<mask>"
-"""The mask token of the sentences; each model gets the mask token of its own tokenizer instead."""
+"""The mask token in the example sentences; it is replaced by the mask token of each model's tokenizer."""
 
 
 def fill_mask_answers(models: Mapping[str, LoadedModel], sentences: Sequence[str], top: int = 5) -> Scores:
-    """The `top` most probable tokens of each model at `<mask>`, with their probabilities.
+    """Returns the `top` most probable tokens of each model at `<mask>`, with their probabilities.
 
     {"top": 5, "sentences": 3, "same_first": 2, "shared": 3.7, "rows": [{"sentence": ..., "same_first": True,
     "shared": 4, "answers": {"student": [{"token": "bon", "probability": 0.31}, ...], ...}}, ...]}
 
     With two or more models, each row also has `same_first` (whether all models predict the same first token) and
-    `shared` (the number of tokens that occur in the list of every model). At the top level `same_first` is the number
-    of such sentences and `shared` the mean over the sentences.
+    `shared` (the number of tokens that occur in the list of every model). At the top level, `same_first` is the number
+    of sentences with the same first token, and `shared` is the mean over the sentences.
 
-    FatalError for a sentence that does not hold exactly one `<mask>` or is too long for a model.
+    FatalError if a sentence does not contain exactly one `<mask>` or is too long for a model.
     """
     rows = [_compare_sentence(models, sentence, top) for sentence in sentences]
     scores: Scores = {"top": top, "sentences": len(rows), "rows": rows}
@@ -43,7 +43,7 @@ def fill_mask_answers(models: Mapping[str, LoadedModel], sentences: Sequence[str
 
 def _compare_sentence(models: Mapping[str, LoadedModel], sentence: str, top: int) -> dict[str, Any]:
     if sentence.count(MASK) != 1:
-        raise FatalError(f"score.sentences: {sentence!r} needs {MASK} exactly once")
+        raise FatalError(f"score.sentences: {sentence!r} must contain {MASK} exactly once")
     answers = {name: _top_tokens(loaded, sentence, top) for name, loaded in models.items()}
     row: dict[str, Any] = {"sentence": sentence, "answers": answers}
     if len(models) > 1:
@@ -59,7 +59,7 @@ def _top_tokens(loaded: LoadedModel, sentence: str, top: int) -> list[dict[str, 
     text = sentence.replace(MASK, str(tokenizer.mask_token))
     ids = tokenizer(text)["input_ids"][: longest_input(model)]
     if ids.count(tokenizer.mask_token_id) != 1:
-        raise FatalError(f"score.sentences: {sentence!r} is too long for the model in {loaded.folder}")
+        raise FatalError(f"score.sentences: {sentence!r} is too long for the model in {loaded.folder}; shorten it")
     with eval_mode(model):
         logits_LV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
     logits_V = logits_LV[ids.index(tokenizer.mask_token_id), : len(tokenizer)].float()
@@ -69,6 +69,6 @@ def _top_tokens(loaded: LoadedModel, sentence: str, top: int) -> list[dict[str, 
 
 
 def _readable_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The token as decoded text; the raw vocabulary entry if the text is blank."""
+    """Returns the decoded token, or its raw vocabulary entry if the decoded token is blank."""
     text = str(tokenizer.decode([token])).strip()
     return text or str(tokenizer.convert_ids_to_tokens(token))

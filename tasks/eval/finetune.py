@@ -3,9 +3,9 @@
     scores = finetune(folder, data, SentenceTask(data.labels), tuning, seed=0, rates=tuning.lr)
 
 A `FineTuneTask` supplies the head, the encoding and the metric: tasks/eval/sentence_classification.py for sentences and
-pairs, tasks/eval/token_classification.py for words with tags. Each learning rate of `rates` keeps its best epoch on the
-validation split, and the best rate is selected by the same figure; only the selected model predicts the test split.
-Training uses transformers' Trainer.
+pairs, tasks/eval/token_classification.py for words with tags. For each learning rate of `rates`, the epoch with the
+best validation score is kept; the rate with the best validation score is selected, and only its model predicts the test
+split. Training uses the Trainer of transformers.
 """
 
 import tempfile
@@ -54,13 +54,13 @@ class Encoded(NamedTuple):
     """One encoded row."""
 
     features: dict[str, Any]
-    """input_ids, attention_mask and labels, in the form that the Trainer takes."""
+    """input_ids, attention_mask and labels, in the format of the Trainer."""
     word_ids: list[int | None]
-    """Index of the word of each sub-word, None for special tokens; empty for rows that are not lists of words."""
+    """Word index of each sub-word, None for special tokens; empty for rows that are not lists of words."""
 
 
 class FineTuneTask(Protocol):
-    """Head, encoding and metric of one kind of evaluation set. The type of the rows is that of the set's splits."""
+    """Head, encoding and metric of one kind of evaluation set. Rows have the type of the rows in the set's splits."""
 
     @property
     def metric(self) -> str:
@@ -72,26 +72,26 @@ class FineTuneTask(Protocol):
 
     @property
     def model_class(self) -> Any:
-        """The transformers class that puts a new head on an encoder."""
+        """The transformers model class that adds a new head to an encoder."""
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """The data collator that pads a batch."""
+        """Returns the data collator that pads a batch."""
 
     def encode(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, limit: int, types: bool) -> list[Encoded]:
-        """All rows, truncated to `limit` sub-words; `types`: the model uses token type ids."""
+        """Encodes rows, truncated to `limit` sub-words, with token type ids if `types` is True."""
 
     def scores(self, rows: Sequence[Any], encoded: Sequence[Encoded], predicted: npt.NDArray[Any]) -> Scores:
-        """Figures, including `metric`, from the most probable label of each row (or of each sub-word)."""
+        """Computes figures, including `metric`, from the most probable label of each row (or of each sub-word)."""
 
     def test_rows(self, data: Any) -> Sequence[Any]:
-        """Rows of the test split to predict."""
+        """Returns the rows of the test split to predict."""
 
     def test_scores(self, data: Any, encoded: Sequence[Encoded], predicted: npt.NDArray[Any], limit: int) -> Scores:
-        """Figures on the test split, and `predictions`: `gold` and `predicted` as `pack` writes them."""
+        """Computes figures on the test split, with `predictions`: `gold` and `predicted` in the format of `pack`."""
 
 
 class _FineTuned(NamedTuple):
-    """A trainer whose model is that of its best epoch, and the learning rate, validation figure and epoch of it."""
+    """A trainer with the model of its best epoch, the learning rate, and the score and number of that epoch."""
 
     trainer: Trainer
     lr: float
@@ -108,12 +108,12 @@ def finetune(
     rates: Sequence[float],
     device: str = "auto",
 ) -> Scores:
-    """Figures of one seed on the test split.
+    """Fine-tunes with one seed and returns the figures on the test split.
 
     Adds to the figures of `task.test_scores`: `train_rows`, and `choice`: the selected learning rate (`lr`), its best
-    validation figure (`validation`), the epoch of that figure (`epochs`), and the best validation figure of each rate
-    (`grid`). `device` is "auto" (one GPU if CUDA is available) or "cpu". The same seed gives the same figures on a CPU
-    with the same number of threads. Writes only to a temporary folder. FatalError if the folder holds no encoder.
+    validation score (`validation`), the epoch of that score (`epochs`), and the best validation score of each rate
+    (`grid`). `device` is "auto" (one GPU if CUDA is available) or "cpu". On a CPU, the same seed and number of threads
+    give the same figures. Writes to a temporary folder only. FatalError if the folder contains no encoder.
     """
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     train = [data.train[row] for row in evenly_spaced_rows(len(data.train), tuning.train_rows or len(data.train))]
@@ -126,7 +126,7 @@ def finetune(
             grid[f"{lr:g}"] = tuned.validation
             if best is None or tuned.validation > best.validation:
                 best = tuned
-        assert best is not None, "`rates` holds at least one learning rate"
+        assert best is not None, "`rates` must contain at least one learning rate"
         scores = _test(best.trainer, folder, data, task, tuning)
     choice = {"lr": best.lr, "validation": best.validation, "epochs": best.epochs, "grid": grid}
     return scores | {"train_rows": len(train), "choice": choice}
@@ -172,9 +172,10 @@ def _train(
 
 
 def _arguments(tuning: Tuning, metric: str, seed: int, lr: float, use_cpu: bool, output: Path) -> TrainingArguments:
-    """Saves weights only, in the temporary folder `output`, to restore the best epoch; disables all reporting.
+    """Returns the Trainer's arguments: weights-only checkpoints in the folder `output`, and no reporting.
 
-    Uses one GPU even if the machine has more: transformers would give each GPU a batch, which changes the protocol.
+    Uses one GPU even if the machine has more: with several GPUs, transformers would multiply the batch size, which is
+    part of the protocol.
     """
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -207,7 +208,7 @@ def _test(trainer: Trainer, folder: Path, data: Any, task: FineTuneTask, tuning:
     limit, types = _input_format(trainer.model, tuning)
     rows = task.test_rows(data)
     encoded = task.encode(rows, tokenizer, limit, types)
-    trainer.compute_metrics = None  # it scores the validation rows
+    trainer.compute_metrics = None  # the metrics function applies to the validation rows only
     features: Any = [one.features for one in encoded]
     with silenced():
         predicted = trainer.predict(features).predictions
@@ -215,7 +216,7 @@ def _test(trainer: Trainer, folder: Path, data: Any, task: FineTuneTask, tuning:
 
 
 def load_with_head(folder: Path, task: FineTuneTask, tuning: Tuning) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The encoder with a new head, in float32, and its tokenizer. FatalError if the folder holds no encoder."""
+    """Loads the encoder in float32 with a new head, and its tokenizer. FatalError if the folder has no encoder."""
     config, tokenizer = _tokenizer_of(folder)
     for name in _DROPOUTS:
         # A student saved with dropout 0 must be fine-tuned with the same dropout as its teacher.
@@ -234,7 +235,7 @@ def load_with_head(folder: Path, task: FineTuneTask, tuning: Tuning) -> tuple[Pr
 
 
 def _tokenizer_of(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a model folder."""
+    """Loads the configuration and the tokenizer of a model folder."""
     try:
         with silenced():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -243,15 +244,19 @@ def _tokenizer_of(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     except (OSError, ValueError, KeyError) as error:
         raise FatalError(_no_encoder(folder, error), str(folder)) from error
     if not tokenizer.is_fast:
-        raise FatalError(f"{folder}: the tokenizer cannot tell words from sub-words; add a tokenizer.json", str(folder))
+        raise FatalError(
+            f"{folder}: the tokenizer cannot map sub-words to words; add the tokenizer.json of a fast tokenizer",
+            str(folder),
+        )
     return config, tokenizer
 
 
 def _no_encoder(folder: Path, error: Exception) -> str:
-    return f"{folder}: not an encoder that can be fine-tuned ({str(error).strip().splitlines()[0]})"
+    reason = str(error).strip().splitlines()[0]
+    return f"{folder}: not an encoder that can be fine-tuned ({reason}); use the folder of a saved model"
 
 
 def _input_format(model: Any, tuning: Tuning) -> tuple[int, bool]:
-    """Largest number of sub-words in a row, and whether the model uses token type ids."""
+    """Returns the largest number of sub-words in a row, and True if the model uses token type ids."""
     types = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
     return min(tuning.max_tokens, longest_input(model)), types

@@ -4,8 +4,8 @@
     scores = set_scores(store, model_key, data, protocol)            # all seeds of a set: figures with intervals
     compare_models(store, model_key, other_key, data, protocol)      # ratio and difference, paired by test row
 
-The key of a score consists of the model, the tuning of the set, the content of the set and the seed. A changed set or
-an added seed therefore computes only the scores that are missing.
+The key of a score consists of the model, the tuning of the set, the content of the set and the seed. After a change of
+a set or an added seed, only the missing scores are therefore computed.
 """
 
 from functools import partial
@@ -28,30 +28,30 @@ from tasks.eval.sentence_classification import SentenceTask
 from tasks.eval.token_classification import TokenTask
 
 NOT_AVERAGED = ("predictions", "choice")
-"""Parts of the scores of a seed that are not averaged over seeds."""
+"""Fields of the scores of a seed that are not averaged over seeds."""
 
 
 def task_of(data: AnySet, tuning: Tuning) -> FineTuneTask:
-    """The fine-tuning task of a set: classification of sentences, or of words."""
+    """Returns the fine-tuning task of a set: sentence classification or token classification."""
     if isinstance(data, LabelledSet):
         return SentenceTask(data.labels)
     return TokenTask(tuning.labelled)
 
 
 def score_key_of(model_key: str, data: AnySet, protocol: Protocol, seed: int) -> ScoreKey:
-    """Key of the scores of one model, set and seed; includes the first seed, since it selected the learning rate."""
+    """Returns the key of the scores of one model, set and seed; it includes the first seed, which selects the rate."""
     tuning = protocol.tuning_of(data.name).model_dump(mode="json")
     settings = {"schema": SCHEMA, "tuning": tuning, "content": data.fingerprint, "first_seed": protocol.seeds[0]}
     return ScoreKey(model_key, settings, data.name, seed)
 
 
 def protocol_key(data: AnySet, protocol: Protocol) -> str:
-    """Hash of the protocol of one set: its tuning, its content and all seeds; only equal protocols are comparable."""
+    """Returns the hash of a set's tuning, content and seeds; scores are comparable only if these hashes are equal."""
     return sha256_bytes(canonical_json([score_key_of("", data, protocol, 0).settings, protocol.seeds]))
 
 
 def missing_seeds(store: Store, model_key: str, data: AnySet, protocol: Protocol) -> list[int]:
-    """Seeds whose scores are not in the store."""
+    """Returns the seeds whose scores are not in the store."""
     return [seed for seed in protocol.seeds if not store.has(score_key_of(model_key, data, protocol, seed).ref)]
 
 
@@ -66,10 +66,10 @@ def score_seed(
     device: str = "auto",
     force: bool = False,
 ) -> Scores:
-    """Scores of one seed, from the store or by fine-tuning; `finetune` defines the figures.
+    """Reads the scores of one seed from the store, or fine-tunes and stores them; `finetune` defines the figures.
 
-    The first seed tries each learning rate; the other seeds use the rate that it selected. FatalError if the scores of
-    the first seed are missing.
+    The first seed tries each learning rate; the other seeds use the rate that the first one selected. FatalError if
+    the scores of the first seed are missing when another seed needs them.
     """
     tuning = protocol.tuning_of(data.name)
     rates = tuning.lr
@@ -77,7 +77,7 @@ def score_seed(
     if seed != protocol.seeds[0] and len(rates) > 1:
         if not store.has(first.ref):
             raise FatalError(
-                f"{data.name} seed {seed}: seed {protocol.seeds[0]} comes first, since it selects the learning rate"
+                f"{data.name} seed {seed}: run seed {protocol.seeds[0]} first, since it selects the learning rate"
             )
         rates = (read_scores(store, first.ref)["choice"]["lr"],)
     compute = partial(finetune, folder, data, task_of(data, tuning), tuning, seed, rates, device)
@@ -85,12 +85,12 @@ def score_seed(
 
 
 def set_scores(store: Store, model_key: str, data: AnySet, protocol: Protocol) -> Scores:
-    """Stored scores of all seeds of one set, with their summary.
+    """Returns the stored scores of all seeds of one set, with their summary.
 
     {"set", "source", "rule", "counts", "protocol", "metric", "lr", "grid", "runs": figures by seed, "summary"}
 
-    `protocol` is `protocol_key`. `lr` is the selected learning rate and `grid` the best validation figure of each rate.
-    `summary` has mean, standard deviation and 95 % interval over the seeds of each figure (see `over_seeds`).
+    `protocol` is the value of `protocol_key`, `lr` the selected learning rate, and `grid` the best validation score of
+    each rate. `summary` contains the mean, standard deviation and 95 % interval of each figure (see `over_seeds`).
     FatalError if the scores of a seed are missing.
     """
     stored = _runs(store, model_key, data, protocol)
@@ -115,9 +115,10 @@ def set_scores(store: Store, model_key: str, data: AnySet, protocol: Protocol) -
 def compare_models(
     store: Store, ours: str, theirs: str, data: AnySet, protocol: Protocol
 ) -> dict[str, dict[str, float]]:
-    """Ratio and difference of two models (`ours` and `theirs` are their keys) by the metric of the set, over all seeds.
+    """Returns the ratio and difference of two models' scores on a set, over all seeds.
 
-    See `paired_difference` for the intervals. FatalError if the scores of a seed are missing.
+    `ours` and `theirs` are the keys of the models. See `paired_difference` for the intervals. FatalError if the scores
+    of a seed are missing.
     """
     metric = task_of(data, protocol.tuning_of(data.name)).metric
     counts = [

@@ -29,25 +29,25 @@ from tasks.tokens.mask import IGNORE_INDEX, mask_rows
 from tasks.tokens.vocabulary import Vocabulary
 
 MASK_SEED = 2_205_111
-"""Seed of the masks of all held-out scores; never a training seed: see `score_mask`."""
+"""Seed of the masks of all held-out scores; `score_mask` ensures that it differs from the training seed."""
 
 PROTOCOL_VERSION = 2
-"""Increases when the definition of a held-out figure changes or a figure is added."""
+"""Must be increased when the definition of a held-out figure changes or a figure is added."""
 
 FORWARD_TOKENS = 8192
 """Tokens in one forward pass."""
 
 CHUNK_ROWS = 512
-"""Masked positions whose logits are in memory at once (64 MB per model with 32,005 tokens in the vocabulary)."""
+"""Masked positions whose logits are in memory at once (64 MB per model for a vocabulary of 32,005 tokens)."""
 
 
 # ---- protocol ----------------------------------------------------------------------------------------------
 
 
 def score_mask(mask: MaskSettings, masks: int = 1) -> MaskSettings:
-    """Mask settings for scoring: `masks` uniform masks with the recipe's rate and a fixed seed.
+    """Returns the mask settings for scoring: `masks` uniform masks with the recipe's rate and a fixed seed.
 
-    Models trained with different masks are therefore scored under one mask, and never under their training masks.
+    Models trained with different masks are therefore scored under the same masks, and never under their training masks.
     """
     return MaskSettings(seed=MASK_SEED if mask.seed != MASK_SEED else MASK_SEED + 1, rate=mask.rate, variants=masks)
 
@@ -55,7 +55,7 @@ def score_mask(mask: MaskSettings, masks: int = 1) -> MaskSettings:
 def heldout_protocol(
     blocks: Sequence[Blocks | Ref], mask: MaskSettings, limit: int, teacher: str = "", masks: int = 1
 ) -> dict[str, Any]:
-    """The protocol part of the key of held-out scores; `teacher` is its fingerprint, or "" without a teacher."""
+    """Returns the protocol in the key of held-out scores; `teacher` is a fingerprint, or "" without a teacher."""
     settings = score_mask(mask, masks).model_dump(mode="json")
     blocks_keys = [part.key for part in blocks]
     return {"version": PROTOCOL_VERSION, "mask": settings, "rows": limit, "blocks": blocks_keys, "teacher": teacher}
@@ -75,13 +75,13 @@ def score_heldout(
 ) -> Scores:
     """Scores the masked positions of up to `limit` blocks, evenly spaced over all held-out blocks.
 
-    Each block is scored under `masks` masks; more masks reduce the variance where held-out text is scarce.
+    Each block is scored under `masks` masks; more masks reduce the variance if held-out text is scarce.
 
     blocks, positions      number of blocks, and of masked positions (a position counts once per mask)
     top1, top1_se          share of positions where the most probable token is the true one (masked top-1 accuracy),
                            and its standard error, clustered by block
-    top1_at_mask           the same at positions where the input is the mask token (80 % of them; the other inputs are
-                           the true token or a random one)
+    top1_at_mask           top-1 accuracy at positions where the input is the mask token (80 % of them; the other
+                           inputs are the true token or a random one)
     mlm_loss, perplexity   mean cross-entropy in nats per position, and its exponential
     frequent_top1          f, the top-1 accuracy of always predicting the most frequent of these labels
     teacher_*              the same figures of the teacher at the same positions
@@ -90,25 +90,28 @@ def score_heldout(
     kept                   (top1 - f) / (teacher_top1 - f); absent if the teacher is not better than f
     by_block               sums per block (positions, hits, teacher_hits, kl), for `block_counts`
 
-    The softmax covers the tokens of the tokenizer; rows that only pad the decoder are left out. Returns `not_run` if
-    no position can be scored. FatalError if the logits of a model are not finite.
+    The softmax covers the tokens of the tokenizer, without the padding rows of the decoder. Returns a `not_run` value
+    if no position can be scored. FatalError if the logits of a model are not finite.
     """
     if not sum(map(len, blocks)):
-        return not_run("there is no held-out text; raise corpus.heldout_per_mille or give more text")
+        return not_run("the corpus has no held-out text; increase corpus.heldout_per_mille or use a larger corpus")
     models = [model] if teacher is None else [model, teacher]
     with eval_mode(*models), torch.no_grad():
         batches = _batches(blocks, vocabulary, score_mask(mask, masks), limit)
         parts = [_score_batch(models, batch, vocabulary) for batch in batches]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if not len(columns["label"]):
-        return not_run("the held-out blocks hold no token that can be masked")
+        return not_run("the held-out blocks contain no token that can be masked; increase corpus.heldout_per_mille")
     if not all(np.isfinite(values).all() for values in columns.values()):
-        raise FatalError("the model's predictions on held-out text are not finite; its weights are broken")
+        raise FatalError(
+            "the model's predictions on held-out text are not finite; train again with a lower train.lr, or use a "
+            "different teacher"
+        )
     return _figures(columns)
 
 
 def evenly_spaced_rows(total: int, limit: int) -> npt.NDArray[np.int64]:
-    """Up to `limit` row numbers below `total`, ascending and evenly spaced."""
+    """Returns up to `limit` row numbers below `total`, ascending and evenly spaced."""
     count = min(total, limit)
     return np.arange(count, dtype=np.int64) * total // max(count, 1)
 
@@ -117,7 +120,7 @@ def evenly_spaced_rows(total: int, limit: int) -> npt.NDArray[np.int64]:
 
 
 class _Batch(NamedTuple):
-    """B masked rows of length L, and the N masked positions among their B x M slots."""
+    """B masked rows of length L with M slots for masked positions per row, N of them in use."""
 
     input_ids: Tensor
     attention_mask: Tensor | None
@@ -125,9 +128,9 @@ class _Batch(NamedTuple):
     valid: Tensor
     labels: Tensor
     at_mask: npt.NDArray[np.bool_]
-    """[N]: whether the input at the position is the mask token."""
+    """[N]: True if the input at the position is the mask token."""
     block: npt.NDArray[np.int64]
-    """[N]: number of the block of the position, over all blocks."""
+    """[N]: number of the position's block among all held-out blocks."""
 
 
 def _batches(blocks: Sequence[Blocks], vocabulary: Vocabulary, mask: MaskSettings, limit: int) -> Iterator[_Batch]:
@@ -165,7 +168,7 @@ def _batch(
 
 
 def _score_batch(models: list[PreTrainedModel], batch: _Batch, vocabulary: Vocabulary) -> dict[str, npt.NDArray[Any]]:
-    """Columns with one value per position; the first model is the student, the second its teacher."""
+    """Returns columns with one value per position; the first model is the student, the second its teacher."""
     features = [_head_features(model, batch) for model in models]
     chunks: list[dict[str, Tensor]] = []
     for start in range(0, len(batch.labels), CHUNK_ROWS):
@@ -181,7 +184,7 @@ def _score_batch(models: list[PreTrainedModel], batch: _Batch, vocabulary: Vocab
 
 
 def _head_features(model: PreTrainedModel, batch: _Batch) -> Tensor:
-    """Input of the LM head's decoder at the N masked positions: [N, H]."""
+    """Returns the input [N, H] of the LM head's decoder at the N masked positions."""
     device = model.device
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     hidden_BMD = hidden_rows(model, batch.input_ids.to(device), mask, batch.positions.to(device))
@@ -189,14 +192,14 @@ def _head_features(model: PreTrainedModel, batch: _Batch) -> Tensor:
 
 
 def _log_probs(model: PreTrainedModel, features_nH: Tensor, tokens: int) -> Tensor:
-    """Log-probabilities [n, tokens]."""
+    """Returns log-probabilities [n, tokens]."""
     weight_VH, bias_V = decoder_of(model)
     logits_nV = F.linear(features_nH, weight_VH[:tokens], bias_V[:tokens])
     return F.log_softmax(logits_nV.float(), dim=-1)
 
 
 def _compare(log_probs: list[Tensor], labels_n: Tensor) -> dict[str, Tensor]:
-    """Per position: loss and hit of each model; with a teacher also KL and agreement. All on the CPU."""
+    """Returns the loss and hit of each model per position, with a teacher also KL and agreement; all on the CPU."""
     columns: dict[str, Tensor] = {}
     for prefix, log_p_nV in zip(("", TEACHER_PREFIX), log_probs, strict=False):
         label_n = labels_n.to(log_p_nV.device)
@@ -229,7 +232,7 @@ def _figures(columns: dict[str, npt.NDArray[Any]]) -> Scores:
 
 
 def _model_figures(columns: dict[str, npt.NDArray[Any]], prefix: str) -> Scores:
-    """Accuracy and loss of one model; `prefix` selects its columns and begins its names."""
+    """Returns accuracy and loss of one model; `prefix` is the prefix of its columns and of the names of its figures."""
     hit, loss = columns[f"{prefix}hit"], float(columns[f"{prefix}loss"].mean())
     figures = {
         "top1": float(hit.mean()),
@@ -250,18 +253,18 @@ def _sums_by_block(columns: dict[str, npt.NDArray[Any]]) -> dict[str, list[float
 
 
 def block_counts(figures: Scores, name: str) -> npt.NDArray[np.float64]:
-    """Numerator and denominator per held-out block [1, B, 2] of a mean over positions, for `paired_difference`.
+    """Returns the numerator and denominator per held-out block of a mean over positions: [1, B, 2].
 
-    `name` is hits, teacher_hits or kl.
+    `name` is hits, teacher_hits or kl. `paired_difference` accepts the result.
     """
     blocks = figures["by_block"]
     return np.stack([np.array(blocks[name], float), np.array(blocks["positions"], float)], axis=-1)[None]
 
 
 def clustered_standard_error(values: npt.NDArray[Any], cluster: npt.NDArray[Any]) -> float:
-    """Standard error of the mean of `values` [N] that are correlated within a cluster (ratio estimator).
+    """Returns the standard error of the mean of `values` [N] that are correlated within clusters (ratio estimator).
 
-    The tokens of one block are not independent, so sqrt(p (1 - p) / N) would be too small. With a single cluster that
+    The tokens of one block are not independent, so sqrt(p (1 - p) / N) would be too small. With a single cluster, the
     plain standard error is returned, since nothing better can be estimated.
     """
     mean = values.mean()

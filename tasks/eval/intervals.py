@@ -3,9 +3,9 @@
     summarize_seeds([{"accuracy": 0.71}, {"accuracy": 0.73}, {"accuracy": 0.72}])   # mean, sd, low, high, seeds
     paired_difference(ours, theirs)                                                 # ratio and difference of two models
 
-Few seeds estimate their spread badly, so the interval over seeds uses Student's t (4.3 standard errors at three seeds)
-instead of 1.96. The seeds do not vary the test rows and the bootstrap does not vary the seeds: a comparison reports
-both intervals and, as `low` and `high`, the smallest interval that contains both.
+A standard deviation from a few seeds is uncertain, so the interval over seeds uses Student's t (4.3 standard errors at
+three seeds) instead of 1.96. Seeds share the test rows, and the bootstrap keeps the seeds fixed, so a comparison
+reports both intervals and, as `low` and `high`, the smallest interval that contains both.
 """
 
 import math
@@ -20,7 +20,7 @@ from scipy.stats import t as students_t
 CONFIDENCE = 0.95
 
 Z_95 = 1.96
-"""Half the width of a 95 % normal interval, in standard errors; for means over many rows or blocks."""
+"""Half the width of a 95 % normal interval in standard errors, for means over many rows or blocks."""
 
 DRAWS = 2000
 """Bootstrap samples."""
@@ -34,9 +34,10 @@ Array = npt.NDArray[np.float64]
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """Mean and number of the values, one value per seed; with two or more also their spread.
+    """Summarizes one value per seed.
 
-    {"mean", "seeds"}, and "sd" (sample standard deviation), "low", "high" (95 % interval by Student's t).
+    Returns "mean" and "seeds" (their number); with two or more seeds also "sd" (sample standard deviation) and "low",
+    "high" (95 % interval by Student's t).
     """
     summary = {"mean": fmean(values), "seeds": len(values)}
     if len(values) > 1:
@@ -49,7 +50,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, float]:
 def summarize_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Applies `over_seeds` to each figure of several runs (one run per seed), at any depth of nesting.
 
-    Leaves out values that are not numbers and names that a run lacks.
+    Omits values that are not numbers and figures that are missing in any run.
     """
     summary: dict[str, Any] = {}
     for name, first in runs[0].items():
@@ -64,10 +65,10 @@ def summarize_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def paired_difference(ours: Array, theirs: Array) -> dict[str, dict[str, float]]:
-    """Ratio and difference of the scores of two models on the same test rows, with 95 % intervals.
+    """Returns the ratio and difference of the scores of two models on the same test rows, with 95 % intervals.
 
-    `ours` [S, N, 2] and `theirs` [R, N, 2] hold numerator and denominator of the metric by seed and test row (see
-    `row_counts`); a model's score is the mean over its seeds. "ratio" and "difference" each have
+    `ours` [S, N, 2] and `theirs` [R, N, 2] contain the numerator and denominator of the metric by seed and test row
+    (see `row_counts`); a model's score is the mean over its seeds. "ratio" and "difference" each contain
 
     value                   the point estimate
     rows_low, rows_high     a paired percentile bootstrap over test rows: 2,000 samples from a fixed seed, the same rows
@@ -89,12 +90,12 @@ def paired_difference(ours: Array, theirs: Array) -> dict[str, dict[str, float]]
 
 
 def quotients(sums: Array) -> Array:
-    """Quotient of the two entries of the last axis, [..., 2] to [...]; 0 where the divisor is 0."""
+    """Divides the two entries of the last axis, [..., 2] to [...]; the quotient is 0 where the divisor is 0."""
     return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
 
 
 def _bootstrap(ours: Array, theirs: Array) -> Array:
-    """Scores of both models in each bootstrap sample [DRAWS, 2]."""
+    """Returns the scores of both models in each bootstrap sample: [DRAWS, 2]."""
     rows = ours.shape[1]
     columns = np.concatenate([side.transpose(1, 0, 2).reshape(rows, -1) for side in (ours, theirs)], axis=1)
     random = np.random.default_rng(SEED)
@@ -109,14 +110,17 @@ def _bootstrap(ours: Array, theirs: Array) -> Array:
 
 
 def _by_seed(operation: np.ufunc, ours: Array, theirs: Array) -> list[float]:
-    """Values seed by seed; none if the models differ in their number of seeds, have only one, or a divisor is 0."""
+    """Applies the operation seed by seed.
+
+    Returns an empty list if the models have different numbers of seeds or only one, or if a divisor is 0.
+    """
     if len(ours) != len(theirs) or len(ours) < 2 or (operation is np.divide and (theirs == 0).any()):
         return []
     return [float(value) for value in operation(ours, theirs)]
 
 
 def _intervals(value: float, sampled: Array, by_seed: Sequence[float]) -> dict[str, float]:
-    """The point estimate with its interval over test rows, over seeds, and the hull of the two."""
+    """Returns the point estimate, its intervals over test rows and over seeds, and the hull of both intervals."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = (float(bound) for bound in np.percentile(sampled, (tail, 100 - tail)))
     result = {"value": value, "rows_low": low, "rows_high": high, "low": low, "high": high}

@@ -34,11 +34,11 @@ def load_model(
 ) -> LoadedModel:
     """Loads a folder in the Hugging Face layout, in float32 and in evaluation mode.
 
-    FatalError if the folder holds no masked language model or no tokenizer.
+    FatalError if the folder contains no masked language model, no tokenizer, or a tokenizer without a mask token.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FatalError(f"{folder}: no such model folder; give the folder that a run made", str(folder))
+        raise FatalError(f"{folder}: no such model folder; use the folder of a saved model", str(folder))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         with silenced():
@@ -46,16 +46,16 @@ def load_model(
             tokenizer = exact_tokenizer(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
-        message = f"{folder}: not a masked language model with its tokenizer ({first_line})"
+        message = f"{folder}: not a masked language model with its tokenizer ({first_line}); use a saved model's folder"
         raise FatalError(message, str(folder)) from error
     if tokenizer.mask_token_id is None:
-        raise FatalError(f"{folder}: the tokenizer has no mask token; take a masked language model", str(folder))
+        raise FatalError(f"{folder}: the tokenizer has no mask token; use a masked language model", str(folder))
     return LoadedModel(model.to(device).eval(), tokenizer, folder)
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Turns off the progress bars of transformers and its warnings about new or unused heads, which are expected."""
+    """Disables the progress bars of transformers and its warnings about new or unused heads, which are expected."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -69,7 +69,7 @@ def silenced() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Puts the models in evaluation mode (no dropout) and restores the mode of each afterwards."""
+    """Switches the models to evaluation mode (no dropout) inside the block and restores the mode of each afterwards."""
     before = [model.training for model in models]
     for model in models:
         model.eval()

@@ -1,11 +1,11 @@
-"""Metrics of the fine-tuned sets: accuracy and F1 of classes, and F1 of named entities.
+"""Computes the metrics of the fine-tuned sets: accuracy and F1 of classes, and F1 of named entities.
 
     sentence_scores(gold, predicted, labels)["accuracy"]        # sentences: scikit-learn's accuracy and F1
     entity_scores(gold, predicted)["f1"]                        # named entities: seqeval's micro F1 over entities
     row_counts("entity_f1", {"gold": ..., "predicted": ...})    # numerator and denominator of the metric per test row
 
-All shares lie between 0 and 1. An entity is correct if its type, its first word and its last word are correct (the
-CoNLL-2003 definition, as seqeval computes it). Each metric is a ratio of two sums over test rows (accuracy: correct
+All figures except supports are between 0 and 1. An entity is correct if its type, its first word and its last word are
+correct (the CoNLL-2003 definition, as in seqeval). Each metric is a ratio of two sums over test rows (accuracy: correct
 rows / rows; entity F1: 2 x correct entities / (predicted + true entities)), so a bootstrap over rows needs only two
 numbers per row.
 """
@@ -26,7 +26,7 @@ Tags = Sequence[Sequence[int]]
 
 
 def to_iob(tags: Sequence[int]) -> list[str]:
-    """Converts the IO tags of one sentence to IOB2: a word begins an entity unless the word before has its type."""
+    """Converts the IO tags of one sentence to IOB2: a word begins an entity unless the previous word has its type."""
     names = []
     before = 0
     for tag in tags:
@@ -36,17 +36,17 @@ def to_iob(tags: Sequence[int]) -> list[str]:
 
 
 def spans(tags: Sequence[int]) -> set[tuple[str, int, int]]:
-    """Entities of one sentence as (type, index of the first word, index of the last word)."""
+    """Returns the entities of one sentence as (type, index of the first word, index of the last word)."""
     return set(get_entities(to_iob(tags)))
 
 
 def entity_scores(gold: Tags, predicted: Tags) -> dict[str, Any]:
-    """Entity-level precision, recall, F1 and support: the micro average over all types, and the same per type.
+    """Computes entity-level precision, recall, F1 and support: the micro average over all types, and per type.
 
     {"precision": 0.89, "recall": 0.9, "f1": 0.895, "support": 5123, "by_type": {"LOC": {...}, ...}}
 
-    A type that occurs in neither `gold` nor `predicted` has F1 0 and support 0. ValueError if the two sides of a
-    sentence differ in length.
+    A type that occurs in neither `gold` nor `predicted` has F1 0 and support 0. ValueError if the true and predicted
+    tags of a sentence differ in number.
     """
     if any(len(one) != len(other) for one, other in zip(gold, predicted, strict=True)):
         raise ValueError("gold and predicted tags of a sentence differ in number")
@@ -64,12 +64,12 @@ def _entry(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def class_scores(gold: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> dict[str, Any]:
-    """F1 of the tag classes over positions [N] (sub-words or words).
+    """Computes the F1 of the tag classes over positions [N] (sub-words or words).
 
     {"weighted_f1": 0.98, "macro_f1": 0.93, "weighted_f1_without_o": 0.93, "by_class": {"O": {"f1", "support"}, ...}}
 
     `weighted_f1` is the mean over classes weighted by support; `macro_f1` is the plain mean over the classes that occur
-    in `gold` or `predicted`. Published results that include the frequent class O are higher than entity F1.
+    in `gold` or `predicted`. Averages that include the frequent class O, as in some publications, exceed entity F1.
     """
     confusion = np.bincount(gold * len(LABELS) + predicted, minlength=len(LABELS) ** 2).reshape(len(LABELS), -1)
     correct, support, chosen = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -85,14 +85,14 @@ def class_scores(gold: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> dict[st
 
 
 def weighted_mean(values: Iterable[float], weights: Iterable[float]) -> float:
-    """Weighted mean of `values`; 0 if all weights are 0."""
+    """Returns the weighted mean of `values`; 0 if all weights are 0."""
     pairs = list(zip(values, weights, strict=True))
     total = sum(weight for _, weight in pairs)
     return float(sum(value * weight for value, weight in pairs) / total) if total else 0.0
 
 
 def sentence_scores(gold: npt.NDArray[Any], predicted: npt.NDArray[Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, macro F1 over all labels, and precision, recall, F1 and support per label, as scikit-learn has them.
+    """Computes accuracy, macro F1 over all labels, and precision, recall, F1 and support per label with scikit-learn.
 
     `gold` and `predicted` are label numbers [N]. A label that occurs in neither has F1 0.
     """
@@ -110,19 +110,20 @@ def sentence_scores(gold: npt.NDArray[Any], predicted: npt.NDArray[Any], labels:
 
 
 def pack(rows: Sequence[Sequence[int]]) -> str:
-    """Writes the labels or tags (0 to 9) of all test rows as text: one digit each, rows separated by a space."""
+    """Formats the labels or tags (0 to 9) of all test rows as text: one digit each, rows separated by a space."""
     return " ".join("".join(map(str, row)) for row in rows)
 
 
 def unpack(text: str) -> list[list[int]]:
-    """Reads the text that `pack` wrote."""
+    """Parses the result of `pack`."""
     return [[int(digit) for digit in row] for row in text.split(" ")] if text else []
 
 
 def row_counts(metric: str, predictions: Mapping[str, str]) -> npt.NDArray[np.float64]:
-    """Numerator and denominator of a metric per test row [N, 2]; the metric is the ratio of the two column sums.
+    """Returns the numerator and denominator of a metric per test row: [N, 2].
 
-    `metric` is accuracy or entity_f1; `predictions` holds `gold` and `predicted` as `pack` writes them.
+    The metric is the ratio of the two column sums. `metric` is accuracy or entity_f1; `predictions` contains `gold` and
+    `predicted` in the format of `pack`.
     """
     pairs = list(zip(unpack(predictions["gold"]), unpack(predictions["predicted"]), strict=True))
     if metric == "accuracy":

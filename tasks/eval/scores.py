@@ -28,7 +28,7 @@ Scores = dict[str, Any]
 class ScoreKey:
     """Identifies scores: the key of the model, the protocol, the name of the set and the seed.
 
-    `protocol` holds as plain JSON everything except model, set and seed that changes the figures.
+    `protocol` contains, as plain JSON, everything that changes the figures except the model, the set and the seed.
     """
 
     model: str
@@ -38,27 +38,27 @@ class ScoreKey:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The inputs of the key other than the model."""
+        """The inputs of the key except the model."""
         return {"protocol": dict(self.protocol), "set": self.set_name, "seed": self.seed}
 
     @property
     def ref(self) -> Ref:
-        """Reference of the scores in the store."""
+        """Reference to the scores in the store."""
         return Ref("scores", key_of("scores", SCHEMA, self.settings, [self.model]), f"{self.set_name}-{self.seed}")
 
 
 def not_run(reason: str) -> Scores:
-    """Takes the place of figures that could not be computed; reports show the reason, and the store never holds it."""
+    """Returns a placeholder for figures that could not be computed; reports show the reason, and it is never stored."""
     return {"status": "not run", "reason": reason}
 
 
 def was_run(scores: Mapping[str, Any]) -> bool:
-    """False for a value from `not_run`."""
+    """Returns False if `scores` is a value from `not_run`, else True."""
     return scores.get("status") != "not run"
 
 
 def make_scores(store: Store, key: ScoreKey, compute: Callable[[], Scores], *, force: bool = False) -> Scores:
-    """Reads scores from the store, or computes and stores them; with `force` always computes.
+    """Reads scores from the store, or computes and stores them; with `force`, always computes them.
 
     A `not_run` value is returned but not stored.
     """
@@ -72,7 +72,7 @@ def make_scores(store: Store, key: ScoreKey, compute: Callable[[], Scores], *, f
 
 
 def keep_scores(store: Store, key: ScoreKey, scores: Scores, seconds: float = 0.0) -> Receipt:
-    """Commits figures as `scores.json`; `seconds` is the time of the computation. ValueError if one is not finite."""
+    """Commits figures as `scores.json`; `seconds` is the computation time. ValueError if a figure is not finite."""
     with store.scratch() as folder:
         (folder / FILE).write_bytes(canonical_json(scores))
         return store.commit(
@@ -88,7 +88,7 @@ def keep_scores(store: Store, key: ScoreKey, scores: Scores, seconds: float = 0.
 
 
 def read_scores(store: Store, ref: Ref) -> Scores:
-    """Reads stored figures. FatalError if they are missing or their bytes changed."""
+    """Reads stored figures. FatalError if they are missing or their bytes have changed."""
     scores: Scores = json.loads((store.check(store.receipt(ref)) / FILE).read_bytes())
     return scores
 
@@ -98,7 +98,7 @@ TEACHER_PREFIX = "teacher_"
 
 
 def teacher_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Extracts the teacher's figures from the held-out figures of a student and removes the prefix of their names."""
+    """Extracts the teacher's figures from the held-out figures of a student and removes their prefix."""
     return {
         name.removeprefix(TEACHER_PREFIX): value for name, value in figures.items() if name.startswith(TEACHER_PREFIX)
     }

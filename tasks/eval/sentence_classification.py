@@ -1,9 +1,9 @@
-"""Fine-tuning task for sentences and sentence pairs: one label per row, scored by accuracy.
+"""Defines the fine-tuning task for sentences and sentence pairs: one label per row, scored by accuracy.
 
     finetune(folder, data, SentenceTask(data.labels), tuning, seed, rates)
 
-A pair is encoded with the tokenizer's own template for pairs, and the longer text is truncated. A tokenizer without
-such a template gets that of CamemBERT: `<s> A </s></s> B </s>`.
+A pair is encoded with the tokenizer's own template for pairs, and the longer text is truncated. For a tokenizer without
+such a template, the template of CamemBERT is used: `<s> A </s></s> B </s>`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from tasks.eval.metrics import pack, sentence_scores
 from tasks.eval.scores import Scores
 
 ENCODE_ROWS = 1000
-"""Rows in one call of the tokenizer."""
+"""Rows per tokenizer call."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SentenceTask:
 
     @property
     def model_class(self) -> Any:
-        """A classification head on the encoded text."""
+        """Adds a classification head to the encoded text."""
         return AutoModelForSequenceClassification
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
@@ -61,17 +61,17 @@ class SentenceTask:
         return encoded
 
     def scores(self, rows: Sequence[Example], encoded: Sequence[Encoded], predicted: npt.NDArray[Any]) -> Scores:
-        """Accuracy, macro F1 and figures per label."""
+        """Computes accuracy, macro F1 and figures per label."""
         return sentence_scores(np.array([row.label for row in rows]), predicted, self.labels)
 
     def test_rows(self, data: LabelledSet) -> Sequence[Example]:
-        """The complete test split."""
+        """Returns the complete test split."""
         return data.test
 
     def test_scores(
         self, data: LabelledSet, encoded: Sequence[Encoded], predicted: npt.NDArray[Any], limit: int
     ) -> Scores:
-        """Figures on the test split; `cut_rows` counts rows of exactly `limit` sub-words, most of them truncated."""
+        """Computes figures on the test split; `cut_rows` counts rows of exactly `limit` sub-words, mostly truncated."""
         predictions = {
             "gold": pack([[row.label] for row in data.test]),
             "predicted": pack([[int(label)] for label in predicted]),
@@ -82,7 +82,7 @@ class SentenceTask:
 
 
 def add_pair_template(tokenizer: Any) -> None:
-    """Sets a template for pairs on a tokenizer that puts no token between two texts; others stay unchanged."""
+    """Adds a pair template to a tokenizer that inserts no token between two texts; other tokenizers do not change."""
     if tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False):
         return
     begin, end = tokenizer.cls_token or tokenizer.bos_token, tokenizer.sep_token or tokenizer.eos_token

@@ -5,7 +5,7 @@
     counts = parameter_counts(models["student"].model)
     size = size_on_disk(folder)
 
-All results are plain JSON values.
+All results contain plain JSON values only.
 """
 
 import time
@@ -26,7 +26,7 @@ from tasks.models.forward import longest_input
 LATENCY_TOKENS = 128
 
 WARM_UP_RUNS = 2
-"""Untimed forward passes per model and batch size before the timed ones."""
+"""Untimed forward passes per model and batch size before the timed passes."""
 
 
 def latency(
@@ -36,16 +36,17 @@ def latency(
     tokens: int = LATENCY_TOKENS,
     budget: float = 60.0,
 ) -> Scores:
-    """Median milliseconds of one forward pass of each encoder on the CPU.
+    """Measures the median time of one forward pass of each encoder on the CPU, in milliseconds.
 
     {"tokens": 128, "threads": 2, "runs": {"1": 30, "32": 12}, "ms": {"student": {"1": 9.1, "32": 210.0}, ...}}
 
-    Times the encoder without a head, since every fine-tuned model runs it, in float32 on rows of `tokens` tokens
-    without padding. The models alternate run by run, so that other load on the machine affects all of them alike.
-    A batch size ends after `runs` rounds, or after `budget` seconds once it has three rounds.
+    Runs the encoder without a head, which all fine-tuned models share, in float32 on rows of `tokens` tokens without
+    padding. The models alternate, so that other load on the machine affects all of them equally. For each batch size,
+    timing ends after `runs` rounds, or after `budget` seconds and at least three rounds. Returns a `not_run` value if
+    `runs` is 0.
     """
     if runs == 0:
-        return not_run("score.latency_runs is 0")
+        return not_run("score.latency_runs is 0; set it to measure the latency")
     length = min([tokens, *(longest_input(loaded.model) for loaded in models.values())])
     devices = {name: loaded.model.device for name, loaded in models.items()}
     scores: Scores = {
@@ -75,7 +76,7 @@ def latency(
 def _time_alternating(
     encoders: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], runs: int, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds of each timed forward pass, by model."""
+    """Returns the seconds of each timed forward pass, by model."""
     for name, encoder in encoders.items():
         for _ in range(WARM_UP_RUNS):
             encoder(input_ids=inputs[name])
@@ -92,16 +93,16 @@ def _time_alternating(
 
 
 def _random_ids(loaded: LoadedModel, batch_size: int, length: int) -> Tensor:
-    """Random token ids [batch_size, length] without special tokens: models may treat padding differently."""
+    """Returns random token ids [batch_size, length] without special tokens, since models may skip padding."""
     size = min(int(loaded.model.config.vocab_size), len(loaded.tokenizer))
     ordinary = np.setdiff1d(np.arange(size), loaded.tokenizer.all_special_ids)
     return torch.from_numpy(np.random.default_rng(0).choice(ordinary, (batch_size, length)))
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of the model with its LM head, and of the encoder alone.
+    """Counts the parameters of the model with its LM head, and of the encoder alone.
 
-    Tied weights count once, as part of the module that uses them first.
+    Tied weights are counted once.
     """
     return {"with_head": _count(model), "without_head": _count(model.base_model)}
 
@@ -111,11 +112,11 @@ def _count(module: nn.Module) -> int:
 
 
 def size_on_disk(folder: str | Path) -> int:
-    """Bytes of the weight files in a model folder: the safetensors files, or the .bin files if it has none of those.
+    """Returns the bytes of the weight files in a model folder: its safetensors files, or if it has none its .bin files.
 
-    FatalError if the folder holds neither.
+    FatalError if the folder contains neither.
     """
     for pattern in ("*.safetensors", "*.bin"):
         if sizes := [path.stat().st_size for path in Path(folder).glob(pattern)]:
             return sum(sizes)
-    raise FatalError(f"{folder}: no weights (*.safetensors) in this folder; copy the model again", str(folder))
+    raise FatalError(f"{folder}: contains no weights (*.safetensors or *.bin); copy the model again", str(folder))

@@ -1,9 +1,9 @@
-"""Fine-tuning task for named entities: one tag per word, scored by F1 over entities.
+"""Defines the fine-tuning task for named entities: one tag per word, scored by F1 over entities.
 
     finetune(folder, data, TokenTask(), tuning, seed, rates)
 
-The predicted tag of a word is that of its first sub-word. A word without sub-words, or beyond the longest input, counts
-as O. tasks/eval/metrics.py defines the metrics and the conversion of IO tags to entities.
+The predicted tag of a word is that of its first sub-word. A word without sub-words, or beyond the longest input, is
+tagged O. tasks/eval/metrics.py defines the metrics and the conversion of IO tags to entities.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from tasks.eval.scores import Scores
 from tasks.tokens.mask import IGNORE_INDEX
 
 ENCODE_ROWS = 1000
-"""Rows in one call of the tokenizer."""
+"""Rows per tokenizer call."""
 
 
 @dataclass(frozen=True)
 class TokenTask:
     """A `FineTuneTask` for sets with one tag per word.
 
-    `labelled` selects the sub-words that carry loss and count in sub-word F1: all of a word, or its first.
+    `labelled` selects the sub-words of a word that carry loss and count in sub-word F1: all of them, or the first.
     """
 
     labelled: Literal["all", "first"] = "all"
@@ -37,7 +37,7 @@ class TokenTask:
 
     @property
     def model_class(self) -> Any:
-        """A classification head on each sub-word."""
+        """Adds a classification head to each sub-word."""
         return AutoModelForTokenClassification
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
@@ -65,9 +65,10 @@ class TokenTask:
                 yield Encoded(features, word_ids)
 
     def scores(self, rows: Sequence[Sentence], encoded: Sequence[Encoded], predicted: npt.NDArray[Any]) -> Scores:
-        """Figures over entities and over sub-words.
+        """Computes figures over entities and over sub-words.
 
-        `entity_f1`; `entity`: precision, recall and F1, also per type; `subword`: F1 of the tag classes over sub-words.
+        Returns `entity_f1`, `entity` (precision, recall and F1, also per type) and `subword` (F1 of the tag classes
+        over sub-words).
         """
         word_level = [
             word_tags(sentence, one.word_ids, tags)
@@ -81,13 +82,14 @@ class TokenTask:
         return {"entity_f1": entity["f1"], "entity": entity, "subword": subword}
 
     def test_rows(self, data: NerSet) -> Sequence[Sentence]:
-        """The test split including duplicates, since figures that include them are reported as well."""
+        """Returns the test split with duplicates, since figures with duplicates are reported as well."""
         return data.test_published
 
     def test_scores(self, data: NerSet, encoded: Sequence[Encoded], predicted: npt.NDArray[Any], limit: int) -> Scores:
-        """Figures on the test split without duplicates, and in `as_published` the two main figures with duplicates.
+        """Computes figures on the test split without duplicates.
 
-        `cut_words` counts the words of the test split beyond the longest input.
+        `as_published` contains the two main figures with duplicates. `cut_words` counts the words of the test split
+        beyond the longest input.
         """
         rows = list(data.distinct)
         own = [encoded[row] for row in rows]
@@ -108,7 +110,7 @@ class TokenTask:
 
 
 def word_tags(sentence: Sentence, word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
-    """One tag per word: that of its first sub-word, or O (0) if it has no sub-word."""
+    """Returns one tag per word: the tag of its first sub-word, or O (0) if it has no sub-word."""
     result = [0] * len(sentence.words)
     for position, word in reversed(list(enumerate(word_ids))):
         if word is not None:
@@ -117,7 +119,10 @@ def word_tags(sentence: Sentence, word_ids: Sequence[int | None], tags: Sequence
 
 
 def subword_labels(sentence: Sentence, word_ids: Sequence[int | None], labelled: str) -> list[int]:
-    """The true tag of each sub-word; IGNORE_INDEX for special tokens and, if `labelled` is "first", for the others."""
+    """Returns the true tag of each sub-word, or IGNORE_INDEX for special tokens.
+
+    If `labelled` is "first", all sub-words of a word except the first have IGNORE_INDEX too.
+    """
     labels = []
     before = None
     for word in word_ids:
@@ -128,7 +133,7 @@ def subword_labels(sentence: Sentence, word_ids: Sequence[int | None], labelled:
 
 
 def _cut_words(sentences: Sequence[Sentence], encoded: Sequence[Encoded], limit: int) -> int:
-    """Number of words after the last word of each input that has `limit` sub-words."""
+    """Counts the words that were truncated, in the inputs of exactly `limit` sub-words."""
     cut = 0
     for sentence, one in zip(sentences, encoded, strict=True):
         if len(one.word_ids) == limit:

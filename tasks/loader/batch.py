@@ -1,12 +1,12 @@
-"""The dataloader: from the Arrow files of a manifest to masked batches of tensors, prepared by background threads.
+"""Loads masked batches of tensors from the Arrow files of a manifest, prepared by background threads: the dataloader.
 
     read_ahead = ReadAhead(dataset, order, last=total_rows, variants=1)
     ranges = step_ranges(step, steps, batch_rows, micro_rows, rank, ranks)
     for micro_batches in BatchLoader(dataset, masking, order, ranges, read_ahead, prefetch=2, pin=True):
         ...
 
-A row of a batch is one masked block; with cached targets it also carries the teacher's encoded vectors. File hashes are
-verified when a part is opened, and the digest of the teacher's input on every row.
+A row of a batch is one masked block and, with cached targets, the teacher's encoded vectors. The hashes of files are
+verified when a part (a shard of the manifest) is opened; the digest of the teacher's input is verified for every row.
 """
 
 import time
@@ -38,26 +38,26 @@ class Batch(NamedTuple):
     attention_mask: Tensor | None
     """[B, L] bool, or None when every position is attended."""
     positions: Tensor | None
-    """[B, M] int64: positions that carry loss; None: all L of them, in order."""
+    """[B, M] int64: positions with a loss; None: all L positions, in order."""
     valid: Tensor
     """[B, M] bool."""
     labels: Tensor
-    """[B, M] int64: the original token at masked positions, -100 elsewhere."""
+    """[B, M] int64: the original id at masked positions, -100 elsewhere."""
     payload: Tensor | None
     """[B, M, P] uint8: the teacher's encoded vectors, P bytes per position; None without a cache."""
     tokens: int
-    """Attended positions."""
+    """Number of attended positions."""
     rows: int
-    """Positions that carry the distil and cosine losses."""
+    """Number of positions with the distil and cosine losses."""
     masked: int
-    """Positions that carry the MLM loss."""
+    """Number of positions with the MLM loss."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; copies from pinned memory overlap with compute."""
+        """Copies the batch to a device; copies from pinned memory overlap with computation."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The same batch in page-locked (pinned) memory."""
+        """Copies the batch to page-locked (pinned) memory."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
@@ -68,10 +68,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskingRule:
-    """How a block becomes a row of a batch.
+    """Settings that turn a block into a row of a batch.
 
-    `every_position`: all attended positions carry loss, not only the masked ones. `counts` [vocabulary size]: token
-    counts, for smoothed masks only.
+    `every_position`: whether all attended positions have a loss, or only the masked ones. `counts` [vocabulary size]:
+    token counts, for smoothed masks only.
     """
 
     vocabulary: Vocabulary
@@ -81,9 +81,11 @@ class MaskingRule:
 
 
 def make_batch(dataset: BlockDataset, masking: MaskingRule, parts: Indices, rows: Indices, variants: Indices) -> Batch:
-    """Collates B rows, given by part, row and mask variant [B] each: masks them and adds the cached vectors, if any.
+    """Builds a batch of B rows: masks the blocks and adds the cached vectors, if any.
 
-    FatalError if a file is damaged or a row's targets belong to another input.
+    `parts`, `rows`, `variants` [B]: part, row within the part, and mask variant of each row.
+
+    FatalError: a file is damaged, or a row's targets belong to a different input.
     """
     stacked: dict[str, NDArray[Any]] = {}
     for part, variant in sorted(set(zip(parts.tolist(), variants.tolist(), strict=True))):
@@ -112,7 +114,7 @@ def make_batch(dataset: BlockDataset, masking: MaskingRule, parts: Indices, rows
 def _rows_of_part(
     dataset: BlockDataset, masking: MaskingRule, part: int, variant: int, rows: Indices
 ) -> dict[str, NDArray[Any]]:
-    """The rows of one part under one mask variant, as arrays with one entry per row."""
+    """Returns the rows of one part under one mask variant, as arrays with one entry per row."""
     blocks = dataset.blocks(part)
     input_ids, lengths = blocks.input_ids[rows], blocks.lengths[rows]
     masked = mask_rows(blocks.key, rows, input_ids, lengths, masking.vocabulary, masking.mask, masking.counts, variant)
@@ -142,7 +144,8 @@ def _in_slots(flat: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.u
 
 
 def _every_position(masked: MaskedRows, lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
-    """`valid` [B, L]: all attended positions. `labels` [B, L]: the original ids at masked positions only."""
+    """Returns `valid` [B, L], True at all attended positions, and `labels` [B, L], the original ids at masked
+    positions."""
     rows, length = masked.input_ids.shape
     labels = np.full((rows, length), IGNORE_INDEX, np.int64)
     row, slot = np.nonzero(masked.valid)
@@ -153,9 +156,9 @@ def _every_position(masked: MaskedRows, lengths: NDArray[np.int32]) -> dict[str,
 def step_ranges(
     step: int, steps: int, batch_rows: int, micro_rows: int, rank: int, ranks: int
 ) -> Iterator[list[range]]:
-    """The global rows of this rank's micro-batches, step by step from `step` to `steps` - 1.
+    """Yields the global rows of this rank's micro-batches for each step from `step` to `steps` - 1.
 
-    The ranks together take every row exactly once. `micro_rows` 0: one micro-batch per rank and step.
+    Together, the ranks process every row exactly once. If `micro_rows` is 0, a rank has one micro-batch per step.
     """
     for number in range(step, steps):
         begin = number * batch_rows
@@ -167,8 +170,8 @@ def step_ranges(
 class BatchLoader:
     """Yields the list of micro-batches of each step, in order, prepared by background threads.
 
-    `ranges`: global rows of each micro-batch, by step (`step_ranges`). `prefetch`: steps prepared in advance. `pin`:
-    batches are put into pinned memory. `waited`: seconds that the consumer has waited for data so far.
+    `ranges`: global rows of each micro-batch, by step (`step_ranges`). `prefetch`: number of steps prepared in advance.
+    `pin`: whether batches are copied to pinned memory. `waited`: seconds that the consumer has waited for data so far.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""The dataset of a run: blocks and, with a cache, teacher targets of each part of its manifest, opened on first use.
+"""Opens the data of a run: the blocks and, with a cache, the teacher targets of each part of its manifest.
 
     dataset = BlockDataset(store, run.manifest, cached=True, codec=codec)
-    dataset.blocks(3), dataset.targets(3, variant=0)      # opened on first use; copied first from a remote store
+    dataset.blocks(3), dataset.targets(3, variant=0)      # opened on first use; a remote file is copied first
     dataset.keep({(3, 0), (4, 0)})                        # releases all others, whose local copies may then be evicted
 
-The store verifies the hash of every file before it is read. The number of blocks must match the manifest, and all
-targets must be encoded for the one codec that decodes them. Thread-safe: the first thread that needs a part opens it,
-and threads that need other parts do not wait.
+A part is one shard of the manifest. The store verifies the hash of every file before it is read. The number of blocks
+must match the manifest, and all targets must have the same codec. The dataset is thread-safe: the first thread that
+needs a part opens it, and threads that need other parts do not wait.
 """
 
 import threading
@@ -30,10 +30,10 @@ BLOCKS = -1
 
 
 class BlockDataset:
-    """The parts of a manifest.
+    """The files of a manifest's parts, opened on first use.
 
-    `cached`: whether the parts' targets are read too. `codec`: the codec that decodes them; None: that of the first
-    targets opened.
+    `cached`: whether the targets of the parts are read too. `codec`: the codec that decodes them; None: the codec of
+    the first targets that are opened.
     """
 
     def __init__(self, store: Store, parts: tuple[Part, ...], cached: bool, codec: Codec | None = None) -> None:
@@ -44,11 +44,11 @@ class BlockDataset:
         self._codec = (codec.fingerprint, parts[0].label) if codec else ("", "")
 
     def blocks(self, part: int) -> Blocks:
-        """Blocks of one part. FatalError if they are damaged or their number differs from the manifest's."""
+        """Returns the blocks of one part. FatalError: they are damaged, or their number differs from the manifest."""
         return self._open_once((part, BLOCKS), self._open_blocks)
 
     def targets(self, part: int, variant: int) -> TargetRows:
-        """Targets of one part and mask variant. FatalError if they are damaged or encoded for another codec."""
+        """Returns the targets of one part and mask variant. FatalError: they are damaged or have a different codec."""
         return self._open_once((part, variant), self._open_targets)
 
     def open(self, part: int, variant: int) -> None:
@@ -58,7 +58,10 @@ class BlockDataset:
             self.targets(part, variant)
 
     def keep(self, wanted: Set[Key]) -> None:
-        """Releases all other parts and variants. Current readers are not affected; a later reader opens them again."""
+        """Releases all parts and variants that are not `wanted`.
+
+        Current readers are not affected; a later reader opens the files again.
+        """
         parts = {part for part, _ in wanted}
         with self._lock:
             for key in list(self._opened):
@@ -66,7 +69,8 @@ class BlockDataset:
                     del self._opened[key]
 
     def _open_once(self, key: Key, open_part: Callable[[Key], T]) -> T:
-        """The result of `open_part`, called by the first thread that needs it; after an error the next one retries."""
+        """Returns the result of `open_part`, called by the first thread that needs it; after an error the next one
+        retries."""
         with self._lock:
             pending = self._opened.get(key)
             own = self._opened.setdefault(key, Future()) if pending is None else None
@@ -87,7 +91,7 @@ class BlockDataset:
         opened = open_blocks(self.store, part.blocks_ref())
         if len(opened) != part.rows:
             raise FatalError(
-                f"blocks {part.label} are {len(opened)} rows but were {part.rows} when this run was planned; run "
+                f"blocks {part.label} have {len(opened)} rows, but had {part.rows} when this run was planned; run "
                 "`distil verify`, then start the run again"
             )
         return opened
@@ -100,7 +104,7 @@ class BlockDataset:
             fingerprint, label = self._codec
         if opened.codec.fingerprint != fingerprint:
             raise FatalError(
-                f"targets {opened.label} are encoded otherwise than those of {label}; run "
+                f"targets {opened.label} have a different encoding from targets {label}; run "
                 "`distil verify`, then `distil retry`"
             )
         return opened

@@ -1,12 +1,12 @@
-"""Data order: a pure function of (train.seed, epoch, ordered manifest), with random access by global row number.
+"""Computes the data order, a pure function of (train.seed, epoch, ordered manifest) with access by global row number.
 
     order = DataOrder(sizes=(1000, 998, 1002), window=2, seed=0)
     parts, rows, epochs = order.slice(5_000, 5_032)         # rows of one batch; any rank computes any slice
 
-Each epoch shuffles the shards, then the rows within each window of a few shards, so a corpus larger than memory streams
-through and a run's position is one global row number. A shuffle sorts its items by one random 64-bit word each, drawn
-by tasks.tokens.philox: numpy's own permutations may change between numpy versions (NEP 19), and a resumed run must
-neither repeat nor skip a block.
+Each epoch shuffles the shards, then the rows within each window of a few shards, so a corpus larger than memory can be
+streamed, and the position of a run is one global row number. A shuffle sorts its items by one random 64-bit word each,
+drawn by tasks.tokens.philox. numpy's permutations are not used, because they may change between numpy versions
+(NEP 19), while a resumed run must neither repeat nor skip a block.
 """
 
 from bisect import bisect_left, bisect_right
@@ -38,9 +38,10 @@ class ShuffleWindow(NamedTuple):
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: every micro-batch looks it up in the caches below
 class DataOrder:
-    """Order of the rows of a manifest over all epochs.
+    """The order of the rows of a manifest over all epochs.
 
-    `sizes`: rows of each part of the manifest. `window`: parts that are shuffled together. `seed`: below 2**32.
+    `sizes`: rows of each part of the manifest. `window`: number of parts that are shuffled together. `seed`: below
+    2**32.
     """
 
     sizes: tuple[int, ...]
@@ -53,7 +54,7 @@ class DataOrder:
         return sum(self.sizes)
 
     def slice(self, start: int, stop: int) -> tuple[Indices, Indices, Indices]:
-        """Parts, rows and epochs [stop - start] of the global rows start to stop - 1, which may span epochs."""
+        """Returns parts, rows and epochs [stop - start] of the global rows start to stop - 1, which may span epochs."""
         pieces = []
         while start < stop:
             epoch, offset = divmod(start, self.rows)
@@ -65,7 +66,7 @@ class DataOrder:
         return parts, rows, epochs
 
     def window_at(self, row: int) -> ShuffleWindow:
-        """The window that contains a global row."""
+        """Returns the window that contains a global row."""
         epoch, offset = divmod(row, self.rows)
         windows, starts = _windows(self, epoch)
         number = bisect_right(starts, offset) - 1
@@ -83,11 +84,11 @@ class DataOrder:
 
 
 def _permutation(seed: int, epoch: int, stream: int, size: int) -> Indices:
-    """Shuffled 0 to size - 1: items sorted by one 64-bit word each, whose low bits are replaced by the item's index.
+    """Returns 0 to size - 1 in random order: sorts items by one 64-bit word each, whose low bits are the item's index.
 
-    The word of item i is made of the 32-bit words 2 i (low half) and 2 i + 1 (high half) of its stream. The index keeps
-    words distinct, so every sorting algorithm gives the same order; plain np.sort takes 0.1 s for 4 million rows, a
-    stable argsort 0.4 s.
+    The word of item i consists of the 32-bit words 2 i (low half) and 2 i + 1 (high half) of its stream. The index
+    keeps words distinct, so every sorting algorithm gives the same order; plain np.sort takes 0.1 s for 4 million rows,
+    a stable argsort 0.4 s.
     """
     words = random_words((seed, 0), np.array([epoch]), stream, 2 * size)[0]
     keys = words[0::2] | (words[1::2] << np.uint64(32))
@@ -98,7 +99,7 @@ def _permutation(seed: int, epoch: int, stream: int, size: int) -> Indices:
 
 @lru_cache(maxsize=4)
 def _windows(order: DataOrder, epoch: int) -> tuple[Sequence[tuple[int, ...]], Sequence[int]]:
-    """The W windows of an epoch, and W + 1 offsets in the epoch: where each window starts, and where the last ends."""
+    """Returns the W windows of an epoch and W + 1 offsets in it: the start of each window, and the end of the last."""
     shuffled = _permutation(order.seed, epoch, SHARDS, len(order.sizes)).tolist()
     windows = [tuple(shuffled[i : i + order.window]) for i in range(0, len(shuffled), order.window)]
     return windows, list(accumulate((sum(order.sizes[part] for part in parts) for parts in windows), initial=0))
@@ -106,7 +107,7 @@ def _windows(order: DataOrder, epoch: int) -> tuple[Sequence[tuple[int, ...]], S
 
 @lru_cache(maxsize=4)
 def _shuffled_rows(order: DataOrder, epoch: int, number: int) -> Indices:
-    """Part and row of every position of one window: [2, rows of the window]."""
+    """Returns part and row of every position of one window: [2, rows of the window]."""
     parts = _windows(order, epoch)[0][number]
     part = np.concatenate([np.full(order.sizes[p], p, np.int64) for p in parts])
     row = np.concatenate([np.arange(order.sizes[p], dtype=np.int64) for p in parts])

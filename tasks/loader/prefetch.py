@@ -1,12 +1,12 @@
-"""Prefetching in training order: the next window of parts is opened while the current one is trained on.
+"""Prefetches parts in training order: opens the next window of parts while the current one is trained on.
 
     with ReadAhead(dataset, order, last=total_rows, variants=1) as read_ahead:
-        read_ahead.move(first, stop)      # batches of the global rows first to stop - 1 are being made
+        read_ahead.move(first, stop)      # batches of the global rows first to stop - 1 are being prepared
 
-BatchLoader calls it before each step. Opening a part copies it from a remote store into the local cache and hashes it;
-releasing the parts of earlier windows allows the cache to evict them. Give the cache space for three windows of
-train.window_shards parts each: at the border of two windows, the one after them is already open. A smaller bound is
-exceeded, because entries in use are never evicted.
+BatchLoader calls `move` before each step. Opening a part copies its files from a remote store into the local cache and
+hashes them; releasing the parts of earlier windows allows the cache to evict them. The cache needs space for three
+windows of train.window_shards parts each: at the border of two windows, the window after them is already open. The
+cache exceeds a smaller bound, because entries in use are never evicted.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +16,9 @@ from tasks.loader.order import DataOrder, ShuffleWindow
 
 
 class ReadAhead:
-    """Opens the parts of coming windows in one background thread; use as a context manager.
+    """Opens the parts of upcoming windows in one background thread; use it as a context manager.
 
-    `last`: number of global rows that are trained on. `variants`: mask variants, one per epoch in turn.
+    `last`: number of global rows that are trained on. `variants`: number of mask variants; epochs use them in turn.
     """
 
     def __init__(self, dataset: BlockDataset, order: DataOrder, last: int, variants: int) -> None:
@@ -50,5 +50,5 @@ class ReadAhead:
             self._pool.submit(self._open, key)
 
     def _open(self, key: Key) -> None:
-        if key in self._wanted:  # no longer wanted where training was faster than this thread
+        if key in self._wanted:  # not wanted any more if training was faster than this thread
             self.dataset.open(*key)

@@ -1,15 +1,15 @@
-"""The forward pass that teacher capture, training and evaluation share: encoder and LM head at selected positions only.
+"""Runs encoder and LM head at selected positions only: the forward pass of teacher capture, training and evaluation.
 
     hidden_BMD = hidden_rows(model, input_ids_BL, attention_mask_BL, positions_BM)   # last hidden state
     for logits_nV in logits_in_chunks(model, hidden_BMD.flatten(0, 1)):              # evaluation: logits in chunks
         ...
     features_BMH = head_features(model, hidden_BMD)                                  # training: LM head without decoder
-    weight_VH, bias_V = decoder_of(model)                                            # and its decoder
+    weight_VH, bias_V = decoder_of(model)                                            # the decoder of the LM head
 
-A masked block needs the last layer at one position in seven. In the families with a fast path (RoBERTa, CamemBERT,
-XLM-R, BERT, ModernBERT) the last layer therefore computes keys and values at all positions, but queries, attention
-output and feed-forward at the selected ones only. The fast path never synchronises with the device, and its output
-shapes depend on input shapes alone, so torch.compile needs no graph break.
+With the default mask rate, the last layer is needed at one position in seven. In the families with a fast path
+(RoBERTa, CamemBERT, XLM-R, BERT, ModernBERT), the last layer therefore computes keys and values at all positions, but
+queries, attention output and feed-forward at the selected positions only. The fast path never synchronises with the
+device, and its output shapes depend on input shapes alone, so torch.compile needs no graph break.
 
 Shapes: B blocks, L tokens, M positions per block, N rows (positions of all blocks), n rows of one chunk, D hidden size,
 H head features, V vocabulary, h attention heads.
@@ -27,17 +27,18 @@ from transformers.activations import gelu
 from storage.errors import FatalError
 
 CHUNK_ROWS = 1024
-"""Rows whose logits exist at once (32,005 tokens in float32: 131 MB)."""
+"""Rows per chunk of logits (131 MB in float32 for 32,005 tokens)."""
 
 
 def hidden_rows(
     model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, positions_BM: Tensor | None
 ) -> Tensor:
-    """Last hidden state [B, M, D] (after the last norm, the input of the LM head) at `positions_BM` (int64).
+    """Returns the last hidden states [B, M, D] (after the last norm, the input of the LM head) at `positions_BM`
+    (int64).
 
     `attention_mask_BL`: 1 or True at tokens, 0 or False at padding; None: no padding, and no mask is built.
-    `positions_BM`: unused slots may hold any valid index; None: all positions, in order.
-    Dropout and gradients are those of the model's own forward.
+    `positions_BM`: unused slots may contain any valid index; None: all positions, in order. Dropout and gradients are
+    the same as in the model's own forward pass.
     """
     family = _FAMILIES.get(type(model).__name__)
     if positions_BM is not None and family is not None and supports(model):
@@ -47,7 +48,7 @@ def hidden_rows(
 
 
 def supports(model: PreTrainedModel) -> bool:
-    """Whether `hidden_rows` has a fast path for this model; without one it computes all positions and selects."""
+    """Returns whether `hidden_rows` has a fast path for this model; otherwise it computes all positions and selects."""
     config: Any = model.config
     return (
         type(model).__name__ in _FAMILIES
@@ -58,17 +59,18 @@ def supports(model: PreTrainedModel) -> bool:
 
 
 def head_features(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The LM head up to its decoder (dense layer, activation, norm): [..., D] to [..., H].
+    """Applies the LM head up to its decoder (dense layer, activation, norm): [..., D] to [..., H].
 
-    FatalError for an architecture whose head is unknown.
+    FatalError: the architecture of the model is not supported.
     """
     return _family(model).features(model, hidden)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Weight [V, H] and bias [V] of the last layer of the LM head: the parameters themselves, or zeros for no bias.
+    """Returns weight [V, H] and bias [V] of the decoder, the last layer of the LM head; the bias is zeros if it has
+    none.
 
-    FatalError for an architecture whose head is unknown.
+    Both are the parameters themselves, not copies. FatalError: the architecture of the model is not supported.
     """
     _family(model)
     decoder: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -80,12 +82,13 @@ def decoder_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def logits_in_chunks(
     model: PreTrainedModel, hidden_ND: Tensor, chunk_rows: int = CHUNK_ROWS, vocabulary_size: int | None = None
 ) -> Iterator[Tensor]:
-    """Logits [n, V] in float32 of hidden states [N, D], for `chunk_rows` rows at a time, without gradients.
+    """Yields float32 logits [n, V] of hidden states [N, D], `chunk_rows` rows at a time, without gradients.
 
-    Bounds the memory of evaluation: the logits of all N rows never exist at once. `vocabulary_size`: restricts
-    the logits to the tokenizer's tokens, for a decoder with padding rows. Under autocast the products are in its
-    dtype. Labels, targets or a second model's logits pair with the chunks of `torch.split(x_N, chunk_rows)`.
-    FatalError for an architecture whose head is unknown.
+    This bounds the memory of evaluation: the logits of all N rows never exist at once. To pair the chunks with labels
+    or targets, split those with `torch.split(x_N, chunk_rows)`. `vocabulary_size`: restricts the logits to the
+    tokenizer's tokens, for a decoder with padding rows. Under autocast, matrix products run in the autocast dtype.
+
+    FatalError: the architecture of the model is not supported.
     """
     weight_VH, bias_V = (parameter[:vocabulary_size] for parameter in decoder_of(model))
     for hidden_nD in torch.split(hidden_ND, chunk_rows):
@@ -93,7 +96,10 @@ def logits_in_chunks(
 
 
 def longest_input(model: PreTrainedModel) -> int:
-    """Maximum tokens per block. The RoBERTa family counts positions from its pad id + 1."""
+    """Returns the maximum number of tokens per block.
+
+    The RoBERTa family numbers positions from its pad id + 1, so it accepts fewer than max_position_embeddings.
+    """
     config: Any = model.config
     embeddings: Any = getattr(model.base_model, "embeddings", None)
     offset = getattr(embeddings, "padding_idx", None)
@@ -111,12 +117,14 @@ def _family(model: PreTrainedModel) -> _Family:
     name = type(model).__name__
     if name not in _FAMILIES:
         known = ", ".join(_FAMILIES)
-        raise FatalError(f"the LM head of a {name} is unknown; take a model of one of these: {known}")
+        raise FatalError(
+            f"the architecture {name} is not supported; use a model of one of these architectures: {known}"
+        )
     return _FAMILIES[name]
 
 
 def _bert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positions_BM: Tensor) -> Tensor:
-    """BERT and the RoBERTa family: post-norm layers, learned position embeddings."""
+    """Fast path of BERT and the RoBERTa family: post-norm layers, learned position embeddings."""
     base = model.base_model
     hidden_BLD = base.embeddings(input_ids=input_ids_BL)
     keep_B11L = None if mask_BL is None else mask_BL.bool()[:, None, None, :]
@@ -139,7 +147,7 @@ def _bert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positio
 
 
 def _modernbert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, positions_BM: Tensor) -> Tensor:
-    """ModernBERT: pre-norm layers, rotary position embeddings, full and sliding-window attention."""
+    """Fast path of ModernBERT: pre-norm layers, rotary position embeddings, full and sliding-window attention."""
     base, config = model.base_model, model.config
     hidden_BLD = base.embeddings(input_ids=input_ids_BL)
     steps_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
@@ -156,7 +164,7 @@ def _modernbert_rows(model: Any, input_ids_BL: Tensor, mask_BL: Tensor | None, p
         hidden_BLD = layer(hidden_BLD, attention_mask=masks[kind], position_embeddings=rotary[kind])
     kind = last.attention_type
     keep = keeps[kind]
-    if keep is not None and keep.shape[-2] > 1:  # a mask that differs by query: the rows of the selected queries
+    if keep is not None and keep.shape[-2] > 1:  # the mask differs by query: select the rows of the selected queries
         keep = _take(keep.squeeze(1).expand(len(positions_BM), -1, -1), positions_BM)[:, None]
     rows_BMD = _take(hidden_BLD, positions_BM)
     attended_BMD = rows_BMD + _modernbert_attention(last, hidden_BLD, rows_BMD, positions_BM, rotary[kind], keep)
@@ -173,7 +181,7 @@ def _modernbert_attention(
     rotary: tuple[Tensor, Tensor],
     keep: Tensor | None,
 ) -> Tensor:
-    """Output of the attention of `layer` [B, M, D] at the selected rows; `keep` broadcasts to [B, h, M, L]."""
+    """Returns the attention output [B, M, D] of `layer` at the selected rows; `keep` broadcasts to [B, h, M, L]."""
     attention = layer.attn
     projection, size = attention.Wqkv, hidden_BLD.shape[-1]
     bias_q, bias_kv = (None, None) if projection.bias is None else projection.bias.split((size, 2 * size))
@@ -193,12 +201,12 @@ def _modernbert_attention(
 
 
 def _heads(x_BLD: Tensor, size: int) -> Tensor:
-    """[B, L, D] to [B, heads, L, size]."""
+    """Splits the last dimension into heads: [B, L, D] to [B, heads, L, size]."""
     return x_BLD.view(*x_BLD.shape[:-1], -1, size).transpose(1, 2)
 
 
 def _rotate(x_BhLd: Tensor, cos_BLd: Tensor, sin_BLd: Tensor) -> Tensor:
-    """Rotary position embedding, in float32 as in ModernBERT."""
+    """Applies rotary position embeddings, in float32 as in ModernBERT."""
     wide = x_BhLd.float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
@@ -206,7 +214,7 @@ def _rotate(x_BhLd: Tensor, cos_BLd: Tensor, sin_BLd: Tensor) -> Tensor:
 
 
 def _mask_for(model: Any, keep: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The attention mask in the form of the implementation: boolean for sdpa, additive for eager."""
+    """Converts the attention mask to the form that the implementation expects: boolean for sdpa, additive for eager."""
     if keep is None or model.config._attn_implementation == "sdpa":
         return keep
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)

@@ -4,7 +4,7 @@
     model = make_fresh({"model_type": "modernbert", "hidden_size": 192, ...}, vocabulary)
 
 Layers are copied from the teacher as in DistilBERT (Sanh et al., 2019). The complete LM head is copied too:
-with a random dense layer and norm, the KL at the first step is 2.0 higher.
+with a random dense layer and norm, the KL at the first step is 2.0 nats higher.
 """
 
 import copy
@@ -32,15 +32,17 @@ _DROPOUT_FIELDS = (
 
 
 def layer_choice(teacher_layers: int, student_layers: int, explicit: Sequence[int] = ()) -> list[int]:
-    """The teacher layer that initialises each student layer: floor(i (T-1) / (S-1) + 1/2), or the explicit list.
+    """Returns the teacher layer that initialises each student layer: floor(i (T-1) / (S-1) + 1/2), or the explicit
+    list.
 
-    12 to 6 layers gives DistilBERT's choice 0, 2, 4, 7, 9, 11; a student of one layer takes the first.
-    FatalError if the student is deeper than the teacher, or the list is not an ascending subset of its layers.
+    From 12 to 6 layers this is DistilBERT's choice 0, 2, 4, 7, 9, 11; a student of one layer gets layer 0.
+
+    FatalError: the student is deeper than the teacher, or the list is not an ascending subset of the teacher's layers.
     """
     if not 1 <= student_layers <= teacher_layers:
         raise FatalError(
-            f"student.layers is {student_layers} but the teacher has {teacher_layers}; "
-            f"choose a number between 1 and {teacher_layers}."
+            f"student.layers = {student_layers}, but the teacher has {teacher_layers} layers; "
+            f"set a number between 1 and {teacher_layers}"
         )
     if not explicit:
         steps = max(student_layers - 1, 1)
@@ -48,12 +50,12 @@ def layer_choice(teacher_layers: int, student_layers: int, explicit: Sequence[in
     chosen = list(explicit)
     if chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= teacher_layers:
         raise FatalError(
-            f"student.choice is {chosen}; it must name layers of the teacher, from 0 to {teacher_layers - 1}, "
-            "each once and in ascending order."
+            f"student.choice = {chosen} is not a choice of teacher layers; list layers from 0 to {teacher_layers - 1}, "
+            "each once and in ascending order"
         )
     if len(chosen) != student_layers:
         raise FatalError(
-            f"student.choice names {len(chosen)} layers but student.layers is {student_layers}; make them agree."
+            f"student.choice lists {len(chosen)} layers, but student.layers = {student_layers}; make the numbers equal"
         )
     return chosen
 
@@ -68,18 +70,20 @@ def make_student(
     init: Literal["teacher", "scratch"] = "teacher",
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A model of the teacher's class with `layers` layers, in float32 on the CPU, in evaluation mode.
+    """Creates a model of the teacher's class with `layers` layers, in float32 on the CPU, in evaluation mode.
 
-    init "teacher" copies embeddings, the chosen layers and the LM head; "scratch" draws all weights from `seed`.
-    Each layer keeps its attention type (ModernBERT: full or sliding). The config holds the tokenizer's special ids and
-    ties embedding and decoder if the teacher does.
-    FatalError for an invalid choice of layers, or a tokenizer whose pad id would shift the positions (`check_pad_id`).
+    init "teacher" copies embeddings, the chosen layers and the LM head; "scratch" draws random weights from `seed`.
+    Each layer keeps its attention type (ModernBERT: full or sliding). The config gets the tokenizer's special ids, and
+    embedding and decoder are tied if they are in the teacher.
+
+    FatalError: the choice of layers is invalid, or the tokenizer's pad id would shift the positions (`check_pad_id`).
     """
     path, teacher_stack = _layer_stack(teacher)
     chosen = layer_choice(len(teacher_stack), layers, choice)
     if teacher.config.model_type == "modernbert" and chosen[0] != 0:
         raise FatalError(
-            f"student.choice is {chosen}; a ModernBERT student must keep layer 0, the one without an attention norm."
+            f"student.choice = {chosen}, but a ModernBERT student needs layer 0, which has no attention norm; start "
+            "the list with 0"
         )
     check_pad_id(teacher, vocabulary)
     config = _student_config(teacher, vocabulary, chosen, dropout)
@@ -91,36 +95,38 @@ def make_student(
 
 
 def make_fresh(config: Mapping[str, Any], vocabulary: Vocabulary, seed: int = 0) -> PreTrainedModel:
-    """A new model with random weights from `config`: model_type and any fields of its Hugging Face config class.
+    """Creates a model with random weights from `config`: model_type and any fields of its Hugging Face config class.
 
-    `vocab_size` defaults to the tokenizer's and may be larger. Special ids are always the tokenizer's.
-    FatalError for an unknown model type, an unknown or invalid field, or too few embedding rows.
+    `vocab_size` defaults to the size of the tokenizer and may be larger. Special ids are always those of the tokenizer.
+
+    FatalError: the model type or a field is unknown, a value is invalid, or the tokenizer has more tokens than the
+    model has embedding rows.
     """
     rest = dict(config)
     model_type = rest.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise FatalError(f"student.config.model_type is {model_type!r}; set it to a model type such as 'roberta'.")
+        raise FatalError(f"student.config.model_type = {model_type!r} is unknown; set a model type such as 'roberta'")
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in fields(config_class)} | {"global_attn_every_n_layers"}
     for name in rest:
         if name not in known:
-            raise FatalError(f"student.config.{name} is not a field of {config_class.__name__}; fix or remove it.")
+            raise FatalError(f"student.config.{name} is not a field of {config_class.__name__}; correct or remove it")
     rest.setdefault("vocab_size", vocabulary.size)
     if rest["vocab_size"] < vocabulary.size:
         raise FatalError(
-            f"student.config.vocab_size is {rest['vocab_size']} but the tokenizer has {vocabulary.size} tokens; "
-            "remove the field or raise it."
+            f"student.config.vocab_size = {rest['vocab_size']}, but the tokenizer has {vocabulary.size} tokens; "
+            f"remove the field, or set at least {vocabulary.size}"
         )
     rest.update({name: value for name, value in _special_ids(vocabulary).items() if name in known})
     try:
         return _build(AutoModelForMaskedLM.from_config, config_class(**rest), seed)
     except (StrictDataclassError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise FatalError(f"student.config does not make a masked language model: {reason}") from error
+        raise FatalError(f"student.config is not valid for a masked language model ({reason}); correct it") from error
 
 
 def _build(make: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A float32 model whose weights depend on the seed alone; the caller's random state is unchanged."""
+    """Builds a float32 model whose weights depend on the seed alone; leaves the caller's random state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = make(config)
@@ -154,7 +160,7 @@ def set_dropout(config: Any, dropout: float) -> None:
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
-    """The tokenizer's special ids, under every field name that a config may have for them."""
+    """Returns the tokenizer's special ids, under every field name that a config may use for them."""
     return {
         "pad_token_id": vocabulary.pad,
         "bos_token_id": vocabulary.bos,
@@ -165,15 +171,15 @@ def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The encoder's layers and their prefix in the state dict."""
+    """Finds the encoder's layers and their prefix in the state dict."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return name, module
-    raise FatalError(f"{type(model).__name__} has no list of layers to choose from; take another teacher.")
+    raise FatalError(f"{type(model).__name__} has no list of layers to choose from; use a different teacher")
 
 
 def _teacher_name(name: str, path: str, chosen: list[int]) -> str:
-    """The teacher's name of a student tensor: the same except for the layer number."""
+    """Returns the teacher's name of a student tensor: only the layer number differs."""
     if not name.startswith(path + "."):
         return name
     index, rest = name[len(path) + 1 :].split(".", 1)
@@ -187,11 +193,12 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def check_pad_id(teacher: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """FatalError if the tokenizer's pad id is not the one from which the RoBERTa family counts positions."""
+    """Raises FatalError if the tokenizer's pad id differs from the one after which the RoBERTa family numbers
+    positions."""
     embeddings = getattr(teacher.base_model, "embeddings", None)
     pad = getattr(embeddings, "padding_idx", None)
     if pad is not None and pad != vocabulary.pad:
         raise FatalError(
-            f"The tokenizer's pad id is {vocabulary.pad} but the teacher's positions count from pad id {pad}; "
-            "give blocks.tokenizer the tokenizer that belongs to the teacher."
+            f"the tokenizer's pad id is {vocabulary.pad}, but the model numbers positions from pad id {pad}; "
+            "set blocks.tokenizer to the tokenizer of this model"
         )

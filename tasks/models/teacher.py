@@ -2,8 +2,8 @@
 
     teacher = load_teacher(recipe.teacher)            # on the GPU, if the machine has one
 
-Weights are safetensors, or .bin files read with weights_only. Code in a model folder runs only with
-teacher.trust_remote_code = true.
+Weights are read from safetensors files, or from .bin files with weights_only. Code in a model folder runs only if
+teacher.trust_remote_code is true.
 """
 
 import pickle
@@ -28,7 +28,8 @@ from tasks.tokens.vocabulary import Vocabulary, check_vocabulary_fits, load_voca
 class TeacherModel:
     """A masked language model in evaluation mode, without gradients.
 
-    `width`: hidden size D. `vocab_size`: rows V of its decoder, which may exceed the tokenizer's size by some padding.
+    `width`: hidden size D. `vocab_size`: rows V of the decoder, which may exceed the size of the tokenizer by some
+    padding.
     """
 
     model: PreTrainedModel
@@ -44,8 +45,8 @@ class TeacherModel:
 def load_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel:
     """Loads the teacher onto `device`: auto, cpu or cuda.
 
-    FatalError: missing, damaged or incomplete weights, a tokenizer that does not fit, no such device. RetryableError:
-    the hub does not answer.
+    FatalError: weights are missing, damaged or incomplete, the tokenizer does not fit, or the device does not exist.
+    RetryableError: the hub does not respond.
     """
     where = _device(device)
     dtype = resolve_dtype(teacher.dtype, where)
@@ -56,7 +57,7 @@ def load_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel
     model.eval().requires_grad_(False).to(where)
     decoder = model.get_output_embeddings()
     if decoder is None:
-        raise FatalError(f"teacher {teacher.model} has no LM head; take a masked language model", teacher.model)
+        raise FatalError(f"teacher {teacher.model} has no LM head; use a masked language model", teacher.model)
     vocab_size = int(decoder.weight.shape[0])
     check_vocabulary_fits(vocabulary, vocab_size, teacher.model)
     return TeacherModel(
@@ -73,12 +74,12 @@ def load_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel
 
 @lru_cache(maxsize=1)
 def shared_teacher(teacher: TeacherSettings, device: str = "auto") -> TeacherModel:
-    """The teacher, loaded once per process for all of its shards. Callers must not modify the model."""
+    """Loads the teacher once per process, for all of its shards. Callers must not modify the model."""
     return load_teacher(teacher, device)
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype of a recipe's dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Returns the torch dtype of a recipe's dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -90,9 +91,10 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 def load_weights(
     teacher: TeacherSettings, folder: Path, dtype: torch.dtype, *, role: str = "teacher", dropout: float | None = None
 ) -> PreTrainedModel:
-    """Loads a masked language model with all of its weights; `dropout` overrides that of its config.
+    """Loads a masked language model with all of its weights; `dropout` overrides the dropout of its config.
 
-    FatalError for weights that are damaged, incomplete or of another architecture; `role` names the model in messages.
+    FatalError: the weights are damaged, incomplete or of a different architecture; `role` names the model in the
+    message.
     """
     first = weight_files(folder, teacher.model)[0]
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -115,13 +117,13 @@ def load_weights(
         reason = str(error).strip().split("\n")[0]
         raise FatalError(
             f"{role} {teacher.model}: {first.name} does not load as a masked language model ({reason}); "
-            "copy the model again or name another",
+            "copy the model again or use a different one",
             str(first),
         ) from error
     if loading["missing_keys"]:
         raise FatalError(
-            f"{role} {teacher.model}: its weights lack {sorted(loading['missing_keys'])[0]}, so part of it would be "
-            "random; save it as AutoModelForMaskedLM, LM head included",
+            f"{role} {teacher.model}: the weights of {sorted(loading['missing_keys'])[0]} are missing and would be "
+            "random; save the model as AutoModelForMaskedLM, LM head included",
             str(first),
         )
     result: PreTrainedModel = model
@@ -132,5 +134,5 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise FatalError('there is no GPU here; set train.device = "auto" or "cpu"')
+        raise FatalError('this machine has no GPU; set train.device = "auto" or "cpu"')
     return torch.device(name)

@@ -1,11 +1,11 @@
-"""The transformers tokenizer of a model folder, guaranteed to give the ids of the tokenizer.json that made the blocks.
+"""Loads the transformers tokenizer of a model folder, with the ids of the tokenizer.json that made the blocks.
 
     tokenizer = exact_tokenizer(folder)             # for evaluation and fine-tuning
     name_exact_class(folder)                        # for a folder that others will load with AutoTokenizer
 
-Some classes of transformers 5 take only the vocabulary from tokenizer.json and apply their own rules:
+Some tokenizer classes of transformers 5 use only the vocabulary of tokenizer.json and apply their own rules:
 CamembertTokenizer splits words at all white space, although the file may keep the no-break space of French before `:`
-as a character. The model would then read other ids than it was trained on.
+as a character. The model would then read different ids from those that it was trained on.
 """
 
 import json
@@ -24,10 +24,10 @@ PLAIN = "PreTrainedTokenizerFast"
 
 
 def exact_tokenizer(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that AutoTokenizer loads, or a PLAIN one if that gives other ids than tokenizer.json.
+    """Returns the tokenizer that AutoTokenizer loads, or a PLAIN one if its ids differ from those of tokenizer.json.
 
-    `options` (add_prefix_space) apply to the result, not to the comparison. OSError, ValueError, KeyError: as
-    AutoTokenizer.
+    `options` (add_prefix_space) apply to the returned tokenizer, not to the comparison. Raises the errors of
+    AutoTokenizer: OSError, ValueError, KeyError.
     """
     load = partial(AutoTokenizer.from_pretrained, folder, local_files_only=True, trust_remote_code=trust_remote_code)
     found: PreTrainedTokenizerBase = load()
@@ -42,9 +42,9 @@ def exact_tokenizer(folder: Path, *, trust_remote_code: bool = False, **options:
 
 
 def name_exact_class(folder: Path) -> None:
-    """Sets the class in tokenizer_config.json to PLAIN if AutoTokenizer gives other ids than tokenizer.json.
+    """Sets the class in tokenizer_config.json to PLAIN if the ids of AutoTokenizer differ from those of tokenizer.json.
 
-    A folder that AutoTokenizer cannot load is left unchanged; registering or scoring it reports the error.
+    A folder that AutoTokenizer cannot load is left unchanged; registering or scoring the model reports the error.
     """
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -58,7 +58,7 @@ def name_exact_class(folder: Path) -> None:
 
 
 def matches_tokenizer_json(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Whether the tokenizer gives the ids of the folder's tokenizer.json for PROBE; true without such a file."""
+    """Returns whether the tokenizer gives the ids of the folder's tokenizer.json for PROBE; True without that file."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return True

@@ -1,9 +1,10 @@
-"""Forecasts bytes, time and money of a recipe before anything runs, and whether caching the teacher's targets pays.
+"""Forecasts the bytes, time and cost of a recipe, and whether caching the teacher's targets pays off.
 
     forecast = make_forecast(recipe, inventory, sample, shape, timings, machine, free, Prices())
-    forecast.seconds["train"].left, forecast.bytes["targets"].total, forecast.advice
+    forecast.seconds["train"].left, forecast.sizes.bytes["targets"].total, forecast.advice
 
-Pure arithmetic on the results of sizes.py, sample.py and timing.py. Called by `distil plan`.
+Called by `distil plan`. All forecasts are computed from the results of sizes.py, sample.py and timing.py; nothing runs
+here.
 """
 
 from collections.abc import Mapping
@@ -30,17 +31,17 @@ from tasks.plan.timing import Machine, Timings
 from tasks.recipe.config import Recipe, TargetSettings
 
 FORWARD = 1 / 3
-"""Share of the forward in a training step; validation and scores are forwards only."""
+"""Share of the forward pass in a training step; validation and scoring run forward passes only."""
 
 START, END = 3.5, 1.5
-"""Time before the first shard (server, flow and worker processes) and after the scores (registration, card, gate), as a
-multiple of the time to import the trainer: both are mostly imports and small writes, so they scale with the machine."""
+"""Times before the first shard (server, flow and worker processes) and after the scores (registration, card, gate), in
+multiples of the trainer's import time: both are mostly imports and small writes, so they scale with the machine."""
 
 LATENCY_FORWARDS, LATENCY_TOKENS = 33, 128
-"""One round of the latency score: 33 sequences (batches of 1 and of 32) of 128 tokens."""
+"""One round of the latency measurement: 33 sequences (batches of 1 and of 32) of 128 tokens."""
 
 LATENCY_BUDGET = 60.0
-"""Most seconds of the latency score."""
+"""Maximum seconds of the latency measurement."""
 
 TERABYTE, HOUR = 1e12, 3600.0
 
@@ -55,7 +56,10 @@ class Prices:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to cache targets: payload bytes per position, bytes of all targets, whether the recipe has chosen it."""
+    """One way to cache targets: payload bytes per position, and bytes of all targets.
+
+    `chosen` is True for the choice of the recipe.
+    """
 
     encoding: str
     positions: str
@@ -66,10 +70,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Seconds to capture all targets once, of one training from the cache, and of one online (teacher in the loop).
+    """Compares cached with online training (teacher in the training loop).
 
-    `runs` is the number of trainings from which caching takes less time, `runs_with_storage` from which it costs less
-    with a month of storage; 0 for never.
+    `capture` is the time to compute all targets once; `cached` and `online` are the times of one training run (all in
+    seconds). `runs` is the least number of training runs for which caching takes less time, `runs_with_storage` that
+    for which it costs less including a month of storage; 0 means never.
     """
 
     capture: float
@@ -81,12 +86,12 @@ class BreakEven:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Everything that `distil plan` prints.
+    """Contents of the output of `distil plan`.
 
     read_rate  bytes per second that the trainer reads
-    need       bytes still to be made, times MARGIN
+    need       bytes still to be written, times MARGIN
     free       free bytes of the store, None if it does not report them
-    cost       of the remaining work: `machine`, and `storage_month` for all artifacts per month
+    cost       `machine`: cost of the remaining work; `storage_month`: cost of all artifacts per month
     """
 
     recipe: str
@@ -104,11 +109,11 @@ class Forecast:
 
     @property
     def total_seconds(self) -> Amount:
-        """Sum over all stages."""
+        """Sum of the seconds of all stages."""
         return summed(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON; an amount has total, done and left."""
+        """Returns plain values for JSON; an amount has total, done and left."""
         found: dict[str, Any] = _plain(self)
         return found | {"total_seconds": _plain(self.total_seconds)}
 
@@ -125,7 +130,7 @@ def make_forecast(
     *,
     training: bool = True,
 ) -> Forecast:
-    """Computes the forecast; without `training` that of `distil prepare`."""
+    """Computes the forecast of a complete run, or of `distil prepare` if `training` is False."""
     found = forecast_sizes(inventory, sample, shape, recipe, training=training)
     seconds = stage_seconds(recipe, inventory, sample, timings, machine, found, training=training)
     need = MARGIN * found.left
@@ -154,7 +159,7 @@ def make_forecast(
 
 
 def at_once(recipe: Recipe, machine: Machine) -> int:
-    """Worker processes that run at the same time: run.workers, limited by the cores."""
+    """Returns the number of worker processes that run at the same time: run.workers, limited by the cores."""
     return min(recipe.run.workers, machine.cores)
 
 
@@ -168,10 +173,10 @@ def stage_seconds(
     *,
     training: bool,
 ) -> dict[str, Amount]:
-    """Seconds by stage. Shards and blocks are made by `at_once` processes."""
+    """Forecasts the seconds of each stage. `at_once` processes make shards and blocks."""
     slots = at_once(recipe, machine)
     reading = sample.read_seconds / max(1.0, sample.source_bytes)
-    longest = inventory.largest_unread * reading  # one source is read by one process
+    longest = inventory.largest_unread * reading  # each source is read by one process
     blocking = sample.block_seconds / max(1, sample.text_bytes) / slots
     row_bytes = sample.text_bytes / max(1, sample.rows)
     all_text = inventory.text_bytes + inventory.heldout_bytes + found.coming
@@ -198,7 +203,10 @@ def stage_seconds(
 def _trained_seconds(
     recipe: Recipe, timings: Timings, machine: Machine, found: SizeForecast, heldout: float
 ) -> dict[str, Amount]:
-    """Training with validation and checkpoints, and scores without fine-tuned sets; `heldout` is a number of blocks."""
+    """Forecasts training with validation and checkpoints, and scoring without fine-tuned sets.
+
+    `heldout` is the number of held-out blocks.
+    """
     train, score = recipe.train, recipe.score
     row_forward = FORWARD * timings.step / train.batch_rows
     validations = found.steps // train.validate_steps if train.validate_steps else 0
@@ -213,7 +221,7 @@ def _trained_seconds(
 
 
 def summed(amounts: Mapping[str, Amount]) -> Amount:
-    """Sum of amounts."""
+    """Returns the sum of amounts."""
     return Amount(sum(one.total for one in amounts.values()), sum(one.done for one in amounts.values()))
 
 
@@ -225,7 +233,7 @@ def _amount(total: float, left: float) -> Amount:
 
 
 def _choices(recipe: Recipe, sample: Sample, shape: ModelShape, found: SizeForecast) -> tuple[Choice, ...]:
-    """Bytes of the corpus's targets in every encoding, for masked and for all positions."""
+    """Returns the bytes of the corpus's targets in each encoding, for masked and for all positions."""
     targets = recipe.targets
     text = found.text.total * recipe.mask.variants
     cached = caches_targets(recipe)
@@ -242,7 +250,11 @@ def _choices(recipe: Recipe, sample: Sample, shape: ModelShape, found: SizeForec
 def _break_even(
     recipe: Recipe, timings: Timings, found: SizeForecast, choices: tuple[Choice, ...], prices: Prices
 ) -> BreakEven:
-    """Online, the teacher reads every block in every epoch; cached, it reads every block once per mask variant."""
+    """Computes from which number of runs caching pays off.
+
+    With an online teacher, every block passes through the teacher in every epoch; with cached targets, once per mask
+    variant.
+    """
     teacher = found.steps * recipe.train.batch_rows * timings.capture
     step = found.steps * timings.step
     cached = step if recipe.targets.source == "cached" else max(0.0, step - teacher)
@@ -256,12 +268,12 @@ def _break_even(
 
 
 def runs_to_pay(once: float, saved: float) -> int:
-    """Least number of runs whose total saving exceeds the one-time cost `once`; 0 for never."""
+    """Returns the least number of runs whose total saving exceeds the one-time cost `once`; 0 means never."""
     return floor(once / saved * (1 + 1e-9)) + 1 if saved > 0 else 0
 
 
 def _read_rate(recipe: Recipe, sample: Sample, shape: ModelShape, timings: Timings) -> float:
-    """Bytes per second that the trainer reads: the blocks of a step and, from a cache, their targets."""
+    """Returns the bytes per second that the trainer reads: the blocks of each step and any cached targets."""
     rows = max(1, sample.rows)
     row_bytes = sample.block_bytes / rows
     if caches_targets(recipe):
@@ -281,33 +293,33 @@ def _advice(
     choices: tuple[Choice, ...],
     even: BreakEven | None,
 ) -> str:
-    """The recommendation in one sentence."""
+    """Returns the recommendation as one sentence."""
     if free is not None and need > free:
         rest = found.left - found.bytes["targets"].left
         fitting = [one for one in choices if MARGIN * (rest + one.bytes) < free and one.encoding != "topk"]
         best = max(fitting, key=lambda one: one.bytes, default=None)
         if best and caches_targets(recipe):
             return (
-                f"It does not fit: free space or name another store, or set targets.encoding = {best.encoding} and "
-                f"targets.positions = {best.positions}, which fit."
+                f"The run does not fit in the store: delete files, use a larger store, or set targets.encoding = "
+                f"{best.encoding} and targets.positions = {best.positions}, which fit."
             )
-        online = " or set targets.source = online" if caches_targets(recipe) and MARGIN * rest < free else ""
-        return f"It does not fit: free space or name another store{online}."
+        online = ", or set targets.source = online" if caches_targets(recipe) and MARGIN * rest < free else ""
+        return f"The run does not fit in the store: delete files or use a larger store{online}."
     if even is None:
-        return "It fits; no teacher needs to be cached." if free is not None else "No teacher needs to be cached."
+        return "The run fits in the store; no teacher is used." if free is not None else "No teacher is used."
     if even.runs == 0:
-        return "The teacher's time is too short to measure; cached or online makes no difference."
+        return "The teacher's time is too short to measure; cached and online targets take the same time."
     if even.runs == 1:
         keep = "Keep" if recipe.targets.source == "cached" else "Set"
-        return f"{keep} targets.source = cached: a run reads each target more than once, so it pays in the first run."
+        return f"{keep} targets.source = cached: a run reads each target repeatedly, so caching pays off in one run."
     return (
-        "For a single run targets.source = online takes no longer and needs no storage; caching pays from run "
-        f"{even.runs} on: with another student, temperature or training seed."
+        "For a single run, targets.source = online takes no longer and needs no storage; caching pays off from run "
+        f"{even.runs} on, for example with a different student, temperature or training seed."
     )
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as objects, amounts with `left`; references to artifacts are left out."""
+    """Converts dataclasses to plain values, amounts with `left`; omits references to artifacts."""
     if isinstance(value, Amount):
         return {"total": value.total, "done": value.done, "left": value.left}
     if is_dataclass(value):

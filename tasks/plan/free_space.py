@@ -2,7 +2,7 @@
 
     check_store_has_space(workspace, free_bytes(store), training=True)
 
-Called by the flows `distill` and `prepare` when artifacts are missing. Estimates bytes only; nothing is timed.
+Called by the flows `distill` and `prepare` when artifacts are missing. Only bytes are estimated; nothing is timed.
 """
 
 import shutil
@@ -18,14 +18,14 @@ from tasks.plan.sizes import forecast_sizes, shape_of, take_inventory
 from tasks.recipe.config import Recipe
 
 MARGIN = 1.1
-"""Free space that a run must find, as a multiple of the bytes to be made."""
+"""Free space that a run needs, as a multiple of the bytes that it will write."""
 
 CHECK_BYTES = 3_000_000
-"""Bytes of the sources to read as the sample."""
+"""Bytes to read from the sources as a sample."""
 
 
 def free_bytes(store: Store) -> int | None:
-    """Free bytes of a local store's file system; None for an object store, which does not report them."""
+    """Returns the free bytes of a local store's file system, or None for an object store, which reports none."""
     if not store.is_local:
         return None
     folder = Path(store.path("")).absolute()
@@ -34,14 +34,13 @@ def free_bytes(store: Store) -> int | None:
 
 
 def check_store_has_space(workspace: Workspace, free: int, *, training: bool) -> None:
-    """FatalError: the remaining artifacts, times MARGIN, exceed the `free` bytes of the store.
+    """Checks that the remaining artifacts, times MARGIN, fit in the `free` bytes of the store; FatalError if not.
 
-    If an upper bound for any text fits, nothing is read; else a small sample of the sources is. Unreadable sources are
-    skipped here: the run itself reports them all.
+    If an upper bound that holds for any text fits, no source is read; otherwise, a small sample of the sources is read.
+    Unreadable sources are skipped: the run itself reports all of them.
     """
-    if (
-        workspace.recipe.train.warm_start
-    ):  # a registered model would need MLflow; the size is close to that of the student without it
+    if workspace.recipe.train.warm_start:
+        # Resolving a registered model needs MLflow; the student without a warm start has about the same size.
         workspace = workspace.with_warm_start("")
     recipe = workspace.recipe
     inventory, shape = take_inventory(workspace), shape_of(recipe, training=training)
@@ -54,14 +53,14 @@ def check_store_has_space(workspace: Workspace, free: int, *, training: bool) ->
     need = MARGIN * forecast_sizes(inventory, sample, shape, recipe, training=training).left
     if sample.text_bytes and need > free:
         raise FatalError(
-            f"the store {recipe.store} has too little free space for this run: it needs about {_gigabytes(need)}, with "
-            f"10 % to spare, and {_gigabytes(free)} are free; delete files, name another store, or make less (`distil "
-            "plan` shows what each choice takes)"
+            f"the store {recipe.store} has too little free space: this run needs about {_gigabytes(need)} (including a "
+            f"margin of 10 %), but only {_gigabytes(free)} are free; delete files, set `store` to a larger store, or "
+            "cache smaller targets (`distil plan` shows the size of each choice)"
         )
 
 
 def _bound(recipe: Recipe) -> Sample:
-    """Upper bounds for any text: compressed 20-fold, one token per byte, one document per 50 bytes."""
+    """Returns a sample with upper bounds for any text: compressed 20-fold, one token per byte, 50-byte documents."""
     length = recipe.blocks.length
     text = 10_000
     rows = text // 50 if recipe.blocks.packing == "documents" else text // (length - 2) + 1

@@ -1,11 +1,11 @@
-"""Measures a sample of a corpus: reads a few MB of the real sources and makes shards and blocks in a scratch store.
+"""Measures a sample of a corpus: reads a few MB of the sources and makes shards and blocks in a scratch store.
 
     with TemporaryDirectory() as folder:
         sample = take_sample(Store(folder), recipe.corpus, recipe.blocks, recipe.mask, vocabulary, sources, 4_000_000)
 
-`distil plan` and the check of free space extrapolate from it. The beginning of each sampled source is unpacked into a
-file that ends at the end of a line, so the reader sees a complete small source, not a truncated one. A corpus smaller
-than the budget is read completely.
+`distil plan` and the check of free space extrapolate from the sample. The beginning of each sampled source is
+decompressed into a file that ends at the end of a line, so the reader gets a complete small source, not a truncated
+one. A corpus smaller than the budget is read completely.
 """
 
 import time
@@ -32,28 +32,28 @@ from tasks.tokens.mask import masked_count
 from tasks.tokens.vocabulary import Vocabulary, load_tokenizer
 
 SOURCES = 8
-"""Most sources to sample, spread over the snapshot; more only if these are smaller than the budget."""
+"""Maximum number of sources to sample, evenly spaced in the snapshot; exceeded if they are smaller than the budget."""
 
 LEAST = 1 << 20
-"""Least bytes to read of a compressed source: fewer do not show its compression ratio."""
+"""Minimum bytes to read from a compressed source; with fewer, its compression ratio cannot be estimated."""
 
 UNSEEN = 4 * CHUNK
-"""Bytes before the cut that are not decompressed: two blocks of the stream, so that it never reaches the cut."""
+"""Bytes before the cut that are not decompressed: the stream reads ahead by blocks and must never reach the cut."""
 
 PIECE = 1 << 12
-"""Unpacked bytes per read: the accuracy with which they are attributed to compressed bytes."""
+"""Decompressed bytes per read, which is the accuracy of their attribution to compressed bytes."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """Counts, bytes and seconds (of one process). All fields are sums, so samples can be added.
 
-    source_bytes               bytes read of the source files, compressed as they are
-    documents                  documents read, of which
-    dropped, heldout           dropped (by filters, as duplicates or as bad lines), and held out
-    text_bytes, shard_bytes    UTF-8 text of the documents that were not dropped, and its shards
-    rows, tokens, block_bytes  blocks of this text, their tokens (with special tokens), their bytes
-    positions                  masked positions under one mask
+    source_bytes               bytes read from the source files (compressed bytes for compressed files)
+    documents                  number of documents read
+    dropped, heldout           numbers of documents dropped (by filters, as duplicates or bad lines), and held out
+    text_bytes, shard_bytes    bytes of UTF-8 text of the documents that were not dropped, and of their shards
+    rows, tokens, block_bytes  numbers of blocks and tokens (with special tokens), and bytes of the blocks
+    positions                  number of masked positions under one mask
     """
 
     sources: int = 0
@@ -88,9 +88,9 @@ def take_sample(
 ) -> Sample:
     """Reads about `budget` bytes of the source files into the scratch store `store`.
 
-    FatalError: a source cannot be read. With `skip_bad` such sources are left out instead.
+    FatalError if a source cannot be read; with `skip_bad`, such sources are skipped instead.
     """
-    load_tokenizer(vocabulary)  # once per process in a real run too, so not part of the time of the first shard
+    load_tokenizer(vocabulary)  # before timing: a run also loads the tokenizer only once per process
     sample = Sample()
     for source, limit in _chosen(sources, budget):
         try:
@@ -102,7 +102,7 @@ def take_sample(
 
 
 def _chosen(sources: Sequence[Source], budget: int) -> Iterable[tuple[Source, int]]:
-    """The sources to sample, evenly spread, and the bytes to read of each."""
+    """Returns the sources to sample, evenly spaced, and the bytes to read from each."""
     total = sum(source.size for source in sources)
     if total <= budget:
         return [(source, source.size) for source in sources]
@@ -125,15 +125,15 @@ def _sample_source(
         path = folder / Path(source.name).name
         taken = _cut(source, limit, path, corpus.max_unpacked_ratio)
         unpacked = time.perf_counter() - started
-        # It keeps the label of the real source, which errors name, and is identified by its own bytes.
+        # The copy keeps the label of the real source, which error messages contain, but is identified by its own bytes.
         copy = replace(source, url=str(path), size=path.stat().st_size, stamp="", sha256=None, companion=None)
-        if source.companion:  # the cut has no companion, but is split into documents like the real source
+        if source.companion:  # the copy has no companion, but is split into documents like the real source
             corpus = corpus.model_copy(update={"text": "paragraphs"})
         receipt = shard_source(store, copy, corpus)
     shards = [store.receipt(ref) for ref in (*shards_of(receipt), *heldout_of(receipt))]
     made = [make_blocks(store, shard.ref, blocks, vocabulary) for shard in shards]
     counts = receipt.info["counts"]
-    # The real source is hashed compressed; the cut was hashed unpacked.
+    # A run hashes the compressed source; here, the decompressed copy was hashed.
     hashed = receipt.timings["hash"] * taken / max(1, copy.size)
     return Sample(
         sources=1,
@@ -154,7 +154,7 @@ def _sample_source(
 
 
 def _positions(store: Store, blocks: Receipt, mask: MaskSettings) -> int:
-    """Masked positions of these blocks under one mask."""
+    """Counts the masked positions of these blocks under one mask."""
     return int(masked_count(mask.rate, open_blocks(store, blocks.ref).lengths).sum())
 
 
@@ -162,10 +162,10 @@ def _positions(store: Store, blocks: Receipt, mask: MaskSettings) -> int:
 
 
 def _cut(source: Source, limit: int, path: Path, ratio: int) -> float:
-    """Writes the unpacked beginning of a source to `path`; returns the bytes of the source that it represents.
+    """Writes the decompressed beginning of a source to `path`; returns the number of source bytes that it represents.
 
-    `limit` is the number of bytes to read of the source. FatalError: the source does not exist, is damaged, or unpacks
-    to more than `ratio` times its size.
+    `limit` is the number of bytes to read from the source. FatalError if the source does not exist, is damaged, or
+    decompresses to more than `ratio` times its size.
     """
     head = read_head(source, limit)
     if len(head) == source.size:
@@ -182,10 +182,10 @@ def _cut(source: Source, limit: int, path: Path, ratio: int) -> float:
 
 
 def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
-    """The text of a truncated beginning, and the bytes of the source that it represents.
+    """Returns the decompressed text of a truncated source, and the number of source bytes that it represents.
 
-    Streams compress their beginning worse than the rest, as it has nothing to refer back to. So the rest of the source
-    is assumed to compress like the second half of the beginning.
+    The beginning of a stream is compressed less than the rest, since it has no earlier data to refer to. The rest of
+    the source is therefore assumed to have the compression ratio of the second half of the beginning.
     """
     packing = packing_of(head)
     if not packing:
@@ -195,7 +195,7 @@ def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
     growth = UnpackedSizeLimit(source.name, len(head), ratio)
     try:
         with pa.BufferReader(head) as file, pa.CompressedInputStream(file, packing) as stream:
-            # The stream reads many new bytes at once after it has returned all text of the old ones.
+            # The stream returns all text of the bytes that it has read before it reads the next large chunk.
             while (chunk := stream.read(PIECE)) and file.tell() < len(head) - UNSEEN:
                 growth.add(len(chunk))
                 parts.append(chunk)
@@ -209,7 +209,7 @@ def _unpacked(head: bytes, source: Source, ratio: int) -> tuple[bytes, float]:
 
 
 def _cut_parquet(source: Source, limit: int, path: Path, ratio: int) -> float:
-    """The first rows of a parquet file, as many as `limit` bytes of it hold on average."""
+    """Copies the first rows of a parquet file, on average `limit` bytes of it; returns the source bytes of the rows."""
     fs, remote = open_url(source.url)
     try:
         with fs.open(remote, "rb") as file, fs.open(remote, "rb") as again, pq.ParquetFile(file) as parquet:

@@ -1,9 +1,9 @@
-"""Forecasts the bytes of a recipe: those that exist in the store, and those still to be made, by a sample's ratios.
+"""Forecasts the bytes of a recipe's artifacts: those in the store, and those still to be written by a sample's ratios.
 
     inventory = take_inventory(workspace)
     forecast_sizes(inventory, sample, shape_of(recipe), recipe, training=True).bytes     # stage -> Amount(total, done)
 
-Called by `distil plan` and by tasks.plan.free_space. Nothing is timed here.
+Called by `distil plan` and tasks.plan.free_space. Only bytes are forecast; nothing is timed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ KEPT = ("shard", "blocks", "targets", "model")
 """Kinds of large artifacts that stay in the store."""
 
 FILE_BYTES, CHANNEL_BYTES = 1_900, 22
-"""Bytes per targets file: two copies of the schema, and in them mean and deviation of each channel."""
+"""Bytes per targets file for two copies of the schema, and per channel for its mean and deviation in both copies."""
 
 ADAM = 3
 """Numbers per weight in a checkpoint: the weight and AdamW's two moments."""
@@ -41,26 +41,26 @@ ADAM = 3
 
 @dataclass(frozen=True)
 class Amount:
-    """A total, and how much of it exists already."""
+    """A total, and how much of it is already done."""
 
     total: float
     done: float = 0.0
 
     @property
     def left(self) -> float:
-        """Still to be made."""
+        """The remaining amount, at least 0."""
         return max(0.0, self.total - self.done)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """State of a recipe's artifacts: the number of sources, else bytes.
+    """State of a recipe's artifacts: the number of sources, and bytes in all other fields.
 
     source_bytes               all source files
-    unread_bytes               source files without a receipt; the largest has `largest_unread`
+    unread_bytes               source files without a receipt; the largest has `largest_unread` bytes
     text_bytes, heldout_bytes  training and held-out text of the sources that were read
-    unblocked_bytes            the part of both that has no blocks yet
-    untaught_bytes             training text without targets, once per mask variant
+    unblocked_bytes            training and held-out text without blocks
+    untaught_bytes             training text without targets, counted once per mask variant
     kept                       artifacts in the store, by kind
     """
 
@@ -85,7 +85,10 @@ class ModelShape:
 
 
 def take_inventory(workspace: Workspace, model: Ref | None = None) -> Inventory:
-    """Counts from store listings and the receipts of sources; `model` is the run's model once its key is known."""
+    """Takes the inventory from store listings and the receipts of sources.
+
+    `model` is the model of the run, or None if its key is not known yet.
+    """
     store, recipe, lineage = workspace.store, workspace.recipe, workspace.lineage
     once = {ref.key if ref else source.url: (source, ref) for source, ref in reversed(lineage.sources)}
     there = {kind: store.sizes(kind) for kind in ("source", "shard", "blocks", "targets", "model", "checkpoint")}
@@ -114,20 +117,20 @@ def take_inventory(workspace: Workspace, model: Ref | None = None) -> Inventory:
 
 
 def variants_taught(recipe: Recipe) -> int:
-    """Mask variants for which a run computes targets; 0 if it caches none."""
+    """Returns the number of mask variants for which a run computes targets; 0 if it caches no targets."""
     return recipe.mask.variants if caches_targets(recipe) and recipe.targets.on_missing == "compute" else 0
 
 
 def _texts(store: Store, sources: Iterable[Ref]) -> dict[str, int]:
-    """Bytes of text of each shard of these sources, by key."""
+    """Returns the bytes of text of each shard of these sources, by key."""
     infos = [receipt.info for receipt in store.receipts_of(sources)]
     return {item["key"]: item["bytes"] for info in infos for item in (*info["shards"], *info["heldout"])}
 
 
 def shape_of(recipe: Recipe, *, training: bool = True) -> ModelShape:
-    """Builds both models on the meta device, without memory for weights; without `training` `parameters` is 0.
+    """Measures both models on the meta device, without memory for weights; without `training`, `parameters` is 0.
 
-    FatalError: the teacher is no masked language model, or the student cannot be made from it.
+    FatalError if the teacher is not a masked language model, or if the student cannot be made from it.
     """
     with torch.device("meta"):
         teacher = _skeleton(recipe.teacher) if recipe.teacher.model else None
@@ -156,7 +159,8 @@ def _skeleton(teacher: TeacherSettings) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FatalError(
-            f"model {teacher.model}: its config.json is not that of a masked language model ({reason}); name another",
+            f"model {teacher.model}: config.json does not describe a masked language model ({reason}); use a different "
+            "model",
             teacher.model,
         ) from error
     return model
@@ -169,13 +173,13 @@ def _skeleton(teacher: TeacherSettings) -> PreTrainedModel:
 class SizeForecast:
     """Forecast of counts and bytes.
 
-    text, blocks, tokens  training text in bytes, its blocks and tokens
-    positions             its masked positions under one mask
-    coming                bytes of text of sources that were not read yet
-    unblocked, untaught   bytes of text without blocks; of training text without targets, once per mask variant
-    steps                 optimizer steps
-    bytes                 by stage: shard, blocks, targets, checkpoint, model
-    passing               temporary bytes: one more checkpoint while it replaces an old one
+    text, blocks, tokens  bytes of training text, and the numbers of its blocks and tokens
+    positions             number of its masked positions under one mask
+    coming                bytes of text of the sources that were not read yet
+    unblocked, untaught   bytes of text without blocks, and of training text without targets (once per mask variant)
+    steps                 number of optimizer steps
+    bytes                 bytes by stage: shard, blocks, targets, checkpoint, model
+    passing               temporary bytes: a new checkpoint exists together with the checkpoint that it replaces
     """
 
     text: Amount
@@ -191,14 +195,14 @@ class SizeForecast:
 
     @property
     def left(self) -> float:
-        """Free bytes that the store must have."""
+        """Bytes that the store must have free."""
         return sum(amount.left for amount in self.bytes.values()) + self.passing
 
 
 def forecast_sizes(
     inventory: Inventory, sample: Sample, shape: ModelShape, recipe: Recipe, *, training: bool
 ) -> SizeForecast:
-    """Extrapolates the sample to the corpus; without `training` there are no steps, checkpoints or model."""
+    """Extrapolates the sample to the corpus; without `training`, the forecast has no steps, checkpoints or model."""
     per_byte = counts_per_text_byte(sample)
     kept_in = 1 - recipe.corpus.heldout_per_mille / 1000
     coming = inventory.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
@@ -231,36 +235,36 @@ def forecast_sizes(
 
 
 def counts_per_text_byte(sample: Sample) -> dict[str, float]:
-    """Blocks (`rows`), tokens and masked `positions` per byte of text."""
+    """Returns the numbers of blocks (`rows`), `tokens` and masked `positions` per byte of text."""
     return {name: getattr(sample, name) / max(1, sample.text_bytes) for name in ("rows", "tokens", "positions")}
 
 
 def target_bytes(
     per_byte: Mapping[str, float], shape: ModelShape, recipe: Recipe, encoding: str, positions: str
 ) -> float:
-    """Bytes of targets under one mask per byte of text; `per_byte` is the result of `counts_per_text_byte`."""
+    """Returns the bytes of targets under one mask per byte of text; `per_byte` is from `counts_per_text_byte`."""
     kept = per_byte["positions" if positions == "masked" else "tokens"]
     return per_byte["rows"] * ROW_BYTES + kept * payload_bytes(shape, recipe, encoding)
 
 
 def payload_bytes(shape: ModelShape, recipe: Recipe, encoding: str) -> int:
-    """Bytes per position in an encoding."""
+    """Returns the payload bytes per position in an encoding."""
     return Codec(
         encoding, shape.width, shape.vocab_size, min(recipe.targets.top_k, shape.vocab_size)
     ).bytes_per_position
 
 
 def _file_text(inventory: Inventory, recipe: Recipe, text: float) -> float:
-    """Approximate bytes of text per shard; no shard spans two sources."""
+    """Estimates the bytes of text per shard; no shard spans two sources."""
     return max(1.0, min(float(recipe.corpus.shard_bytes), text / max(1, inventory.sources)))
 
 
 def _trained(inventory: Inventory, shape: ModelShape, recipe: Recipe, steps: int) -> dict[str, Amount]:
-    """Bytes of the model and of the checkpoints that are kept."""
+    """Forecasts the bytes of the model and of the checkpoints that are kept."""
     train = recipe.train
     weights = 4.0 * shape.parameters
     written = ceil(steps / train.checkpoint_steps)
-    if train.result == "best":  # each new best is a checkpoint too, and the best one is kept in addition
+    if train.result == "best":  # each new best step is saved as a checkpoint, and the best one is kept in addition
         written += ceil(steps / max(1, train.validate_steps))
     count = min(train.keep_checkpoints, written) + (train.result == "best")
     done = inventory.kept["model"]

@@ -1,9 +1,9 @@
-"""Times this machine: imports, then the real capture of targets and the real trainer on a few blocks.
+"""Measures the speed of this machine: imports, and the capture of targets and the trainer on a few blocks.
 
     timings = measure(Workspace(Store(folder), recipe), sample.blocks, seconds=10)      # in a scratch store
 
-Called by `distil plan`. Shapes are those of the recipe if `seconds` suffice; on a slow device fewer blocks are timed
-and the time is scaled. The shortest of several steps counts: the load of other processes is not a cost of the recipe.
+Called by `distil plan`. Batches have the shape of the recipe's batches if `seconds` suffice; on a slow device, fewer
+blocks are timed and the time is scaled. The shortest of several steps is used, to exclude the load of other processes.
 """
 
 import os
@@ -44,18 +44,18 @@ from tasks.train.step import Ranks
 from tasks.train.trainer import Trainer
 
 WARM, TIMED = 3, 5
-"""Untimed warm-up steps (memory is allocated, kernels are compiled), and timed steps."""
+"""Untimed warm-up steps (in which memory is allocated and kernels are compiled), and timed steps."""
 
 FIRST_TOKENS = 2048
-"""Tokens of the first, rough timing of the teacher, which also calibrates the channels."""
+"""Tokens in the first, rough timing of the teacher, which also calibrates the channels."""
 
 STEP_FORWARDS = 1.5
-"""Approximate time of a training step in teacher forwards, per block; only chooses how many blocks are timed."""
+"""Approximate time of a training step per block, in teacher forward passes; only used to select how many are timed."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores that this process may use, and seconds that importing the trainer takes in a new process."""
+    """Number of cores that this process may use, and seconds to import the trainer in a new process."""
 
     cores: int
     import_seconds: float
@@ -63,13 +63,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds on one device; those of the teacher are 0 without one.
+    """Seconds on one device; `load` and `capture` are 0 without a teacher.
 
-    load     loading the teacher into memory
-    capture  targets of one block under one mask, encoded and written
-    step     one optimizer step of the complete batch, scaled from `rows` blocks
-    start    building the student, and the extra time of the first steps
-    save     writing one checkpoint
+    load     time to load the teacher into memory
+    capture  time to compute, encode and write the targets of one block under one mask
+    step     time of one optimizer step of the complete batch, scaled from `rows` blocks
+    start    time to build the student, and the extra time of the first steps
+    save     time to write one checkpoint
     """
 
     device: str
@@ -82,20 +82,20 @@ class Timings:
 
 
 def describe_machine() -> Machine:
-    """Counts the cores, and times an import of the trainer in a new process."""
+    """Counts the cores, and measures the time to import the trainer in a new process."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import tasks.train.trainer"], check=True)
     return Machine(len(os.sched_getaffinity(0)), time.perf_counter() - started)
 
 
 def measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, *, training: bool = True) -> Timings:
-    """Times teacher and student on the largest of these blocks, each for one to two times `seconds`.
+    """Times teacher and student on the largest of these blocks artifacts, each for one to two times `seconds`.
 
-    Without `training` the student is left out, and the teacher too if no targets are cached. The workspace has a
-    scratch store, which is written to. Runs in a separate process, because the thread and memory settings of a trainer
-    cannot be undone.
+    Without `training`, the student is not timed, and neither is the teacher if no targets are cached. The workspace
+    must have a scratch store, which is written to. Runs in a separate process, because the thread and memory settings
+    of a trainer cannot be undone.
 
-    FatalError: an unusable teacher or student, no blocks, or the process died.
+    FatalError if the teacher or the student cannot be used, if the blocks are empty, or if the process dies.
     """
     if not training and not caches_targets(workspace.recipe):
         return Timings("", 0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -106,8 +106,8 @@ def measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, *, trai
             return executor.submit(_measure, workspace, blocks, seconds, training).result()
         except BrokenProcessPool as error:
             raise FatalError(
-                f"recipe {workspace.recipe.name}: the process that timed teacher and student died (out of memory?); "
-                "lower train.batch_rows, or plan on a machine with more memory"
+                f"recipe {workspace.recipe.name}: the process that timed teacher and student died, probably because "
+                "memory ran out; lower train.batch_rows, or run `distil plan` on a machine with more memory"
             ) from error
 
 
@@ -115,7 +115,10 @@ def _measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, traini
     store, recipe = workspace.store, workspace.recipe
     largest = max((store.receipt(ref) for ref in blocks), key=lambda receipt: receipt.rows, default=None)
     if largest is None or not largest.rows:
-        raise FatalError(f"recipe {recipe.name}: the sample of {recipe.corpus.url} holds no text; is corpus.url right?")
+        raise FatalError(
+            f"recipe {recipe.name}: the sample of {recipe.corpus.url} contains no text; correct corpus.url or the "
+            "filters of the corpus"
+        )
     workspace = workspace.with_changes({"store": store.root, "home": f"{store.root}/home", "mask.variants": 1})
     counts = count_tokens(store, [largest.ref], workspace.vocabulary).ref if recipe.mask.kind == "smoothed" else None
     if recipe.loss.needs_teacher:
@@ -129,7 +132,7 @@ def _measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, traini
 
 
 class _TaughtSample(NamedTuple):
-    """Blocks with targets; seconds to load the teacher, to capture a block, and (rough) to train on a block."""
+    """Blocks with targets; seconds to load the teacher, to capture one block, and (rough) to train on one block."""
 
     part: Part
     load: float
@@ -143,7 +146,7 @@ def _time_teacher(workspace: Workspace, blocks: Receipt, counts: Ref | None, sec
     started = time.perf_counter()
     capture = _open(workspace, counts, None)
     load = time.perf_counter() - started
-    for force in (False, True):  # the first time allocates memory and loads kernels
+    for force in (False, True):  # the first call allocates memory and loads kernels
         calibration = calibrate(store, [few.ref], capture, force=force)
     rough = max(calibration.timings["seconds"], 1e-3) / few.rows
     some = _first(store, blocks, max(few.rows, int(seconds / rough)))
@@ -164,7 +167,7 @@ def _open(workspace: Workspace, counts: Ref | None, calibration: Ref | None) -> 
 
 
 def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | None, seconds: float) -> Timings:
-    """Runs the trainer for a few steps, on the complete batch of one rank or on as many blocks as time allows."""
+    """Runs the trainer for a few steps, on the complete batch of one rank or on as many blocks as time permits."""
     store, recipe = workspace.store, workspace.recipe
     rank_rows = -(-recipe.train.batch_rows // recipe.train.ranks)
     rows = max(1, min(rank_rows, int(seconds / (WARM + TIMED) / taught.rough_step)))
@@ -179,7 +182,7 @@ def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | Non
         counts=counts.key if counts else "",
     )
     torch.set_num_threads(train.threads or torch.get_num_threads())
-    keep_freed_memory()  # as a trainer does; cannot be undone, so the teacher is timed before
+    keep_freed_memory()  # as in the trainer; cannot be undone, so the teacher is timed before
     started = time.perf_counter()
     built = set_up_training(run, store, pick_device(run))
     optimizer = make_optimizer(built.student, train)
@@ -206,7 +209,7 @@ def _part(blocks: Receipt, targets: tuple[str, ...]) -> Part:
 
 
 def _first(store: Store, blocks: Receipt, rows: int) -> Receipt:
-    """The first rows of these blocks, as a new blocks artifact."""
+    """Returns the first rows of these blocks as a new blocks artifact."""
     if rows >= blocks.rows:
         return blocks
     batch = open_arrow(store.local(blocks) / BLOCKS_FILE).get_batch(0).slice(0, rows)

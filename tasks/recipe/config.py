@@ -1,4 +1,4 @@
-"""Recipes: everything that a run needs to know, as Pydantic models with one model per section of the TOML file.
+"""Defines the recipe, which contains all settings of a run, with one Pydantic model per section of the TOML file.
 
     recipe = load_recipe("deployments/pilot.toml")             # tasks/recipe/load.py
     recipe.train.lr, recipe.with_changes({"train.lr": 1e-3})
@@ -81,9 +81,9 @@ class Recipe(Section):
     model_config = ConfigDict(populate_by_name=True)
 
     def with_changes(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with some fields replaced, such as `{"train.lr": 1e-3}`.
+        """Returns a copy with some fields replaced, such as `{"train.lr": 1e-3}`.
 
-        The new values are not validated. KeyError: the recipe has no such field.
+        The new values are not validated. Raises KeyError if the recipe has no such field.
         """
         updated: dict[str, Any] = {}
         for name, value in changes.items():
@@ -111,27 +111,29 @@ class Recipe(Section):
         }
         for field, url in urls.items():
             if has_password(url):
-                raise ValueError(f"{field} holds a password; take it out: {CREDENTIALS}")
-        if has_password(self.register_as.tracking_uri):  # a recipe is shown in forms, parameters and runs
-            raise ValueError("register.tracking_uri holds a password; leave it empty and set MLFLOW_TRACKING_URI to it")
+                raise ValueError(f"{field} contains a password; remove it and {CREDENTIALS}")
+        if has_password(self.register_as.tracking_uri):  # forms, parameters and runs show the recipe
+            raise ValueError(
+                "register.tracking_uri contains a password; clear it and set MLFLOW_TRACKING_URI to the URI instead"
+            )
         return self
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.targets.encoding == "topk" and self.targets.source == "cached" and self.loss.cosine > 0:
             raise ValueError(
-                "targets.encoding = topk stores no hidden states, so loss.cosine must be 0; set it to 0 or use int8"
+                "targets.encoding = topk stores no hidden states, so loss.cosine must be 0; otherwise use int8"
             )
         if self.loss.needs_teacher and not self.teacher.model:
-            raise ValueError("loss.distil or loss.cosine is above 0, so teacher.model must name a teacher")
+            raise ValueError("loss.distil or loss.cosine is above 0, which requires a teacher; set teacher.model")
         if not self.teacher.model and not self.blocks.tokenizer:
-            raise ValueError("without teacher.model, blocks.tokenizer must name a tokenizer")
+            raise ValueError("blocks.tokenizer is required if teacher.model is empty")
         if self.student.init != "config" and not self.teacher.model:
-            raise ValueError('without teacher.model, student.init must be "config"')
+            raise ValueError('student.init must be "config" if teacher.model is empty')
         if self.student.init == "config" and "model_type" not in self.student.config:
-            raise ValueError('student.init = "config" needs student.config with a model_type')
+            raise ValueError('student.init = "config" requires a model_type in student.config')
         if self.student.choice and len(self.student.choice) != self.student.layers:
             raise ValueError("student.choice must list exactly student.layers layers")
         if self.corpus.max_chars < self.corpus.min_chars:
-            raise ValueError("corpus.max_chars is below corpus.min_chars")
+            raise ValueError("corpus.max_chars is below corpus.min_chars; raise it or lower corpus.min_chars")
         return self

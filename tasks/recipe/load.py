@@ -1,7 +1,7 @@
-"""Loads a validated `Recipe` from a TOML file: the recipe that it extends, overrides, and paths relative to the file.
+"""Loads a `Recipe` from a TOML file: merges the recipe that it extends, applies overrides and resolves paths.
 
     recipe = load_recipe("deployments/pilot.toml", ["train.lr=1e-3"])
-    recipe = make_recipe({"name": "tiny", ...}, "form")         # from plain values, as a form submits them
+    recipe = make_recipe({"name": "tiny", ...}, "form")         # from plain values, as submitted by a form
 
 `Recipe` is defined in tasks/recipe/config.py.
 """
@@ -25,9 +25,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies overrides such as `train.lr=1e-3`.
 
     Relative paths are resolved against the folder of the file, except `home` and `store`, which are relative to the
-    current folder. A file with `extends = "other.toml"` holds only the fields that differ from that recipe.
+    current folder. A file with `extends = "other.toml"` contains only the fields that differ from that recipe.
 
-    FatalError: unreadable or invalid; the message names the file and the field.
+    Raises FatalError, with the names of the file and the field, if the recipe is unreadable or invalid.
     """
     values, folders = _read_with_bases(Path(path), ())
     for override in overrides:
@@ -39,10 +39,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
-    """The values of a file merged over those of the recipe that it extends, and the folders of both files."""
-    values = read_toml(path, "recipe")  # before resolve(), which fails on paths that cannot be opened
+    """Returns the values of a file merged over those of the recipe that it extends, and the folders of both files."""
+    values = read_toml(path, "recipe")  # before resolve(), which fails for unreadable paths
     if path.resolve() in extending:
-        raise FatalError(f"{path}: extends itself; name another recipe", str(path))
+        raise FatalError(f"{path}: this recipe extends itself; set extends to a different recipe", str(path))
     base, folder = values.pop("extends", ""), path.parent.resolve()
     if not base:
         return values, [folder]
@@ -51,28 +51,31 @@ def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str,
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Merges section by section; any other value, lists included, replaces the value of the base."""
+    """Merges two recipes section by section. All other values, including lists, replace those of the base."""
     shared = [name for name, value in values.items() if isinstance(value, dict) and isinstance(base.get(name), dict)]
     return base | values | {name: _merged(base[name], values[name]) for name in shared}
 
 
 def make_recipe(values: dict[str, Any], where: str) -> Recipe:
-    """Validates plain values; errors cite `where`. FatalError: invalid, with one clause per field."""
+    """Validates plain values. Raises FatalError, with one clause per invalid field; the message cites `where`."""
     return validated(Recipe, values, where, "recipe")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The plain values of a TOML file; `what` is its kind in errors. FatalError: no such file, or not TOML."""
+    """Returns the values of a TOML file; `what` is its kind in messages. Raises FatalError if it is unreadable."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FatalError(f"{path}: no such {what} file", str(path)) from error
+        raise FatalError(f"{path}: this {what} file does not exist; check the path", str(path)) from error
     except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML, not UTF-8, a path with a zero byte
-        raise FatalError(f"{path}: not a readable TOML file ({error})", str(path)) from error
+        raise FatalError(f"{path}: not a readable TOML file ({error}); correct it", str(path)) from error
 
 
 def validated(model: type[S], values: dict[str, Any], where: str, what: str) -> S:
-    """Validates plain values against a section. FatalError: invalid; `what` names the section in errors of no field."""
+    """Validates plain values against a section. Raises FatalError if they are invalid.
+
+    Messages cite `where`, and `what` for faults that belong to no single field.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -86,7 +89,7 @@ def validated(model: type[S], values: dict[str, Any], where: str, what: str) -> 
 def _override(values: dict[str, Any], text: str) -> None:
     name, equals, raw = text.partition("=")
     if not equals or not name:
-        raise FatalError(f"override {text!r}: write section.field=value")
+        raise FatalError(f"override {text!r}: the form must be section.field=value")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -95,16 +98,16 @@ def _override(values: dict[str, Any], text: str) -> None:
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise FatalError(f"override {text!r}: {section} is not a section")
+            raise FatalError(f"override {text!r}: {section} is not a section; use section.field=value")
         values = inner
     values[field] = value
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with `home` and `store` as absolute paths, with defaults below the current folder.
+    """Makes `home` and `store` absolute. Their defaults are below the current folder.
 
-    Servers, workers and trainers each have their own working folder, so relative paths would differ between them. The
-    two fields are part of no key.
+    Servers, workers and trainers have different working folders, so relative paths would differ between them. The two
+    fields are not part of any key.
     """
     home = str(Path(recipe.home or HOME).absolute())
     store = recipe.store or f"{home}/store"
@@ -127,8 +130,8 @@ def _with_paths_of_file(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def relative_to_file(name: str, folder: Path) -> str:
-    """`name` as an absolute path if `folder` contains it, else unchanged (a URL or hub id)."""
+    """Returns `name` as an absolute path if `folder` contains it, else unchanged (a URL or Hub id)."""
     if not name or "://" in name or Path(name).is_absolute():
         return name
     path = folder / name
-    return str(path) if os.path.exists(path) else name  # Path.exists raises if the name is too long for the disk
+    return str(path) if os.path.exists(path) else name  # Path.exists raises if the name is too long

@@ -1,9 +1,9 @@
-"""Sections of a recipe that say where results are recorded, evaluated and released, and how the work runs.
+"""Defines the sections of a recipe that determine how results are recorded, scored and released, and how work runs.
 
     [run]
     workers = 8
 
-tasks/recipe/training_settings.py has the sections that define the student: data, models, losses and optimization.
+tasks/recipe/training_settings.py defines the sections that determine the student: data, models and optimization.
 """
 
 from typing import Literal, Self
@@ -31,7 +31,9 @@ class RegisterSettings(Section):
     license: str = Field(
         "mit", min_length=1, description="License in the model card; the teacher's license must permit it"
     )
-    dataset: str = Field("", description="Hub id of the corpus in the model card; empty shows only its name")
+    dataset: str = Field(
+        "", description="Hub id of the corpus for the model card; empty shows only the name of the corpus"
+    )
 
 
 class ScoreSettings(Section):
@@ -47,32 +49,36 @@ class ScoreSettings(Section):
         "", description="Protocol file for fine-tuning, such as deployments/score/flue.toml; empty: no fine-tuning"
     )
     sets: str = Field(
-        "", description="Folder or URL of the protocol's data sets; empty downloads those that are on the hub"
+        "", description="Folder or URL of the data sets of the protocol; empty downloads those that are on the Hub"
     )
     control: str = Field(
         "",
-        description="Model to compare the student with, such as the same student without distillation: a folder, hub "
+        description="Model to compare the student with, such as the same student without distillation: a folder, Hub "
         "id or models:/NAME@ALIAS; empty: none",
     )
     latency_runs: int = Field(30, ge=0, le=100_000, description="Timed forward passes for latency; 0 disables")
 
 
 class GateSettings(Section):
-    """When a new version may become champion. Sets have the names that the scores use (heldout, ner, ...)."""
+    """When a new version may become champion. Data sets are identified by their names in scores (heldout, ner, ...)."""
 
-    # Not `required`: Prefect takes a field of that name for JSON Schema's keyword and then rejects every form.
-    needed: tuple[str, ...] = Field(("heldout",), description="Sets that must have a score in every version")
+    # Not `required`: Prefect confuses a field of that name with the JSON Schema keyword and rejects every form.
+    needed: tuple[str, ...] = Field(("heldout",), description="Data sets on which every version must have a score")
     optional: tuple[str, ...] = Field(
-        (), description="Sets that may lack a score; any other missing score blocks the promotion"
+        (), description="Data sets whose score may be missing; any other missing score blocks promotion"
     )
     floors: dict[str, float] = Field(
-        default_factory=dict, description="Minimum score per set (0 to 1) while no champion has a score to compare with"
+        default_factory=dict,
+        description="Minimum score per data set (0 to 1), used if there is no score of a champion",
     )
     deviations: float = Field(
         2.0, gt=0, le=10, description="Tolerated drop of a score, in pooled standard deviations over seeds"
     )
     min_tolerance: float = Field(
-        0.005, ge=0, le=1, description="Minimum tolerated drop (0 to 1); the only tolerance of a set with a single seed"
+        0.005,
+        ge=0,
+        le=1,
+        description="Minimum tolerated drop (0 to 1); the only tolerance for a data set with a single seed",
     )
     approval: bool = Field(False, description="Pause the flow until a person approves in the Prefect UI")
     approval_hours: float = Field(72.0, gt=0, le=8760, description="Hours to wait for the approval")
@@ -81,10 +87,12 @@ class GateSettings(Section):
     def _is_consistent(self) -> Self:
         both = set(self.needed) & set(self.optional)
         if both:
-            raise ValueError(f"gate.needed and gate.optional both name {', '.join(sorted(both))}")
+            raise ValueError(
+                f"gate.needed and gate.optional both contain {', '.join(sorted(both))}; remove it from one of them"
+            )
         wrong = sorted(name for name, floor in self.floors.items() if not 0 <= floor <= 1)
         if wrong:
-            raise ValueError(f"gate.floors of {', '.join(wrong)} must lie between 0 and 1")
+            raise ValueError(f"gate.floors of {', '.join(wrong)} must be between 0 and 1")
         return self
 
 
@@ -96,13 +104,13 @@ class RunSettings(Section):
     )
     text_on: str = Field(
         "",
-        description="Deployment that makes shards and blocks on another work pool, such as prepare/text; it must use "
-        "the same store; empty: this run makes them",
+        description="Deployment that computes shards and blocks on another work pool, such as prepare/text; it must "
+        "use the same store; empty: this run computes them",
     )
     workers: int = Field(2, ge=1, le=512, description="CPU worker processes for shards and blocks (engine processes)")
     window: int = Field(64, ge=1, le=5000, description="Maximum shard tasks in flight")
-    max_failed: int = Field(0, ge=0, le=10**9, description="Failed shards tolerated before the run ends as Failed")
-    retries: int = Field(2, ge=0, le=20, description="Retries per task after a transient error")
+    max_failed: int = Field(0, ge=0, le=10**9, description="Number of failed shards above which the run ends as Failed")
+    retries: int = Field(2, ge=0, le=20, description="Retries per task after a temporary error")
     retry_seconds: float = Field(
         10.0, ge=0, le=86_400, description="Seconds before the first retry; doubles with every retry"
     )
@@ -119,7 +127,7 @@ class RunSettings(Section):
         60.0,
         ge=0,
         le=86_400,
-        description="Target seconds per task run, which groups small shards; 0 gives each shard its own task run",
+        description="Target seconds per task run; small shards are grouped up to it; 0: one task run per shard",
     )
 
 
@@ -127,9 +135,9 @@ class RaySettings(Section):
     """Ray cluster and resources per task, for run.engine = "ray"."""
 
     address: str = Field(
-        "", description="Cluster to join: auto (this machine's) or HOST:6379; empty starts Ray on this machine"
+        "", description="Cluster to join: auto (the one on this machine) or HOST:6379; empty starts Ray on this machine"
     )
-    cpus: float = Field(1.0, gt=0, le=1024, description="CPUs per task that makes shards or blocks")
+    cpus: float = Field(1.0, gt=0, le=1024, description="CPUs per task that computes shards or blocks")
     memory: int = Field(0, ge=0, le=2**50, description="Bytes of memory per task of shards or blocks; 0: unspecified")
     teacher_cpus: float = Field(1.0, gt=0, le=1024, description="CPUs per teacher task")
     teacher_gpus: float = Field(0.0, ge=0, le=64, description="GPUs per teacher task")
@@ -140,7 +148,7 @@ class WatchSettings(Section):
     """When a new snapshot of the corpus starts a run automatically."""
 
     cron: str = Field("0 * * * *", min_length=9, description="Schedule of the checks for a new snapshot (cron, UTC)")
-    active: bool = Field(False, description="Check on the schedule; otherwise only on an event or a manual start")
+    active: bool = Field(False, description="Check on the schedule; otherwise check only on an event or a manual start")
     folder: str = Field(
         "", description="Folder whose subfolders are snapshots; empty: corpus.url is a single snapshot that grows"
     )

@@ -1,16 +1,17 @@
-"""RUN.json: everything that one training run needs, resolved. The flows write it; `tasks.train` reads it.
+"""Writes and reads run.json, which contains all resolved settings of one training run. `tasks.train` reads it.
 
     run = make_run(recipe, manifest=parts, heldout=heldout, teacher_fingerprint=fingerprint, start="", counts="")
     path = write_run(run)                    # torchrun -m tasks.train PATH
     run = read_run(str(path))
 
 The run key identifies the result. It covers the settings that change the weights, the keys of blocks and targets, the
-teacher, and the model that the student starts from. Device, micro-batch, ranks, threads and logging are not part of
-it, so a run may resume on other hardware.
+teacher, and the model that the student starts from. Device, micro-batch, ranks, threads and logging are not part of the
+key, so a run may resume on different hardware.
 
-Schema 2 of the run key: the data order changed (tasks/loader/order.py). Every run has another key than under schema 1,
-so a run in flight starts again from step 0 and reuses all cached targets. Its checkpoints of schema 1 cannot be
-resumed; `distil gc` drops them (tasks/train/checkpoint.py: unfinished_checkpoints). Finished models stay.
+Since schema 2 of the run key, the data order is different (tasks/loader/order.py). Every run has a different key from
+its key under schema 1, so an unfinished run restarts from step 0 and reuses all cached targets. Checkpoints of schema 1
+cannot be resumed; `distil gc` deletes them (tasks/train/checkpoint.py: unfinished_checkpoints). Finished models stay
+valid.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,16 +38,16 @@ from tasks.recipe.config import (
 )
 
 METRICS = "metrics.jsonl"
-"""Metrics file in the run folder: the trainer appends to it, the flow follows it."""
+"""Metrics file in the run folder, to which the trainer appends and which the flow reads."""
 
 SCHEMA = 1
-"""Form of the artifacts `model` and `checkpoint`, in their receipts and in the model key."""
+"""Schema number of the artifacts `model` and `checkpoint`, in their receipts and in the model key."""
 
 RUN_SCHEMA = 2
-"""Meaning of a run key: a new number repeats every training. 2: the data order comes from Philox words."""
+"""Schema number of the run key; a new number repeats every training run. 2: Philox determines the data order."""
 
 EXIT_RETRYABLE = 75
-"""Exit status of a trainer after a transient error (EX_TEMPFAIL), such as a store that does not answer."""
+"""Exit status of a trainer after a temporary error (EX_TEMPFAIL), such as a store that does not respond."""
 
 SETTINGS_NOT_IN_KEY = {
     "device",
@@ -63,12 +64,15 @@ SETTINGS_NOT_IN_KEY = {
     "validate_rows",
     "warm_start",
 }
-"""Fields of `train` that do not change the weights of the last step. With train.result = "best" the validation settings
-do change which weights are saved, so they are in the key then."""
+"""Fields of `train` that do not change the weights of the last step. If train.result is "best", the validation settings
+decide which weights are exported, so the key then includes them."""
 
 
 class Part(Section):
-    """One shard of the manifest: its blocks, and its targets per mask variant (none if targets.source = "online")."""
+    """One shard of the manifest, with the keys of its blocks and of its targets per mask variant.
+
+    `targets` is empty if targets.source = "online".
+    """
 
     label: str
     blocks: str
@@ -77,19 +81,19 @@ class Part(Section):
     tokens: int = Field(ge=0)
 
     def blocks_ref(self) -> Ref:
-        """Reference to the blocks."""
+        """Returns the reference to the blocks."""
         return Ref("blocks", self.blocks, self.label)
 
     def targets_ref(self, variant: int) -> Ref:
-        """Reference to the targets of one mask variant."""
+        """Returns the reference to the targets of one mask variant."""
         return Ref("targets", self.targets[variant], self.label)
 
 
 class RunSpec(Section):
-    """One training run, as RUN.json stores it.
+    """One training run, as stored in run.json.
 
-    `folder` is local and holds metrics.jsonl and result.json. `start` is the fingerprint of the model in
-    train.warm_start and `counts` the key of the token counts; both are "" when unused. `cache_bytes` limits the local
+    `folder` is the local run folder, with metrics.jsonl and result.json. `start` is the fingerprint of the model in
+    train.warm_start, and `counts` is the key of the token counts; both are "" if unused. `cache_bytes` limits the local
     copies of files from a remote store.
     """
 
@@ -118,16 +122,16 @@ class RunSpec(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the complete run."""
         return steps_of(self.train, self.rows)
 
     @property
     def model_ref(self) -> Ref:
-        """Reference to the model that this run produces."""
+        """Reference to the model that this run exports."""
         return model_ref(self.run_key, self.name)
 
     def reads(self) -> Iterator[Ref]:
-        """References to every artifact that the training reads."""
+        """Yields references to all artifacts that the run reads."""
         for part in (*self.manifest, *self.heldout):
             yield part.blocks_ref()
             yield from (part.targets_ref(variant) for variant in range(len(part.targets)))
@@ -136,12 +140,12 @@ class RunSpec(Section):
 
 
 def model_ref(run_key: str, name: str) -> Ref:
-    """Reference to the model that a run produces."""
+    """Returns the reference to the model that a run exports."""
     return Ref("model", key_of("model", SCHEMA, {}, [run_key]), name)
 
 
 def steps_of(train: TrainSettings, rows: float) -> int:
-    """Optimizer steps for a corpus of `rows` blocks."""
+    """Returns the number of optimizer steps for a corpus of `rows` blocks."""
     return train.max_steps or max(1, -int(-rows * train.epochs // train.batch_rows))
 
 
@@ -154,13 +158,15 @@ def make_run(
     start: str,
     counts: str,
 ) -> RunSpec:
-    """Resolves a recipe and its artifacts into a run; `start` is the fingerprint of the warm-start model, or "".
+    """Resolves a recipe and its artifacts into a run. `start` is the fingerprint of the warm-start model, or "".
 
-    Parts without blocks are left out of the training but stay in the key, so that the key is known before any receipt
-    is read. FatalError: no part has a block.
+    The run excludes parts without blocks, but its key includes them, so that it can be computed without reading
+    receipts. Raises FatalError if no part has a block.
     """
     if not any(part.rows for part in manifest):
-        raise FatalError(f"recipe {recipe.name}: no block to train on; check corpus.url")
+        raise FatalError(
+            f"recipe {recipe.name}: the corpus has no block to train on; check corpus.url and the filters in corpus"
+        )
     made_of = [(part.blocks, *part.targets) for part in manifest]
     run_key = key_of_run(
         recipe,
@@ -200,9 +206,9 @@ def key_of_run(
     start: str,
     counts: str,
 ) -> str:
-    """Key of a training run; `made_of` holds the keys of blocks and targets of each part.
+    """Returns the key of a training run. `made_of` contains the keys of blocks and targets of each part.
 
-    `heldout` holds the keys of the held-out blocks. They count only with train.result = "best".
+    `heldout` contains the keys of the held-out blocks, which are part of the key only if train.result is "best".
     """
     settings = _settings_in_key(recipe, start, counts)
     if recipe.train.result == "best":
@@ -214,9 +220,9 @@ def key_of_run(
 def key_of_run_schema_1(
     recipe: Recipe, made_of: Iterable[Sequence[str]], *, teacher_fingerprint: str, start: str, counts: str
 ) -> str:
-    """Key of the same run under schema 1, before `train.result` existed and the data order changed.
+    """Returns the key of the same run under schema 1, before the data order changed and `train.result` was added.
 
-    A store that has the model of this key (`model_ref`) trained this run with an older version.
+    If a store contains the model of this key (`model_ref`), an older version of this project trained the run.
     """
     settings = _settings_in_key(recipe, start, counts)
     del settings["train"]["result"]
@@ -235,7 +241,7 @@ def _settings_in_key(recipe: Recipe, start: str, counts: str) -> dict[str, Any]:
         "counts": counts,
     }
     if recipe.targets.source == "online" and recipe.loss.needs_teacher:
-        # Cached targets have these in their own keys.
+        # For cached targets, these are in the keys of the targets.
         settings["teacher"] = {"dtype": recipe.teacher.dtype, "attention": recipe.teacher.attention}
     return settings
 
@@ -245,7 +251,7 @@ def _parents(made_of: Iterable[Sequence[str]], teacher_fingerprint: str) -> list
 
 
 def write_run(run: RunSpec) -> Path:
-    """Writes RUN.json into the run folder and returns its path. FatalError: the disk is full or read-only."""
+    """Writes run.json into the run folder. Returns its path. Raises FatalError if the disk is full or read-only."""
     folder = Path(run.folder)
     path = folder / "run.json"
     with writing(f"the run folder {folder}"):
@@ -255,11 +261,11 @@ def write_run(run: RunSpec) -> Path:
 
 
 def read_run(path: str) -> RunSpec:
-    """Reads RUN.json. FatalError: unreadable, or a field is invalid (the message names it)."""
+    """Reads a run file. Raises FatalError if it is unreadable, or with the name of the first invalid field."""
     try:
         return RunSpec.model_validate_json(Path(path).read_bytes())
     except OSError as error:
-        raise FatalError(f"{path}: cannot be read ({error}); give the path of a RUN.json", path) from error
+        raise FatalError(f"{path}: cannot be read ({error}); pass the path of a run.json file", path) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -1,10 +1,10 @@
-"""The base class of all sections of a recipe, and the types that their fields share.
+"""Defines the base class of all sections of a recipe, and the types that their fields share.
 
     class LossSettings(Section):
         mlm: float = Field(0.2, ge=0, description="Weight of the masked cross-entropy")
 
-A section is also a part of the parameter form of a Prefect deployment: its docstring and the descriptions of its fields
-are shown there and in the reference of the CLI.
+Each section is also part of the parameter form of the Prefect deployments, which shows its docstring and the
+descriptions of its fields.
 """
 
 from typing import Annotated, Literal, TypeVar
@@ -21,13 +21,13 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """One section of a recipe. It rejects unknown fields, and its values are immutable."""
+    """One section of a recipe. It is immutable and rejects unknown fields."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        # The heading of the section in Prefect's form.
+        # Heading of the section in the Prefect form.
         model_title_generator=lambda model: model.__name__.removesuffix("Settings"),
     )
 

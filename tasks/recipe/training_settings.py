@@ -1,10 +1,10 @@
-"""Sections of a recipe that say what is computed: corpus, blocks, masks, teacher, targets, student, loss, training.
+"""Defines the sections of a recipe that determine the student: data, models, targets, losses and optimization.
 
     [corpus]
     url = "s3://bucket/oscar-2301"
 
-Most of their fields change the result and are therefore part of a key. tasks/recipe/operation_settings.py has the
-sections that say where results are recorded and how the work runs.
+Most fields of these sections change the result and are therefore part of a key. tasks/recipe/operation_settings.py
+defines the sections that determine where results are recorded and how the work runs.
 """
 
 from collections.abc import Set
@@ -57,17 +57,17 @@ class CorpusSettings(Section):
     )
 
     def in_key(self, outside: Set[str]) -> dict[str, Any]:
-        """The settings that are part of a key, all but `outside`.
+        """Returns the settings that are part of a key, which are all except `outside`.
 
-        `text` is left out while it is "auto", so that keys of stores from before that field stay valid.
+        `text` is excluded while it is "auto", so that keys that are older than this field stay valid.
         """
         return self.model_dump(mode="json", exclude={*outside, "text"} if self.text == "auto" else {*outside})
 
 
 class BlockSettings(Section):
-    """How text becomes token blocks of equal length."""
+    """How text is split into token blocks of equal length."""
 
-    tokenizer: str = Field("", description="Tokenizer: a folder or hub id; empty uses the teacher's")
+    tokenizer: str = Field("", description="Tokenizer: a folder or Hub id; empty uses the tokenizer of the teacher")
     length: int = Field(512, ge=8, le=8192, description="Tokens per block, special tokens included")
     packing: Literal["packed", "documents"] = Field(
         "packed", description="packed: documents joined and cut into full blocks; documents: one document per block"
@@ -75,7 +75,7 @@ class BlockSettings(Section):
 
 
 class MaskSettings(Section):
-    """The positions that are masked for teacher and student."""
+    """How masked positions are chosen, for teacher and student alike."""
 
     seed: Seed = Field(0, description="Random seed of the masks; part of the key of the targets")
     rate: float = Field(0.15, gt=0, le=0.5, description="Share of the positions of a block that are masked (0 to 0.5)")
@@ -83,14 +83,16 @@ class MaskSettings(Section):
         "uniform",
         description="uniform: every token equally often; smoothed: weighted by token count ** -0.7, as in DistilBERT",
     )
-    variants: int = Field(1, ge=1, le=64, description="Different masks per block, used in turn, one per epoch")
+    variants: int = Field(1, ge=1, le=64, description="Different masks per block; each epoch uses the next one")
 
 
 class TeacherSettings(Section):
     """The model that is distilled."""
 
-    model: str = Field("", description="Masked language model: a folder or hub id; empty only for plain MLM training")
-    revision: str = Field("", description="Commit or tag on the hub; empty uses the newest")
+    model: str = Field(
+        "", description="Masked language model: a folder or Hub id; may be empty only for plain MLM training"
+    )
+    revision: str = Field("", description="Commit or tag on the Hub; empty uses the newest")
     dtype: Dtype = Field(
         "auto",
         description="Precision of the forward pass that computes targets; auto: bfloat16 on GPU, float32 on CPU; an "
@@ -100,7 +102,7 @@ class TeacherSettings(Section):
         "sdpa", description="Attention implementation; part of the key of the targets"
     )
     batch_rows: int = Field(
-        0, ge=0, le=100_000, description="Blocks per teacher forward pass; 0 chooses by free memory"
+        0, ge=0, le=100_000, description="Blocks per teacher forward pass; 0 derives the number from free memory"
     )
     trust_remote_code: bool = Field(
         False, description="Execute Python code from the model repository; enable only if you trust it"
@@ -108,23 +110,28 @@ class TeacherSettings(Section):
 
 
 class TargetSettings(Section):
-    """The teacher's outputs: where they come from and how they are stored."""
+    """How the teacher's outputs are computed and stored."""
 
     source: Literal["cached", "online"] = Field(
         "cached",
-        description="cached: compute targets once, store them, train from them; online: run the teacher while training",
+        description="cached: compute and store targets once, then train on them; online: run the teacher in training",
     )
     encoding: Literal["int8", "int4", "bf16", "topk"] = Field(
         "int8", description="Encoding of cached targets: hidden states as int8, int4 or bf16, or the top-k logits"
     )
-    positions: Literal["masked", "all"] = Field("masked", description="Positions with distillation and cosine loss")
+    positions: Literal["masked", "all"] = Field(
+        "masked", description="Positions that enter the distillation and cosine losses"
+    )
     on_missing: Literal["compute", "raise", "skip"] = Field(
         "compute",
-        description="Targets that are missing from the store: compute them, raise an error, or skip their shards",
+        description="If targets are missing from the store: compute them, raise an error, or skip their shards",
     )
     top_k: int = Field(64, ge=1, le=4096, description="Logits stored per position (encoding topk)")
     calibration_rows: int = Field(
-        256, ge=1, le=1_000_000, description="Blocks used to estimate mean and deviation per channel (int8 and int4)"
+        256,
+        ge=1,
+        le=1_000_000,
+        description="Blocks used to estimate the mean and deviation of each channel (int8 and int4)",
     )
 
 
@@ -159,31 +166,31 @@ class LossSettings(Section):
     @model_validator(mode="after")
     def _not_all_zero(self) -> Self:
         if self.distil == self.cosine == self.mlm == 0:
-            raise ValueError("distil, cosine and mlm are all 0; give at least one a positive weight")
+            raise ValueError("distil, cosine and mlm are all 0; set at least one of them to a positive weight")
         return self
 
     @property
     def needs_teacher(self) -> bool:
-        """False for plain MLM training (0/0/1)."""
+        """True unless distil and cosine are 0 (plain MLM training)."""
         return self.distil > 0 or self.cosine > 0
 
 
 class TrainSettings(Section):
-    """Optimization, checkpoints, validation and hardware of the training."""
+    """Optimization, checkpoints, validation and hardware of the training run."""
 
     seed: Seed = Field(0, description="Random seed of data order, dropout and new weights")
     epochs: float = Field(1.0, gt=0, le=10_000, description="Passes over the corpus; ignored if max_steps is set")
     max_steps: int = Field(0, ge=0, le=10**9, description="Optimizer steps; 0 derives them from epochs")
     batch_rows: int = Field(256, ge=1, le=1_000_000, description="Blocks per optimizer step, over all ranks")
     micro_rows: int = Field(
-        0, ge=0, le=1_000_000, description="Blocks per forward pass and rank; 0 takes all blocks of the step at once"
+        0, ge=0, le=1_000_000, description="Blocks per forward pass and rank; 0 processes all blocks of a step at once"
     )
     lr: float = Field(5e-4, gt=0, le=1, description="Peak learning rate")
     schedule: Literal["linear", "wsd"] = Field(
         "linear", description="Learning-rate schedule: linear decay, or wsd (warm-up, stable, decay)"
     )
-    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps with warm-up (0 to 1)")
-    decay: float = Field(0.2, ge=0, le=1, description="Share of the steps with decay (0 to 1; schedule wsd)")
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of steps used for warm-up (0 to 1)")
+    decay: float = Field(0.2, ge=0, le=1, description="Share of steps used for decay (0 to 1; schedule wsd)")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay, applied to matrices only")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW betas")
     eps: float = Field(1e-6, gt=0, le=1, description="AdamW epsilon")
@@ -191,7 +198,10 @@ class TrainSettings(Section):
     window_shards: int = Field(4, ge=1, le=10_000, description="Shards whose blocks are shuffled together")
     checkpoint_steps: int = Field(500, ge=1, le=10**9, description="Steps between checkpoints")
     keep_checkpoints: int = Field(
-        2, ge=1, le=10_000, description="Newest checkpoints to keep (and the best one, if train.result is best)"
+        2,
+        ge=1,
+        le=10_000,
+        description="Number of newest checkpoints to keep (the best one is also kept if train.result is best)",
     )
     validate_steps: int = Field(
         250, ge=0, le=10**9, description="Steps between evaluations on held-out blocks; 0 disables"
@@ -203,7 +213,7 @@ class TrainSettings(Section):
     log_steps: int = Field(10, ge=1, le=10**9, description="Steps between log lines of metrics")
     warm_start: str = Field(
         "",
-        description="Model to start from, instead of teacher layers: a folder, hub id or models:/NAME@ALIAS",
+        description="Model to start from, instead of teacher layers: a folder, Hub id or models:/NAME@ALIAS",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device; auto uses a GPU if the machine has one")
     dtype: Dtype = Field(
@@ -214,14 +224,15 @@ class TrainSettings(Section):
     ranks: int = Field(1, ge=1, le=1024, description="Training processes on this machine (torchrun)")
     launcher: tuple[str, ...] = Field(
         (),
-        description="Command that runs the trainer on other machines and exits with it, such as srun; {run} is the "
-        "path of RUN.json and {folder} its folder, which all machines must share; empty: this machine",
+        description="Command that runs the trainer on other machines and exits with it, such as srun; {run} is "
+        "replaced by the path of the run file and {folder} by its folder, which all machines must share; empty: this "
+        "machine",
     )
-    threads: int = Field(0, ge=0, le=4096, description="CPU threads per process; 0 leaves the choice to PyTorch")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads per process; 0 uses the default of PyTorch")
     prefetch: int = Field(4, ge=1, le=64, description="Steps whose batches are prepared in advance")
 
     @model_validator(mode="after")
     def _launcher_names_the_run(self) -> Self:
         if self.launcher and not any("{run}" in argument for argument in self.launcher):
-            raise ValueError("train.launcher must name the run: put {run} where the trainer's RUN.json belongs")
+            raise ValueError("train.launcher must contain {run}, which is replaced by the path of the run file")
         return self

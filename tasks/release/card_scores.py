@@ -2,7 +2,7 @@
 
     parts = score_sections(models)      # ModelSummary values -> Markdown headings, tables and paragraphs
 
-The first model is the model of the card; the others are its teacher and any control.
+The first model is the subject of the card; the others are its teacher and any control.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +30,12 @@ SET_DESCRIPTIONS = {
 
 
 def score_sections(models: Sequence[ModelSummary]) -> list[str]:
-    """Scores with their meaning, sets that were not run with the reason, and size and speed if they were measured."""
+    """Returns the scores with their meaning, the sets that were not run with the reason, and any size and speed."""
     return ["## Scores", *_scores(models), *_not_run(models), *_size_and_speed(models)]
 
 
 def _scores(models: Sequence[ModelSummary]) -> Iterator[str]:
-    """The table of scores, how to read it, and the meaning of the score on each set."""
+    """Yields the table of scores, an explanation of it, and the meaning of the score on each set."""
     student, ratios = models[0], models[0].ratios
     names = set_names(models)
     rows = []
@@ -52,7 +52,7 @@ def _scores(models: Sequence[ModelSummary]) -> Iterator[str]:
     )
     if ratios:
         yield (
-            f"The last column is the score of the {escape_line(student.name)} divided by that of its teacher, with a "
+            f"The last column is the score of the {escape_line(student.name)} divided by the teacher's score, with a "
             "95 % confidence interval paired by test row: the smallest interval that contains both a bootstrap over "
             "rows and Student's t over seeds."
         )
@@ -79,10 +79,10 @@ def _ratio(ratio: Mapping[str, float] | None) -> str:
 
 
 def _not_run(models: Sequence[ModelSummary]) -> Iterator[str]:
-    """The sets without a score, with the reason."""
+    """Yields a list of the sets without a score, each with the reason."""
     missing = [
         f"- {escape_line(one.set_name)} ({escape_line(model.name)}): "
-        + (escape_line(without_paths(one.reason)) or "no reason was given")
+        + (escape_line(without_paths(one.reason)) or "no reason was recorded")
         for model in models
         for one in model.set_results
         if not one.was_run

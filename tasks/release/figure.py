@@ -2,8 +2,8 @@
 
     png = render_figure("distil-demo", (student, teacher, control))       # ModelSummary values -> PNG bytes
 
-The PNG is 1,200 pixels wide. Scores are points on a shared axis that need not begin at 0; sizes and times are bars that
-do. Error bars are 95 % intervals, over seeds or, for a single run, over blocks of held-out text.
+The PNG is 1,200 pixels wide. Scores are points on a shared axis that need not begin at 0; sizes and times are bars,
+which begin at 0. Error bars are 95 % intervals, over seeds or, for a single run, over blocks of held-out text.
 """
 
 import io
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 WIDTH, DPI = 12.0, 100
-"""Inches, and dots per inch: 1,200 pixels."""
+"""Width in inches, and dots per inch: 1,200 pixels."""
 
 COLOURS = ("#0072b2", "#6b6b6b", "#e69f00", "#009e73", "#cc79a7")
 """Palette of Okabe and Ito (2008), which colour-blind readers can distinguish."""
@@ -29,10 +29,10 @@ MARKERS = ("o", "D", "s", "^", "v")
 TEXT_COLOUR, NOTE_COLOUR = "#222222", "#8a8a8a"
 
 LANE_HEIGHT = 0.24
-"""Height of the lane of one model within the row of a set."""
+"""Height of one model's lane, where the row of a set has the height 1."""
 
 LEAST_SPAN = 15.0
-"""Shortest score axis in percentage points; on a shorter one noise would appear as a difference."""
+"""Minimum length of the score axis in percentage points; on a shorter axis, noise would look like a difference."""
 
 TITLES = {
     "heldout": "held-out text,\nmasked top-1",
@@ -57,7 +57,7 @@ PANELS: tuple[tuple[str, Callable[[ModelSummary], float]], ...] = (
 
 
 def render_figure(title: str, models: Sequence[ModelSummary]) -> bytes:
-    """The figure as PNG. The first model is the subject; its teacher is recognized by its name."""
+    """Returns the figure as PNG. The first model is the subject; its teacher is identified by the name "teacher"."""
     buffer = io.BytesIO()
     # Without the library version in the metadata, the same input gives the same bytes.
     draw_figure(title, models).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
@@ -65,7 +65,7 @@ def render_figure(title: str, models: Sequence[ModelSummary]) -> bytes:
 
 
 def draw_figure(title: str, models: Sequence[ModelSummary]) -> "Figure":
-    """The figure as a matplotlib `Figure` with the Agg backend."""
+    """Returns the figure as a matplotlib `Figure` with the Agg backend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,14 +90,17 @@ def draw_figure(title: str, models: Sequence[ModelSummary]) -> "Figure":
 
 
 def headline(models: Sequence[ModelSummary]) -> str:
-    """One sentence: the student's scores, speed and size relative to its teacher; unmeasured parts are left out."""
+    """Returns one sentence on the student's scores, speed and size relative to its teacher, as far as measured.
+
+    The sentence is empty without a teacher or measurements.
+    """
     student, teacher = models[0], teacher_among(models)
     if teacher is None:
         return ""
     parts = []
     share = retained_share(student, teacher)
     if share is not None:
-        parts.append(f"keeps {100 * share:.0f} % of its {teacher.name}'s scores")
+        parts.append(f"retains {100 * share:.0f} % of its {teacher.name}'s scores")
     if student.milliseconds.get(1) and teacher.milliseconds.get(1):
         parts.append(f"is {teacher.milliseconds[1] / student.milliseconds[1]:.1f} times as fast on a CPU")
     if student.parameters and teacher.parameters:
@@ -119,7 +122,7 @@ def _note(models: Sequence[ModelSummary]) -> str:
 
 
 def _draw_scores(axes: "Axes", models: tuple[ModelSummary, ...], names: Sequence[str]) -> None:
-    """One row per set, and in it one lane per model."""
+    """Draws one row per set, with one lane per model."""
     extents: list[float] = []
     for row, name in enumerate(names):
         for lane, model in enumerate(models):
@@ -149,7 +152,7 @@ def _draw_scores(axes: "Axes", models: tuple[ModelSummary, ...], names: Sequence
 
 
 def _draw_point(axes: "Axes", result: SetResult, y: float, lane: int) -> tuple[float, float]:
-    """Draws a mean with its interval and its number; returns both ends of the interval on the axis."""
+    """Draws a mean with its interval and its value as text; returns both ends of the interval in percent."""
     mean, half = 100 * result.mean, half_width(result)
     width = 0.0 if half is None else 100 * half
     colour = COLOURS[lane % len(COLOURS)]
@@ -185,7 +188,7 @@ def _shortened(text: str) -> str:
 def _draw_bars(
     axes: "Axes", title: str, models: Sequence[ModelSummary], value: Callable[[ModelSummary], float]
 ) -> None:
-    """One bar per model, each with its number."""
+    """Draws one bar per model, labelled with its value."""
     values = [value(model) for model in models]
     axes.set_title(title, fontsize=11.5, loc="left", color=TEXT_COLOUR, pad=5)
     for lane, (model, length) in enumerate(zip(models, values, strict=True)):
@@ -231,7 +234,7 @@ def _draw_legend(figure: "Figure", models: Sequence[ModelSummary], y: float) -> 
 
 
 def _label(axes: "Axes", text: str, point: tuple[float, float], offset: int, colour: str) -> None:
-    """Writes text `offset` points to the right of a point, or to the left if negative."""
+    """Writes text `offset` points to the right of a data point, or to the left if `offset` is negative."""
     side = "left" if offset > 0 else "right"
     axes.annotate(
         text,
@@ -256,5 +259,5 @@ def _note_style(side: str) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """Escapes the dollar sign, which starts mathematical notation in matplotlib."""
+    """Escapes dollar signs, which start mathematical notation in matplotlib."""
     return text.replace("$", r"\$")

@@ -4,7 +4,7 @@
     table(("", "score"), [("ner", "87.1")], numeric=True)
     code_block("print(1)", "python")
 
-`table` takes cells that are Markdown already; untrusted cells pass through `escape_line` first.
+The cells of `table` are Markdown; untrusted text must be escaped with `escape_line` first.
 """
 
 import re
@@ -14,24 +14,24 @@ from storage.errors import printable
 
 
 def escape_line(text: str) -> str:
-    """Any text as one line of plain Markdown text."""
+    """Returns any text as one line of plain Markdown text."""
     line = printable(" ".join(str(text).split()))
     return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", line)
 
 
 def code_span(text: str) -> str:
-    """Any text as inline code."""
+    """Returns any text as inline code."""
     line = " ".join(printable(str(text)).replace("`", "'").split()).replace("|", "¦")
     return f"`{line}`" if line else "``"
 
 
 def code_block(text: str, language: str) -> str:
-    """Any text as a fenced block; the fence is longer than every run of backticks in the text."""
+    """Returns any text as a fenced code block; its fence is longer than every run of backticks in the text."""
     fence = "`" * (1 + max([2, *(len(run) for run in re.findall("`+", text))]))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: bool = False) -> str:
-    """A table of Markdown cells; `numeric` aligns all columns but the first to the right."""
+    """Returns a table of Markdown cells; `numeric` aligns all columns except the first to the right."""
     rules = ["---", *["---:" if numeric else "---"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rules, *rows))

@@ -2,8 +2,8 @@
 
     text = model_card(facts)        # CardFacts -> Markdown with YAML front matter
 
-The card is generated from recipe, receipts and scores; sets without scores are listed with the reason. Untrusted text
-(names, reasons, sentences) is escaped in the Markdown and in the YAML.
+The card is generated from the recipe, receipts and scores; sets without scores are listed with the reason. Untrusted
+text (names, reasons, sentences) is escaped in the Markdown and in the YAML.
 """
 
 import re
@@ -26,7 +26,7 @@ LOSSES = (
     ("cosine", "cosine loss", "(1 − cosine similarity of the last hidden states)"),
     ("mlm", "masked-LM loss", "cross-entropy of the masked tokens"),
 )
-"""Name in the recipe, name in the card, definition."""
+"""Name in the recipe, name in the card, and definition of each loss term."""
 
 Rows = Sequence[tuple[str, str]]
 
@@ -35,9 +35,9 @@ Rows = Sequence[tuple[str, str]]
 class CardFacts:
     """Contents of the card.
 
-    `models` begins with the model of the card; `sizes` has sizes of the corpus by name (shards, documents, tokens ...);
-    `seconds` is the time in training steps, 0 if unknown; `figure` is the name of an image file in the folder of the
-    card, or "".
+    The first of `models` is the subject of the card; `sizes` contains sizes of the corpus by name (shards, documents,
+    tokens ...); `seconds` is the time in training steps, 0 if unknown; `figure` is the name of an image file in the
+    folder of the card, or "".
     """
 
     name: str
@@ -57,7 +57,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The complete README.md."""
+    """Returns the complete README.md."""
     front_matter = yaml.safe_dump(metadata(facts), allow_unicode=True, sort_keys=False, default_flow_style=False)
     parts = [
         f"# {escape_line(facts.name)}",
@@ -74,7 +74,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def metadata(facts: CardFacts) -> dict[str, object]:
-    """The front matter as plain values, with the field names of the hub; unknown values are left out."""
+    """Returns the front matter as plain values, with the field names of the hub and without unknown values."""
     recipe = facts.recipe
     results = [result for model in facts.models[:1] for result in model.set_results if result.was_run]
     metrics = [HUB_METRICS.get(result.metric, result.metric) for result in results]
@@ -104,8 +104,8 @@ def _opening(facts: CardFacts) -> str:
     share = retained_share(facts.models[0], teacher) if teacher else None
     if teacher and share is not None:
         text += (
-            f" It keeps {100 * share:.1f} % of the scores of its {escape_line(teacher.name)}, on average over the sets "
-            "that both were scored on under the same protocol."
+            f" It retains {100 * share:.1f} % of the scores of its {escape_line(teacher.name)}, on average over the "
+            "sets that both were scored on under the same protocol."
         )
     return text
 
@@ -202,7 +202,7 @@ def _training(facts: CardFacts) -> Rows:
 
 
 def _duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds below one hour."""
+    """Formats a duration in hours and minutes, or below one hour in minutes and seconds."""
     if not seconds:
         return "not recorded"
     minutes, rest = divmod(round(seconds), 60)

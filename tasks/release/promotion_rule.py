@@ -1,12 +1,12 @@
-"""Decides from results whether a candidate model may become champion, set by set, and explains the decision.
+"""Decides whether a candidate model may become champion from its results on each set, and explains the decision.
 
     verdict = promotion_verdict(candidate, champions, recipe.gate)     # results of the candidate and of each champion
     verdict.promote, verdict.reasons, verdict.rows
 
-On each set the candidate is compared with the best mean of any champion so far, present or past, and may be below it by
-at most a tolerance; comparing with the best ever prevents a sequence of small losses from adding up. The candidate's
-mean over the sets may be below that of any champion with the same sets by at most one standard error. This module is a
-pure rule: it neither reads nor writes the model registry.
+On each set, the candidate is compared with the best mean of any champion so far, present or past, and may be below it
+by at most a tolerance; the comparison with the best mean so far prevents small losses from accumulating. The
+candidate's mean over the sets may be below the mean of any champion with the same sets by at most one standard error.
+This module neither reads nor writes the model registry.
 """
 
 import math
@@ -19,17 +19,17 @@ from tasks.recipe.config import GateSettings
 from tasks.release.results import SetResult
 
 MEAN = "mean"
-"""Takes the place of the set name in the row of the mean over sets."""
+"""Used instead of a set name in the row of the mean over sets."""
 
 SetResults = Sequence[SetResult]
 
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """Comparison on one set: the two means, and by how much the candidate may be below the best.
+    """Comparison on one set: both means, and by how much the candidate may be below the best mean.
 
-    `best` and `tolerance` are None if no champion was compared with, `candidate` is None if the set was not run. `note`
-    states the comparison in words.
+    `best` and `tolerance` are None if the candidate was compared with no champion; `candidate` is None if the set was
+    not run. `note` is the result of the comparison as text.
     """
 
     set_name: str
@@ -41,13 +41,16 @@ class VerdictRow:
     note: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the candidate may become champion; `reasons` are the notes of the failed rows, or else of all rows."""
+    """Result of the promotion rule: `promote` is True if the candidate may become champion.
+
+    `reasons` are the notes of the failed rows, or of all rows if none failed.
+    """
 
     promote: bool
     reasons: tuple[str, ...]
@@ -55,11 +58,11 @@ class Verdict:
 
 
 def promotion_verdict(candidate: SetResults, champions: Sequence[SetResults], rules: GateSettings) -> Verdict:
-    """Compares a candidate with the champions so far (oldest first, the present one last), all by one protocol.
+    """Compares a candidate with the champions so far (oldest first, the present one last), all scored by one protocol.
 
-    On a set that no champion has, and if there is no champion, the floors of `rules` apply. A set that was not run
-    blocks the promotion unless `rules.optional` names it, and so does a champion's result without values, since it
-    cannot be compared.
+    The floors of `rules` apply to sets that no champion has, and to all sets if no champion exists. A set that was not
+    run, or cannot be compared because a champion's result has no values, blocks the promotion unless it is in
+    `rules.optional`.
     """
     by_name = {result.set_name: result for result in candidate}
     champion_results = [{result.set_name: result for result in champion} for champion in champions]
@@ -70,20 +73,20 @@ def promotion_verdict(candidate: SetResults, champions: Sequence[SetResults], ru
     rows += _mean_rows(with_values, comparable, rules)
     objections = tuple(row.note for row in rows if not row.passed)
     if not with_values:
-        objections = (*objections, "not one set was run")
+        objections = (*objections, "no set was run")
     return Verdict(not objections, objections or tuple(row.note for row in rows), tuple(rows))
 
 
 def tolerance(candidate: SetResult, best: SetResult, rules: GateSettings) -> float:
-    """Allowed difference to the best: `rules.deviations` pooled standard deviations, at least `rules.min_tolerance`.
+    """Returns the allowed loss: `rules.deviations` pooled standard deviations, but at least `rules.min_tolerance`.
 
-    With one seed on both sides the deviation is unknown, and the minimum applies.
+    With one seed on both sides, the standard deviation is unknown and the minimum applies.
     """
     return max(rules.deviations * pooled_sd(candidate, best), rules.min_tolerance)
 
 
 def pooled_sd(one: SetResult, other: SetResult) -> float:
-    """Pooled standard deviation over seeds, assuming equal variances; 0 if neither side has two seeds."""
+    """Returns the pooled standard deviation over seeds, assuming equal variances; 0 if neither side has two seeds."""
     freedom = len(one.values) + len(other.values) - 2
     if freedom == 0:
         return 0.0
@@ -126,9 +129,9 @@ def _not_run_row(candidate: SetResult, rules: GateSettings) -> VerdictRow:
 
 
 def _floor_row(candidate: SetResult, rules: GateSettings, *, first: bool) -> VerdictRow:
-    """The row of a set that no champion has; `first` if there is no champion at all."""
+    """Returns the row of a set that no champion has; `first` is True if no champion exists."""
     name, mean = candidate.set_name, candidate.mean
-    why = "there is no champion yet" if first else "no champion has this set"
+    why = "no champion exists yet" if first else "no champion has this set"
     floor = rules.floors.get(name)
     if floor is None:
         note = f"{name} is {mean:.4f}; {why}, no floor is set"
@@ -143,7 +146,7 @@ def _floor_row(candidate: SetResult, rules: GateSettings, *, first: bool) -> Ver
 def _mean_rows(
     candidate: Mapping[str, SetResult], champions: Sequence[Mapping[str, SetResult]], rules: GateSettings
 ) -> Iterator[VerdictRow]:
-    """Yields the row of the mean, compared with the champion that is most ahead; nothing if no set can be compared."""
+    """Yields the row of the mean, compared with the champion furthest ahead; yields nothing without shared sets."""
     shared = [name for name in candidate if any(name in results for results in champions)]
     complete = [results for results in champions if set(shared) <= set(results)] or champions[-1:]
     pairings = [[(candidate[name], results[name]) for name in shared if name in results] for results in complete]
@@ -159,9 +162,9 @@ def _mean_rows(
 
 
 def _mean_loss(pairs: Sequence[tuple[SetResult, SetResult]], rules: GateSettings) -> tuple[float, float]:
-    """Champion's mean over sets minus the candidate's, and the standard error of that difference.
+    """Returns the champion's mean over sets minus the candidate's, and the standard error of that difference.
 
-    The standard deviation of a set is its tolerance / `rules.deviations`, which also covers an unknown deviation.
+    The standard deviation on a set is estimated as its tolerance / `rules.deviations`, also if it is unknown.
     """
     loss = fmean(other.mean for _, other in pairs) - fmean(one.mean for one, _ in pairs)
     variances = [

@@ -1,4 +1,4 @@
-"""Reduces the scores of a model to one result per evaluation set; promotion rule, model card and figure read these.
+"""Reduces a model's scores to one result per evaluation set, for the promotion rule, the model card and the figure.
 
     results = set_results(scores)                   # SetResult per set, from the scores of one model
     results[0].mean, results[0].sd
@@ -29,10 +29,10 @@ METRICS = {
     "ner": "entity_f1",
     "fine-tuning": "",
 }
-"""The metric of each set. `fine-tuning` represents all fine-tuned sets in a run without a protocol."""
+"""The metric of each set. `fine-tuning` represents all fine-tuned sets of a run without a protocol."""
 
 NOT_RUN = "none"
-"""Takes the place of the protocol key of a set that was not run."""
+"""Used instead of a protocol key for a set that was not run."""
 
 Scores = Mapping[str, Any]
 
@@ -41,7 +41,7 @@ Scores = Mapping[str, Any]
 class SetResult:
     """Result of one model on one set: one value of `metric`, between 0 and 1, per seed.
 
-    Without values the set was not run, and `reason` says why. `error` is the standard error of a single value over the
+    A set without values was not run, for the given `reason`. `error` is the standard error of a single value over the
     blocks that it was measured on; 0 if unknown.
     """
 
@@ -53,7 +53,7 @@ class SetResult:
 
     @property
     def was_run(self) -> bool:
-        """Whether the result has values."""
+        """True if the result has values."""
         return bool(self.values)
 
     @property
@@ -69,12 +69,12 @@ class SetResult:
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return asdict(self) | {"values": list(self.values)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Restores a result from `to_json`."""
+        """Restores a result from the value of `to_json`."""
         return cls(**(values | {"values": tuple(values["values"])}))
 
 
@@ -82,9 +82,9 @@ class SetResult:
 class ModelSummary:
     """Results, size and speed of one model.
 
-    `parameters` counts the model with its LM head; `size` is bytes of weight files; `milliseconds` is the time of one
-    forward pass on the CPU by batch size. These are 0 or empty if not measured. `ratios` has by set the `value`, `low`
-    and `high` of the ratio of the model's score to the teacher's.
+    `parameters` includes the LM head; `size` is the bytes of the weight files; `milliseconds` is the time of one
+    forward pass on the CPU by batch size. These are 0 or empty if not measured. `ratios` contains, by set, the `value`,
+    `low` and `high` of the ratio of the model's score to the teacher's.
     """
 
     name: str
@@ -95,7 +95,7 @@ class ModelSummary:
     ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def result_on(self, set_name: str) -> SetResult | None:
-        """The result on a set; None if the set was not run."""
+        """Returns the result on a set, or None if the set was not run."""
         return next((one for one in self.set_results if one.set_name == set_name and one.was_run), None)
 
 
@@ -103,9 +103,9 @@ class ModelSummary:
 
 
 def set_results(scores: Mapping[str, Scores]) -> tuple[SetResult, ...]:
-    """Results of one model from its scores (set name -> figures, or a `not_run` value).
+    """Returns the results of one model from its scores (set name -> figures, or a `not_run` value).
 
-    Scores of sets without a metric are left out. Held-out text has a single value, a fine-tuned set one value per seed
+    Scores of sets without a metric are ignored. Held-out text has a single value, a fine-tuned set one value per seed
     in the order of the seeds.
     """
     return tuple(_set_result(name, METRICS[name], figures) for name, figures in scores.items() if name in METRICS)
@@ -120,15 +120,15 @@ def _set_result(name: str, metric: str, figures: Scores) -> SetResult:
 
 
 def protocol_keys(scores: Mapping[str, Scores]) -> dict[str, str]:
-    """For each set with a metric, the key of its protocol; results are comparable only if their keys are equal."""
+    """Returns the protocol key of each set with a metric; results are comparable only if their keys are equal."""
     return {name: str(figures.get("protocol", NOT_RUN)) for name, figures in scores.items() if name in METRICS}
 
 
 def summarize_models(scores: Mapping[str, Mapping[str, Scores]]) -> tuple[ModelSummary, ...]:
-    """Summaries of all compared models (model name -> set name -> figures): the first, its teacher if scored, the rest.
+    """Summarizes compared models (model name -> set name -> figures): the first, its teacher if scored, the others.
 
-    Size and speed of all models are among the scores of the first. Without scores of its own, the teacher has the
-    figures that were measured together with the first model on held-out text.
+    Size and speed of all models are read from the scores of the first model. If the teacher has no scores of its own,
+    its figures on held-out text are read from those of the first model.
     """
     first = next(iter(scores))
     speed = scores[first].get("size-and-speed", {})
@@ -158,19 +158,19 @@ def _summarize(name: str, scores: Mapping[str, Scores], speed: Scores) -> ModelS
 
 
 def teacher_among(models: Sequence[ModelSummary]) -> ModelSummary | None:
-    """The teacher of the first model, if it is one of the other models."""
+    """Returns the teacher of the first model if it is one of the other models, else None."""
     return next((model for model in models[1:] if model.name == TEACHER), None)
 
 
 def set_names(models: Sequence[ModelSummary]) -> list[str]:
-    """Names of all sets that any of the models has a result on, run or not; sets of the first model first."""
+    """Returns the names of all sets that any model has a result on, run or not; sets of the first model come first."""
     return list(dict.fromkeys(result.set_name for model in models for result in model.set_results))
 
 
 def half_width(result: SetResult) -> float | None:
-    """Half the width of the 95 % interval; None if it is unknown.
+    """Returns half the width of the 95 % interval, or None if it is unknown.
 
-    With several seeds the interval of the mean by Student's t, with a single value that of its standard error.
+    With several seeds, Student's t gives the interval of the mean; with a single value, its standard error does.
     """
     spread = over_seeds(result.values)
     if "high" in spread:
@@ -179,7 +179,7 @@ def half_width(result: SetResult) -> float | None:
 
 
 def retained_share(student: ModelSummary, teacher: ModelSummary) -> float | None:
-    """Mean of student score / teacher score over the sets that both were run on; None without such a set."""
+    """Returns the mean of student score / teacher score over the sets that both were run on, or None without any."""
     pairs = [(student.result_on(name), teacher.result_on(name)) for name in set_names((student,))]
     ratios = [one.mean / other.mean for one, other in pairs if one and other and other.mean > 0]
     return sum(ratios) / len(ratios) if ratios else None

@@ -1,9 +1,9 @@
-"""Calibration: mean and standard deviation of each channel of the teacher's hidden states, estimated on sample blocks.
+"""Estimates the mean and standard deviation of each channel of the teacher's hidden states on sample blocks.
 
-    receipt = calibrate(store, sample, capture)               # once per recipe; an artifact of its own
+    receipt = calibrate(store, sample, capture)               # once per recipe; stored as an artifact
     calibration = read_calibration(store, receipt.ref)        # mean, std: float32 [D]
 
-int8 and int4 targets standardize channels by it (tasks.targets.codec).
+Both are the calibration, with which int8 and int4 targets standardize channels (tasks.targets.codec).
 """
 
 import time
@@ -28,10 +28,11 @@ _CALIBRATION = pa.schema([("mean", pa.float32()), ("sd", pa.float32())])
 
 
 def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: bool = False) -> Receipt:
-    """Estimates the calibration over targets.calibration_rows blocks, spread evenly over the sample of blocks.
+    """Estimates the calibration on targets.calibration_rows blocks, spread evenly over the blocks of the sample.
 
-    An existing artifact is kept unless `force`. Receipt: rows = blocks used, tokens = positions used.
-    FatalError: a sample without a block, NaN or infinity from the teacher.
+    An existing artifact is kept unless `force` is True. Receipt: rows = blocks used, tokens = positions used.
+
+    FatalError: the sample contains no blocks, or the teacher's output is NaN or infinite.
     """
     teacher = capture.teacher
     ref = calibration_ref(
@@ -58,14 +59,14 @@ def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: b
 
 
 def read_calibration(store: Store, ref: Ref) -> Calibration:
-    """Reads a calibration. FatalError if it is missing or damaged."""
+    """Reads a calibration. FatalError: it is missing or damaged."""
     table = open_arrow(store.check(store.receipt(ref)) / CALIBRATION_FILE).read_all()
     mean_D, std_D = (torch.from_numpy(table.column(name).to_numpy().copy()) for name in ("mean", "sd"))
     return Calibration(mean_D, std_D)
 
 
 def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Calibration, int, int]:
-    """The calibration, the number of positions and the number of blocks behind it."""
+    """Estimates the calibration. Returns it with the numbers of positions and blocks used."""
     opened = [open_blocks(store, ref) for ref in sample]
     owner = np.repeat(np.arange(len(opened)), [len(blocks) for blocks in opened])
     row = np.concatenate([np.arange(len(blocks)) for blocks in opened])
@@ -81,5 +82,7 @@ def _estimate(store: Store, sample: Sequence[Ref], capture: Capture) -> tuple[Ca
             sums += torch.stack([wide_ND.sum(0), (wide_ND**2).sum(0)]).cpu()
             count += len(hidden_ND)
     if not count:
-        raise FatalError(f"blocks {sample[0].label}: no position to calibrate on; check that corpus.url contains text")
+        raise FatalError(
+            f"blocks {sample[0].label}: the sample has no position to calibrate on; check that corpus.url contains text"
+        )
     return fit_calibration(count, sums[0], sums[1]), count, wanted

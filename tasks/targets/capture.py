@@ -1,11 +1,11 @@
-"""Teacher capture: from rows of a shard's blocks to the teacher's encoded outputs, in three separate steps.
+"""Runs the teacher on rows of a shard's blocks and encodes its outputs, in three separate steps: teacher capture.
 
     inputs = masked_inputs(capture, blocks, rows, variant)                 # CPU: mask, digest
     hidden_ND = hidden_states(capture.teacher, inputs)                     # device: encoder, last layer where needed
     payload_NP, finite_N = encode(capture.teacher, codec, hidden_ND)       # device: LM head for topk, then bytes
 
-The last two steps never synchronise with the device; `prefetch_one` overlaps the first with them. tasks.targets.compute
-captures all rows of a shard, tasks.targets.parity a few of them.
+The last two steps never synchronise with the device, and `prefetch_one` runs the first step at the same time.
+tasks.targets.compute captures all rows of a shard, tasks.targets.parity only a few rows.
 
 Shapes: B blocks, L tokens, M chosen positions per block, N valid positions of all blocks, D hidden size, P bytes per
 position.
@@ -32,10 +32,10 @@ from tasks.tokens.mask import mask_rows, row_digests
 from tasks.tokens.vocabulary import Vocabulary
 
 CPU_TOKENS = 8192
-"""Tokens per forward on a CPU; more is no faster."""
+"""Tokens per forward pass on a CPU; larger batches are not faster."""
 
 GPU_TOKENS = 262_144
-"""Maximum tokens per forward on a GPU, if memory allows."""
+"""Maximum number of tokens per forward pass on a GPU, if memory allows."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -46,10 +46,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """Everything that the captures of all shards of a recipe share.
+    """The inputs that the captures of all shards of a recipe share.
 
-    `counts` [vocabulary size]: token counts, for smoothed masks only. `counts_key`, `calibration_key`: "" without.
-    `before_forward` is called before each forward and may raise to stop the work.
+    `counts` [vocabulary size]: token counts, for smoothed masks only. `counts_key`, `calibration_key`: empty if not
+    used. `before_forward` is called before each forward pass and may raise an error to stop the work.
     """
 
     teacher: TeacherModel
@@ -66,7 +66,7 @@ class Capture:
 class TeacherInputs(NamedTuple):
     """Masked blocks: rows, lengths and digests [B], input_ids [B, L], positions and valid [B, M].
 
-    positions None: all L positions, in order; valid is then [B, L].
+    If `positions` is None, all L positions are used, in order, and `valid` is [B, L].
     """
 
     rows: npt.NDArray[Any]
@@ -78,7 +78,7 @@ class TeacherInputs(NamedTuple):
 
 
 def masked_inputs(capture: Capture, blocks: Blocks, rows: npt.NDArray[Any], variant: int) -> TeacherInputs:
-    """Masks these rows as the dataloader does; columns that are padding in all of them are cut off."""
+    """Masks rows as the dataloader does, and cuts off the columns that are padding in all of these rows."""
     lengths = np.asarray(blocks.lengths[rows])
     masked = mask_rows(
         blocks.key, rows, blocks.input_ids[rows], lengths, capture.vocabulary, capture.mask, capture.counts, variant
@@ -93,7 +93,8 @@ def masked_inputs(capture: Capture, blocks: Blocks, rows: npt.NDArray[Any], vari
 
 @torch.no_grad()
 def hidden_states(teacher: TeacherModel, inputs: TeacherInputs) -> Tensor:
-    """The teacher's last hidden states [N, D] at the valid positions, block by block, on its device."""
+    """Returns the teacher's last hidden states [N, D] at the valid positions, block by block, on the teacher's
+    device."""
 
     def on_device(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(teacher.device, non_blocking=True)
@@ -110,7 +111,7 @@ def hidden_states(teacher: TeacherModel, inputs: TeacherInputs) -> Tensor:
 
 @torch.no_grad()
 def encode(teacher: TeacherModel, codec: Codec, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Payload uint8 [N, P], and whether all encoded values of a position are finite, bool [N]."""
+    """Returns the payload, uint8 [N, P], and whether all encoded values of each position are finite, bool [N]."""
     if codec.name != "topk":
         return codec.encode(hidden_ND), hidden_ND.isfinite().all(-1)
     parts = [(codec.encode(logits), logits.isfinite().all(-1)) for logits in logits_in_chunks(teacher.model, hidden_ND)]
@@ -121,28 +122,32 @@ def encode(teacher: TeacherModel, codec: Codec, hidden_ND: Tensor) -> tuple[Tens
 
 
 def check_finite(inputs: TeacherInputs, finite: npt.NDArray[np.bool_], blocks: Blocks, teacher: TeacherModel) -> None:
-    """FatalError that names the shard and its first row where the teacher's output is not finite; `finite` [N]."""
+    """Raises FatalError if the teacher's output is not finite at a position; `finite` [N].
+
+    The message contains the label of the shard and the number of the first such row.
+    """
     if finite.all():
         return
     number = np.repeat(np.arange(len(inputs.rows)), inputs.valid.sum(1))[np.flatnonzero(~finite)[0]]
     raise FatalError(
-        f"blocks {blocks.label}, row {int(inputs.rows[number])}: the teacher {teacher.settings.model} gave NaN or "
-        f'infinity there ({teacher.dtype}); check its weights, or set teacher.dtype = "float32"',
+        f"blocks {blocks.label}, row {int(inputs.rows[number])}: the output of the teacher {teacher.settings.model} is "
+        f'NaN or infinite in {teacher.dtype}; check its weights, or set teacher.dtype = "float32"',
         blocks.label,
     )
 
 
 def teacher_batches(teacher: TeacherModel, rows: npt.NDArray[Any], length: int) -> Iterator[npt.NDArray[Any]]:
-    """Splits rows into batches of one forward: teacher.batch_rows, or as many as fit into device memory."""
+    """Splits rows into one batch per forward pass: teacher.batch_rows, or as many as fit into device memory."""
     size = teacher.settings.batch_rows or max(1, _tokens_at_once(teacher) // length)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 def prefetch_one(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
-    """Results of `work` in order; a background thread computes each while the caller uses the one before it.
+    """Yields the results of `work` in order; a background thread computes each one while the caller uses the previous
+    one.
 
-    `items` are taken in the caller's thread.
+    The iterator `items` advances in the caller's thread.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as worker:
         pending: deque[Future[R]] = deque()
@@ -155,7 +160,7 @@ def prefetch_one(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
 
 
 def check_length(teacher: TeacherModel, length: int) -> None:
-    """FatalError if the teacher has fewer positions than a block has tokens."""
+    """Raises FatalError if a block has more tokens than the teacher can read."""
     limit = longest_input(teacher.model)
     if length > limit:
         raise FatalError(
@@ -168,7 +173,7 @@ def _tokens_at_once(teacher: TeacherModel) -> int:
     if teacher.device.type != "cuda":
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(teacher.device)
-    # A layer keeps about 24 vectors of width D per token at its peak; half of the memory stays free.
+    # At its peak, a layer needs about 24 vectors of width D per token; half of the memory stays free.
     token_bytes = 24 * teacher.width * teacher.dtype.itemsize
     return max(CPU_TOKENS, min(GPU_TOKENS, free // 2 // token_bytes))
 
@@ -176,9 +181,10 @@ def _tokens_at_once(teacher: TeacherModel) -> int:
 def forward_batches(
     capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], variant: int
 ) -> Iterator[tuple[TeacherInputs, torch.Tensor]]:
-    """Runs the teacher over rows batch by batch: masked inputs, prefetched by one batch, and hidden states [N, D].
+    """Runs the teacher on rows, batch by batch. Yields the masked inputs, prefetched by one batch, and hidden states
+    [N, D].
 
-    FatalError if the blocks are longer than the teacher's maximum input.
+    FatalError: the blocks are longer than the teacher's maximum input.
     """
     length = blocks.input_ids.shape[1]
     check_length(capture.teacher, length)
@@ -189,7 +195,7 @@ def forward_batches(
 
 
 def device_info(capture: Capture) -> dict[str, str]:
-    """Device and dtype, which may change the last bits of a result but not its key; for receipts."""
+    """Returns device and dtype for receipts: they may change the last bits of a result, but are not part of its key."""
     device = capture.teacher.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "dtype": str(capture.teacher.dtype).removeprefix("torch.")}

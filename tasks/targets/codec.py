@@ -10,11 +10,11 @@
            logarithmic scale per group of 32 channels.
     bf16   2 D bytes. Hidden states as bfloat16, the reference for the others.
     topk   2 + 4 k bytes. The k largest log-probabilities (fp16), their token ids (uint16), and the log of the remaining
-           probability mass, the tail (fp16). 2 + 6 k bytes with uint32 ids, from 65,536 tokens.
+           probability mass, the tail (fp16). 2 + 6 k bytes with uint32 ids, for 65,536 tokens or more.
 
 The trainer applies the teacher's own LM head to decoded hidden states, so they give logits over the full vocabulary.
 Per-channel calibration keeps outlier channels (Dettmers et al., "LLM.int8()", 2022) from setting the scale of all
-others. Encoding and decoding run on the device of their input, so a batch travels to the GPU as bytes. All integers
+others. Encoding and decoding run on the device of their input, so a batch is copied to the GPU as bytes. All integers
 and floats are little-endian.
 
 Shapes: N positions, D hidden size, V vocabulary, P bytes per position, G groups of 32 channels, k logits stored.
@@ -62,13 +62,13 @@ class Calibration:
     std: Tensor
 
     def to_text(self) -> str:
-        """Mean and standard deviation as base64 of little-endian float32, for the metadata of a file."""
+        """Returns mean and standard deviation as base64 of little-endian float32, for a file's metadata."""
         both = torch.cat([self.mean, self.std]).numpy().astype("<f4")
         return base64.b64encode(both.tobytes()).decode()
 
     @staticmethod
     def from_text(text: str) -> "Calibration":
-        """The inverse of `to_text`. ValueError for any other text."""
+        """Parses the result of `to_text`. ValueError: any other text."""
         both = torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32))
         if len(both) % 2:
             raise ValueError("means and deviations differ in length")
@@ -77,7 +77,7 @@ class Calibration:
 
 
 def fit_calibration(count: int, sum_D: Tensor, squares_D: Tensor) -> Calibration:
-    """Calibration from the number of positions and the float64 sums of x and x² [D].
+    """Computes the calibration from the number of positions and the float64 sums of x and x² [D].
 
     A constant channel gets a small standard deviation instead of 0.
     """
@@ -88,7 +88,11 @@ def fit_calibration(count: int, sum_D: Tensor, squares_D: Tensor) -> Calibration
 
 
 class TopK(NamedTuple):
-    """Top-k log-probabilities of N positions: ids and log_probs [N, k], descending; log_tail [N]: all others."""
+    """Top-k log-probabilities of N positions.
+
+    `ids`, `log_probs` [N, k]: the stored tokens, most probable first. `log_tail` [N]: log-probability of all other
+    tokens.
+    """
 
     ids: Tensor
     log_probs: Tensor
@@ -97,7 +101,7 @@ class TopK(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """One encoding for one model. `width` is D; topk encodes logits [N, V] instead of hidden states."""
+    """One encoding for one teacher. `width` is D; topk encodes logits [N, V] instead of hidden states."""
 
     name: str
     width: int
@@ -125,22 +129,23 @@ class Codec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the decoder: payloads of two files with the same fingerprint may be decoded in one call."""
+        """Identifies the decoder: payloads of files with the same fingerprint may be decoded in one call."""
         calibration = self.calibration.to_text() if self.calibration else ""
         return sha256_bytes(canonical_json([self.name, self.width, self.vocab_size, self.top_k, calibration]))
 
     def encode(self, x_NX: Tensor) -> Tensor:
-        """Hidden states [N, D], or logits [N, V] for topk, to uint8 [N, P]. All values must be finite."""
+        """Encodes hidden states [N, D], or logits [N, V] for topk, as uint8 [N, P]. All values must be finite."""
         return _ENCODERS[self.name](self, x_NX)
 
     def decode(self, payload_NP: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 [N, P] to hidden states [N, D]. ValueError for topk, which stores none."""
+        """Decodes uint8 [N, P] to hidden states [N, D]. ValueError: the codec is topk, which stores no hidden
+        states."""
         if self.name == "topk":
             raise ValueError("topk stores logits, not hidden states; call decode_topk")
         return _DECODERS[self.name](self, payload_NP).to(dtype)
 
     def decode_topk(self, payload_NP: Tensor) -> TopK:
-        """uint8 [N, P] of topk to token ids (int64), log-probabilities and tail (float32)."""
+        """Decodes uint8 [N, P] of topk to token ids (int64), log-probabilities and tail (float32)."""
         split = self.id_bytes * self.top_k
         bytes_Nkb = payload_NP[:, :split].reshape(len(payload_NP), self.top_k, self.id_bytes).long()
         shifts_b = 8 * torch.arange(self.id_bytes, device=payload_NP.device)
@@ -149,7 +154,7 @@ class Codec:
         return TopK(ids_Nk, logs_NK[:, :-1], logs_NK[:, -1])
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [D] on a device, copied there once. ValueError without a calibration."""
+        """Returns mean and standard deviation [D] on a device, copied there once. ValueError: no calibration exists."""
         if self.calibration is None:
             raise ValueError(f"{self.name} has no calibration")
         if device not in self._on_device:
@@ -158,21 +163,22 @@ class Codec:
 
 
 def make_codec(targets: TargetSettings, width: int, calibration: Calibration | None, vocab_size: int) -> Codec:
-    """The codec of a recipe for a teacher of this width (D) and vocabulary (V).
+    """Creates the codec of a recipe for a teacher of this width (D) and vocabulary (V).
 
-    FatalError if the encoding needs a calibration and none is given, or one of another width.
+    FatalError: the encoding needs a calibration, and `calibration` is None or has a different width.
     """
     name = targets.encoding
     if not needs_calibration(targets):
         return Codec(name, width, vocab_size, min(targets.top_k, vocab_size) if name == "topk" else 0)
     if calibration is None or len(calibration.mean) != width:
-        found = "none was given" if calibration is None else f"that one has {len(calibration.mean)}"
+        found = "none was passed" if calibration is None else f"the one passed has {len(calibration.mean)}"
         raise FatalError(f"targets.encoding = {name} needs a calibration of {width} channels, but {found}")
     return Codec(name, width, vocab_size, calibration=calibration)
 
 
 def topk_logits(topk: TopK, start: int, stop: int, vocab_size: int) -> Tensor:
-    """Logits [stop - start, V] of rows start to stop - 1; the tail's mass is spread evenly over all other tokens."""
+    """Returns logits [stop - start, V] of rows start to stop - 1; the tail's mass is spread evenly over all other
+    tokens."""
     ids_nk, log_probs_nk, log_tail_n = (part[start:stop] for part in topk)
     others = max(1, vocab_size - ids_nk.shape[1])
     logits_nV = (log_tail_n - math.log(others))[:, None].repeat(1, vocab_size)
@@ -183,7 +189,7 @@ def topk_logits(topk: TopK, start: int, stop: int, vocab_size: int) -> Tensor:
 
 
 def _encode_int8(codec: Codec, x_ND: Tensor) -> Tensor:
-    """D int8 levels, then the fp16 scale: [N, D + 2]."""
+    """Returns D int8 levels, then the fp16 scale: [N, D + 2]."""
     z_ND = _standardized(codec, x_ND)
     scale_N1 = (z_ND.abs().amax(-1, keepdim=True) / 127).clamp(MIN_SCALE, 65504).half()
     steps_ND = (z_ND / scale_N1.float()).round_().clamp_(-127, 127).to(torch.int8)
@@ -199,9 +205,10 @@ def _decode_int8(codec: Codec, payload_NP: Tensor) -> Tensor:
 
 
 def _encode_int4(codec: Codec, x_ND: Tensor) -> Tensor:
-    """ceil(D / 2) bytes of levels, then G scales: [N, P]. Byte i holds channels i (low bits) and i + ceil(D / 2).
+    """Returns ceil(D / 2) bytes of levels, then G scales: [N, P].
 
-    Mid-rise levels -7.5 to 7.5 times the scale: none of the 16 is lost to a symmetric range around zero.
+    Byte i contains channels i (low bits) and i + ceil(D / 2). The mid-rise levels, -7.5 to 7.5 times the scale, use all
+    16 codes in a range that is symmetric around zero.
     """
     padded_NE = F.pad(_standardized(codec, x_ND), (0, -codec.width % GROUP))
     z_NGg = padded_NE.view(len(padded_NE), padded_NE.shape[1] // GROUP, GROUP)
@@ -239,7 +246,7 @@ def _decode_bf16(codec: Codec, payload_NP: Tensor) -> Tensor:
 
 
 def _encode_topk(codec: Codec, logits_NV: Tensor) -> Tensor:
-    """k token ids, then k log-probabilities and the log of the tail's mass, all fp16: [N, P]."""
+    """Returns k token ids, then k log-probabilities and the log of the tail's mass, all logs in fp16: [N, P]."""
     log_probs_NV = logits_NV.float().log_softmax(-1)
     best = log_probs_NV.topk(codec.top_k)
     log_tail_N1 = log_probs_NV.scatter(1, best.indices, -math.inf).logsumexp(-1, keepdim=True)
@@ -267,5 +274,5 @@ def _destandardized(codec: Codec, z_ND: Tensor) -> Tensor:
 
 
 def _as_half(bytes_NP: Tensor) -> Tensor:
-    """uint8 [N, 2 n] to float32 [N, n]; copied first, since fp16 values may start at an odd address."""
+    """Reads fp16 values from uint8 [N, 2 n] as float32 [N, n]; copies first, since they may start at an odd address."""
     return bytes_NP.clone(memory_format=torch.contiguous_format).view(torch.float16).float()

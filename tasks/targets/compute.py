@@ -3,8 +3,8 @@
     capture = open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, calibration)
     receipt = make_targets(store, blocks, capture, variant=0)     # one call per shard; existing targets are kept
 
-A process loads one teacher for all of its shards. Every file passes the parity probe against the live teacher before it
-is committed.
+A process loads the teacher once for all of its shards. Every file must pass the parity probe against the live teacher
+before it is committed.
 """
 
 import hashlib
@@ -52,10 +52,11 @@ def open_capture(
     device: str = "auto",
     before_forward: Callable[[], None] = lambda: None,
 ) -> Capture:
-    """Loads the teacher (once per process), token counts and calibration; pass no `calibration` in order to calibrate.
+    """Loads the teacher (once per process), token counts and calibration; omit `calibration` to compute one.
 
-    `before_forward` is called before each forward of the teacher and may raise to stop the work.
-    FatalError as `load_teacher`, and for a vocabulary that does not fit the teacher.
+    `before_forward` is called before each forward pass of the teacher and may raise an error to stop the work.
+
+    FatalError: as in `load_teacher`, or the vocabulary does not fit the teacher.
     """
     model = shared_teacher(teacher, device)
     check_vocabulary_fits(vocabulary, model.vocab_size, teacher.model)
@@ -73,7 +74,8 @@ def open_capture(
 
 
 def with_capture(fn: Callable[..., R], opened: Callable[[], Capture], *args: Any, **kwargs: Any) -> R:
-    """Calls `fn(*args, capture=opened())`; a worker process so loads the teacher itself, and no model is pickled."""
+    """Calls `fn(*args, capture=opened())`, so that a worker process loads the teacher itself and no model is
+    pickled."""
     return fn(*args, capture=opened(), **kwargs)
 
 
@@ -86,12 +88,15 @@ def make_targets(
     following: Ref | None = None,
     force: bool = False,
 ) -> Receipt:
-    """Runs the teacher over one shard's blocks and commits its encoded outputs; keeps existing ones unless `force`.
+    """Runs the teacher over one shard's blocks and commits its encoded outputs. Keeps existing ones unless `force` is
+    True.
 
-    `following`: the blocks that will probably be next; they are copied from a remote store in the meantime.
+    `following`: the blocks that will probably be needed next; they are copied from a remote store at the same time.
     Receipt: rows = blocks, tokens = attended tokens; info: positions, bytes per position, digest over all row digests,
-    figures of the probe.
-    FatalError: NaN or infinity (names shard and row), blocks longer than the teacher reads, a failed parity probe.
+    figures of the parity probe.
+
+    FatalError: the teacher's output is NaN or infinite (the message contains shard and row), the blocks are longer than
+    the teacher's maximum input, or the parity probe fails.
     """
     teacher = capture.teacher
     keys = (capture.calibration_key, capture.counts_key)
@@ -104,7 +109,9 @@ def make_targets(
     with reading_ahead(store, following), store.scratch() as folder:
         digest = _write(folder / TARGETS_FILE, ref, source, capture, codec, variant)
         written = read_targets(folder / TARGETS_FILE, ref)
-        advice = "take a finer targets.encoding (int8, bf16)" if codec.name != "bf16" else "this is a fault: report it"
+        advice = (
+            "use a more precise targets.encoding (int8, bf16)" if codec.name != "bf16" else "this is a bug: report it"
+        )
         parity = probe(capture, source, written, variant, advice)
         info = _info(capture, written, digest, parity)
         return store.commit(

@@ -1,8 +1,8 @@
-"""Keys of targets and of their calibration: hashes of the settings and inputs that decide their bytes, nothing else.
+"""Computes the keys of targets and calibrations: hashes of exactly the settings and inputs that decide their bytes.
 
     ref = targets_ref(blocks, fingerprint, recipe.teacher, recipe.mask, recipe.targets, calibration.key, counts.key, 0)
 
-Imports no torch: tasks.lineage computes every key of a recipe without loading a model.
+This module does not import torch: tasks.lineage computes every key of a recipe without loading a model.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 def needs_calibration(targets: TargetSettings) -> bool:
-    """True for the encodings that standardize channels by their mean and standard deviation."""
+    """Returns True for the encodings that standardize channels by mean and standard deviation, else False."""
     return targets.encoding in ("int8", "int4")
 
 
@@ -28,7 +28,8 @@ def calibration_ref(
     targets: TargetSettings,
     counts_key: str = "",
 ) -> Ref:
-    """The calibration estimated from a sample of blocks; all encodings that need one share it."""
+    """Returns the reference of the calibration on a sample of blocks; all encodings that need a calibration share
+    it."""
     settings = calibration_settings(fingerprint, teacher, mask, targets)
     parents = [ref.key for ref in sample] + ([counts_key] if counts_key else [])
     return Ref("calibration", key_of("calibration", SCHEMA, settings, parents), f"{sample[0].label}x{len(sample)}")
@@ -37,7 +38,7 @@ def calibration_ref(
 def calibration_settings(
     fingerprint: str, teacher: TeacherSettings, mask: MaskSettings, targets: TargetSettings
 ) -> dict[str, Any]:
-    """The settings that decide a calibration, for its key and receipt."""
+    """Returns the settings that decide a calibration, for its key and receipt."""
     return {
         **_capture_settings(fingerprint, teacher, mask),
         "positions": targets.positions,
@@ -55,10 +56,10 @@ def targets_ref(
     counts_key: str,
     variant: int,
 ) -> Ref:
-    """The targets of one shard under one mask variant.
+    """Returns the reference of the targets of one shard under one mask variant.
 
-    The key holds teacher.dtype as the recipe states it: with "auto", a CPU and a GPU compute the same artifact. It does
-    not hold the number of variants, so a recipe that adds variants keeps the targets that it has.
+    The key contains teacher.dtype as written in the recipe: with "auto", the targets of a CPU and of a GPU have the
+    same key. It does not contain the number of variants, so a recipe that adds variants keeps its existing targets.
     """
     settings = targets_settings(fingerprint, teacher, mask, targets, variant)
     parents = parents_of(blocks, calibration_key, counts_key)
@@ -69,7 +70,7 @@ def targets_ref(
 def targets_settings(
     fingerprint: str, teacher: TeacherSettings, mask: MaskSettings, targets: TargetSettings, variant: int
 ) -> dict[str, Any]:
-    """The settings that decide the targets of one mask variant, for their key and receipt."""
+    """Returns the settings that decide the targets of one mask variant, for their key and receipt."""
     encoding = {"encoding": targets.encoding} | ({"top_k": targets.top_k} if targets.encoding == "topk" else {})
     return {
         **_capture_settings(fingerprint, teacher, mask),
@@ -80,7 +81,10 @@ def targets_settings(
 
 
 def parents_of(blocks: Ref, calibration_key: str, counts_key: str) -> list[str]:
-    """Keys of the inputs of a shard's targets; a calibration or token counts that they do not use have the key ""."""
+    """Returns the keys of the inputs of a shard's targets.
+
+    `calibration_key` and `counts_key` are empty, and left out, if the targets do not use a calibration or token counts.
+    """
     return [key for key in (blocks.key, calibration_key, counts_key) if key]
 
 

@@ -1,13 +1,14 @@
-"""The parity probe: compares the targets in a file with the outputs of the live teacher on a few rows.
+"""Compares the targets in a file with the outputs of the live teacher on a few rows: the parity probe.
 
     parity = probe(capture, blocks, targets, variant)      # Parity(kl=…, cosine=…, rows=…), FatalError above 1e-2
     probe_cache(store, run, teacher)                       # before training reads its cache
 
-Targets of another shard, mask or teacher, or with shifted rows, do not pass. `fidelity` measures all encodings on the
-same positions.
+Targets of a different shard, mask or teacher, or with shifted rows, fail the probe. `fidelity` measures all encodings
+on the same positions.
 
 KL is the mean KL(teacher || decoded) in nats through the teacher's LM head at temperature 1. Cosine is the mean of
-1 - cos of hidden states minus the channel means; a large common mean would hide every difference.
+1 - cos between hidden states from which the channel means are subtracted: a large common mean would hide every
+difference.
 """
 
 import math
@@ -35,7 +36,7 @@ from tasks.tokens.token_counts import read_counts
 from tasks.tokens.vocabulary import vocabulary_for
 
 LIMIT = 1e-2
-"""Maximum of both figures. Noise of the dtype and every encoding with a good calibration stay below."""
+"""Maximum of both figures. Rounding noise of the dtype and every encoding with a good calibration stay below it."""
 
 NEAR_MEAN = 1e-4
 """Distance from the mean, relative to a hidden state's norm, below which the state counts as equal to the mean."""
@@ -44,7 +45,7 @@ PROBE_ROWS = 6
 """Rows per probe."""
 
 PROBE_PARTS = 3
-"""Shards probed before training; the digest of every row is checked as it is read."""
+"""Shards probed before training. During training, the digest of every row is checked when the row is read."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Error of an encoding over `positions`; `bytes`: payload per position (a targets file adds 20 bytes per block)."""
+    """Error of an encoding, measured on a number of `positions`.
+
+    `bytes`: payload per position (a targets file adds 20 bytes per block). `cosine`: None for topk.
+    """
 
     encoding: str
     bytes: int
@@ -68,14 +72,15 @@ class Fidelity:
 
 
 def probe(capture: Capture, blocks: Blocks, targets: TargetRows, variant: int, advice: str = "") -> Parity:
-    """Compares up to PROBE_ROWS rows, spread over the shard, with a forward of the live teacher.
+    """Compares up to PROBE_ROWS rows, spread over the shard, with a forward pass of the live teacher.
 
-    FatalError that names the shard if a digest differs or a figure exceeds LIMIT; `advice` ends that message.
+    FatalError: the number of rows, a digest or the number of positions differs, or a figure exceeds LIMIT. The message
+    contains the label of the shard; `advice` replaces the remedy for a figure that exceeds LIMIT.
     """
     if len(blocks) != len(targets):
         raise FatalError(
-            f"targets {targets.label}: {len(targets)} rows for {len(blocks)} blocks; run `distil verify`, then "
-            "`distil retry`",
+            f"targets {targets.label}: {len(targets)} rows are stored, but the shard has {len(blocks)} blocks; run "
+            "`distil verify`, then `distil retry`",
             targets.label,
         )
     rows = np.unique(np.linspace(0, max(0, len(blocks) - 1), PROBE_ROWS).astype(np.int64))[: len(blocks)]
@@ -86,10 +91,14 @@ def probe(capture: Capture, blocks: Blocks, targets: TargetRows, variant: int, a
     live_ND = hidden_states(capture.teacher, inputs)
     payload_NP = torch.from_numpy(targets.payload(rows)).to(capture.teacher.device)
     if len(payload_NP) != len(live_ND):
-        raise FatalError(f"targets {targets.label}: another number of positions than the masks give", targets.label)
+        raise FatalError(
+            f"targets {targets.label}: {len(payload_NP)} positions are stored, but the masks select {len(live_ND)}; "
+            "run `distil verify`, then `distil retry`",
+            targets.label,
+        )
     parity = Parity(*_compare(capture.teacher, targets.codec, live_ND, payload_NP), len(rows))
     if not (parity.kl <= LIMIT and parity.cosine <= LIMIT):
-        advice = advice or "they are of another teacher or damaged: run `distil verify`, then `distil retry`"
+        advice = advice or "they are damaged or of a different teacher: run `distil verify`, then `distil retry`"
         raise FatalError(
             f"targets {targets.label} differ from the live teacher {capture.teacher.settings.model} "
             f"(KL {parity.kl:.2g}, centred 1-cos {parity.cosine:.2g}, limit {LIMIT:g}); {advice}",
@@ -99,9 +108,9 @@ def probe(capture: Capture, blocks: Blocks, targets: TargetRows, variant: int, a
 
 
 def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parity]:
-    """Probes the first mask variant of up to PROBE_PARTS parts, spread over the manifest, before training.
+    """Probes the first mask variant of up to PROBE_PARTS shards, spread over the manifest, before training.
 
-    FatalError as `probe`, or for a damaged file.
+    FatalError: as in `probe`, or a file is damaged.
     """
     counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
     capture = Capture(teacher, vocabulary_for(run.blocks, run.teacher), run.mask, run.targets, counts)
@@ -122,7 +131,8 @@ def probe_cache(store: Store, run: RunSpec, teacher: TeacherModel) -> list[Parit
 def fidelity(
     capture: Capture, blocks: Blocks, rows: npt.NDArray[np.int64], encodings: Sequence[TargetSettings]
 ) -> list[Fidelity]:
-    """Encodes and decodes the same positions with every encoding; calibrated on other rows than the given ones.
+    """Encodes and decodes the same positions with every encoding; the calibration is computed on rows other than
+    `rows`.
 
     topk is measured over the complete vocabulary with its tail spread evenly, as the trainer uses it.
     """
@@ -144,7 +154,7 @@ def fidelity(
 
 @torch.no_grad()
 def _compare(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor) -> tuple[float, float]:
-    """Mean KL and mean centred 1 - cos."""
+    """Returns the mean KL and the mean centred 1 - cos."""
     if codec.name == "topk":
         return _topk_kl(teacher, codec, live_ND, payload_NP, full_vocabulary=False), 0.0
     decoded_ND = codec.decode(payload_NP, teacher.dtype)
@@ -158,17 +168,17 @@ def _compare(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: T
         centre_D = codec.statistics(live_ND.device)[0]
     else:
         centre_D = live_ND.float().mean(0) if len(live_ND) > 1 else torch.zeros_like(live_ND[0], dtype=torch.float32)
-    # A state equal to the mean has no direction relative to it: one more coordinate, equal in both states and far
-    # smaller than the state itself, gives the cosine a value there.
+    # A state equal to the mean has no direction relative to it. One more coordinate, equal in both states and far
+    # smaller than the state itself, keeps the cosine defined.
     floor_N1 = NEAR_MEAN * live_ND.float().norm(dim=-1, keepdim=True)
     left_N, right_N = (torch.cat([states_ND.float() - centre_D, floor_N1], -1) for states_ND in (live_ND, decoded_ND))
     return _at_least_0(kl / len(live_ND)), float((1 - F.cosine_similarity(left_N, right_N)).mean())
 
 
 def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: Tensor, full_vocabulary: bool) -> float:
-    """Mean KL of topk over the k stored tokens and the tail as one event, or over the full vocabulary.
+    """Returns the mean KL of topk over the full vocabulary, or over the k stored tokens and the tail as one event.
 
-    The probe uses the first, since the logits that topk drops by design are not damage.
+    The probe uses the latter, since topk drops the other logits by design and this is not damage.
     """
     stored = codec.decode_topk(payload_NP)
     total, start = 0.0, 0
@@ -188,11 +198,11 @@ def _topk_kl(teacher: TeacherModel, codec: Codec, live_ND: Tensor, payload_NP: T
 
 
 def _at_least_0(kl: float) -> float:
-    """Rounding may give a KL just below 0. NaN stays NaN; max(0, …) would turn it into a perfect match."""
+    """Replaces a KL that rounding made negative with 0. NaN stays NaN; max(0, …) would make it a perfect match."""
     return 0.0 if kl < 0 else kl
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum over rows of KL(p || q) in nats; tokens with p = 0 add nothing."""
+    """Returns the sum over rows of KL(p || q) in nats; tokens with p = 0 add nothing."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).double().sum()

@@ -1,11 +1,11 @@
-"""The targets file: the teacher's encoded outputs at the positions of one shard's blocks.
+"""Reads and writes targets files: the teacher's encoded outputs at the positions of one shard's blocks.
 
     targets = open_targets(store, ref)                # verifies the file's hash, maps it into memory
     check_digests(targets, rows, row_digests(masked.input_ids, lengths))
     payload = targets.payload(rows)                   # uint8 [positions of these rows, P]
 
-One row per block (storage.arrow.TARGETS_SCHEMA). The file's metadata holds the key of its artifact and all parameters
-of the decoder, calibration included. Reading copies each row once and is thread-safe.
+A file has one row per block (storage.arrow.TARGETS_SCHEMA). Its metadata contains the key of its artifact and all
+parameters of the decoder, calibration included. Reading copies each row once and is thread-safe.
 
 Shapes: R rows (blocks) of a shard, N positions, P bytes per position.
 """
@@ -36,7 +36,7 @@ class TargetRows:
     """One shard's targets, memory-mapped.
 
     `counts` int32 [R]: positions stored per block. `digests` uint64 [R]: `row_digests` of the teacher's input.
-    `metadata`: that of the file.
+    `metadata`: the metadata of the file.
     """
 
     key: str
@@ -55,7 +55,7 @@ class TargetRows:
         return len(self.counts)
 
     def payload(self, rows: npt.NDArray[Any]) -> Bytes:
-        """Encoded vectors uint8 [N, P] of the given rows, concatenated in their order."""
+        """Returns the encoded vectors uint8 [N, P] of the given rows, concatenated in their order."""
         size = self.codec.bytes_per_position
         pieces = [
             self._batches[batch][start : start + count * size]
@@ -70,19 +70,20 @@ class TargetRows:
 def open_targets(store: Store, ref: Ref) -> TargetRows:
     """Verifies the hash of one shard's targets and opens them.
 
-    FatalError that names the shard if they are missing, damaged, or belong to another artifact.
+    FatalError: they are missing, damaged, or belong to a different artifact; the message contains the label of the
+    shard.
     """
     pinned = store.pin(store.receipt(ref), check=True)
     return replace(read_targets(pinned.folder / TARGETS_FILE, ref), pinned=pinned)
 
 
 def read_targets(path: Path, ref: Ref) -> TargetRows:
-    """Maps a targets file into memory, committed or not yet. FatalError if it was not made for `ref`."""
+    """Maps a targets file into memory, committed or not. FatalError: it was not made for `ref`, or is damaged."""
     reader = open_arrow(path)
     metadata = metadata_of(reader.schema)
     if metadata.get("key") != ref.key:
         raise FatalError(
-            f"targets {ref.label}: {path} was made for another artifact (key {metadata.get('key', 'unknown')[:12]}, "
+            f"targets {ref.label}: {path} belongs to a different artifact (key {metadata.get('key', 'unknown')[:12]}, "
             f"not {ref.key[:12]}); run `distil verify`, then `distil retry`",
             str(path),
         )
@@ -94,7 +95,7 @@ def read_targets(path: Path, ref: Ref) -> TargetRows:
         (np.diff(offsets) != batch.column("positions").to_numpy() * codec.bytes_per_position).any()
         for offsets, batch in zip(starts, batches, strict=True)
     ):
-        raise FatalError(f"targets {ref.label}: rows of {path} have a wrong size; run `distil verify`", str(path))
+        raise FatalError(f"targets {ref.label}: the rows of {path} have a wrong size; run `distil verify`", str(path))
     return TargetRows(
         key=ref.key,
         label=ref.label,
@@ -109,9 +110,10 @@ def read_targets(path: Path, ref: Ref) -> TargetRows:
 
 
 def check_digests(targets: TargetRows, rows: npt.NDArray[Any], digests: Sequence[bytes]) -> None:
-    """Compares the digests of the teacher's input with those of the input rebuilt for these rows (`row_digests`).
+    """Compares the stored digests of the teacher's input with `digests`, those of the input rebuilt for these rows.
 
-    FatalError that names the shard and the first row that differs: a shuffled, shifted, stale or foreign cache.
+    FatalError: a digest differs, because the cache is shuffled, shifted, stale or foreign; the message contains the
+    label of the shard and the first such row.
     """
     beyond = rows >= len(targets)
     known = np.where(beyond, 0, rows)
@@ -120,8 +122,8 @@ def check_digests(targets: TargetRows, rows: npt.NDArray[Any], digests: Sequence
     if wrong.any():
         row = int(np.asarray(rows)[np.flatnonzero(wrong)[0]])
         raise FatalError(
-            f"targets {targets.label}: row {row} was computed from another input than this block and mask give (a "
-            "shuffled, shifted, stale or foreign cache); run `distil verify`, then `distil retry`",
+            f"targets {targets.label}: row {row} was computed from a different input from that of this block and mask "
+            "(the cache is shuffled, shifted, stale or foreign); run `distil verify`, then `distil retry`",
             targets.label,
         )
 
@@ -130,7 +132,7 @@ def check_digests(targets: TargetRows, rows: npt.NDArray[Any], digests: Sequence
 
 
 def file_metadata(codec: Codec, ref: Ref, facts: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a targets file: the decoder's parameters, the key of its artifact, and informative `facts`."""
+    """Returns a targets file's metadata: the decoder's parameters, the key of its artifact, and informative `facts`."""
     return {
         **facts,
         "key": ref.key,
@@ -174,7 +176,7 @@ def _codec_of(metadata: Mapping[str, str], path: Path) -> Codec:
         )
     except (KeyError, ValueError) as error:
         raise FatalError(
-            f"{path}: its metadata is not that of a targets file of this version ({error}); run `distil verify`",
+            f"{path} does not have the metadata of a targets file of this version ({error}); run `distil verify`",
             str(path),
         ) from error
 

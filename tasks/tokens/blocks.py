@@ -1,10 +1,11 @@
-"""Packs the token ids of a text shard into blocks of one length, the input of teacher and student.
+"""Packs the token ids of a text shard into blocks of equal length, the input of teacher and student.
 
     receipt = make_blocks(store, shard, recipe.blocks, vocabulary)
     blocks = open_blocks(store, receipt.ref)       # blocks.input_ids [R, L], memory-mapped
 
-One call per shard, in worker processes. The bytes depend on the key alone, not on workers, threads or batch sizes. Text
-is read, tokenized and written in pieces of about 1 MB, which bound the memory.
+`make_blocks` is called once per shard, in a worker process. The bytes of the blocks depend on their key alone, not on
+the number of workers, threads or batch sizes. Text is read, tokenized and written in pieces of about 1 MB, so memory
+use is bounded.
 
 Shapes: R rows (blocks), L tokens per block, special tokens included.
 """
@@ -34,7 +35,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token ids of one shard: `input_ids` [R, L] uint16 or uint32, memory-mapped; `lengths` [R] int32, unpadded."""
+    """The token ids of one shard, memory-mapped.
+
+    `input_ids` [R, L]: uint16 or uint32. `lengths` [R]: int32, tokens per block without padding.
+    """
 
     input_ids: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
@@ -48,23 +52,24 @@ class Blocks:
 
 
 def blocks_ref(shard: Ref, blocks: BlockSettings, vocabulary: Vocabulary) -> Ref:
-    """The blocks of a text shard."""
+    """Returns the reference of the blocks of a text shard, without computing them."""
     return Ref("blocks", key_of("blocks", SCHEMA, _settings(blocks, vocabulary), [shard.key]), shard.label)
 
 
 def make_blocks(
     store: Store, shard: Ref, blocks: BlockSettings, vocabulary: Vocabulary, *, force: bool = False
 ) -> Receipt:
-    """Verifies, tokenizes and packs one text shard. Existing blocks are kept unless `force`.
+    """Verifies, tokenizes and packs one text shard. Existing blocks are kept unless `force` is True.
 
-    Receipt: rows = blocks, tokens = all that are not padding; info: documents, empty (documents without a token),
-    text_tokens (without special tokens), unknown, literal_specials (see `tokenize`).
-    FatalError that names the shard if its text is missing or damaged.
+    Receipt: rows = blocks, tokens = all tokens except padding; info: documents, empty (documents without a token),
+    text_tokens (tokens without special tokens), unknown, literal_specials (see `PieceCounts`).
+
+    FatalError: the text is missing or damaged; the message contains the label of the shard.
     """
     ref = blocks_ref(shard, blocks, vocabulary)
     if not force and store.has(ref):
         return store.receipt(ref)
-    # A worker process uses one core per shard; set the variable to "true" for threads in the tokenizer.
+    # Each worker process uses one core; set the variable to "true" to let the tokenizer use several threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     source = store.receipt(shard)
@@ -98,7 +103,7 @@ def _info(documents: int, counts: PieceCounts) -> dict[str, int]:
 
 
 def open_blocks(store: Store, ref: Ref) -> Blocks:
-    """Verifies the hash of a shard's blocks and maps them into memory. FatalError if they are missing or damaged."""
+    """Verifies the hash of a shard's blocks and maps them into memory. FatalError: they are missing or damaged."""
     pinned = store.pin(store.receipt(ref), check=True)
     reader = open_arrow(pinned.folder / BLOCKS_FILE)
     length = reader.schema.field("input_ids").type.list_size
@@ -122,7 +127,7 @@ class _Rows(NamedTuple):
 
 
 def _packed(pieces: Iterator[TextPiece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
-    """Joins documents by eos and cuts every length - 2 tokens; only the last block is padded."""
+    """Joins documents with eos and cuts the stream after every length - 2 tokens; only the last block is padded."""
     body = length - 2
     rest: Ids = np.empty(0, dtype=np.uint32)
     is_first = True
@@ -139,7 +144,7 @@ def _packed(pieces: Iterator[TextPiece], length: int, vocabulary: Vocabulary) ->
 
 
 def _one_per_document(pieces: Iterator[TextPiece], length: int, vocabulary: Vocabulary) -> Iterator[_Rows]:
-    """Starts a block at every document; a longer one is cut every length - 2 tokens."""
+    """Starts a new block at every document; longer documents are cut after every length - 2 tokens."""
     rest: Ids = np.empty(0, dtype=np.uint32)  # the last document so far, which the next piece may continue
     for ids, sizes, continued in pieces:
         stream = np.concatenate([rest, ids])
@@ -151,7 +156,7 @@ def _one_per_document(pieces: Iterator[TextPiece], length: int, vocabulary: Voca
 
 
 def _cut_sizes(sizes: Int64s, body: int) -> Int64s:
-    """Tokens per block when documents of these sizes are cut every `body` tokens."""
+    """Returns the tokens per block after documents of these sizes are cut every `body` tokens."""
     sizes = sizes[sizes > 0]
     blocks = -(-sizes // body)
     block_sizes = np.full(int(blocks.sum()), body, dtype=np.int64)
@@ -169,7 +174,7 @@ def _full_rows(bodies: Ids, vocabulary: Vocabulary) -> _Rows:
 
 
 def _padded_rows(ids: Ids, sizes: Int64s, length: int, vocabulary: Vocabulary) -> _Rows:
-    """Row i holds bos, the next `sizes[i]` ids, eos and padding."""
+    """Builds padded blocks: row i contains bos, the next `sizes[i]` ids, eos and padding."""
     rows = np.arange(len(sizes))
     out = np.full((len(sizes), length), vocabulary.pad, dtype=_dtype(vocabulary))
     out[:, 0] = vocabulary.bos
@@ -187,7 +192,8 @@ def _dtype(vocabulary: Vocabulary) -> npt.DTypeLike:
 
 
 def _spool(rows: Iterator[_Rows], path: Path) -> npt.NDArray[np.int32]:
-    """Writes raw ids as they come and returns the lengths [R]: a record batch needs its number of rows first."""
+    """Writes raw ids to a temporary file, since a record batch needs its number of rows first. Returns the lengths
+    [R]."""
     lengths = [np.empty(0, dtype=np.int32)]
     with open(path, "wb") as file:
         for ids, row_lengths in rows:

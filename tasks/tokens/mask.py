@@ -1,10 +1,11 @@
-"""Masks as a pure function of (mask.seed, blocks key, row, variant): every worker on every machine draws the same ones.
+"""Draws the mask of each block as a pure function of (mask.seed, blocks key, row, variant).
 
     masked = mask_rows(blocks.key, rows, blocks.input_ids[rows], blocks.lengths[rows], vocabulary, recipe.mask, None, 0)
 
-The masking of BERT (Devlin et al., 2019): 80 % mask token, 10 % random token, 10 % unchanged. Random words come from
-tasks.tokens.philox. Teacher capture and the dataloader call `mask_rows` with the same arguments, so teacher and student
-read the same input.
+Masking follows BERT (Devlin et al., 2019): of the chosen positions, 80 % become the mask token, 10 % become a random
+token, and 10 % stay unchanged. Random words are drawn by tasks.tokens.philox, so every worker on every machine draws
+the same masks. Teacher capture and the dataloader call `mask_rows` with the same arguments, so teacher and student read
+the same input.
 """
 
 import hashlib
@@ -20,19 +21,19 @@ from tasks.tokens.philox import Words, random_words
 from tasks.tokens.vocabulary import Vocabulary
 
 IGNORE_INDEX = -100
-"""Label of a position that carries no cross-entropy (the convention of torch and Hugging Face)."""
+"""Label of a position without a cross-entropy loss (the convention of PyTorch and Hugging Face)."""
 
 SMOOTHING = 0.7
-"""Smoothed masks draw a token with weight count ** -0.7, so rare tokens are masked more often (as in DistilBERT)."""
+"""Smoothed masks choose a token with weight count ** -0.7, so rare tokens are masked more often (as in DistilBERT)."""
 
 _POSITION_BITS = 13
-"""Blocks hold at most 8192 tokens (BlockSettings.length), so a position fits into the low bits of its sort key."""
+"""Blocks contain at most 8192 tokens (BlockSettings.length), so a position fits into the low bits of its sort key."""
 
 _NEVER = np.uint64(2**64 - 1)
 """Sort key of a position that cannot be masked."""
 
 _CHOICE, _ACTION = 0, 1
-"""Philox streams of a row: which positions are chosen, and how each of them is replaced."""
+"""Philox streams of a row: one chooses the positions, the other decides how each chosen position is replaced."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -60,11 +61,13 @@ def mask_rows(
     counts: Int64s | None,
     variant: int,
 ) -> MaskedRows:
-    """Masks rows [B] of a shard's blocks: input_ids [B, L] as stored, lengths [B].
+    """Masks rows [B] of a shard's blocks, given their input_ids [B, L] as stored and their lengths [B].
 
-    Each row gets ceil(rate x length) positions (fewer if fewer can be masked), never padding or special tokens. 80 % of
-    them become the mask token, 10 % stay, 10 % become a random ordinary token. `counts` [vocabulary size]: token
-    counts, needed for mask.kind "smoothed". ValueError if they are missing.
+    Chooses ceil(rate x length) positions per row, or fewer if fewer can be masked; never padding or special tokens. 80
+    % of the chosen positions become the mask token, 10 % stay, and 10 % become a random ordinary token. `counts`
+    [vocabulary size]: token counts, for mask.kind "smoothed" only.
+
+    ValueError: mask.kind is "smoothed" and `counts` is None.
     """
     ids = input_ids.astype(np.int64)
     length = ids.shape[1]
@@ -91,9 +94,9 @@ def mask_rows(
 
 
 def row_digests(input_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[bytes]:
-    """Eight bytes per row that identify the model's input, from input_ids [B, L] and lengths [B].
+    """Returns eight bytes per row that identify the model's input, given by input_ids [B, L] and lengths [B].
 
-    blake2b over the length and the attended ids, both as little-endian uint32.
+    The digest is blake2b over the length and the attended ids, all as little-endian uint32.
     """
     little_endian = input_ids.astype("<u4")
     return [
@@ -103,7 +106,7 @@ def row_digests(input_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[
 
 
 def masked_count(rate: float, lengths: npt.ArrayLike) -> Int64s:
-    """Positions chosen per row of these lengths, if that many can be masked."""
+    """Returns how many positions are chosen in rows of these lengths, provided that as many can be masked."""
     # Without the small subtraction, 0.07 x 100 would round up to 8.
     return np.ceil(rate * np.asarray(lengths) - 1e-9).astype(np.int64)
 
@@ -115,7 +118,7 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _tables(vocabulary: Vocabulary) -> _Tables:
-    """Whether each id is special [V], and the ids of all others."""
+    """Marks the special ids [V] and lists all other ids."""
     special = np.zeros(vocabulary.size, dtype=np.bool_)
     special[list(vocabulary.specials)] = True
     return _Tables(special, np.flatnonzero(~special))
@@ -127,11 +130,11 @@ def _stream_key(seed: int, blocks_key: str, variant: int) -> tuple[int, int]:
 
 
 def _sort_keys(mask: MaskSettings, words: Words, ids: Int64s, counts: Int64s | None) -> Words:
-    """Sort keys [B, L] with free low bits: the positions with the smallest keys are chosen."""
+    """Computes sort keys [B, L] with free low bits; the positions with the smallest keys are chosen."""
     if mask.kind == "uniform":
         return words << np.uint64(32)
     if counts is None:
-        raise ValueError("smoothed masks need token counts")
+        raise ValueError("smoothed masks need token counts; pass them as `counts`")
     # Weighted sampling without replacement: the smallest values of -log(u) / weight (Efraimidis and Spirakis, 2006).
     # Positive floats sort like their bits; 39 bits of mantissa are more than the 32 bits of a random word.
     inverse_weight = np.maximum(counts, 1).astype(np.float64) ** SMOOTHING
@@ -140,7 +143,7 @@ def _sort_keys(mask: MaskSettings, words: Words, ids: Int64s, counts: Int64s | N
 
 
 def _replace(originals: Int64s, words: Words, mask_id: int, ordinary: Int64s) -> Int64s:
-    """80 % mask token, 10 % unchanged, 10 % a random ordinary token; two words per position decide."""
+    """Applies 80 % mask token, 10 % unchanged, 10 % random ordinary token, decided by two random words per position."""
     action, draw = words[:, 0::2], words[:, 1::2]
     random_ids = ordinary[(draw * np.uint64(len(ordinary))) >> np.uint64(32)]
     is_mask = action < np.uint64(round(0.8 * 2**32))

@@ -1,10 +1,10 @@
-"""Random words from a counter: Philox4x32-10, computed for whole numpy arrays at once.
+"""Generates random words from counters (Philox4x32-10), vectorised over numpy arrays.
 
     words = random_words(key=(seed, 0), rows=np.array([3, 7]), stream=0, count=128)      # [2, 128], below 2**32
 
 The generator is stateless (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a word depends on
-its key and counter alone, so any worker can compute any of them. It is written here because the streams of numpy's
-Generator may change between numpy versions (NEP 19), and masks and data order must not.
+its key and counter alone, so any worker can compute any word. numpy's Generator is not used, because its streams may
+change between numpy versions (NEP 19), while masks and data order must stay the same.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ ROUNDS = 10
 
 
 def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
-    """Four 32-bit words for each 128-bit counter (four arrays of one shape) under a 64-bit key (two integers)."""
+    """Returns four 32-bit words for each 128-bit counter (four arrays of equal shape) and a 64-bit key (two
+    integers)."""
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -36,7 +37,7 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
 
 
 def random_words(key: tuple[int, int], rows: npt.NDArray[Any], stream: int, count: int) -> Words:
-    """`count` words for each row [B] of a stream: [B, count].
+    """Returns `count` words of a stream for each row [B]: [B, count].
 
     Word i of a row is word i % 4 of the counter (i // 4, stream, low half of the row, high half of the row).
     """

@@ -1,9 +1,9 @@
-"""Token counts: how often each token occurs in a sample of blocks; smoothed masks weight tokens by them.
+"""Counts how often each token occurs in a sample of blocks; smoothed masks use the counts as token weights.
 
-    receipt = count_tokens(store, sample, vocabulary)         # once per recipe; an artifact of its own
+    receipt = count_tokens(store, sample, vocabulary)         # once per recipe; stored as an artifact
     counts = read_counts(store, receipt.ref)                  # int64 [vocabulary size]
 
-The sample is fixed by the caller, so that its counts do not change while the corpus grows.
+The caller fixes the sample, so the counts do not change when the corpus grows.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ CHUNK_ROWS = 4096
 
 
 def counts_ref(sample: Sequence[Ref]) -> Ref:
-    """The token counts of a sample of blocks (those of the first shards, chosen by the caller)."""
+    """Returns the reference of the token counts of a sample of blocks, usually those of the first shards."""
     return Ref("counts", key_of("counts", SCHEMA, {}, [ref.key for ref in sample]), f"{sample[0].label}x{len(sample)}")
 
 
 def count_tokens(store: Store, sample: Sequence[Ref], vocabulary: Vocabulary, *, force: bool = False) -> Receipt:
-    """Counts each token in the sample, padding excluded. An existing artifact is kept unless `force`.
+    """Counts each token in the sample, padding excluded. Existing counts are kept unless `force` is True.
 
-    Receipt: rows = vocabulary size, tokens = sum of the counts. FatalError if blocks are missing or damaged.
+    Receipt: rows = vocabulary size, tokens = sum of the counts. FatalError: blocks are missing or damaged.
     """
     ref = counts_ref(sample)
     if not force and store.has(ref):
@@ -61,7 +61,7 @@ def count_tokens(store: Store, sample: Sequence[Ref], vocabulary: Vocabulary, *,
 
 
 def read_counts(store: Store, ref: Ref) -> npt.NDArray[np.int64]:
-    """The token counts [vocabulary size]. FatalError if they are missing or damaged."""
+    """Reads the token counts [vocabulary size]. FatalError: they are missing or damaged."""
     table = open_arrow(store.check(store.receipt(ref)) / COUNTS_FILE).read_all()
     counts: npt.NDArray[np.int64] = table.column("count").to_numpy()
     return counts

@@ -1,4 +1,4 @@
-"""Tokenizes a text shard in pieces, so that memory is bounded for shards and documents of any size.
+"""Tokenizes a text shard in pieces, so that memory use is bounded for shards and documents of any size.
 
     counts = PieceCounts()
     for piece in tokenize(path, vocabulary, counts):      # path of a text.arrow
@@ -36,8 +36,9 @@ Int64s = npt.NDArray[np.int64]
 class PieceCounts:
     """Running counts of `tokenize`.
 
-    `with_tokens`: documents with at least one token. `text_tokens`: tokens. `unknown`: tokens for unknown text.
-    `literal_specials`: special tokens spelled out in the text, replaced by unknown (see `_clean_table`).
+    `with_tokens`: documents with at least one token. `text_tokens`: tokens. `unknown`: tokens of text that is not in
+    the vocabulary. `literal_specials`: special tokens spelled out in the text and replaced by the unknown token (see
+    `_clean_table`).
     """
 
     with_tokens: int = 0
@@ -47,9 +48,10 @@ class PieceCounts:
 
 
 class TextPiece(NamedTuple):
-    """Concatenated token ids of some documents; `sizes`: tokens per document, never 0.
+    """Concatenated token ids of consecutive documents.
 
-    `continued`: the first document is the rest of the last one of the previous piece.
+    `sizes`: tokens per document, never 0. `continued`: whether the first document continues the last document of the
+    previous piece.
     """
 
     ids: Ids
@@ -58,7 +60,7 @@ class TextPiece(NamedTuple):
 
 
 def tokenize(path: Path, vocabulary: Vocabulary, counts: PieceCounts) -> Iterator[TextPiece]:
-    """Tokenizes the documents of a text.arrow in order, without adding special tokens; updates `counts`."""
+    """Tokenizes the documents of a text.arrow file in order, without adding special tokens; updates `counts`."""
     tokenizer = load_tokenizer(vocabulary)
     clean, unknown = _clean_table(tokenizer, vocabulary)
     last = -1
@@ -80,10 +82,11 @@ def tokenize(path: Path, vocabulary: Vocabulary, counts: PieceCounts) -> Iterato
 
 
 def _clean_table(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Maps each raw id to the id for the model, and says whether the raw id means unknown.
+    """Returns a table from each raw id to the id for the model, and whether each raw id means unknown.
 
-    Text that spells a special token (`<s>` is strike-through in HTML) would get its id, and an added token above the
-    model's embedding rows would crash it. Inside a text both become unknown; the number of tokens does not change.
+    Without the table, text that spells a special token (`<s>` is strike-through in HTML) would get the id of that
+    token, and an added token whose id exceeds the model's embedding rows would crash the model. The table maps both to
+    the unknown token; the number of tokens does not change.
     """
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     table = np.arange(max(highest + 1, vocabulary.size), dtype=np.uint32)
@@ -95,7 +98,7 @@ def _clean_table(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tuple[Ids, npt
 
 
 def _pieces(path: Path) -> Iterator[tuple[list[str], int]]:
-    """Documents in order, up to PIECE_BYTES per piece, with the number of the first; a longer one is split."""
+    """Yields consecutive documents of up to PIECE_BYTES with the number of the first one; splits longer documents."""
     reader = open_arrow(path)
     first = 0
     for index in range(reader.num_record_batches):
@@ -117,8 +120,8 @@ def _pieces(path: Path) -> Iterator[tuple[list[str], int]]:
 def _parts(text: str) -> Iterator[str]:
     """Splits a text at the first single space between two words after every PIECE_BYTES characters.
 
-    The tokenizers of all families start a new token there, so the parts give the tokens of the complete text. A text
-    without such a space is not split: Unigram, BPE and WordPiece take time linear in its length.
+    The tokenizers of all families start a new token there, so the parts have the same tokens as the complete text. A
+    text without such a space is not split; Unigram, BPE and WordPiece tokenize it in linear time.
     """
     start = 0
     while cut := _BETWEEN_WORDS.search(text, start + PIECE_BYTES):

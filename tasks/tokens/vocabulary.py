@@ -1,10 +1,10 @@
-"""The vocabulary of a tokenizer: its size, its special token ids, and a fingerprint for the keys of blocks.
+"""Loads the vocabulary of a tokenizer: its size, its special token ids, and a fingerprint for the keys of blocks.
 
     vocabulary = load_vocabulary("../camembert-base")      # a folder with tokenizer.json, or a hub id
     tokenizer = load_tokenizer(vocabulary)                 # the `tokenizers` object, truncation and padding off
 
-Parses tokenizer.json, tokenizer_config.json and special_tokens_map.json without transformers, so that worker processes
-start fast.
+tokenizer.json, tokenizer_config.json and special_tokens_map.json are parsed without transformers, so that worker
+processes start fast.
 """
 
 import json
@@ -24,11 +24,11 @@ from tasks.recipe.config import BlockSettings, TeacherSettings
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 SLACK = 256
-"""A model may have up to this many more embedding rows than the tokenizer has tokens: rows are padded for speed."""
+"""A model has fewer than this many embedding rows without a token; such rows are padding for speed."""
 
 CACHED_WORDS = 100_000
-"""Words in the tokenizer's cache, about 25 MB. The default of 10,000 is fewer than the distinct words of a French
-corpus, and a third slower; the ids are the same."""
+"""Words in the tokenizer's cache, about 25 MB. With the default of 10,000, fewer than the distinct words of a French
+corpus, tokenization is a third slower. The ids do not depend on the cache."""
 
 _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # role -> (names in the configuration, usual spellings if the configuration has none).
@@ -46,9 +46,9 @@ class Vocabulary:
     """The token ids of a tokenizer.
 
     `size`: ids that a model can receive, 0 to size - 1 (camembert-base: 32005, although `len(tokenizer)` is 32006).
-    `specials`: ids that are never masked and never drawn as random tokens, ascending. `unknowns`: those of them that
-    mean "unknown" (camembert-base has two, 3 and 4; `unk` is the configured one).
-    `fingerprint`: sha256 over tokenizer.json and the special ids, without `name` and `folder`.
+    `specials`: ids that are never masked and never drawn as random tokens, ascending. `unknowns`: the special ids that
+    mean "unknown" (camembert-base has two, 3 and 4; `unk` is the configured one). `fingerprint`: sha256 over
+    tokenizer.json and the special ids; independent of `name` and `folder`.
     """
 
     name: str = field(compare=False)
@@ -68,9 +68,10 @@ class Vocabulary:
 def load_vocabulary(name: str, revision: str = "", trust_remote_code: bool = False) -> Vocabulary:
     """Loads the vocabulary of a folder or hub id, cached per process.
 
-    `trust_remote_code` has no effect, since tokenizer.json holds no code.
-    FatalError: no such folder or hub id, no tokenizer.json, a missing special token. RetryableError: the hub does not
-    answer.
+    `trust_remote_code` has no effect, since tokenizer.json contains no code.
+
+    FatalError: the folder, hub id, tokenizer.json or a special token does not exist. RetryableError: the hub does not
+    respond.
     """
     del trust_remote_code
     folder = tokenizer_folder(name, revision)
@@ -89,36 +90,43 @@ def load_vocabulary(name: str, revision: str = "", trust_remote_code: bool = Fal
 
 
 def vocabulary_for(blocks: BlockSettings, teacher: TeacherSettings) -> Vocabulary:
-    """The vocabulary of a recipe: that of blocks.tokenizer if set, else the teacher's at the teacher's revision."""
+    """Loads the vocabulary of a recipe: that of blocks.tokenizer if set, else that of the teacher at its revision."""
     if blocks.tokenizer:
         return load_vocabulary(blocks.tokenizer)
     return load_vocabulary(teacher.model, teacher.revision)
 
 
 def load_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """The tokenizer, loaded once per process, with truncation and padding off."""
+    """Returns the tokenizer with truncation and padding off, cached per process."""
     return _tokenizer(Path(vocabulary.folder))
 
 
 def check_vocabulary_fits(vocabulary: Vocabulary, model_vocab_size: int, model_name: str) -> None:
-    """FatalError unless the model has an embedding row for every token, and fewer than SLACK more."""
+    """Raises FatalError unless the model has an embedding row for every token and fewer than SLACK extra rows."""
     if not 0 <= model_vocab_size - vocabulary.size < SLACK:
         raise FatalError(
-            f"the tokenizer {vocabulary.name} has {vocabulary.size} pieces but the model {model_name} has "
-            f"{model_vocab_size} rows; set blocks.tokenizer to the tokenizer that this model was trained with",
+            f"the tokenizer {vocabulary.name} has {vocabulary.size} tokens, but the model {model_name} has "
+            f"{model_vocab_size} embedding rows; set blocks.tokenizer to the tokenizer of this model",
             vocabulary.name,
         )
 
 
 def tokenizer_folder(name: str, revision: str = "") -> Path:
-    """The local folder of tokenizer files: `name` itself, or its download from the hub. Errors as `load_vocabulary`."""
+    """Returns the local folder of a tokenizer's files: `name` itself, or its download from the hub.
+
+    Raises the same errors as `load_vocabulary`.
+    """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "tokenizer.json").is_file():
             raise FatalError(_no_tokenizer(name), str(folder))
         return folder.resolve()
     if not is_hub_id(name) or folder.exists():
-        raise FatalError(f"tokenizer {name}: no such folder; name a folder with tokenizer.json or a hub id", name)
+        raise FatalError(
+            f"tokenizer {name!r} is neither a local folder nor a Hugging Face Hub id; "
+            "use a folder with tokenizer.json or a hub id",
+            name,
+        )
     folder = download_repository("tokenizer", name, revision, FILES)
     if not (folder / "tokenizer.json").is_file():
         raise FatalError(_no_tokenizer(name), name)
@@ -127,8 +135,8 @@ def tokenizer_folder(name: str, revision: str = "") -> Path:
 
 def _no_tokenizer(name: str) -> str:
     return (
-        f"tokenizer {name}: there is no tokenizer.json; make one with "
-        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained(FOLDER) and name that folder"
+        f"tokenizer {name} has no tokenizer.json; create it with "
+        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained(FOLDER) and use that folder"
     )
 
 
@@ -138,7 +146,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises plain Exception for every fault in the file
-        message = f"{path} is not a tokenizer ({error}); write it again with save_pretrained"
+        message = f"{path} is not a valid tokenizer file ({error}); write it again with save_pretrained"
         raise FatalError(message, str(path)) from error
     if hasattr(tokenizer.model, "_resize_cache"):  # Unigram and BPE
         tokenizer.model._resize_cache(CACHED_WORDS)
@@ -158,7 +166,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _configuration(folder: Path, name: str) -> dict[str, Any]:
-    """The two optional configuration files merged; tokenizer_config.json takes precedence."""
+    """Merges the two optional configuration files; tokenizer_config.json takes precedence."""
     found: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -175,14 +183,14 @@ def _role_id(role: str, config: Mapping[str, Any], tokenizer: Tokenizer, name: s
         if token_id is not None:
             return int(token_id)
     raise FatalError(
-        f"tokenizer {name}: it has no {fields[0]}, so it is not one of a masked language model; "
-        f"add {fields[0]} to its tokenizer_config.json or take another tokenizer",
+        f"tokenizer {name} has no {fields[0]}, which a masked language model needs; "
+        f"add {fields[0]} to its tokenizer_config.json or use a different tokenizer",
         name,
     )
 
 
 def _model_unknown(model: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
-    """The id that the tokenizer's model gives to unknown text: Unigram states an id, the others a token."""
+    """Returns the id of unknown text in the tokenizer's model, if any: Unigram stores an id, other models a token."""
     if model.get("unk_id") is not None:
         return {int(model["unk_id"])}
     token_id = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
@@ -190,7 +198,7 @@ def _model_unknown(model: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
 
 
 def _size(definition: Mapping[str, Any], tokenizer: Tokenizer, roles: Mapping[str, int]) -> int:
-    """One more than the highest id of an ordinary token or a special token with a role.
+    """Returns one more than the highest id of an ordinary token or a special token with a role.
 
     Special tokens without a role that were added after the vocabulary (camembert-base: 32005 `<unk>NOTUSED`) have no
     embedding row in the model.

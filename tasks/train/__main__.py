@@ -1,10 +1,10 @@
-"""The trainer's command line.
+"""Trains the run of a run file, from the command line.
 
     python -m tasks.train RUN.json                            one process
     torchrun --nproc-per-node 2 -m tasks.train RUN.json       several ranks
 
-Exit status: 0 the model is in the store, 143 stopped by SIGTERM after a checkpoint, 1 an error (one sentence on
-stderr), 75 an error after which the same command may succeed, 2 wrong usage.
+Exit status: 0 if the model is in the store, 143 if SIGTERM stopped the trainer after a checkpoint, 1 after an error
+(one sentence on stderr), 75 after an error if the same command may succeed later, 2 after wrong usage.
 """
 
 import logging
@@ -28,7 +28,7 @@ EXIT_STOPPED = 143
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one training; returns the exit status."""
+    """Trains one run and returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
         print("usage: python -m tasks.train RUN.json", file=sys.stderr)
@@ -52,8 +52,8 @@ def _train(run: RunSpec, stop: StopSignal) -> int:
     except torch.OutOfMemoryError as error:
         rows = run.train.micro_rows or -(-run.train.batch_rows // int(os.environ.get("WORLD_SIZE", "1")))
         print(
-            f"run {run.name}: the memory of the GPU is full with {rows} blocks of {run.blocks.length} tokens in one "
-            "forward; lower train.micro_rows: a step stays as large, but is made in more, slower parts "
+            f"run {run.name}: {rows} blocks of {run.blocks.length} tokens in one forward pass exceed the memory of the "
+            "GPU; lower train.micro_rows, which splits a step into more micro-batches and does not change its size "
             f"({str(error).splitlines()[0]})",
             file=sys.stderr,
         )
@@ -72,7 +72,7 @@ def exit_with_status(run: Callable[[], int]) -> NoReturn:
     status = 1
     try:
         status = run()
-    except Exception:  # noqa: BLE001  as the interpreter handles it, but without the cleanup at exit
+    except Exception:  # noqa: BLE001  as the interpreter does, but without its cleanup at exit
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,11 +1,11 @@
-"""Checkpoints: model, optimizer, training progress and resolved settings, committed to the store as one artifact.
+"""Saves and loads checkpoints: model, optimizer, training progress and resolved settings as one artifact of the store.
 
     progress = load_checkpoint(store, run, model, optimizer)         # the newest one; TrainingProgress() if none exists
     save_checkpoint(store, run, model, optimizer, progress)          # then deletes those that are no longer kept
 
-A checkpoint's key is the run key and the step, so one listing finds the newest. The newest train.keep_checkpoints are
-kept; with train.result = "best" so are the ones with the lowest held-out loss. Random number generators have no saved
-state: each step seeds them from (train.seed, step, rank).
+A checkpoint's key consists of the run key and the step, so one listing finds the newest. The newest
+train.keep_checkpoints checkpoints are kept and, with train.result = "best", those with the lowest held-out loss. The
+state of random number generators is not saved: each step seeds them from (train.seed, step, rank).
 """
 
 import json
@@ -28,8 +28,11 @@ _KEY = re.compile(r"(?P<run>[0-9a-f]{64})-(?P<step>[0-9]{9})")
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Progress of a run: optimizer steps done, blocks consumed over all ranks, tokens read; the lowest held-out loss so
-    far (None: not validated yet) and its step."""
+    """Progress of a run.
+
+    `step`: optimizer steps done. `cursor`: blocks consumed by all ranks. `tokens`: tokens read. `best`: the lowest
+    held-out loss so far, None before the first validation. `best_step`: the step of `best`.
+    """
 
     step: int = 0
     cursor: int = 0
@@ -39,19 +42,21 @@ class TrainingProgress:
 
 
 def checkpoint_ref(run: RunSpec, step: int) -> Ref:
-    """Reference to the checkpoint of a run at a step."""
+    """Returns the reference of the checkpoint of a run at a step."""
     return Ref("checkpoint", f"{run.run_key}-{step:09d}", f"{run.name} step {step}")
 
 
 def steps_kept(store: Store, run: RunSpec) -> list[int]:
-    """Steps of this run that have a checkpoint, ascending."""
+    """Returns the steps at which this run has a checkpoint, ascending."""
     found = (_KEY.fullmatch(key) for key in store.keys("checkpoint"))
     return sorted(int(match["step"]) for match in found if match and match["run"] == run.run_key)
 
 
 def unfinished_checkpoints(store: Store) -> set[str]:
-    """Keys of all checkpoints that a run may still resume from: its model does not exist yet, and the run key has
-    today's schema. `gc` keeps these."""
+    """Returns the keys of all checkpoints that a run may still resume from; `gc` keeps them.
+
+    The run has no model yet, and its run key has the current schema.
+    """
     models = store.keys("model")
     found = (_KEY.fullmatch(key) for key in store.keys("checkpoint"))
     unfinished = [
@@ -63,7 +68,8 @@ def unfinished_checkpoints(store: Store) -> set[str]:
 
 
 def _has_todays_run_key(store: Store, ref: Ref) -> bool:
-    """False for a checkpoint of an older run schema, which no run of this version has as its own. True if unknown."""
+    """Returns False for a checkpoint of an older run schema, from which no run of this version resumes. True if
+    unknown."""
     receipt = _receipt_unless_damaged(store, ref)
     return receipt is None or receipt.info.get("run_schema", 1) == RUN_SCHEMA
 
@@ -71,7 +77,7 @@ def _has_todays_run_key(store: Store, ref: Ref) -> bool:
 def save_checkpoint(
     store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, progress: TrainingProgress
 ) -> Receipt:
-    """Commits the checkpoint of this step, then deletes those that are no longer kept."""
+    """Commits the checkpoint of this step, then deletes the checkpoints that are no longer kept."""
     with store.scratch() as folder:
         save_file(model_tensors(model), folder / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
@@ -92,12 +98,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
-    """Restores the newest intact checkpoint. Returns TrainingProgress() and changes nothing if there is none.
+    """Restores the newest intact checkpoint. If none exists, returns TrainingProgress() and changes nothing.
 
-    A damaged checkpoint is withdrawn and the one before it is taken. With train.result = "best" so is one whose best
-    checkpoint is lost: a run that resumed from it could not save those weights.
-    FatalError, RetryableError: a checkpoint cannot be read (the cache is full or access is refused, say). This ends the
-    run: its checkpoints are intact, and a start from step 0 would throw the work away.
+    A damaged checkpoint is withdrawn, and the previous one is used. With train.result = "best", a checkpoint whose best
+    checkpoint is lost is deleted: a run that resumed from it could not save the best weights.
+
+    FatalError, RetryableError: a checkpoint cannot be read, for example because the cache is full or access is denied.
+    The run ends, since its checkpoints may be intact, and a start from step 0 would discard them.
     """
     for step in reversed(steps_kept(store, run)):
         ref = checkpoint_ref(run, step)
@@ -118,7 +125,8 @@ def load_checkpoint(store: Store, run: RunSpec, model: nn.Module, optimizer: tor
 def load_step(
     store: Store, run: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingProgress:
-    """Restores the checkpoint of this step; step 0 has none and changes nothing. FatalError: missing or damaged."""
+    """Restores the checkpoint of this step. Step 0 has none and changes nothing. FatalError: it is missing or
+    damaged."""
     if step == 0:
         return TrainingProgress()
     return _restore(store, store.receipt(checkpoint_ref(run, step)), model, optimizer)
@@ -127,12 +135,12 @@ def load_step(
 def load_best_weights(store: Store, run: RunSpec, model: nn.Module, progress: TrainingProgress) -> None:
     """Replaces the weights of the model with those of the lowest held-out loss.
 
-    FatalError: no validation gave a finite loss. RetryableError: the checkpoint is damaged; it is withdrawn, so the
-    same run trains those steps again.
+    FatalError: no validation gave a finite loss. RetryableError: the checkpoint is damaged; it is withdrawn, so that
+    the run trains those steps again.
     """
     if progress.best is None:
         raise FatalError(
-            f"run {run.name}: no validation gave a finite held-out loss, so there is no best checkpoint to save; "
+            f"run {run.name}: no validation gave a finite held-out loss, so no best checkpoint exists; "
             'lower train.lr, or set train.result = "last"'
         )
     ref = checkpoint_ref(run, progress.best_step)
@@ -143,17 +151,20 @@ def load_best_weights(store: Store, run: RunSpec, model: nn.Module, progress: Tr
         store.fail(ref, error)
         raise RetryableError(
             f"run {run.name}: the checkpoint of step {progress.best_step}, which has the lowest held-out loss, is "
-            f"damaged and was withdrawn; start the run again: it trains the lost steps once more ({error})"
+            f"damaged and was withdrawn; start the run again to repeat the lost steps ({error})"
         ) from error
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, on the CPU; tied parameters once."""
+    """Returns the parameters by name, on the CPU. Tied parameters occur once."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
 
 
 def delete_checkpoint(store: Store, ref: Ref) -> None:
-    """Withdraws a checkpoint and deletes its data. Where the receipt is damaged and names no data, `gc` deletes it."""
+    """Withdraws a checkpoint and deletes its data.
+
+    If the receipt is damaged, the data cannot be found from it; `gc` deletes the data later.
+    """
     receipt = _receipt_unless_damaged(store, ref)
     store.withdraw(ref)
     if receipt is not None:
@@ -184,7 +195,7 @@ def _restore(store: Store, receipt: Receipt, model: nn.Module, optimizer: torch.
 
 
 def _load_weights(folder: Path, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Copies the weights into the model; returns its parameters by name."""
+    """Copies the weights into the model and returns its parameters by name."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(folder / "model.safetensors").items():
@@ -193,8 +204,11 @@ def _load_weights(folder: Path, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _drop_old(store: Store, run: RunSpec) -> None:
-    """Deletes all but the newest checkpoints and, with train.result = "best", the best checkpoint of each of those:
-    whichever of them a run resumes from, the weights that it may have to save are kept."""
+    """Deletes all checkpoints except the newest ones and, with train.result = "best", the best checkpoint of each of
+    these.
+
+    A run may resume from any of the newest checkpoints, and may then have to save the weights of its best checkpoint.
+    """
     steps = steps_kept(store, run)
     keep = set(steps[-run.train.keep_checkpoints :])
     if run.train.result == "best":
@@ -206,7 +220,7 @@ def _drop_old(store: Store, run: RunSpec) -> None:
 
 
 def _best_is_intact(store: Store, run: RunSpec, receipt: Receipt) -> bool:
-    """Whether the best checkpoint that this one refers to can be loaded. A damaged one is withdrawn."""
+    """Returns whether the best checkpoint that this one refers to can be loaded. Withdraws it if it is damaged."""
     step = receipt.info["best_step"]
     if step in (0, receipt.settings["step"]):  # not validated yet, or this one, which is verified when it is loaded
         return True

@@ -1,6 +1,8 @@
 """Saves the trained student as a Hugging Face folder in the store: weights, config and tokenizer.
 
-receipt = save_model(store, run, student, progress, tokenizer_folder, ranks=2)
+    receipt = save_model(store, run, student, progress, tokenizer_folder, ranks=2)
+
+AutoModel, AutoTokenizer and pipeline("fill-mask") load the folder.
 """
 
 import os
@@ -32,11 +34,11 @@ TOKENIZER_FILES = (
 def save_model(
     store: Store, run: RunSpec, student: PreTrainedModel, progress: TrainingProgress, tokenizer: Path, *, ranks: int
 ) -> Receipt:
-    """Commits the model; AutoModel, AutoTokenizer and pipeline("fill-mask") load the artifact's folder.
+    """Commits the model folder as the model artifact of the run.
 
-    `student` holds the weights that train.result selects. `tokenizer` is the folder of the tokenizer that made the
-    blocks, `ranks` the number of processes that trained. Rows, tokens and settings["steps"] of the receipt count the
-    whole training; info["step"] is the step of the saved weights.
+    `student` contains the weights that train.result selects. `tokenizer` is the folder of the tokenizer that made the
+    blocks, `ranks` the number of processes that trained. Rows, tokens and settings["steps"] of the receipt describe the
+    complete training run; info["step"] is the step of the saved weights.
     """
     with store.scratch() as folder:
         student.save_pretrained(folder)
@@ -67,15 +69,17 @@ def save_model(
 
 
 def describe_hardware(device: torch.device, ranks: int) -> str:
-    """The training hardware, for the model card: `2 x NVIDIA H200`, or `CPU, 16 cores (x86_64)`."""
+    """Returns the training hardware for the model card: `2 x NVIDIA H200`, or `CPU, 16 cores (x86_64)`."""
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
     return f"CPU, {os.cpu_count() or 1} cores ({platform.machine()})"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the tokenizer's files unchanged: load and save again could give a tokenizer that differs from the one that
-    made the blocks. Only the class name is replaced, and only where transformers' class would read text differently."""
+    """Copies the tokenizer's files unchanged, since loading and saving them could change the tokenizer.
+
+    Only the class name is replaced, and only if that class of transformers would read text differently.
+    """
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -83,5 +87,5 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def tokenizer_bytes(folder: Path) -> int:
-    """Bytes of the files that `copy_tokenizer` copies."""
+    """Returns the total size of the files that `copy_tokenizer` copies."""
     return sum(path.stat().st_size for name in TOKENIZER_FILES if (path := folder / name).exists())

@@ -1,12 +1,12 @@
-"""Model FLOP of a training, from the shapes of its models: the numerator of model FLOP utilisation (MFU).
+"""Computes the model FLOP of a training run from the shapes of its models: the numerator of FLOP utilisation (MFU).
 
     work = training_work(student, length, loss, teacher, online=False)
     work.of(tokens, positions) / seconds / matrix_rate(device)          # MFU, 0 to 1
 
-Counts only matrix products of encoder, attention and LM head, a multiply-add as two FLOP; backward is twice the forward
-(PaLM, arXiv:2204.02311, appendix B). Products that need not be computed do not count: no LM head at positions without
-loss, and in the last layer only keys and values there. So a trainer that is twice as fast because it leaves work out
-does not have twice the MFU.
+Only the matrix products of encoder, attention and LM head are counted. A multiply-add is two FLOP, and a backward pass
+costs twice the forward pass (PaLM, arXiv:2204.02311, appendix B). Products that need not be computed are not counted:
+the LM head at positions without a loss and, in the last layer, everything but keys and values at those positions. So a
+trainer that becomes twice as fast by skipping such work does not get twice the MFU.
 """
 
 import time
@@ -26,20 +26,23 @@ class Work(NamedTuple):
     position: float
 
     def of(self, tokens: float, positions: float) -> float:
-        """FLOP of this many tokens and selected positions; positions = tokens where all are selected."""
+        """Returns the FLOP for these numbers of tokens and selected positions, which are equal if all are selected."""
         return tokens * self.token + positions * self.position
 
     def times(self, factor: float) -> "Work":
-        """Scaled by a factor."""
+        """Returns the work multiplied by a factor."""
         return Work(factor * self.token, factor * self.position)
 
     def plus(self, other: "Work") -> "Work":
-        """The sum of both."""
+        """Returns the sum of both works."""
         return Work(self.token + other.token, self.position + other.position)
 
 
 def encoder_work(model: PreTrainedModel, length: int) -> Work:
-    """A forward pass of the encoder on blocks of `length` tokens; sliding-window attention counts as full attention."""
+    """Returns the FLOP of one encoder forward pass over blocks of `length` tokens, per token and selected position.
+
+    Sliding-window attention counts as full attention.
+    """
     layers, width = int(model.config.num_hidden_layers), int(model.config.hidden_size)
     own = model.base_model.named_parameters()
     matrices = sum(x.numel() for name, x in own if x.dim() == 2 and not name.startswith("embeddings."))
@@ -51,7 +54,7 @@ def encoder_work(model: PreTrainedModel, length: int) -> Work:
 
 
 def head_work(model: PreTrainedModel) -> Work:
-    """A forward pass of the LM head: the layers before the decoder, and the decoder."""
+    """Returns the FLOP of one forward pass of the LM head, decoder included, per selected position."""
     weight, _ = decoder_of(model)
     outside = (x for name, x in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}."))
     before_decoder = sum(x.numel() for x in outside if x.dim() == 2 and x is not weight)
@@ -66,9 +69,11 @@ def training_work(
     *,
     online: bool = False,
 ) -> Work:
-    """Forward and backward of the student, and forward of the teacher: its LM head for distil, its encoder if `online`.
+    """Returns the FLOP of training, per token and selected position.
 
-    Unless `online`, the teacher may consist of its LM head alone, as in training from cached targets.
+    They are those of the student's forward and backward passes, of the teacher's LM head for the distil term, and of
+    the teacher's encoder if `online`. Unless `online`, the teacher may consist of its LM head alone, as in training
+    from cached targets.
     """
     work = encoder_work(student, length).times(3)
     if loss.distil or loss.mlm:
@@ -81,7 +86,10 @@ def training_work(
 
 
 def matrix_rate(device: torch.device, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
-    """FLOP per second of large matrix products on this device, the best of ten rounds: the denominator of MFU."""
+    """Measures the FLOP per second of large matrix products on this device: the denominator of MFU.
+
+    Returns the best of ten rounds.
+    """
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):

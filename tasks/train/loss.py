@@ -1,4 +1,4 @@
-"""The distillation loss: logits and hidden states of student and teacher to one loss and its terms.
+"""Computes the distillation loss and its terms from the logits and hidden states of student and teacher.
 
     losses = fused_loss(features_NH, weight_VH, bias_V, labels_N, weights=..., temperature=2.0, counts=...)
     losses.total.backward()
@@ -9,14 +9,15 @@
     cosine = 1 / N x sum_n (1 - cos(s_n, t_n))      s, t: last hidden states of student and teacher
     mlm    = 1 / K x sum_k -log softmax(student logits)[label_k]        at temperature 1
 
-N counts the selected rows of the step (the masked positions, or all attended ones), K the masked rows among them. These
-are the terms of the DistilBERT training code (Sanh et al., 2019, arXiv:1910.01108; Hugging Face,
+N is the number of selected rows of the step (the masked positions, or all attended ones), K the number of masked rows
+among them. These are the terms of the DistilBERT training code (Sanh et al., 2019, arXiv:1910.01108; Hugging Face,
 transformers-research-projects, distillation): a "batchmean" KL times T^2 (Hinton et al., 2015, arXiv:1503.02531),
 CosineEmbeddingLoss with target 1, and cross-entropy that ignores label -100.
 
-`combined_loss` computes this on full logits and is the specification. `fused_loss` is what the trainer calls: the same
-numbers from the inputs of the LM head's decoder, in chunks of rows. Each chunk computes its gradient at once, so no
-[N, V] tensor outlives its chunk and memory does not grow with N x V (compare Liger Kernel, arXiv:2410.10989).
+`combined_loss` computes the loss on full logits and is the specification. The trainer calls `fused_loss`, which
+computes the same numbers from the inputs of the LM head's decoder, in chunks of rows. Each chunk computes its gradient
+immediately, so no tensor of logits outlives its chunk and memory does not grow with N x V (compare Liger Kernel,
+arXiv:2410.10989).
 
 Shapes: N rows (selected positions), V vocabulary, H head features, D hidden size, n rows of one chunk.
 """
@@ -35,7 +36,7 @@ PADDED_BIAS = -1e4
 """Bias of a decoder row that belongs to no token. Not -inf: 0 x inf in the KL is NaN."""
 
 ChunkLogits = Callable[[int, int], Tensor]
-"""Returns the teacher's logits [n, V] of rows start to stop - 1. All are finite, those of unused slots too."""
+"""Returns the teacher's logits [n, V] of rows start to stop - 1. All values are finite, also in unused slots."""
 
 
 class Weights(NamedTuple):
@@ -71,7 +72,7 @@ def combined_loss(
     weights: Weights,
     temperature: float,
 ) -> Losses:
-    """The loss on full logits: [N, V], [N, V], [N, D], [N, D] and labels [N] (-100: not masked).
+    """Computes the loss from full logits [N, V], hidden states [N, D] and labels [N] (-100: not masked).
 
     All rows are selected rows. A term of weight 0 is computed but does not enter the total.
     """
@@ -106,21 +107,23 @@ def fused_loss(
     chunk_rows: int | None = None,
     vocab_multiple: int = 1,
 ) -> Losses:
-    """The loss of one micro-batch, as its share of the step: each term is a sum over its rows, divided by `counts`.
+    """Computes a micro-batch's share of the loss of its step: each term is a sum over its rows, divided by `counts`.
 
-    So the losses of all micro-batches and ranks add up to the loss of the step, and their gradients to its gradient.
+    The losses of all micro-batches and ranks add up to the loss of the step, and their gradients to its gradient.
 
-    `features_NH`, `weight_VH`, `bias_V`: the input of the student's decoder (last layer of its LM head), the decoder.
-    `teacher_logits`: see `decoder_logits`; not called, and may be None, when the weight of distil is 0.
-    `student_hidden_ND`, `teacher_hidden_ND`: may be None when the weight of cosine is 0.
-    `valid_N`: False for slots that only fill a static shape; whatever values they hold, they add exactly 0.
-    `chunk_rows`: rows per chunk; None chooses by device and vocabulary.
-    `vocab_multiple`: computes with the decoder padded to a multiple of this, for tensor cores.
+    `features_NH`: the input of the student's decoder, which is the last layer of its LM head. `weight_VH`, `bias_V`:
+    that decoder. `teacher_logits`: see `decoder_logits`; may be None when the weight of distil is 0, and is not called
+    then. `student_hidden_ND`, `teacher_hidden_ND`: may be None when the weight of cosine is 0. `valid_N`: False for
+    slots that only fill a static shape; they add exactly 0, whatever their values are. `chunk_rows`: rows per chunk;
+    None chooses by device and vocabulary. `vocab_multiple`: the decoder is padded to a multiple of this number of rows,
+    for tensor cores.
 
-    Only `total` carries a gradient, to features, weight, bias and student hidden; backward through it works once. A
-    term of weight 0 is not computed and reads 0. Matrix products run in the autocast dtype, else in that of the
-    features; softmax and sums in float32, or in float64 when the features are float64. Never synchronises with the
-    device. ValueError: a term has weight but not its teacher input, or the temperature is not positive.
+    Only `total` has a gradient, with respect to features, weight, bias and student hidden states; backward through it
+    works once. A term of weight 0 is not computed and is returned as 0. Matrix products run in the autocast dtype, else
+    in the dtype of the features; softmax and sums run in float32, or in float64 when the features are float64. Nothing
+    synchronises with the device.
+
+    ValueError: the teacher input of a term with a weight is missing, or the temperature is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
@@ -152,7 +155,10 @@ def fused_loss(
 
 
 def decoder_logits(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, vocab_multiple: int = 1) -> ChunkLogits:
-    """The teacher's logits per chunk of rows, from its head features and its decoder (see tasks.models.forward)."""
+    """Returns a function that computes the teacher's logits per chunk of rows.
+
+    The logits come from the teacher's head features and decoder (see tasks.models.forward).
+    """
     dtype = _gemm_dtype(features_NH)
     features_NH = features_NH.to(dtype)
     weight_VH, bias_V = pad_decoder(weight_VH.to(dtype), bias_V.to(dtype), vocab_multiple)
@@ -164,7 +170,7 @@ def decoder_logits(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, vocab
 
 
 def pad_decoder(weight_VH: Tensor, bias_V: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Decoder with zero rows of bias -1e4 added, up to a multiple; their probability is 0 in float32."""
+    """Pads the decoder to a multiple of rows with zero rows of bias -1e4; their probability is 0 in float32."""
     extra = -weight_VH.shape[0] % multiple
     if not extra:
         return weight_VH, bias_V
@@ -172,7 +178,7 @@ def pad_decoder(weight_VH: Tensor, bias_V: Tensor, multiple: int) -> tuple[Tenso
 
 
 class _RowTensors(NamedTuple):
-    """Labels, validity and teacher of the rows."""
+    """Labels, validity and teacher logits of the rows."""
 
     labels: Tensor
     valid: Tensor | None
@@ -202,7 +208,7 @@ class _CarryGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        """The stored gradients times the incoming one."""
+        """Returns the stored gradients multiplied by the incoming gradient."""
         features_NH, weight_VH, bias_V = ctx.saved_tensors
         return (None, features_NH * outer, weight_VH * outer, bias_V * outer, None, None, None)
 
@@ -210,7 +216,7 @@ class _CarryGradient(torch.autograd.Function):
 def _decoder_loss(
     features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _RowTensors, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted total (with gradient), sum of KL and sum of cross-entropies, over all chunks."""
+    """Returns the weighted total (with gradient), the sum of KL and the sum of cross-entropies, over all chunks."""
     inputs = (features_NH, weight_VH, bias_V)
     dtype = _gemm_dtype(features_NH)
     with torch.no_grad(), torch.autocast(features_NH.device.type, enabled=False):
@@ -231,7 +237,7 @@ def _decoder_loss(
 def _walk_chunks(
     features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, rows: _RowTensors, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Sum of KL, sum of cross-entropies and, if needed, the gradients of the total to features, weight and bias."""
+    """Returns the sum of KL, the sum of cross-entropies and, if needed, the gradients of the total, over all chunks."""
     vocabulary, dtype = weight_VH.shape[0], _sum_dtype(features_NH.dtype)
     weight_VH, bias_V = pad_decoder(weight_VH, bias_V, plan.vocab_multiple)
     if rows.valid is not None:  # 0 x NaN is NaN: values in unused slots must not reach a GEMM
@@ -268,7 +274,8 @@ def _walk_chunks(
 def _chunk_loss(
     student_nV: Tensor, teacher_nV: Tensor | None, labels_n: Tensor, valid_n: Tensor | None, plan: _ChunkPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of KL, sum of cross-entropies and, if needed, the gradient [n, V] of the total to the logits."""
+    """Returns the sum of KL, the sum of cross-entropies and, if needed, the gradient [n, V] of the total to the
+    logits."""
     kl = cross_entropy = torch.zeros((), dtype=student_nV.dtype, device=student_nV.device)
     grad_nV = torch.zeros_like(kl)
     if teacher_nV is not None and plan.distil_factor is not None:
@@ -295,7 +302,10 @@ def _chunk_loss(
 
 
 def _cosine_sum(student_ND: Tensor, teacher_ND: Tensor, valid_N: Tensor | None) -> Tensor:
-    """Sum over rows of 1 - cos; the small constant is that of CosineEmbeddingLoss and keeps zero vectors finite."""
+    """Returns the sum over rows of 1 - cos.
+
+    The small constant is that of CosineEmbeddingLoss; it keeps the result for zero vectors finite.
+    """
     dtype = _sum_dtype(student_ND.dtype)
     student_ND, teacher_ND = student_ND.to(dtype), teacher_ND.to(dtype)
     if valid_N is not None:
@@ -307,7 +317,10 @@ def _cosine_sum(student_ND: Tensor, teacher_ND: Tensor, valid_N: Tensor | None) 
 
 
 def _reciprocal(count: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """1 / count, and 0 for 0: a step without masked rows has an mlm loss of 0. Never synchronises with the device."""
+    """Returns 1 / count, or 0 if the count is 0: a step without masked rows has an mlm loss of 0.
+
+    Never synchronises with the device.
+    """
     if isinstance(count, Tensor):
         count = count.to(device=device, dtype=dtype)
         return torch.where(count > 0, 1 / count, 0)
@@ -315,17 +328,20 @@ def _reciprocal(count: float | Tensor, dtype: torch.dtype, device: torch.device)
 
 
 def _rows_in_chunk(weight_VH: Tensor) -> int:
-    """On a CPU a chunk should fit the cache; on a GPU about 256 MB of float32 logits make its GEMMs large."""
+    """Returns the rows per chunk.
+
+    On a CPU, a chunk should fit into the cache; on a GPU, about 256 MB of float32 logits make the GEMMs large.
+    """
     return 256 if weight_VH.device.type == "cpu" else max(256, 2**26 // weight_VH.shape[0])
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Softmax and sums: float64 for float64, float32 for everything else."""
+    """Returns the dtype of softmax and sums: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _gemm_dtype(features: Tensor) -> torch.dtype:
-    """Matrix products: the autocast dtype, else that of the features; float64 stays."""
+    """Returns the dtype of matrix products: the autocast dtype, else that of the features; float64 is never cast."""
     device = features.device.type
     if features.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -1,13 +1,13 @@
-"""metrics.jsonl: training curves on local disk, written by rank 0 and followed by the flow while the trainer runs.
+"""Writes and reads metrics.jsonl, the training curves: rank 0 appends lines, and the flow reads them during the run.
 
     writer = MetricsWriter(run)
     writer.add(progress, losses, grad_norm, lr, step_counts, waited, due=True)       # writes a line
     lines = read_metrics(path)                                                       # a list of dictionaries
 
-A line holds means over the steps since the line before: loss and its terms, learning rate, gradient norm, tokens per
-second, fraction of the time spent waiting for data and, on a GPU, model FLOP utilisation. Validation has lines of its
-own. On resume the file is cut back to the checkpoint's step, so no step appears twice; each checkpoint ends a line, so
-no step is missing.
+The file is on local disk. A line contains means over the steps since the previous line: loss and its terms, learning
+rate, gradient norm, tokens per second, fraction of the time spent waiting for data and, on a GPU, model FLOP
+utilisation. Validation results are separate lines. On resume, the file is cut back to the checkpoint's step, so no step
+appears twice; each checkpoint ends a line, so no step is missing.
 """
 
 import json
@@ -35,10 +35,10 @@ from tasks.train.setup import TrainingSetup
 from tasks.train.step import StepCounts
 
 LOSSES = ("loss", "distil", "cosine", "mlm")
-"""Names of the step's losses in a line: the total and its terms, in the order of `loss.Losses`."""
+"""Names of a step's losses in a line: the total and its terms, in the order of `loss.Losses`."""
 
 HELDOUT_VARIANT = 1_000_000
-"""Mask variant of validation. No training epoch uses it, and it is the same in every validation, so they compare."""
+"""Mask variant of validation. No training epoch uses it, and every validation does, so their results are comparable."""
 
 
 class HeldoutLosses(NamedTuple):
@@ -51,8 +51,8 @@ class HeldoutLosses(NamedTuple):
 class MetricsWriter:
     """Collects steps and appends lines. Tensors stay on their device until a line is due.
 
-    `work`: FLOP per token and per position. `rate`: FLOP per second of all ranks. Without them lines have no `mfu`.
-    FatalError from each method that writes: the disk is full or read-only.
+    `work`: FLOP per token and per position. `rate`: FLOP per second of all ranks. Without `work` or `rate`, lines have
+    no `mfu`. Every method that writes raises FatalError if the disk is full or read-only.
     """
 
     def __init__(self, run: RunSpec, work: Work | None = None, rate: float = 0.0) -> None:
@@ -66,12 +66,12 @@ class MetricsWriter:
         self._since = time.perf_counter()
 
     def cut_back(self, step: int) -> None:
-        """Removes the lines after `step`, and a last line that a kill has cut short."""
+        """Removes the lines after `step`, and an incomplete last line."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         fresh = self.path.with_suffix(".new")
         with self._writing():
             fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(fresh, self.path)  # atomic: a kill at this moment does not lose the curve so far
+            os.replace(fresh, self.path)  # atomic: a kill at this moment does not lose the earlier lines
         self._since = time.perf_counter()
 
     def add(
@@ -85,7 +85,7 @@ class MetricsWriter:
         *,
         due: bool,
     ) -> None:
-        """Adds one step; writes a line when one is `due`.
+        """Adds one step, and writes a line if one is `due`.
 
         `losses`: [4], in the order of LOSSES. `waited`: seconds spent waiting for data since the start.
         """
@@ -115,13 +115,16 @@ class MetricsWriter:
         self._since = time.perf_counter()
 
     def validated(self, step: int, heldout: HeldoutLosses) -> None:
-        """Writes a line of validation. Call it right after a line of training: its time is not training time."""
+        """Writes a line of validation results.
+
+        Call it right after a line of training metrics, so that the time of validation does not count as training time.
+        """
         line = {"step": step, "heldout_loss": heldout.loss, "heldout_top1": heldout.top1, "time": time.time()}
         self._append(line)
         self._since = time.perf_counter()
 
     def _mfu(self, seconds: float) -> dict[str, float]:
-        """`mfu` of the steps since the last line, where work and rate are known."""
+        """Returns `mfu` of the steps since the last line, or nothing if work or rate is unknown."""
         if self.work is None or not self.rate:
             return {}
         return {"mfu": self.work.of(self._tokens, self._rows) / seconds / self.rate}
@@ -135,7 +138,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; a line that is being written is left out. Empty if the file is missing."""
+    """Returns all complete lines of a metrics file; a line that is still being written is left out.
+
+    The result is empty if the file does not exist.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -146,7 +152,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def heldout_loss(
     store: Store, run: RunSpec, setup: TrainingSetup, device: torch.device, autocast: torch.dtype | None
 ) -> HeldoutLosses:
-    """Validation: masked cross-entropy and top-1 accuracy over the first train.validate_rows held-out blocks."""
+    """Computes masked cross-entropy and top-1 accuracy over the first train.validate_rows held-out blocks."""
     student = setup.student
     dataset = BlockDataset(store, run.heldout, cached=False)
     masking = MaskingRule(setup.vocabulary, run.mask, every_position=False, counts=setup.token_counts)

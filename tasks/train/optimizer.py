@@ -1,7 +1,9 @@
-"""AdamW with its parameter groups, and the learning-rate schedules.
+"""Creates AdamW with its parameter groups, and computes the learning-rate schedules.
 
-optimizer = make_optimizer(student, run.train)
-set_lr(optimizer, run.train.lr * lr_factor(step, run.total_steps, run.train))
+    optimizer = make_optimizer(student, run.train)
+    set_lr(optimizer, run.train.lr * lr_factor(step, run.total_steps, run.train))
+
+The schedule depends on the step only, so a resumed run needs no scheduler state.
 """
 
 import torch
@@ -11,7 +13,7 @@ from tasks.recipe.config import TrainSettings
 
 
 def lr_factor(step: int, total: int, train: TrainSettings) -> float:
-    """Learning rate at `step` (0-based) of `total`, as a fraction of train.lr.
+    """Returns the learning rate at `step` (0-based) of `total`, as a fraction of train.lr.
 
     linear: linear warm-up, then linear decay to 0 (as in the DistilBERT code). wsd: warm-up, stable phase, then linear
     decay over the last train.decay of the steps (warmup-stable-decay, MiniCPM, arXiv:2404.06395).
@@ -26,7 +28,7 @@ def lr_factor(step: int, total: int, train: TrainSettings) -> float:
 
 
 def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay applies to matrices only. Groups keep the order of model.parameters()."""
+    """Creates a fused AdamW; weight decay applies to matrices only. Groups keep the order of model.parameters()."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},

@@ -1,7 +1,9 @@
-"""Loads and checks everything that a training needs before its first step: vocabulary, student and teacher signal.
+"""Loads and checks everything that a training run needs before its first step: vocabulary, student and teacher signal.
 
-setup = set_up_training(run, store, device)
-setup.student, setup.signal_source
+    setup = set_up_training(run, store, device)
+    setup.student, setup.signal_source
+
+Settings and inputs that do not fit together fail here, before any step.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +32,8 @@ from tasks.train.teacher_signal import CachedTeacher, NoTeacher, OnlineTeacher, 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A student on its device, the source of its teacher signal, and the token counts [V] of smoothed masking."""
+    """A student on its device, its vocabulary, the source of the teacher signal, and the token counts [V] of
+    smoothed masks."""
 
     student: PreTrainedModel
     vocabulary: Vocabulary
@@ -39,9 +42,10 @@ class TrainingSetup:
 
 
 def set_up_training(run: RunSpec, store: Store, device: torch.device) -> TrainingSetup:
-    """Loads and checks everything. Verifies the hashes of the token counts and of the targets that give the codec.
+    """Loads and checks everything. Verifies the hashes of the token counts and of the targets that define the codec.
 
-    FatalError: something does not fit the run, changed since it was planned, or is damaged; the message names it.
+    FatalError: an input does not fit the run, has changed since the run was planned, or is damaged; the message says
+    which.
     """
     vocabulary = vocabulary_for(run.blocks, run.teacher)
     teacher, student = _models(run, vocabulary, device)
@@ -50,15 +54,18 @@ def set_up_training(run: RunSpec, store: Store, device: torch.device) -> Trainin
     nn.Module.to(student, device)
     limit = longest_input(student)
     if run.blocks.length > limit:
-        raise FatalError(f"blocks.length = {run.blocks.length}, but the student reads at most {limit} tokens; lower it")
+        raise FatalError(
+            f"blocks.length = {run.blocks.length}, but the student reads at most {limit} tokens; lower blocks.length"
+        )
     token_counts = read_counts(store, Ref("counts", run.counts, "counts")) if run.counts else None
     return TrainingSetup(student, vocabulary, _signal_source(run, store, teacher), token_counts)
 
 
 def _models(run: RunSpec, vocabulary: Vocabulary, device: torch.device) -> tuple[TeacherModel | None, PreTrainedModel]:
-    """The teacher in its own dtype on the device, and the student on the CPU, from one load of the teacher.
+    """Loads the teacher once. Returns it in its own dtype on the device, and the student on the CPU.
 
-    A student of teacher layers is copied before the teacher is cast: it starts from the saved float32 weights.
+    A student that copies teacher layers is made before the teacher is cast, so it starts from the saved float32
+    weights.
     """
     if not run.teacher.model:
         return None, _student(run, None, vocabulary)
@@ -74,16 +81,16 @@ def _load_teacher(run: RunSpec, settings: TeacherSettings, device: str) -> Teach
     teacher = load_teacher(settings, device)
     if teacher.fingerprint != run.teacher_fingerprint:
         raise FatalError(
-            f"the teacher {run.teacher.model} changed since this run was planned "
+            f"the teacher {run.teacher.model} has changed since this run was planned "
             f"({teacher.fingerprint[:12]} now, {run.teacher_fingerprint[:12]} then); start the run again"
         )
     return teacher
 
 
 def _cast_teacher(teacher: TeacherModel, settings: TeacherSettings, device: torch.device) -> TeacherModel:
-    """Casts and moves a float32 teacher in place. The result equals one that was loaded in that dtype.
+    """Casts and moves a float32 teacher in place. The result equals a teacher that was loaded in that dtype.
 
-    Only tensors of the state dict are cast: a load computes the other buffers (rotary frequencies) in float32.
+    Only tensors of the state dict are cast: transformers computes the other buffers (rotary frequencies) in float32.
     """
     dtype = resolve_dtype(settings.dtype, device)
     for tensor in teacher.model.state_dict(keep_vars=True).values():
@@ -95,14 +102,16 @@ def _cast_teacher(teacher: TeacherModel, settings: TeacherSettings, device: torc
 
 
 def _student(run: RunSpec, teacher: TeacherModel | None, vocabulary: Vocabulary) -> PreTrainedModel:
-    """The student in float32 on the CPU, from a warm start, a config or the teacher."""
+    """Creates the student in float32 on the CPU, from a warm start, a config or the teacher."""
     settings = run.student
     if run.train.warm_start:
         return _warm_start(run, vocabulary)
     if settings.init == "config":
         return make_fresh(settings.config, vocabulary, run.train.seed)
     if teacher is None:
-        raise FatalError("student.init copies from a teacher, but teacher.model is empty")
+        raise FatalError(
+            f'student.init = "{settings.init}" needs a teacher, but teacher.model is empty; set teacher.model'
+        )
     return make_student(
         teacher.model,
         vocabulary,
@@ -115,13 +124,14 @@ def _student(run: RunSpec, teacher: TeacherModel | None, vocabulary: Vocabulary)
 
 
 def _warm_start(run: RunSpec, vocabulary: Vocabulary) -> PreTrainedModel:
-    """The model of train.warm_start in float32. FatalError: incomplete, or changed since the run was planned."""
+    """Loads the model of train.warm_start in float32. FatalError: it is incomplete, or changed since the run was
+    planned."""
     source = TeacherSettings(model=run.train.warm_start)
     folder = resolve_model(source.model)
     found = folder_fingerprint(folder, source)
     if run.start and found != run.start:
         raise FatalError(
-            f"the model {source.model} of train.warm_start changed since this run was planned ({found[:12]} now, "
+            f"the model {source.model} of train.warm_start has changed since this run was planned ({found[:12]} now, "
             f"{run.start[:12]} then); start the run again"
         )
     model = load_weights(source, folder, torch.float32, role="train.warm_start", dropout=run.student.dropout)
@@ -131,18 +141,19 @@ def _warm_start(run: RunSpec, vocabulary: Vocabulary) -> PreTrainedModel:
 
 
 def _check_shapes_match(run: RunSpec, teacher: TeacherModel, student: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """FatalError unless the blocks' token ids are the teacher's, and the loss compares tensors of equal shape."""
+    """Raises FatalError unless the blocks have token ids of the teacher and the loss compares tensors of equal
+    shape."""
     check_vocabulary_fits(vocabulary, teacher.vocab_size, run.teacher.model)
     rows, width = int(student.config.vocab_size), int(student.config.hidden_size)
     if run.loss.distil and rows < teacher.vocab_size:
         raise FatalError(
-            f"the student has {rows} vocabulary rows but the teacher {run.teacher.model} {teacher.vocab_size}; set "
-            f"student.config.vocab_size = {teacher.vocab_size}, or loss.distil = 0"
+            f"the student has {rows} vocabulary rows, but the teacher {run.teacher.model} has {teacher.vocab_size}; "
+            f"set student.config.vocab_size = {teacher.vocab_size}, or loss.distil = 0"
         )
     if run.loss.cosine and width != teacher.width:
         raise FatalError(
-            f"the student's hidden size is {width} but the teacher's {teacher.width}, so there is no cosine between "
-            "them; make the sizes equal, or set loss.cosine = 0"
+            f"the student's hidden size is {width}, but the teacher's is {teacher.width}, so they have no cosine; make "
+            "the sizes equal, or set loss.cosine = 0"
         )
 
 
@@ -153,6 +164,6 @@ def _signal_source(run: RunSpec, store: Store, teacher: TeacherModel | None) -> 
         return OnlineTeacher(teacher, run.loss)
     targets = open_targets(store, run.manifest[0].targets_ref(0))
     probe_cache(store, run, teacher)
-    # From here on only the LM head is needed; this frees the encoder's memory.
+    # Training needs only the LM head of the teacher; this frees the memory of its encoder.
     setattr(teacher.model, teacher.model.base_model_prefix, nn.Identity())
     return CachedTeacher(teacher, targets.codec, run.loss)

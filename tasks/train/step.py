@@ -1,4 +1,4 @@
-"""One optimizer step: forward, loss and gradient over micro-batches and ranks.
+"""Computes the loss and the gradient of one optimizer step over its micro-batches and ranks.
 
     step_counts = sum_counts(batches, stop.requested, ranks)
     losses = gradient_step(student_with_loss, signal_source, batches, step_counts, ranks, torch.bfloat16)
@@ -24,8 +24,11 @@ from tasks.train.teacher_signal import VOCABULARY_MULTIPLE, SignalSource, Teache
 
 
 class Ranks(NamedTuple):
-    """This rank, the number of ranks, and the gloo group that sums small counts on the CPU, without a device sync
-    (None: the default group is gloo already)."""
+    """This rank, the number of ranks, and the process group for small counts.
+
+    `cpu_group`: gloo group that sums counts on the CPU without a device sync; None if the default group is already
+    gloo, or if this is the only rank.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -33,7 +36,7 @@ class Ranks(NamedTuple):
 
 
 class StudentWithLoss(nn.Module):
-    """Student and loss as one module, so that DDP sees one forward."""
+    """Student and loss as one module, so that DDP runs one forward pass."""
 
     def __init__(self, student: PreTrainedModel, loss: LossSettings, compile_encoder: bool) -> None:
         super().__init__()
@@ -42,10 +45,10 @@ class StudentWithLoss(nn.Module):
         self.hidden_rows = torch.compile(hidden_rows, dynamic=False) if compile_encoder else hidden_rows
 
     def forward(self, batch: Batch, signal: TeacherSignal, counts: RowCounts) -> Losses:
-        """The micro-batch's share of the step's loss.
+        """Returns the micro-batch's share of the loss of the step.
 
-        The encoder runs on all B blocks, the LM head on the N = B x M selected positions only. `counts` are those of
-        the whole step.
+        The encoder runs on all B blocks, the LM head on the N = B x M selected positions only. `counts` are the counts
+        of the complete step.
         """
         hidden_BMD = self.hidden_rows(self.student, batch.input_ids, batch.attention_mask, batch.positions)
         hidden_ND = hidden_BMD.flatten(0, 1)
@@ -76,7 +79,7 @@ class StepCounts(NamedTuple):
 
 
 def sum_counts(batches: list[Batch], stop: bool, ranks: Ranks) -> StepCounts:
-    """Adds up the counts of all micro-batches of all ranks, before the first backward."""
+    """Adds up the counts of all micro-batches of all ranks; called before the first backward pass."""
     own = [sum(b.rows for b in batches), sum(b.masked for b in batches), sum(b.tokens for b in batches), int(stop)]
     total = torch.tensor(own)
     if ranks.world_size > 1:
@@ -108,7 +111,7 @@ def gradient_step(
         with ddp.no_sync() if ddp is not None and not is_last else nullcontext():
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 losses: Losses = student_with_loss(batch, signal_source.rows(batch), counts)
-            # DDP averages gradients over ranks. The counts are already those of all ranks, so the sum is wanted.
+            # DDP averages gradients over ranks. The counts are already those of all ranks, so gradients must be summed.
             (losses.total * ranks.world_size).backward()  # type: ignore[no-untyped-call]
         step_losses += torch.stack([loss.detach().float() for loss in losses])
     return step_losses

@@ -1,8 +1,8 @@
-"""Sources of the teacher signal: one interface over cached targets, a teacher in the loop, and no teacher at all.
+"""Defines the sources of the teacher signal: cached targets, an online teacher, or no teacher.
 
     signal = signal_source.rows(batch)          # TeacherSignal: logits per chunk of rows, hidden states [N, D]
 
-Each source gives the teacher's last hidden states (for the cosine term) and logits (for the distil term) of the N
+Each source returns the teacher's last hidden states (for the cosine term) and logits (for the distil term) of the N
 selected positions of a micro-batch. The logits come from the teacher's own LM head, so they are exact.
 """
 
@@ -20,11 +20,11 @@ from tasks.targets.codec import Codec, TopK, topk_logits
 from tasks.train.loss import ChunkLogits, decoder_logits
 
 VOCABULARY_MULTIPLE = 64
-"""On a GPU, decoders are padded to a multiple of this many rows, for its tensor cores."""
+"""On a GPU, decoders are padded to a multiple of this number of rows, for efficient use of tensor cores."""
 
 
 class TeacherSignal(NamedTuple):
-    """The teacher's output on N rows: logits per chunk, hidden states [N, D]; None where the loss needs none."""
+    """The teacher's output on N rows: logits per chunk, hidden states [N, D]; None if the loss does not need them."""
 
     logits: ChunkLogits | None = None
     hidden: Tensor | None = None
@@ -34,19 +34,19 @@ class SignalSource(Protocol):
     """A source of teacher signals."""
 
     def rows(self, batch: Batch) -> TeacherSignal:
-        """The signal of all N = B x M slots of the batch, in order. N includes unused slots."""
+        """Returns the signal of all N = B x M slots of the batch, in order, unused slots included."""
         ...
 
 
 class NoTeacher:
-    """Plain MLM training."""
+    """An empty signal, for plain MLM training."""
 
     def rows(self, batch: Batch) -> TeacherSignal:
         return TeacherSignal()
 
 
 class OnlineTeacher:
-    """Runs the teacher on the batch that the student reads; stores nothing."""
+    """Runs the teacher on the batch that the student reads, and stores nothing."""
 
     def __init__(self, teacher: TeacherModel, loss: LossSettings) -> None:
         self.teacher, self.loss = teacher, loss
@@ -66,7 +66,7 @@ class CachedTeacher:
     @torch.no_grad()
     def rows(self, batch: Batch) -> TeacherSignal:
         if batch.payload is None:
-            raise FatalError("the batch carries no cached targets; this run's manifest has none")
+            raise FatalError("the batch has no cached targets; load it from a dataset with cached=True")
         payload = batch.payload.flatten(0, 1)
         if self.codec.name == "topk":
             kept: TopK = self.codec.decode_topk(payload)
@@ -75,7 +75,7 @@ class CachedTeacher:
 
 
 def signal_from_hidden(teacher: TeacherModel, hidden_ND: Tensor, loss: LossSettings) -> TeacherSignal:
-    """Hidden states of N rows, and their logits if the distil term has weight."""
+    """Returns the signal of N rows: their hidden states, and their logits if the distil term has a weight."""
     if loss.distil == 0:
         return TeacherSignal(hidden=hidden_ND)
     weight_VH, bias_V = decoder_of(teacher.model)

@@ -1,10 +1,10 @@
-"""Trains a student on cached targets, with a teacher in the loop, or by plain MLM, and commits the model.
+"""Trains a student on cached targets, with an online teacher, or by plain MLM, and commits the model.
 
     finished = train(run, ranks, stop)          # called by tasks.train.__main__, in every rank
 
-Reads the run (RUN.json) and the store that it names. Writes checkpoints and the model into the store, and metrics.jsonl
-and result.json into the run folder. A killed run resumes from its newest checkpoint and ends with the same bits (on a
-CPU with one or two ranks; with three or more, DDP adds gradients in another order in its first step).
+Reads the run file (run.json) and its store. Writes checkpoints and the model into the store, and metrics.jsonl and
+result.json into the run folder. A killed run resumes from its newest checkpoint and ends with the same bits (on a CPU
+with one or two ranks; with three or more, DDP adds gradients in a different order in its first step).
 """
 
 import json
@@ -41,10 +41,12 @@ from tasks.train.teacher_signal import CachedTeacher, OnlineTeacher
 
 
 def train(run: RunSpec, ranks: Ranks, stop: StopSignal) -> bool:
-    """Trains to the last step (True) or until a stop signal (False). When it returns True, the model is in the store.
+    """Trains until the last step or a stop signal. Returns True if the last step is done, else False.
 
-    FatalError: the run cannot work as it is configured, or its loss is not finite. RetryableError: the store did not
-    answer, or a checkpoint was damaged.
+    When it returns True, the model is in the store.
+
+    FatalError: the run cannot work with its configuration, or its loss is not finite. RetryableError: the store did not
+    respond, or a checkpoint was damaged.
     """
     # The cache that the flows use: HOME/cache, next to HOME/run/KEY.
     store = Store(run.store, cache=Path(run.folder).parent.parent / "cache", cache_bytes=run.cache_bytes)
@@ -72,7 +74,7 @@ def train(run: RunSpec, ranks: Ranks, stop: StopSignal) -> bool:
 
 
 def _check_best_is_defined(run: RunSpec) -> None:
-    """FatalError: train.result = "best", but the run never validates."""
+    """Raises FatalError if train.result = "best", but the run never validates."""
     if run.train.result == "best" and not run.train.validate_steps:
         raise FatalError(
             f'run {run.name}: train.result = "best" needs validation, but train.validate_steps = 0; set it to a number '
@@ -80,7 +82,7 @@ def _check_best_is_defined(run: RunSpec) -> None:
         )
     if run.train.result == "best" and not run.heldout:
         raise FatalError(
-            f'run {run.name}: train.result = "best" needs held-out blocks, but there are none; raise '
+            f'run {run.name}: train.result = "best" needs held-out blocks, but the run has none; raise '
             'corpus.heldout_per_mille, or set train.result = "last"'
         )
 
@@ -88,10 +90,10 @@ def _check_best_is_defined(run: RunSpec) -> None:
 def resume(
     store: Store, run: RunSpec, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> TrainingProgress:
-    """Restores the newest intact checkpoint that rank 0 finds, on every rank.
+    """Restores, on every rank, the newest intact checkpoint that rank 0 finds.
 
-    Ranks that each searched for it could find different ones where a listing lags, or where an older process of the run
-    has just written one. FatalError: a rank cannot read the checkpoint of rank 0.
+    If every rank searched for it, ranks could find different checkpoints, because a listing lags or an older process of
+    the run has just written one. FatalError: a rank cannot read the checkpoint that rank 0 found.
     """
     progress = load_checkpoint(store, run, student, optimizer) if ranks.rank == 0 else TrainingProgress()
     if ranks.world_size == 1:
@@ -102,7 +104,7 @@ def resume(
 
 
 class StepResult(NamedTuple):
-    """One optimizer step: [total, distil, cosine, mlm] over all ranks, gradient norm before clipping, learning rate."""
+    """One optimizer step: [total, distil, cosine, mlm], gradient norm before clipping, learning rate."""
 
     losses: Tensor
     grad_norm: Tensor
@@ -110,7 +112,7 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """The training loop of one rank. Its attributes do not change during a run; TrainingProgress holds what does."""
+    """The training loop of one rank. Its attributes are fixed; TrainingProgress contains what changes during a run."""
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class Trainer:
         self.metrics = make_metrics_writer(run, setup, device, ranks) if ranks.rank == 0 else None
 
     def loop(self, progress: TrainingProgress, stop: StopSignal) -> TrainingProgress:
-        """Trains to the last step or until any rank receives a stop signal; writes a checkpoint either way."""
+        """Trains until the last step or until any rank receives a stop signal; writes a checkpoint in both cases."""
         run, train = self.run, self.run.train
         if self.metrics:
             self.metrics.cut_back(progress.step)
@@ -149,7 +151,7 @@ class Trainer:
             is_last = progress.step >= run.total_steps
             save_now = progress.step % train.checkpoint_steps == 0 or is_last or step_counts.stop
             validate_now = self._should_validate(progress.step, is_last)
-            # A step that may become a checkpoint also ends a line of metrics, and is checked for NaN before.
+            # A step that may become a checkpoint also ends a line of metrics, and is checked for NaN first.
             log_now = save_now or validate_now or progress.step % train.log_steps == 0
             if self.ranks.world_size > 1:
                 dist.all_reduce(result.losses)
@@ -166,7 +168,7 @@ class Trainer:
         return progress
 
     def _train_step(self, step: int, batches: list[Batch], step_counts: StepCounts) -> StepResult:
-        """One optimizer step (0-based). The losses are this rank's share."""
+        """Runs one optimizer step (0-based). The losses in the result are this rank's share."""
         train = self.run.train
         # The seed depends on the position in the run only, so dropout is the same after every resume.
         torch.manual_seed((train.seed << 32) + step * self.ranks.world_size + self.ranks.rank)
@@ -181,7 +183,7 @@ class Trainer:
         return StepResult(losses, grad_norm, lr)
 
     def _dataloader(self, step: int) -> BatchLoader:
-        """The batches of this rank from `step` on."""
+        """Returns the loader of the batches of this rank, starting at `step`."""
         run, train = self.run, self.run.train
         source = self.setup.signal_source
         codec = source.codec if isinstance(source, CachedTeacher) else None
@@ -200,13 +202,13 @@ class Trainer:
         return replace(progress, step=step, cursor=step * self.run.train.batch_rows, tokens=progress.tokens + tokens)
 
     def _check_finite(self, progress: TrainingProgress, result: StepResult) -> None:
-        """FatalError: a loss or the gradient norm is not finite. Called before every checkpoint."""
+        """Raises FatalError if a loss or the gradient norm is not finite. Called before every checkpoint."""
         if not (bool(torch.isfinite(result.losses).all()) and bool(torch.isfinite(result.grad_norm))):
             total, distil, cosine, mlm = result.losses.tolist()
             raise FatalError(
                 f"run {self.run.name}: the loss is not finite at step {progress.step} (total {total}, distil {distil}, "
-                f"cosine {cosine}, mlm {mlm}, gradient norm {float(result.grad_norm)}); the last checkpoint is kept. "
-                "Lower train.lr or train.clip"
+                f"cosine {cosine}, mlm {mlm}, gradient norm {float(result.grad_norm)}); lower train.lr or train.clip "
+                "(the last checkpoint is kept)"
             )
 
     def _should_validate(self, step: int, is_last: bool) -> bool:
@@ -214,7 +216,7 @@ class Trainer:
         return bool(every and self.run.heldout) and (is_last or step % every == 0)
 
     def _validate(self, progress: TrainingProgress) -> TrainingProgress:
-        """Measures the held-out loss on rank 0; only its progress knows the best step."""
+        """Measures the held-out loss on rank 0; only the progress of rank 0 contains the best step."""
         if not self.metrics:
             return progress
         heldout = heldout_loss(self.store, self.run, self.setup, self.device, self.autocast)
@@ -223,9 +225,9 @@ class Trainer:
         return replace(progress, best=heldout.loss, best_step=progress.step) if is_best else progress
 
     def _checkpoint(self, progress: TrainingProgress, saved_step: int) -> int:
-        """Saves a checkpoint on rank 0 (the other ranks hold the same weights) and returns its step.
+        """Saves a checkpoint on rank 0 (all ranks have the same weights) and returns its step.
 
-        FatalError: another process has taken the run over.
+        FatalError: another process has taken over the run.
         """
         if self.lease and progress.step > saved_step:
             self.lease.renew()
@@ -234,7 +236,10 @@ class Trainer:
 
 
 def make_metrics_writer(run: RunSpec, setup: TrainingSetup, device: torch.device, ranks: Ranks) -> MetricsWriter:
-    """On a GPU with the peak rate that MFU is measured against: that of large matrix products here, for each rank."""
+    """Creates the metrics writer. On a GPU, it gets the work and the peak rate for MFU.
+
+    The peak rate is that of large matrix products on this device, times the number of ranks.
+    """
     if device.type == "cpu":
         return MetricsWriter(run)
     source = setup.signal_source
@@ -252,7 +257,7 @@ def _save_result(run: RunSpec, store: Store, setup: TrainingSetup, progress: Tra
 
 
 def write_result(run: RunSpec, receipt: Receipt) -> None:
-    """Writes result.json into the run folder: the model, the steps and tokens of the training, the step of the saved
+    """Writes result.json into the run folder: the model, steps and tokens of the run, and the step of the saved
     weights."""
     result: dict[str, Any] = {
         "model": {"kind": receipt.kind, "key": receipt.key, "label": receipt.label},

@@ -59,7 +59,7 @@ def test_the_run_ends_with_its_table(history: History) -> None:
     assert history.complete.status == 0, history.complete.err
     assert "Traceback" not in history.complete.out + history.complete.err
     texts = ("snapshot", "targets", "masked top-1", "Le camembert est <mask> :)", "student:", "distil up --home")
-    for text in (*texts, "not run: score.protocol names no"):
+    for text in (*texts, "not run: score.protocol is not set"):
         assert text in history.complete.out
     assert "distilled version 1" in history.complete.out.splitlines()[-1]
 
@@ -103,7 +103,7 @@ def test_mlflow_has_the_teachers_perplexity_on_heldout_text(client: MlflowClient
 
 def test_the_gate_refuses_an_unscored_model_with_its_reason(history: History, client: MlflowClient) -> None:
     tags = client.get_model_version("distilled", "1").tags
-    reason = "fine-tuning was not run: score.protocol names no"
+    reason = "fine-tuning was not run: score.protocol is not set"
     assert tags["distil.gate.decision"] == "refused"
     assert tags["distil.gate.reason"].startswith(reason)
     assert "champion" not in client.get_registered_model("distilled").aliases
@@ -118,7 +118,7 @@ def test_the_model_card_and_its_figure_are_next_to_the_model_and_in_mlflow(
     assert card.data.pipeline_tag == "fill-mask"
     assert card.data.metrics == ["accuracy"]
     assert "2 layers, distilled from `teacher`" in card.text
-    assert "- fine-tuning (student): score.protocol names no" in card.text
+    assert "- fine-tuning (student): score.protocol is not set" in card.text
     assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
     model = Path(mlflow.artifacts.download_artifacts("models:/distilled@challenger")) / "model"
     assert {"README.md", "scores.png", "model.safetensors", "tokenizer.json"} <= {path.name for path in model.iterdir()}

@@ -135,7 +135,7 @@ def test_an_endpoint_that_dies_is_named_and_what_was_committed_is_not_made_again
     wait_for(lambda: bool(list(s3.path("store/receipts/blocks").glob("*.receipt.json"))), process=process)
     s3.kill()
     sentence = refusal(ended(process))
-    assert "did not answer" in sentence
+    assert "did not respond" in sentence
     assert f"s3://{s3.bucket}" in sentence
     s3.start()
     before = remote.stamps()
@@ -176,9 +176,9 @@ def killed_in_upload(s3: Endpoint, folder: str, ended_with: Callable[[], int | N
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("store=s3://no-such-bucket/store",), "there is no such bucket"),
-        (("corpus.url=s3://no-such-bucket/corpus",), "corpus.url s3://no-such-bucket/corpus is no folder that exists"),
-        (("store=s3://KEY:SECRET@bucket/store",), "credentials come from the environment"),
+        (("store=s3://no-such-bucket/store",), "the bucket does not exist"),
+        (("corpus.url=s3://no-such-bucket/corpus",), "corpus.url s3://no-such-bucket/corpus does not exist"),
+        (("store=s3://KEY:SECRET@bucket/store",), "set credentials in the environment"),
     ],
 )
 def test_a_wrong_address_ends_in_one_sentence(remote: Remote, settings: tuple[str, ...], words: str) -> None:

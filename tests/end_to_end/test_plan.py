@@ -132,7 +132,7 @@ def test_what_fits_by_the_forecast_is_let_in_and_what_does_not_is_not(
     place = make_place(tmp_path, history.place.folder / "corpus", teacher)
     need = int(forecast[1].need)
     check(place, monkeypatch, free=need + 1000)
-    with pytest.raises(FatalError, match="for this run"):
+    with pytest.raises(FatalError, match="too little free space"):
         check(place, monkeypatch, free=need - 1000)
 
 
@@ -140,7 +140,7 @@ def test_only_what_is_missing_must_fit(history: History, monkeypatch: pytest.Mon
     place = history.place.copy(tmp_path / "place", without=("targets", "model", "checkpoint"))
     targets = sum(history.place.store.sizes("targets").values())
     check(place, monkeypatch, free=int(1.2 * targets), training=False)
-    with pytest.raises(FatalError, match="for this run"):
+    with pytest.raises(FatalError, match="too little free space"):
         check(place, monkeypatch, free=int(0.9 * targets), training=False)
 
 
@@ -159,7 +159,7 @@ def test_a_run_on_a_small_disk_does_not_start(
 ) -> None:
     place = make_place(tmp_path / "place", history.place.folder / "corpus", teacher)
     said = refusal(shell("run", place.recipe, f"store={small_disk}/store"))
-    assert "for this run" in said
+    assert "too little free space" in said
     assert f"{small_disk}/store" in said
     assert "distil plan" in said
     assert not list(small_disk.rglob("*.receipt.json"))

@@ -56,4 +56,4 @@ def test_a_missing_deployment_is_named(teacher: Path, tmp_path: Path, server: st
     place = make_place(tmp_path / "place", write_oscar(tmp_path / "corpus", parts=1), teacher)
     result = place.distil("run", "run.text_on=prepare/absent", server=server)
     assert result.status == 1
-    assert "run.text_on = prepare/absent, but there is no such deployment" in result.err
+    assert "the deployment run.text_on = prepare/absent does not exist" in result.err

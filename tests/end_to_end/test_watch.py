@@ -86,10 +86,10 @@ def test_a_snapshot_copied_in_slowly_starts_one_run_that_computes_only_what_is_n
     early = place.distil("watch", server=own_server.url)
     assert early.status == 0, early.err
     assert (
-        "2026-10 is not complete yet: fr_meta_part_4.jsonl is named in a checksum file but does not exist" in early.out
+        "2026-10 is not complete yet: fr_meta_part_4.jsonl is listed in a checksum file but does not exist" in early.out
     )
     assert "; nothing new: 2026-9 (" in early.out
-    assert "is processed already" in early.out
+    assert "was processed before" in early.out
     assert runs_of(own_server, "distill") == []
 
     before = place.stamps()

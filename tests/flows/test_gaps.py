@@ -57,7 +57,7 @@ def test_gc_refuses_while_the_shards_of_a_source_are_unknown(store: Store, recip
     source = trace(store, recipe).sources[0][1]
     assert isinstance(source, Ref)
     store.withdraw(source)
-    with pytest.raises(FatalError, match="fr_meta_part_1 is not done"):
+    with pytest.raises(FatalError, match="fr_meta_part_1 has not been read"):
         artifacts_to_keep(store, [recipe])
 
 

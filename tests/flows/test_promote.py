@@ -214,7 +214,7 @@ def test_a_version_compared_with_an_earlier_champion_is_not_promoted(registry: M
     old = registry.champion(recipe.register_as.name)
     high, low = version_of(registry, recipe, heldout(0.60)), version_of(registry, recipe, heldout(0.50))
     registry.set_champion(high, "2026-11-25T12:00:00", old)
-    with pytest.raises(RetryableError, match="was changed by another process"):
+    with pytest.raises(RetryableError, match="another process changed the champion"):
         registry.set_champion(low, "2026-11-25T12:00:01", old)
     assert champion(registry, recipe) == high.version
     assert (registry.aliases_of(high), registry.aliases_of(low)) == (["champion"], [])
@@ -260,5 +260,5 @@ def test_a_set_that_was_not_run_does_not_block_once_it_is_removed(registry: Mode
 
 
 def test_only_its_own_recipe_decides_about_a_model(recipe: Recipe) -> None:
-    with pytest.raises(FatalError, match=f"registers {recipe.register_as.name}, so its gate says nothing about other"):
+    with pytest.raises(FatalError, match=f"registers {recipe.register_as.name}, so its gate does not apply to other"):
         run_promote(recipe, model="other", version="1")

@@ -91,11 +91,10 @@ def test_a_slow_copy_starts_one_run_once_it_is_complete(place: Place, tmp_path: 
     corpus, recipe = tmp_path / "corpus", place()
     write_sums(corpus, first, second)
     assert tick(recipe) == (
-        "corpus is not complete yet: fr_meta_part_1.jsonl is named in a checksum file but does not exist; "
-        "neither do 1 others"
+        "corpus is not complete yet: fr_meta_part_1.jsonl is listed in a checksum file but does not exist (and 1 more)"
     )
     (corpus / first.name).write_bytes(first.read_bytes())
-    assert "corpus is not complete yet: fr_meta_part_2.jsonl is named" in tick(recipe)
+    assert "corpus is not complete yet: fr_meta_part_2.jsonl is listed" in tick(recipe)
 
     whole, last, done = second.read_bytes(), corpus / second.name, threading.Event()
 
@@ -119,7 +118,7 @@ def test_a_slow_copy_starts_one_run_once_it_is_complete(place: Place, tmp_path: 
     assert said.startswith("snapshot corpus (")
     assert said.endswith(f"taken: run {run.name} ({run.id})")
     assert run.parameters["recipe"] == recipe.model_dump(mode="json", by_alias=True)
-    assert "taken already, run tiny" in tick(recipe)
+    assert "taken before, run tiny" in tick(recipe)
     assert runs_for(recipe) == [run]
 
 
@@ -144,7 +143,7 @@ def test_a_snapshot_that_failed_is_started_again_only_when_its_files_changed(pla
     (run,) = runs_for(recipe)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(run.id, Failed(message="wrong checksum"), force=True)
-    assert "taken already" in tick(recipe)
+    assert "taken before" in tick(recipe)
     assert len(runs_for(recipe)) == 1
     (tmp_path / "corpus" / source.name).write_bytes(source.read_bytes())
     assert "taken: run" in tick(recipe)
@@ -180,7 +179,7 @@ def test_the_newest_complete_subfolder_is_taken_and_no_older_one_after_it(place:
     recipe = place(folder=str(folder))
     said = tick(recipe)
     assert said.startswith("2026-10 is not complete yet: it is empty; snapshot 2026-9 (")
-    assert "taken already" in tick(recipe)
+    assert "taken before" in tick(recipe)
     write_oscar(folder / "2026-10", parts=2)
     assert tick(recipe).startswith("snapshot 2026-10 (")
     assert tick(recipe).startswith("nothing new: 2026-10 (")
@@ -191,7 +190,7 @@ def test_snapshots_may_be_on_any_file_system(place: Place, tmp_path: Path) -> No
     memory = fsspec.filesystem("memory")
     recipe = place(folder="memory://watched")
     memory.makedirs("/watched")
-    assert tick(recipe) == "nothing new: memory://watched holds no snapshot yet"
+    assert tick(recipe) == "nothing new: memory://watched contains no snapshot yet"
     (source,) = write_oscar(tmp_path / "source", parts=1).iterdir()
     memory.pipe_file("/watched/2026-10/fr_sha256.txt", f"{'0' * 64} {source.name}\n".encode())
     assert "2026-10 is not complete yet" in tick(recipe)
@@ -231,7 +230,7 @@ def test_a_missing_deployment_is_reported_each_time(place: Place, tmp_path: Path
 
 
 def test_a_missing_folder_fails_with_its_name(place: Place, tmp_path: Path) -> None:
-    assert f"corpus.url {tmp_path}/corpus is no folder that exists" in tick(place(), ends="FAILED")
+    assert f"corpus.url {tmp_path}/corpus does not exist" in tick(place(), ends="FAILED")
     assert "watch.folder" in tick(place(folder=str(tmp_path / "no")), ends="FAILED")
 
 

@@ -1,10 +1,10 @@
-"""Every stage of a chain as a call that can be repeated, on a small store with all that it needs.
+"""Prepares every stage of the pipeline as a repeatable call, on a small store with the inputs of all stages.
 
     bench = make_bench(Store(disk / "store"), tmp_path)
     call = STAGES["targets"](bench)
-    call()                                  # the very function that the flows run
+    call()                                  # calls the function that the flows call
 
-For tests of what a stage does on a bad disk, or with what an older version left behind.
+Used by tests of stages on a full or read-only disk, and on artifacts of an older version.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ from tests.harness.tiny import documents, make_parts, make_teacher, save_text_sh
 
 @dataclass(frozen=True)
 class Bench:
-    """A store that has what every stage needs; teacher, corpus and the folder of runs are elsewhere."""
+    """A store with the inputs of all stages; teacher, corpus and run folders are in the folder `elsewhere`."""
 
     store: Store
     elsewhere: Path
@@ -63,7 +63,7 @@ class Bench:
 
 
 def make_bench(store: Store, elsewhere: Path) -> Bench:
-    """Blocks of two shards, and a teacher."""
+    """Makes the blocks of two shards, and a teacher."""
     make_teacher(elsewhere / "teacher")
     parts = make_parts(store, elsewhere / "teacher", texts=8)
     return Bench(store, elsewhere, TeacherSettings(model=str(elsewhere / "teacher")), parts)
@@ -118,7 +118,7 @@ def model(bench: Bench) -> Callable[[], object]:
 
 
 def metrics(bench: Bench) -> Callable[[], object]:
-    """The folder of runs next to the store, and the store elsewhere."""
+    """Puts the run folder next to the bench's store, and uses a store in a different folder."""
     run = bench.run(Path(bench.store.root).parent / "home")
     other = Store(bench.elsewhere / "store")
     make_parts(other, Path(bench.teacher.model), texts=8)

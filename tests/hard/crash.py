@@ -1,13 +1,14 @@
-"""Kills a tiny chain at one of its points, runs it again to its end, and compares the result with an undisturbed run.
+"""Kills a tiny pipeline at a crash point, runs it again to its end, and compares the result with an undisturbed run.
 
-    python -m tests.hard.crash --all --random 30         every point, and 30 random moments
-    python -m tests.hard.crash --points 40               a spread over all kinds of points
+    python -m tests.hard.crash --all --random 30         all crash points, and 30 random times
+    python -m tests.hard.crash --points 40               40 crash points of all kinds
     python -m tests.hard.crash --list, then --at "POINT"
 
-An undisturbed run gives the list of points and the artifacts to compare with. Each life has a home of its own; corpus,
-teacher and Prefect server are shared. Every second point ends only the process that got there, the others the whole
-chain. After the death: no process is left and nothing half made counts as done. After the re-run: `verify` is clean,
-the artifacts are those of the undisturbed run, nothing is left to do, MLflow shows one result, once.
+points.py defines the crash points. An undisturbed run provides their list and the artifacts to compare with. A `Life`
+is one killed run and its repetition; each has its own home, and all share corpus, teacher and Prefect server.
+The kills alternate between all processes of the pipeline and only the process that reached the crash point. After a
+kill, no process may remain and no incomplete artifact may count as finished. After the repeated run, `verify` must find
+no fault, the artifacts must be those of the undisturbed run, no work may remain, and MLflow must contain each run once.
 """
 
 import argparse
@@ -44,13 +45,17 @@ from tests.harness.tiny import make_teacher, write_oscar
 
 STEPS = 8
 END_SECONDS = 120.0
-"""In which whatever a dead chain leaves behind must have noticed it."""
+"""Time within which the remaining processes of a killed pipeline must end."""
 Files = Mapping[tuple[str, str, str], tuple[DataFile, ...]]
 
 
 @dataclass(frozen=True)
 class Life:
-    """One kill: where it was to be (a point, or seconds after the start), and all that was wrong afterwards."""
+    """One killed run and its repetition.
+
+    `at` is a crash point, or the seconds after the start; `whom` is "all" or "one" (process); `struck` is True if the
+    run was killed there; `faults` lists the errors found afterwards.
+    """
 
     at: str
     whom: str
@@ -61,7 +66,7 @@ class Life:
 
 @dataclass
 class Matrix:
-    """Everything that the lives share."""
+    """The inputs and processes that all lives share."""
 
     folder: Path
     nursery: "subprocess.Popen[str]"
@@ -71,7 +76,7 @@ class Matrix:
     seconds: float = 0.0
 
     def place(self, name: str) -> Place:
-        """A home with nothing but an empty database of MLflow, which takes seconds to make."""
+        """Makes a place whose home contains only an empty MLflow database, copied since creating one takes seconds."""
         place = make_place(
             self.folder / name,
             self.folder / "corpus",
@@ -86,7 +91,7 @@ class Matrix:
     def run(
         self, place: Place, hook: Mapping[str, str] | None = None, meanwhile: Callable[[int], object] | None = None
     ) -> int:
-        """`distil run` to whatever end; its status. `meanwhile` gets the process id of the flow."""
+        """Runs `distil run` until it ends and returns its status. `meanwhile` is called with the flow's process id."""
         variables = {MARK: str(place.folder), **(hook or {})}
         asked = {"arguments": ["run", str(place.recipe)], "folder": str(place.folder), "variables": variables}
         assert self.nursery.stdin
@@ -100,21 +105,22 @@ class Matrix:
         assert self.nursery.stdout
         line = self.nursery.stdout.readline()
         if not line:
-            raise RuntimeError(f"the nursery ended: {(self.folder / 'nursery.log').read_text(encoding='utf-8')}")
+            log = (self.folder / "nursery.log").read_text(encoding="utf-8")
+            raise RuntimeError(f"the process tests.hard.nursery ended: {log}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 @contextmanager
 def matrix(folder: Path) -> Iterator[Matrix]:
-    """Teacher, corpus, server and nursery, after one undisturbed run."""
+    """Provides teacher, corpus, server and nursery (see nursery.py), after one undisturbed run."""
     make_teacher(folder / "teacher")
     write_oscar(folder / "corpus", parts=1, texts=40)
     database = folder / "mlflow.db"
     MlflowClient(f"sqlite:///{database}").search_experiments()
     with serving(folder / "server") as server, (folder / "nursery.log").open("w", encoding="utf-8") as log:
         variables = environment(folder, server.url) | {"OPENBLAS_NUM_THREADS": "1"}
-        del variables[MARK]  # each life has one of its own
+        del variables[MARK]  # each life sets its own
         variables["PYTHONPATH"] = f"{REPO / 'tests' / 'hard' / 'hook'}{os.pathsep}{REPO}"
         nursery = subprocess.Popen(
             [sys.executable, "-m", "tests.hard.nursery"],
@@ -145,16 +151,16 @@ def _undisturbed(made: Matrix) -> None:
     made.files = artifacts(place)
     faults = found_wrong(made, place)
     if faults:
-        raise RuntimeError(f"the undisturbed run is not as it should be: {faults}")
+        raise RuntimeError(f"the undisturbed run has faults: {faults}")
 
 
 def hook_of(place: Place, at: str = "", whom: str = "") -> dict[str, str]:
-    """The environment of a life that counts its points, and dies at one."""
+    """Returns the environment of a run that records its crash points and is killed at the point `at`."""
     return {points.FOLDER: str(place.folder), points.HOME: str(place.home), points.AT: at, points.WHOM: whom}
 
 
 def said(place: Place) -> str:
-    """The end of what its commands said."""
+    """Returns the last 3,000 characters of the output of the place's commands."""
     return (place.folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
 
 
@@ -162,7 +168,7 @@ def said(place: Place) -> str:
 
 
 def live(made: Matrix, number: int, at: str, whom: str) -> Life:
-    """Kills a new chain at a point."""
+    """Kills a new pipeline at a crash point."""
 
     def first(place: Place) -> bool:
         made.run(place, hook_of(place, at, whom))
@@ -172,7 +178,7 @@ def live(made: Matrix, number: int, at: str, whom: str) -> Life:
 
 
 def live_until(made: Matrix, number: int, seconds: float) -> Life:
-    """Kills a new chain some seconds after its start."""
+    """Kills a new pipeline some seconds after its start."""
 
     def first(place: Place) -> bool:
         def kill(pid: int) -> None:
@@ -190,12 +196,12 @@ def _life(made: Matrix, number: int, at: str, whom: str, first: Callable[[Place]
     start = time.monotonic()
     place = made.place(f"life-{number}")
     struck = first(place)
-    faults = [f"left behind: {one}" for one in left_behind(place)]
-    faults += [f"half made and counted as done: {fault.reason}" for fault in verify(place.store)]
+    faults = [f"process left after the kill: {one}" for one in left_behind(place)]
+    faults += [f"incomplete artifact counts as finished: {fault.reason}" for fault in verify(place.store)]
     status = made.run(place)
     if status:
-        faults.append(f"the run after it ended with {status}: {said(place)[-1000:]}")
-    faults += [f"left behind at the end: {one}" for one in left_behind(place)]
+        faults.append(f"the repeated run ended with status {status}: {said(place)[-1000:]}")
+    faults += [f"process left after the repeated run: {one}" for one in left_behind(place)]
     faults += found_wrong(made, place)
     if not faults:
         shutil.rmtree(place.folder)
@@ -203,7 +209,7 @@ def _life(made: Matrix, number: int, at: str, whom: str, first: Callable[[Place]
 
 
 def left_behind(place: Place) -> list[str]:
-    """Processes that were started for a place and do not end by themselves soon after its flow."""
+    """Returns the processes that were started for a place and did not end within END_SECONDS."""
     end = time.monotonic() + END_SECONDS
     while (found := started_for(place.folder)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -214,8 +220,11 @@ def left_behind(place: Place) -> list[str]:
 
 
 def artifacts(place: Place) -> Files:
-    """Files with their hashes by kind, key and label. Of checkpoints the last one: which others are there depends on
-    when the chain received its signal; its run.json names the home. Scores hold paths and times."""
+    """Returns the files and hashes of the comparable artifacts by kind, key and label.
+
+    Only the last checkpoint is compared, since the others depend on when the pipeline was killed, and without its
+    run.json, which contains the path of the home. Scores are not compared: they contain paths and times.
+    """
     kinds = ("source", "shard", "blocks", "calibration", "targets", "model")
     last = [one for one in place.receipts("checkpoint") if one.settings["step"] == STEPS]
     return {
@@ -225,16 +234,16 @@ def artifacts(place: Place) -> Files:
 
 
 def found_wrong(made: Matrix, place: Place) -> list[str]:
-    """All that is not as in a place where nothing happened."""
+    """Returns all differences from the undisturbed run."""
     faults = [fault.reason for fault in verify(place.store)]
     if artifacts(place) != made.files:
         here = artifacts(place)
         differ = sorted(
             str(one[::2]) for one in here.keys() | made.files.keys() if here.get(one) != made.files.get(one)
         )
-        faults.append(f"not the artifacts of an undisturbed run: {differ}")
+        faults.append(f"artifacts differ from those of the undisturbed run: {differ}")
     if all_done(Workspace(place.store, load_recipe(place.recipe))) is None:
-        faults.append("something is left to do")
+        faults.append("work remains after the repeated run")
     return faults + _wrong_in_mlflow(place)
 
 
@@ -246,22 +255,22 @@ def _wrong_in_mlflow(place: Place) -> list[str]:
         f"run {run.data.tags['distil.part']} is {run.info.status}" for run in runs if run.info.status != "FINISHED"
     ]
     if len(set(parts)) != len(parts):
-        faults.append(f"runs more than once: {sorted(parts)}")
+        faults.append(f"MLflow contains a run more than once: {sorted(parts)}")
     chain = next(run for run in runs if run.data.tags["distil.part"] == "chain")
     if "train.max_steps" not in chain.data.params:
-        faults.append("the run has not its settings")
+        faults.append("the run does not have its settings as parameters")
     train = next(run for run in runs if run.data.tags["distil.part"] == "train")
     steps = [metric.step for metric in client.get_metric_history(train.info.run_id, "loss")]
     if steps != list(range(1, STEPS + 1)):
-        faults.append(f"the curve has the steps {steps}")
+        faults.append(f"the loss curve has the steps {steps}")
     versions = client.search_model_versions("name = 'distilled'")
     if [str(one.version) for one in versions] != ["1"]:
-        faults.append(f"{len(versions)} versions of one result")
+        faults.append(f"the model has {len(versions)} versions instead of one")
     aliases = client.get_registered_model("distilled").aliases
     if {name: str(number) for name, number in aliases.items()} != {"challenger": "1"}:
-        faults.append(f"aliases {aliases}")
+        faults.append(f"the model has the aliases {aliases}")
     if any(tag.startswith("distil.half") for one in versions for tag in one.tags):
-        faults.append("the version is half registered")
+        faults.append("the model version is incompletely registered")
     return faults
 
 
@@ -269,14 +278,17 @@ def _wrong_in_mlflow(place: Place) -> list[str]:
 
 
 def kind_of(point: str) -> str:
-    """Points of one kind: the same thing done to the same sort of file. `before replace data/shard`"""
+    """Returns the kind of a crash point, such as `before replace data/shard`: the operation and the kind of file."""
     when, what, *about = point.rpartition(" #")[0].split(" ")
     return " ".join([when, what, *("/".join(word.split("/")[:3]) for word in about)])
 
 
 def spread(all_points: Sequence[str], count: int) -> list[str]:
-    """`count` points: in turn one of each kind, kinds and points in a mixed order that is always the same, so that a
-    visit that runs out of time has been early and late in the chain."""
+    """Returns `count` crash points, in turn one of each kind.
+
+    Kinds and points are shuffled with a fixed seed, so that a visit that runs out of time has covered early and late
+    points of the pipeline.
+    """
     draw = random.Random(8)
     kinds: dict[str, list[str]] = defaultdict(list)
     for one in all_points:
@@ -292,7 +304,7 @@ def spread(all_points: Sequence[str], count: int) -> list[str]:
 
 
 def visit(made: Matrix, chosen: Sequence[str], moments: int, seed: int, limit: float = float("inf")) -> Iterator[Life]:
-    """All chosen points, then random moments, as long as there is time."""
+    """Yields a life for each chosen crash point, then for `moments` random times, until the time limit in seconds."""
     end = time.monotonic() + limit
     draw = random.Random(seed)
     for number, at in enumerate(chosen):
@@ -304,25 +316,28 @@ def visit(made: Matrix, chosen: Sequence[str], moments: int, seed: int, limit: f
 
 
 def line_of(life: Life) -> str:
-    """A line of the table."""
-    end = "survived" if not life.faults else "; ".join(life.faults)
+    """Returns one line of the table."""
+    end = "recovered" if not life.faults else "; ".join(life.faults)
     return f"{life.at:<90} {life.whom:<4} {'killed' if life.struck else 'not reached':<12} {life.seconds:5.1f} s  {end}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a line for each life, then the figures; 1 if anything showed."""
+    """Prints a line for each life, then the totals. Returns 1 if any life has faults, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.hard.crash", description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="every point")
-    parser.add_argument("--points", type=int, default=40, help="number of points, spread over all kinds")
-    parser.add_argument("--random", type=int, default=0, help="number of random moments")
-    parser.add_argument("--at", action="append", help="these points, as the table names them")
-    parser.add_argument("--seed", type=int, default=8, help="of the random moments")
+    parser.add_argument("--all", action="store_true", help="visit all crash points")
+    parser.add_argument(
+        "--points", type=int, default=40, help="number of crash points, evenly distributed over all kinds"
+    )
+    parser.add_argument("--random", type=int, default=0, help="number of kills at random times")
+    parser.add_argument("--at", action="append", help="visit this crash point, as printed by --list; repeatable")
+    parser.add_argument("--seed", type=int, default=8, help="seed of the random times")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
-    parser.add_argument("--list", action="store_true", help="only list the points")
+    parser.add_argument("--list", action="store_true", help="only list the crash points")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, matrix(Path(folder)) as made:
         kinds = len({kind_of(one) for one in made.points})
-        print(f"{len(made.points)} points of {kinds} kinds; an undisturbed run takes {made.seconds:.1f} s", flush=True)
+        points_found = f"{len(made.points)} crash points of {kinds} kinds"
+        print(f"{points_found}; an undisturbed run takes {made.seconds:.1f} s", flush=True)
         if given.list:
             print("\n".join(made.points))
             return 0
@@ -335,10 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     struck = sum(life.struck for life in lives)
     record(
         "tests.hard.crash",
-        f"{len(lives)} of {len(made.points)} points and random moments: {struck} killed there, "
-        f"{len(lives) - len(bad)} without a trace",
+        f"{len(lives)} kills at {len(made.points)} crash points and random times: {struck} took effect there, "
+        f"{len(lives) - len(bad)} recovered completely",
     )
-    print(f"{len(lives)} lives, {struck} killed at their point or moment, {len(lives) - len(bad)} without a trace")
+    print(f"{len(lives)} kills, {struck} at their crash point or time, {len(lives) - len(bad)} recovered completely")
     return int(bool(bad))
 
 

@@ -1,12 +1,12 @@
-"""faulty://NAME: an object store in memory that fails by a script, for tests of what a bad network or server does.
+"""Simulates an in-memory object store, faulty://NAME, that fails as a script of faults defines, like a bad network.
 
-    with staged() as script:                                     # an empty store, and a script without faults
-    script.add("read", "*/blocks.arrow", reset(100), times=2)    # the next two reads of such a file
-    store = Store(f"faulty://{name}/store")
+    with staged() as script:                                         # an empty store, and a script without faults
+        script.add("read", "*/blocks.arrow", reset(100), times=2)    # the next two reads of such a file fail
+        store = Store(f"faulty://{name}/store")
 
-Operations: read, write, list (one folder), info (one object), remove. A fault belongs to one operation and a pattern
-of paths (without the protocol) and is used up after `times` of them; every operation is noted in `script.met`. It is a
-flat store of objects like S3; folders are what their names say. Listings of more than one folder are fsspec's own.
+The operations are read, write, list (one folder), info (one object) and remove. A fault applies to one operation and a
+pattern of paths (without the protocol), `times` times; `script.met` records every operation. Like S3, the store is a
+flat list of objects; folders exist only as prefixes of names. fsspec implements listings of more than one folder.
 """
 
 import io
@@ -28,7 +28,7 @@ ALWAYS = 1 << 30
 
 
 class Thing(NamedTuple):
-    """One object: its bytes, and the number of the write that made it."""
+    """One object: its bytes, and the number of the write that created it."""
 
     data: bytes
     number: int
@@ -40,25 +40,25 @@ Act = Callable[["Call"], None]
 
 @dataclass
 class Call:
-    """One operation while it runs; a fault changes what it gives. `cut`: bytes that are read before the end."""
+    """One operation in progress; a fault changes its result."""
 
     op: str
     path: str
     objects: Objects
-    """The objects that a listing sees, or all objects of the store for a write; a fault may change them."""
+    """A copy of the store's objects, which listings read; a fault may change it."""
     gone: Objects
     """The deleted objects."""
     data: bytes = b""
-    """The bytes that are read or about to be written."""
+    """The bytes that are read or written."""
     after: tuple[int, Exception] | None = None
-    """Bytes after which a read fails instead of continuing."""
+    """Number of bytes after which a read fails, and the error."""
     kept: bool = True
-    """False if nothing of a write is kept."""
+    """False if a write stores nothing."""
 
 
 @dataclass
 class Fault:
-    """An action on the next `times` operations of this kind on paths of this pattern."""
+    """An action on the next `times` operations `op` on paths that match `pattern`."""
 
     op: str
     pattern: str
@@ -67,7 +67,7 @@ class Fault:
 
 
 class Script:
-    """Faults that are still to come, and what was done so far."""
+    """The faults still to be applied, and the operations so far."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
@@ -75,23 +75,23 @@ class Script:
         self.lock = threading.Lock()
 
     def add(self, op: str, pattern: str, act: Act, times: int = 1) -> None:
-        """Puts a fault at the end of the script."""
+        """Appends a fault to the script."""
         self.faults.append(Fault(op, pattern, act, times))
 
     def clear(self) -> None:
-        """No faults any more, and nothing noted."""
+        """Removes all faults and recorded operations."""
         self.faults, self.met = [], []
 
     def count(self, op: str, pattern: str = "*") -> int:
-        """How many such operations were tried."""
+        """Returns the number of these operations so far, on paths that match the pattern."""
         return sum(one == op and fnmatchcase(path, pattern) for one, path in self.met)
 
     def used_up(self) -> bool:
-        """True if no fault with an end is left."""
+        """Returns True if all faults with a limited number of times were applied."""
         return all(fault.times > ALWAYS // 2 for fault in self.faults)
 
     def meet(self, call: Call) -> None:
-        """Notes the operation and lets the first fault that fits it act."""
+        """Records the operation and applies the first fault that matches it."""
         with self.lock:
             self.met.append((call.op, call.path))
             fits = [one for one in self.faults if one.op == call.op and fnmatchcase(call.path, one.pattern)]
@@ -106,7 +106,7 @@ class Script:
 
 
 def reset(after: int = 0) -> Act:
-    """The connection breaks after `after` bytes of a read; of any other operation at once."""
+    """Resets the connection, of a read after `after` bytes, of any other operation at once."""
 
     def act(call: Call) -> None:
         error = ConnectionResetError(104, "Connection reset by peer")
@@ -118,7 +118,7 @@ def reset(after: int = 0) -> Act:
 
 
 def short(size: int) -> Act:
-    """A read that ends after `size` bytes, as if there were no more."""
+    """Ends a read after `size` bytes, as if the object had no more."""
 
     def act(call: Call) -> None:
         call.data = call.data[:size]
@@ -127,24 +127,24 @@ def short(size: int) -> Act:
 
 
 def wrong(call: Call) -> None:
-    """A read that gives as many bytes as asked, one of them another."""
+    """Returns a wrong first byte from a read, with the right number of bytes."""
     call.data = bytes([call.data[0] ^ 1]) + call.data[1:]
 
 
 def stale(call: Call) -> None:
-    """A listing that does not have the newest object below its folder yet."""
+    """Omits the newest object below the folder from a listing."""
     below = [path for path in call.objects if path.startswith(f"{call.path}/")]
     if below:
         del call.objects[max(below, key=lambda path: call.objects[path].number)]
 
 
 def ghosts(call: Call) -> None:
-    """A listing that still has all that was deleted."""
+    """Includes all deleted objects in a listing."""
     call.objects |= {path: thing for path, thing in call.gone.items() if path not in call.objects}
 
 
 def refuse(error: Callable[[], Exception]) -> Act:
-    """The error of a client."""
+    """Raises an error of the client."""
 
     def act(call: Call) -> None:
         raise error()
@@ -153,7 +153,7 @@ def refuse(error: Callable[[], Exception]) -> Act:
 
 
 def s3_error(status: int, code: str, message: str, **headers: str) -> Exception:
-    """The exception that s3fs raises for an answer of S3."""
+    """Returns the exception that s3fs raises for an error response of S3."""
     answer = {
         "Error": {"Code": code, "Message": message},
         "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": headers, "RetryAttempts": 4},
@@ -163,7 +163,7 @@ def s3_error(status: int, code: str, message: str, **headers: str) -> Exception:
 
 
 def slow_down(seconds: int | None = None) -> Act:
-    """503 SlowDown, with Retry-After if seconds are given."""
+    """Responds with 503 SlowDown, with Retry-After unless `seconds` is None."""
     headers = {} if seconds is None else {"retry-after": str(seconds)}
     return refuse(lambda: s3_error(503, "SlowDown", "Please reduce your request rate.", **headers))
 
@@ -173,19 +173,19 @@ no_bucket = refuse(lambda: s3_error(404, "NoSuchBucket", "The specified bucket d
 
 
 class Clock:
-    """A clock that only `sleep` moves on."""
+    """A clock that only `sleep` and time-outs advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.waited: list[float] = []
 
     def sleep(self, seconds: float) -> None:
-        """Instead of time.sleep."""
+        """Replaces time.sleep: advances the clock and records the pause."""
         self.now += seconds
         self.waited.append(seconds)
 
     def hang(self, client_timeout: float) -> Act:
-        """Nothing comes, until the client has waited for as long as it does."""
+        """Never responds, so that the client times out after `client_timeout` seconds."""
 
         def act(call: Call) -> None:
             self.now += client_timeout
@@ -195,7 +195,7 @@ class Clock:
 
 
 def wait_for(event: threading.Event, began: threading.Event) -> Act:
-    """Slow: it sets `began`, and continues when the event is set."""
+    """Delays an operation: sets `began`, then waits until `event` is set."""
 
     def act(call: Call) -> None:
         began.set()
@@ -206,13 +206,13 @@ def wait_for(event: threading.Event, began: threading.Event) -> Act:
 
 
 def broken_close(call: Call) -> None:
-    """A write that fails at its close; nothing is kept of it."""
+    """Fails a write when its file is closed, and stores nothing."""
     call.kept = False
     call.after = (0, OSError(5, "the upload could not be completed"))
 
 
 def lies(size: int | None) -> Act:
-    """A write that reports success and keeps `size` bytes; None: no object at all."""
+    """Reports success of a write that stores only `size` bytes, or no object if `size` is None."""
 
     def act(call: Call) -> None:
         call.kept = size is not None
@@ -222,7 +222,7 @@ def lies(size: int | None) -> Act:
 
 
 def each_once(*acts: Act) -> Act:
-    """Every object meets a fault the first time, one kind after the other; afterwards it is as it should be."""
+    """Applies one of the faults, in turn, to the first operation on each object; later operations succeed."""
     met: set[tuple[str, str]] = set()
 
     def act(call: Call) -> None:
@@ -237,7 +237,7 @@ def each_once(*acts: Act) -> Act:
 
 
 class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """All instances share the objects of this process. Only what an object store reports is reported."""
+    """The file system of faulty://; all instances share the objects of this process, which have S3's metadata only."""
 
     protocol = "faulty"
     script = Script()
@@ -245,7 +245,7 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
     gone: ClassVar[Objects] = {}
     guard = threading.RLock()
 
-    # As of most file systems: by `info` and by one listing a folder.
+    # The generic implementations, which call `info` and list one folder at a time.
     find = AbstractFileSystem.find
     exists = AbstractFileSystem.exists
     isdir = AbstractFileSystem.isdir
@@ -285,7 +285,7 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         raise FileNotFoundError(path)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """There are no folders to make."""
+        """Does nothing: an object store has no folders."""
 
     def rm_file(self, path: str) -> None:
         path = self._strip_protocol(path)
@@ -306,7 +306,7 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         return _Reader(call.data, call.after)
 
     def keep(self, path: str, data: bytes) -> None:
-        """Ends a write."""
+        """Completes a write."""
         call = self._call("write", path, data)
         if call.kept:
             with self.guard:
@@ -329,7 +329,7 @@ def _folder(path: str) -> dict[str, Any]:
 
 
 class _Reader(io.BytesIO):
-    """Fails after `after` bytes; those before come."""
+    """Returns the bytes before `after`, then raises its error."""
 
     def __init__(self, data: bytes, after: tuple[int, Exception] | None) -> None:
         super().__init__(data if after is None else data[: after[0]])
@@ -344,7 +344,7 @@ class _Reader(io.BytesIO):
 
 
 class _Writer(io.BytesIO):
-    """An object is there when its file was closed, and not before."""
+    """Creates its object only when the file is closed."""
 
     def __init__(self, fs: FaultyFileSystem, path: str) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ class _Writer(io.BytesIO):
 
 @contextmanager
 def staged() -> Iterator[Script]:
-    """faulty:// is known inside, with no objects and an empty script."""
+    """Registers faulty:// for the block, with no objects and an empty script."""
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
     FaultyFileSystem.script = Script()
     FaultyFileSystem.objects, FaultyFileSystem.gone = {}, {}

@@ -1,9 +1,9 @@
-"""The targets of test_fuzz.py, driven by coverage, and how many inputs each saw.
+"""Runs coverage-guided fuzzing of the targets in targets.py, and prints the number of executions of each.
 
-    python -m tests.hard.fuzz --seconds 60 [TARGET ...]         needs the extra `fuzz` (atheris)
+    python -m tests.hard.fuzz --seconds 60 [TARGET ...]         requires the extra `fuzz` (atheris)
 
-Each target runs in a process of its own, since libFuzzer ends the one that it runs in. Status 1 if one found something;
-its input is saved in the current folder as crash-….
+Each target runs in a separate process, since libFuzzer ends its process. The exit status is 1 if a target has a
+finding; its input is saved in the current folder as crash-….
 """
 
 import argparse
@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 
 ONE = "--inside"
-"""Marks the process of one target."""
+"""Command-line option that marks the process of one target."""
 
 
 def fuzz(target: str, seconds: int) -> tuple[int, str]:
-    """(status, executions as libFuzzer counts them) of one target in a process of its own."""
+    """Fuzzes one target in a separate process. Returns its exit status and libFuzzer's number of executions."""
     command = [sys.executable, "-m", "tests.hard.fuzz", ONE, target, str(seconds)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     counts = re.findall(r"^#(\d+)|number_of_executed_units: (\d+)", done.stderr, re.MULTILINE)
@@ -28,10 +28,10 @@ def fuzz(target: str, seconds: int) -> tuple[int, str]:
 
 
 def inside(target: str, seconds: int) -> None:
-    """Fuzzes until the time is over; never returns."""
+    """Fuzzes one target in this process for `seconds`; never returns."""
     import atheris
 
-    # Only what is ours: to instrument torch and transformers takes minutes and guides to nothing here.
+    # Only the project's packages: instrumenting torch and transformers takes minutes and does not guide the fuzzer.
     with atheris.instrument_imports(include=["storage", "tasks"]):
         from tests.hard.targets import attempt, seeds
 
@@ -47,25 +47,25 @@ def inside(target: str, seconds: int) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Fuzzes the targets named on the command line, by default all; exits with status 1 if any has a finding."""
     if sys.argv[1:2] == [ONE]:
         inside(sys.argv[2], int(sys.argv[3]))
         return
-    # Deferred: the process of a target imports this with its instruments.
+    # Deferred: the process of a target imports these modules with instrumentation.
     from tests.hard.reliability import record
     from tests.hard.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all of them by default")
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"any of {', '.join(TARGETS)}; by default all")
+    parser.add_argument("--seconds", type=int, default=60, help="seconds per target")
     given = parser.parse_args()
     unknown = set(given.targets) - TARGETS.keys()
     if unknown:
-        parser.error(f"no target {', '.join(sorted(unknown))}")
+        parser.error(f"unknown targets: {', '.join(sorted(unknown))}; use any of {', '.join(TARGETS)}")
     worst = 0
     for target in given.targets or TARGETS:
         status, count = fuzz(target, given.seconds)
-        print(f"{target:<10} {int(count):>12,} executions{'' if status == 0 else ', FOUND SOMETHING'}", flush=True)
+        print(f"{target:<10} {int(count):>12,} executions{'' if status == 0 else ', FINDING'}", flush=True)
         record("tests.hard.fuzz", {f"executions of {target}": int(count), "findings": int(status != 0)})
         worst = max(worst, status)
     sys.exit(1 if worst else 0)

@@ -1,9 +1,9 @@
-"""A process that has imported all that a flow needs, and forks one `distil` command after the other from there.
+"""Imports the modules of a flow once, which takes ten seconds, and then forks a process for each `distil` command.
 
-    python -m tests.hard.nursery          started by crash.py; PREFECT_API_URL names the server for all of them
+    python -m tests.hard.nursery          started by crash.py; all commands use the server at PREFECT_API_URL
 
-Reads lines of JSON with `arguments`, `folder`, `variables`; answers each with {"pid": ...} at once and {"status": ...}
-when that command has ended (negative: by a signal). What it said is in folder/log. All these imports take ten seconds.
+Reads lines of JSON with `arguments`, `folder` and `variables`. Responds to each at once with {"pid": ...}, and with
+{"status": ...} when the command has ended; a negative status is a signal number. Its output is written to folder/log.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.hard.points import FLOW, FOLDER, arm
 
 
 def become(arguments: list[str], folder: Path, variables: dict[str, str]) -> None:
-    """This forked process is the command from now on."""
+    """Runs the command in this forked process."""
     os.setsid()
     os.environ |= variables
     with (folder / "log").open("ab") as log, open(os.devnull, "rb") as nothing:
@@ -36,7 +36,7 @@ def become(arguments: list[str], folder: Path, variables: dict[str, str]) -> Non
 
 
 def serve() -> None:
-    """Until our own input ends. Returns never in a child, which leaves by SystemExit."""
+    """Runs commands until standard input ends. Forked children never return; they raise SystemExit."""
     for line in sys.stdin:
         asked = json.loads(line)
         pid = os.fork()
@@ -50,6 +50,6 @@ def serve() -> None:
 
 if __name__ == "__main__":
     if threading.active_count() > 1:
-        raise RuntimeError(f"threads do not survive a fork: {threading.enumerate()}")
+        raise RuntimeError(f"a process with several threads cannot be forked safely: {threading.enumerate()}")
     print(json.dumps({"ready": True}), flush=True)
     serve()

@@ -1,11 +1,11 @@
-"""Damage, planted into a copy of a store one at a time: what test_corruption.py counts.
+"""Injects faults, one at a time, into copies of a store for test_corruption.py.
 
-    for damage in damages(store, receipt, others):      # others: receipts of the same kind, real ones
+    for damage in damages(store, receipt, others):      # others: valid receipts of the same kind
         copy = mended_copy(store, folder)
         damage.plant(copy)
 
-Copies are hard links, so nothing here writes into a file: it is replaced. What is planted leaves receipts as they are,
-or makes receipts that do not fit; `reseal` makes one that is sealed but wrong, as a faulty program would.
+Copies consist of hard links, so files are replaced, never written to. A fault changes files, or changes a receipt so
+that its seal does not match; `reseal` makes a wrong receipt with a matching seal, as a faulty program could.
 """
 
 import json
@@ -28,27 +28,26 @@ from storage.store import Store
 from tasks.targets.targets_file import TargetRows, file_metadata, write_rows
 
 Change = Callable[[bytes], bytes | None]
-"""The bytes of a file -> the bytes that replace them; None deletes the file."""
+"""Maps the bytes of a file to its new bytes; None deletes the file."""
 Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """`plant` does it to a copy of the store."""
+    """One fault; `plant` injects it into a copy of the store."""
 
     name: str
     plant: Callable[[Store], object]
 
 
 def linked_copy(store: Store, folder: Path) -> Store:
-    """A store of its own in `folder`, which must not exist."""
+    """Makes a copy of the store, without its scratch folder, as hard links in `folder`, which must not exist."""
     shutil.copytree(store.root, folder, copy_function=os.link, ignore=shutil.ignore_patterns("scratch"))
     return Store(folder)
 
 
 def mended_copy(store: Store, folder: Path) -> Store:
-    """A linked copy in `folder`; an existing one is restored, as thousands of copies take minutes to
-    delete."""
+    """Makes a linked copy in `folder`, or restores an existing one: deleting thousands of copies takes minutes."""
     if not folder.exists():
         return linked_copy(store, folder)
     ours, theirs = _inodes(folder), _inodes(Path(store.root))
@@ -64,13 +63,13 @@ def mended_copy(store: Store, folder: Path) -> Store:
 
 
 def _inodes(root: Path) -> dict[Path, int]:
-    """Stamps of every file below; a link is a file of its own."""
+    """Returns the inode of each file and symbolic link below `root`, except in the scratch folder."""
     paths = (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
     return {name: path.lstat().st_ino for path in paths if (name := path.relative_to(root)).parts[0] != "scratch"}
 
 
 def damages(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> list[Damage]:
-    """All that can be done to one artifact."""
+    """Returns all faults that can be injected into one artifact."""
     return [*_of_files(store, receipt), *_of_wholes(receipt, others), *_of_receipts(store, receipt, others)]
 
 
@@ -83,7 +82,7 @@ def receipt_of(store: Store, receipt: Receipt) -> Path:
 
 
 def put(path: Path, data: bytes | None) -> None:
-    """Replaces or deletes a file; another link to it keeps its bytes."""
+    """Replaces or deletes a file; other hard links to it keep its bytes."""
     path.unlink(missing_ok=True)
     if data is not None:
         path.write_bytes(data)
@@ -93,7 +92,7 @@ def put(path: Path, data: bytes | None) -> None:
 
 
 def flip(place: float) -> Change:
-    """One bit of the byte at a share of the file."""
+    """Returns a change that flips one bit of the byte at a fraction `place` of the file."""
 
     def change(data: bytes) -> bytes:
         at = min(int(len(data) * place), len(data) - 1)
@@ -103,7 +102,7 @@ def flip(place: float) -> Change:
 
 
 def footer(data: bytes) -> bytes:
-    """A bit of an Arrow file's footer, which its last ten bytes give the length of; elsewhere of the last bytes."""
+    """Flips one bit 40 bytes before the end of a file: in an Arrow file, a bit of the footer."""
     at = max(0, len(data) - 40)
     return data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :] if data else data
 
@@ -160,7 +159,7 @@ def _add(receipt: Receipt, name: str, store: Store) -> None:
 
 
 def again(store: Store, receipt: Receipt, ref: Ref, files: Mapping[str, bytes], **changes: Any) -> Receipt:
-    """Commits these files as `ref`, with all else that the receipt says but for `changes`."""
+    """Commits these files as `ref`, with the other fields of the receipt except `changes`."""
     with store.scratch() as folder:
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +180,7 @@ def bytes_of(store: Store, receipt: Receipt) -> dict[str, bytes]:
 
 
 def version(store: Store, receipt: Receipt, ref: Ref) -> Receipt:
-    """Another version of an artifact, of files as long as its own, as `ref`."""
+    """Commits a different version of an artifact, with files of the same sizes, as `ref`."""
     return again(store, receipt, ref, {name: flip(0.5)(data) or b"" for name, data in bytes_of(store, receipt).items()})
 
 
@@ -214,7 +213,7 @@ def _exchange_files(receipt: Receipt, other: Receipt, store: Store) -> None:
 
 
 def _exchange_all(receipt: Receipt, other: Receipt, store: Store) -> None:
-    """Data and receipts, each under the other's key."""
+    """Exchanges the data and receipts of two artifacts, each under the other's key."""
     one, two = (Path(store.path(layout.key_folder(each.kind, each.key))) for each in (receipt, other))
     aside = one.with_name("aside")
     one.rename(aside)
@@ -229,7 +228,7 @@ def _exchange_all(receipt: Receipt, other: Receipt, store: Store) -> None:
 
 
 def reseal(data: bytes, change: Callable[[Body], object]) -> bytes:
-    """A receipt with something changed and a seal that fits."""
+    """Changes the body of a receipt and seals it again."""
     body = json.loads(data)
     body.pop("seal")
     change(body)
@@ -237,7 +236,7 @@ def reseal(data: bytes, change: Callable[[Body], object]) -> bytes:
 
 
 def _edit(change: Callable[[Body], object]) -> Change:
-    """Something changed, the seal left as it was."""
+    """Returns a change of a receipt that keeps its old seal."""
 
     def edited(data: bytes) -> bytes:
         body = json.loads(data)
@@ -311,7 +310,7 @@ def _of_receipts(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> I
     for name, change in RECEIPTS.items():
         changed = change(data)
         if changed == data:
-            raise ValueError(f"{name} changes nothing")
+            raise ValueError(f"the fault {name!r} does not change the receipt")
         yield Damage(f"receipt {name}", partial(_put_receipt, receipt, changed))
     for other in others:
         theirs = receipt_of(store, other).read_bytes()
@@ -326,7 +325,7 @@ def _put_receipt(receipt: Receipt, data: bytes | None, store: Store) -> None:
 
 
 def forge_targets(store: Store, ref: Ref, original: TargetRows, shift_rows: int = 0, shift_vectors: int = 0) -> Receipt:
-    """Commits as `ref`, whose key the file then names, the rows of other targets, rolled by rows or by vectors."""
+    """Commits the rows of other targets, rolled by rows or by vectors, as `ref`, with the key of `ref` in the file."""
     rows = np.roll(np.arange(len(original)), shift_rows)
     with store.scratch() as folder:
         with ArrowWriter(folder / TARGETS_FILE, TARGETS_SCHEMA, file_metadata(original.codec, ref, {})) as writer:

@@ -1,14 +1,13 @@
-"""Points where a chain can be killed, in every process of it: before and after each write, fsync, rename, receipt,
-checkpoint and call of MLflow.
+"""Defines a pipeline's crash points: before and after each write, fsync, rename, commit, checkpoint and MLflow call.
 
-    DISTIL_CRASH_FOLDER   folder of this life; its file `points` gets a line for each point that was passed
-    DISTIL_CRASH_HOME     only files below this folder are looked at
-    DISTIL_CRASH_AT       the point to kill at, as that file names it; empty: only count
-    DISTIL_CRASH_WHOM     `all`: the flow's process and all that it started; `one`: only the process that got there
+    DISTIL_CRASH_FOLDER   folder of this run; its file `points` records a line for each crash point that was passed
+    DISTIL_CRASH_HOME     only files below this folder have crash points
+    DISTIL_CRASH_AT       the crash point to kill at, as in that file; empty: only record
+    DISTIL_CRASH_WHOM     `all`: kill the flow and all its descendants; `one`: kill only the process that got there
 
-`hook/sitecustomize.py` calls `arm` in processes that are started, nursery.py in the one that is forked. A point is
-named by what is done to what, and how often that was done in this life, so it is the same one in every life of a chain
-that works on one thing at a time. Standard library only, since it comes before all else in a process.
+`hook/sitecustomize.py` calls `arm` in processes that are started, nursery.py in processes that are forked. The name of
+a crash point consists of the operation, its file and a counter, so it is the same in every run of a pipeline that works
+sequentially. Uses the standard library only, since it is imported before all other modules of a process.
 """
 
 import fcntl
@@ -27,7 +26,7 @@ from typing import Any
 
 FOLDER, HOME, AT, WHOM = "DISTIL_CRASH_FOLDER", "DISTIL_CRASH_HOME", "DISTIL_CRASH_AT", "DISTIL_CRASH_WHOM"
 FLOW = "flow.pid"
-"""In the folder: the process id of the flow."""
+"""Name of the file in the folder that contains the process id of the flow."""
 
 MLFLOW = (
     "create_experiment",
@@ -57,18 +56,21 @@ CALLS: dict[str, Sequence[str]] = {
     "flows.pipeline.trainer_process": ("write_run",),
     "mlflow.tracking.client": [f"MlflowClient.{name}" for name in MLFLOW],
 }
-"""Functions by their module, wrapped when it has been imported."""
+"""Functions to wrap, by module; they are wrapped once the module has been imported."""
 CHANGING = (
     (re.compile(r"[0-9a-f]{16,}"), "*"),  # ids of MLflow, names of content
     (re.compile(r"work-\w+"), "work-*"),
     (re.compile(r"\.write-\w+"), ".write-*"),
     (re.compile(r"-\d{3,}$"), "-*"),
 )
-"""The parts of a name that differ from life to life."""
+"""The parts of a name that differ between runs, and their replacements."""
 
 
 def arm() -> None:
-    """Wraps what this process has imported already and all that it will import. Does nothing without a folder."""
+    """Wraps the functions of all modules that this process has imported or will import.
+
+    Does nothing if DISTIL_CRASH_FOLDER is not set.
+    """
     if FOLDER not in os.environ:
         return
     for name, which in (("fsync", 0), ("replace", 1), ("rename", 1), ("symlink", 1)):
@@ -79,7 +81,7 @@ def arm() -> None:
 
 
 def point(name: str) -> None:
-    """Notes that the chain got here, and kills if it is the place to die."""
+    """Records a crash point, and kills the pipeline if it is the point DISTIL_CRASH_AT."""
     with open(Path(os.environ[FOLDER]) / "points", "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -106,7 +108,7 @@ def _strike() -> None:
 
 
 def _around(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
-    """`function` between two points; `name(*args)` is empty for a call that is none."""
+    """Wraps a function in two crash points; calls for which `name(*args)` is empty have none."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -131,7 +133,7 @@ def _wrapped_os(name: str, function: Callable[..., Any], which: int) -> Callable
 
 
 def steady(text: str) -> str:
-    """A name without what differs from life to life."""
+    """Replaces the parts of a name that differ between runs."""
     for pattern, instead in CHANGING:
         text = pattern.sub(instead, text)
     return text
@@ -147,14 +149,14 @@ def _wrap(module: ModuleType) -> None:
 
 
 def _called(dotted: str, *args: Any) -> str:
-    """`Store._write receipts/shard/*.receipt.json`: the function, and what it is about where its arguments tell."""
+    """Returns the function and, if its arguments show it, the file or kind: `Store._write receipts/shard/*.json`."""
     about = [arg for arg in args if isinstance(arg, str)][:1] if dotted.startswith("Store._") else []
     kinds = [str(arg.kind) for arg in args if hasattr(arg, "kind")][:1]
     return " ".join([dotted, *(steady(word) for word in about + kinds)])
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets a module of CALLS be loaded as it is, then wraps it."""
+    """Loads a module of CALLS with its own loader, then wraps its functions."""
 
     def __init__(self) -> None:
         self.busy: set[str] = set()

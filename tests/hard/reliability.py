@@ -1,11 +1,11 @@
-"""Rewrites the figures of tests/RELIABILITY.md from what the attacks of a night recorded, one JSON object per line.
+"""Rewrites the figures of tests/RELIABILITY.md from the records of the nightly fault-injection tests.
 
-    record("tests.hard.soak", "350 runs")            # in an attack; counts, {"planted": 84}, are summed per row
+    record("tests.hard.soak", "350 runs")            # in a test; counts, such as {"planted": 84}, are summed per row
     python -m tests.hard.reliability RECORDS.jsonl tests/RELIABILITY.md
 
-`record` appends to the file that DISTIL_RELIABILITY names and does nothing where it is unset. A record belongs to the
-row whose column "every night" names its source: a module, or a test file (tests/conftest.py records for each file how
-many of its tests passed).
+`record` appends a line of JSON to the file DISTIL_RELIABILITY, and does nothing if that variable is not set. A record
+belongs to the row whose column "every night" contains its source: a module, or a test file (tests/conftest.py records
+the number of tests that passed in each file).
 """
 
 import argparse
@@ -20,15 +20,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 FILE = "DISTIL_RELIABILITY"
-"""Environment variable: the file that records are appended to."""
+"""Environment variable with the path of the file that records are appended to."""
 COLUMNS = ("attack", "what must hold", "every push", "every night", "figures", "date")
 SOURCE = re.compile(r"tests[./][\w./]+")
-"""A test file or a module in the cells "every push" and "every night"."""
+"""Matches a test file or a module in the columns "every push" and "every night"."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The measurement of one attack: counts, which are summed over the records of a row, or a sentence."""
+    """The result of one fault-injection test: counts, which are summed over the records of a row, or a sentence."""
 
     row: str
     figure: Mapping[str, int] | str
@@ -37,7 +37,7 @@ class Record:
 
 
 def record(row: str, figure: Mapping[str, int] | str) -> None:
-    """Appends a record of the attack in the test file or module `row`."""
+    """Appends a record of the fault-injection test in the test file or module `row`."""
     if path := os.environ.get(FILE):
         date = datetime.now(UTC).date().isoformat()
         line = json.dumps({"row": row, "figure": figure, "date": date, "command": " ".join(sys.argv)})
@@ -46,25 +46,25 @@ def record(row: str, figure: Mapping[str, int] | str) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a file; none if it does not exist."""
+    """Returns all records of a file, or an empty list if the file does not exist."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [Record(**json.loads(line)) for line in lines]
 
 
 def cells_of(line: str) -> list[str]:
-    """The cells of a row of a Markdown table."""
+    """Returns the cells of a row of a Markdown table."""
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
-    """The table's rows by the names of their columns."""
+    """Returns the rows of the table, each as a mapping of column names to cells."""
     rows = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
-    assert tuple(rows[0]) == COLUMNS, f"the columns are {rows[0]}"
+    assert tuple(rows[0]) == COLUMNS, f"the table has the columns {rows[0]} instead of {COLUMNS}"
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]]
 
 
 def figures_of(records: Sequence[Record]) -> str:
-    """The sentences, then the sums: "350 runs; 761 planted, 17 passed"."""
+    """Returns the sentences, then the sums of the counts: "350 runs; 761 planted, 17 passed"."""
     sums: Counter[str] = Counter()
     sentences: dict[str, None] = {}
     for one in records:
@@ -77,7 +77,7 @@ def figures_of(records: Sequence[Record]) -> str:
 
 
 def rewritten(text: str, records: Sequence[Record]) -> str:
-    """The document with the figures and dates of the rows that have records; all else stays as it is."""
+    """Returns the document with new figures and dates in the rows that have records, and no other change."""
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if not line.startswith("|"):
@@ -92,10 +92,10 @@ def rewritten(text: str, records: Sequence[Record]) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Rewrites the document named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.hard.reliability", description=__doc__.split("\n")[0])
-    parser.add_argument("records", type=Path, help="JSON lines of one night")
-    parser.add_argument("document", type=Path, help="tests/RELIABILITY.md")
+    parser.add_argument("records", type=Path, help="file with the records of one night, one JSON object per line")
+    parser.add_argument("document", type=Path, help="document to rewrite: tests/RELIABILITY.md")
     given = parser.parse_args()
     text = given.document.read_text(encoding="utf-8")
     given.document.write_text(rewritten(text, read_records(given.records)), encoding="utf-8")

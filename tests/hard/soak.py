@@ -1,12 +1,13 @@
-"""Runs small flows for hours in one process against one Prefect server, and looks whether anything grows.
+"""Runs small flows for hours in one process against one Prefect server, and measures the growth of its resources.
 
     python -m tests.hard.soak --runs 500 --minutes 60
 
-Before each run the corpus loses its oldest source and gets a new one, so each run makes a source, shards, blocks and
-targets and none has more to do than the one before; every tenth is the whole chain, with its trainer and MLflow. After
-each run memory, open files, threads, children, temporary files and bytes of the databases are noted. What counts is the
-growth a run (least squares) over the last two thirds, against the bounds of growth.py. At the end all rows of Prefect
-are made 91 days old, and its own retention, as `distil up` sets it, must bring the database back to where it began.
+Before each run, a new source replaces the oldest source of the corpus, so each run makes one source with its shards,
+blocks and targets, and all runs have the same amount of work; every tenth run is the complete pipeline, with its
+trainer and MLflow. After each run, memory, open files, threads, child processes, temporary files and database sizes are
+measured. Their growth per run (least squares) over the last two thirds must be within the bounds of growth.py. At the
+end, all rows of Prefect's database are made 91 days old; Prefect's retention, with the settings of `distil up`, must
+then reduce the database to its initial size.
 """
 
 import argparse
@@ -33,20 +34,20 @@ from tests.harness.server import serving
 from tests.harness.tiny import documents, make_teacher
 
 SOURCES = 3
-"""In the corpus at any time."""
+"""Number of sources in the corpus at any time."""
 TEXTS = 20
 CHAIN_EVERY = 10
 VACUUM_SECONDS = 5
 RETENTION_SECONDS = 120.0
-"""In which the retention must be through."""
+"""Time within which the retention must have deleted all old rows."""
 OLD = "-91 days"
 STAMPS = (("flow_run", "end_time"), ("events", "occurred"), ("event_resources", "occurred"))
-"""Tables and columns by which Prefect's retention finds what is old."""
+"""Tables and columns by which Prefect's retention selects old rows."""
 
 
 @dataclass
 class Soak:
-    """A server, a process that runs flows, and their folders."""
+    """A server, a process that runs flows, their folders, and the initial size of the server's database."""
 
     place: Place
     corpus: Path
@@ -59,7 +60,7 @@ class Soak:
     trainings: int = 0
 
     def run(self, number: int, flow: str) -> Sample:
-        """Changes the corpus, runs the flow and measures what is left. RuntimeError if it does not complete."""
+        """Changes the corpus, runs the flow and measures the resources. RuntimeError if the flow does not complete."""
         renew(self.corpus, number + SOURCES)
         self.trainings += flow == "distill"
         assert self.process.stdin
@@ -70,20 +71,20 @@ class Soak:
         return Sample(number, flow, said["seconds"], self.figures())
 
     def answer(self) -> dict[str, Any]:
-        """The next line that the process says."""
+        """Returns the next response of the flow process."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of the flows ended: {self.log()}")
+            raise RuntimeError(f"the process tests.hard.soaker ended: {self.log()}")
         said: dict[str, Any] = json.loads(line)
         return said
 
     def log(self) -> str:
-        """The end of what the flows said."""
+        """Returns the last 3,000 characters of the flows' output."""
         return (self.place.folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def figures(self) -> dict[str, float]:
-        """The current figures."""
+        """Returns the current measurements, by the names of BOUNDS."""
         flows = psutil.Process(self.process.pid)
         wal = self.database.with_name(f"{self.database.name}-wal")
         return {
@@ -101,22 +102,22 @@ class Soak:
         }
 
     def _temporary(self) -> int:
-        """Files and folders that should be gone, a folder for each training aside."""
+        """Counts temporary files and run folders, except one folder per training run."""
         home = self.place.home
         scratch = [*self.temporary.rglob("*"), *(home / "store" / "scratch").rglob("*")]
         return len(scratch) + len(list((home / "run").glob("*"))) - self.trainings
 
     def retention(self) -> list[str]:
-        """Makes all of Prefect's rows old until its retention is through; what it left there and should not have."""
+        """Makes all rows of Prefect's database old until its retention has deleted them. Returns the remaining ones."""
         end = time.monotonic() + RETENTION_SECONDS
-        # Again each time: Prefect writes the last events of a run up to five seconds after it.
+        # Repeatedly, because Prefect writes the last events of a run up to five seconds after the run.
         while (left := self._left()) and time.monotonic() < end:
             self._age()
             time.sleep(1)
         return left
 
     def _age(self) -> None:
-        """Makes the rows old that are not yet."""
+        """Makes all recent rows old."""
         with closing(sqlite3.connect(self.database, timeout=60)) as connection, connection:
             for table, column in STAMPS:
                 connection.execute(
@@ -125,7 +126,7 @@ class Soak:
                 )
 
     def _left(self) -> list[str]:
-        """Tables with more rows than at the beginning and a few names, and pages in use."""
+        """Returns the tables with more than FEW new rows, and the pages in use beyond FEW_KILOBYTES, as text."""
         rows = {name: count - self.before.get(name, 0) for name, count in rows_of(self.database).items()}
         left = [f"{count} rows of {name}" for name, count in rows.items() if count > FEW]
         kilobytes = used_kilobytes(self.database) - self.used_before
@@ -133,13 +134,13 @@ class Soak:
 
 
 FEW = 12
-"""Rows that a table may keep for good, however many runs there were: names of flows, keys of artifacts."""
+"""Rows that a table may keep permanently, for any number of runs: names of flows, keys of artifacts."""
 FEW_KILOBYTES = 400.0
-"""Pages that are not empty again, for those rows and in each of some sixty tables and indexes."""
+"""Size of the pages that may stay in use, for those rows and in each of about sixty tables and indexes."""
 
 
 def renew(corpus: Path, number: int) -> None:
-    """Source `number` comes, the oldest one goes."""
+    """Adds source `number` to the corpus and removes the oldest source."""
     corpus.mkdir(exist_ok=True)
     lines = [json.dumps({"content": text, "metadata": {}}) for text in documents(TEXTS, seed=number)]
     (corpus / f"fr_meta_part_{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -151,7 +152,7 @@ def renew(corpus: Path, number: int) -> None:
 
 @contextmanager
 def soaking(folder: Path) -> Iterator[Soak]:
-    """Server, teacher, corpus and the process of the flows, which has imported all that it needs."""
+    """Provides server, teacher, corpus and the process that runs the flows, after its imports."""
     make_teacher(folder / "teacher")
     for number in range(1, SOURCES + 1):
         renew(folder / "corpus", number)
@@ -184,7 +185,7 @@ def soaking(folder: Path) -> Iterator[Soak]:
 
 
 def small_place(folder: Path) -> Place:
-    """A place with few steps and an empty database of MLflow, which takes seconds to make."""
+    """Makes a place with few training steps and an empty MLflow database."""
     train = {"max_steps": 4, "validate_steps": 4}
     place = make_place(folder / "place", folder / "corpus", folder / "teacher", train=train, run={"workers": 1})
     (place.home / "mlflow").mkdir(parents=True)
@@ -193,7 +194,7 @@ def small_place(folder: Path) -> Place:
 
 
 def used_kilobytes(database: Path) -> float:
-    """Size of the pages in use: SQLite keeps the file and reuses empty pages."""
+    """Returns the size of the pages in use, since SQLite does not shrink the file but reuses its empty pages."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)) as connection:
         count, free, size = (
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
@@ -202,7 +203,7 @@ def used_kilobytes(database: Path) -> float:
 
 
 def rows_of(database: Path) -> dict[str, int]:
-    """How many rows each table has."""
+    """Returns the number of rows of each table."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)) as connection:
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return {name: connection.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0] for name in names}
@@ -212,8 +213,10 @@ def rows_of(database: Path) -> dict[str, int]:
 
 
 def soak(made: Soak, runs: int, seconds: float = float("inf")) -> Iterator[Sample]:
-    """Samples, as long as there is time. Before the first that counts, a chain and a corpus: they import, connect and
-    fill what is kept once."""
+    """Yields a sample after each run, until the time limit in seconds.
+
+    Runs the complete pipeline and `prepare` once before the first sample, for imports, connections and caches.
+    """
     end = time.monotonic() + seconds
     made.run(-1, "distill")
     made.run(0, "prepare")
@@ -223,9 +226,9 @@ def soak(made: Soak, runs: int, seconds: float = float("inf")) -> Iterator[Sampl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a line every ten runs, then the verdict; 1 if anything grew."""
+    """Prints a line every ten runs, then the verdict. Returns 1 if a resource grew above its bound, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.hard.soak", description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=500)
+    parser.add_argument("--runs", type=int, default=500, help="number of runs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parser.add_argument("--every", type=int, default=10, help="runs per printed line")
     given = parser.parse_args(arguments)
@@ -240,9 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(samples)} runs\n{verdict(samples)}")
     slopes = {name: growth([one.figures[name] for one in samples]) for name in ("memory", "server memory", "prefect")}
     per_run = ", ".join(f"{value:+.2f} {BOUNDS[name].unit} {name}" for name, value in slopes.items())
-    other = ", ".join(grown(samples)) or "nothing"
-    record("tests.hard.soak", f"{len(samples)} runs; per run {per_run}; above its bound: {other}")
-    print(f"after retention: {', '.join(left) if left else 'as at the beginning'}")
+    other = ", ".join(grown(samples)) or "none"
+    record("tests.hard.soak", f"{len(samples)} runs; growth per run {per_run}; above their bounds: {other}")
+    print(f"after retention: {', '.join(left) if left else 'the initial size'}")
     return int(bool(left or grown(samples)))
 
 

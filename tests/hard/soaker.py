@@ -1,10 +1,9 @@
-"""A process that has imported all that a flow needs and runs one flow after the other in itself, as a process
-that serves a deployment does.
+"""Imports the modules of the flows once and runs many flows in one process, like a process that serves a deployment.
 
-    python -m tests.hard.soaker RECIPE.toml          started by soak.py; PREFECT_API_URL names the server
+    python -m tests.hard.soaker RECIPE.toml          started by soak.py; uses the server at PREFECT_API_URL
 
-Reads lines, each the name of a flow, and answers each with {"state": ..., "message": ..., "seconds": ...} when that
-flow has ended. What the flows say goes to standard error.
+Reads lines, each the name of a flow, and responds to each with {"state": ..., "message": ..., "seconds": ...} when the
+flow has ended. The output of the flows is written to standard error.
 """
 
 import ctypes
@@ -21,7 +20,7 @@ from tasks.recipe.load import load_recipe
 
 
 def serve(recipe: Recipe, answers: TextIO) -> None:
-    """Until our own input ends."""
+    """Runs flows until standard input ends."""
     # Deferred: Prefect reads the environment when it is imported.
     import mlflow.transformers  # noqa: F401
     import transformers.pipelines  # noqa: F401
@@ -42,14 +41,14 @@ def serve(recipe: Recipe, answers: TextIO) -> None:
 
 
 def give_back() -> None:
-    """Frees what nothing refers to, and gives the kernel what the allocator holds of it: what stays is in use."""
+    """Frees unreferenced objects and returns the allocator's free memory to the kernel, so that only leaks remain."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def main(path: str) -> None:
-    """Keeps our output for the answers: flows print tables."""
+    """Redirects standard output to standard error, since flows print tables; only responses use the original output."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     recipe = load_recipe(path)

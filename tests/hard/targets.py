@@ -1,8 +1,8 @@
-"""Targets of fuzzing: functions that take input from outside, each as a call on bytes. For test_fuzz.py and fuzz.py.
+"""Defines the fuzzing targets of test_fuzz.py and fuzz.py: functions that read external input, each as a call on bytes.
 
-    TARGETS["jsonl"](data, folder)          # returns, or raises what is no FatalError or RetryableError of ours
+    TARGETS["jsonl"](data, folder)
 
-Each may refuse with one of our two errors; anything else that it raises is a finding.
+A target may raise FatalError or RetryableError; any other exception is a finding.
 """
 
 import gzip
@@ -34,18 +34,18 @@ SPECIALS = (0, 1, 2, 3, 4)
 
 
 def read(data: bytes, folder: Path, name: str) -> None:
-    """Every document of a file of these bytes; their lengths and line numbers must hold."""
+    """Reads all documents of a file with these bytes and checks their lengths and line numbers."""
     path = folder / name
     path.write_bytes(data)
     counts = DocumentCounts(name, SETTINGS, folder / "quarantine.jsonl")
     for document in read_documents(path, name, SETTINGS, counts, folder):
         if document.chars != len(document.text.decode()) or document.line < 1:
-            raise ValueError(f"{document} is not what it says")
+            raise ValueError(f"the length or line number of {document} is wrong")
     counts.finish()
 
 
 def overridden(data: bytes, folder: Path) -> None:
-    """A recipe file of the first part of the bytes, overrides of the others."""
+    """Loads a recipe; the bytes before the first 0xff are its file, and each later part is an override."""
     first, *others = data.split(b"\xff")
     path = folder / "recipe.toml"
     path.write_bytes(first)
@@ -53,7 +53,7 @@ def overridden(data: bytes, folder: Path) -> None:
 
 
 def coded(data: bytes, _: Path) -> None:
-    """Any hidden states go through every encoding and come back finite; any payload decodes."""
+    """Encodes and decodes hidden states in every encoding, which must give finite values, and decodes any payload."""
     floats = np.frombuffer(data[: len(data) // (4 * WIDTH) * 4 * WIDTH], "<f4").astype(np.float32)
     hidden_ND = torch.from_numpy(np.nan_to_num(floats, nan=0, posinf=1e4, neginf=-1e4).clip(-1e4, 1e4))
     hidden_ND = hidden_ND.reshape(-1, WIDTH)
@@ -63,7 +63,7 @@ def coded(data: bytes, _: Path) -> None:
         payload_NP = codec.encode(hidden_ND)
         back_ND = codec.decode(payload_NP)
         if payload_NP.shape != (len(hidden_ND), codec.bytes_per_position) or not bool(back_ND.isfinite().all()):
-            raise ValueError(f"{name} does not come back")
+            raise ValueError(f"encoding {name}: the payload has a wrong shape, or the decoded values are not finite")
         size = codec.bytes_per_position
         whole = np.frombuffer(data[: len(data) // size * size], np.uint8).reshape(-1, size)
         codec.decode(torch.from_numpy(whole.copy()))
@@ -74,7 +74,7 @@ def coded(data: bytes, _: Path) -> None:
 
 
 def masked(data: bytes, _: Path) -> None:
-    """Any ids in any lengths: the requested number of positions, none special or padding, and nothing else changed."""
+    """Masks rows of any ids and lengths; no special or padding position may be masked, and no other id may change."""
     head, body = data[:2].ljust(2, b"\0"), data[2:]
     length = 1 + head[0] % 40
     ids = np.frombuffer(body[: len(body) // length * length], np.uint8).astype(np.int64).reshape(-1, length)
@@ -87,7 +87,7 @@ def masked(data: bytes, _: Path) -> None:
     chosen[row, found.positions[row, column]] = True
     free = (ids > 4) & (np.arange(length) < lengths[:, None])
     if (chosen & ~free).any() or ((found.input_ids != ids) & ~chosen).any() or (found.labels[found.valid] <= 4).any():
-        raise ValueError("a position that may not be masked was")
+        raise ValueError("a special or padding position was masked, or an unmasked position changed")
 
 
 TARGETS: dict[str, Target] = {
@@ -103,17 +103,17 @@ TARGETS: dict[str, Target] = {
 
 
 def void(_: object) -> None:
-    """For a target whose result does not matter."""
+    """Discards the result of a target."""
 
 
 def attempt(target: str, data: bytes, folder: Path) -> None:
-    """One call; our own two errors are an answer like any other."""
+    """Calls a target once; FatalError and RetryableError are accepted results."""
     with suppress(DistilError):
         TARGETS[target](data, folder)
 
 
 def seeds(target: str) -> list[bytes]:
-    """Real inputs to mutate."""
+    """Returns valid inputs that the fuzzer mutates."""
     lines = b'{"text": "Un."}\n{"content": "Deux.", "metadata": {"identification": {"label": "fr", "prob": 1}}}\n' * 9
     if target in ("jsonl", "text"):
         sink = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Small files that unpack to gigabytes end with one sentence that names them, in bounded memory and on a bounded disk.
+"""Checks that decompression bombs are rejected by name in one sentence, with bounded memory and disk usage.
 
-The files are bombs of full size (10 GB from 10 MB and less); what is scaled down is how much of one is unpacked before
-it is refused, by `corpus.max_unpacked_ratio` and UNCHECKED_BYTES of lines.py. The full-size variant is marked `slow`.
+The files are full-size bombs (10 GB from 10 MB or less). Only the amount that is decompressed before a file is rejected
+is scaled down, by `corpus.max_unpacked_ratio` and UNCHECKED_BYTES of lines.py. The test with full limits is `slow`.
 """
 
 import gzip
@@ -33,7 +33,7 @@ MB = 1 << 20
 PIECE = 20 * MB
 TIMES = 512
 LIMIT_MEGABYTES = 150
-"""Megabytes that a refusal may take beyond what the process had before."""
+"""Memory in MB that a rejected file may use in addition to the initial memory of the process."""
 
 MEASURE = """
 import sys
@@ -67,7 +67,7 @@ def packed(piece: bytes, name: str) -> bytes:
 
 
 def write_bombs(folder: Path) -> dict[str, str]:
-    """Files of a few MB and less in `folder`; by name, what each is refused for."""
+    """Writes files of a few MB or less to `folder`. Returns a pattern of the expected error of each, by name."""
     folder.mkdir()
     line = b'{"text": "' + b"mieux " * 1000 + b'"}\n'
     pieces = {
@@ -83,7 +83,7 @@ def write_bombs(folder: Path) -> dict[str, str]:
             reasons[f"{stem}{suffix}"] = reason
     with (folder / "sparse.jsonl").open("wb") as file:
         file.write(b'{"text": "')
-        os.truncate(file.fileno(), 60 * MB)  # 10 GB would only take longer to hash
+        os.truncate(file.fileno(), 60 * MB)  # 10 GB would only increase the time to hash
     texts = pa.array(["e" * (5 * MB)] * 3 + ["un"] * 10)
     pq.write_table(pa.table({"text": texts}), folder / "page.parquet", compression="zstd")
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 5_000, pa.int32()), pa.array(["mieux " * 200_000]))
@@ -96,7 +96,7 @@ def write_bombs(folder: Path) -> dict[str, str]:
 
 
 def refusals(folder: Path, place: Path, ratio: int, scale: int) -> dict[str, tuple[int, str]]:
-    """By file: megabytes that the process has grown by until then, and the sentence."""
+    """Returns, by file, the growth of the process in MB until its error, and the error message."""
     command = [sys.executable, "-c", MEASURE, str(folder), str(place), str(ratio), str(scale)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, timeout=600)
     lines = [line.split("|", 2) for line in done.stdout.splitlines()]
@@ -117,7 +117,7 @@ def test_each_bomb_is_refused_by_name_in_bounded_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_gigabytes_out_of_ten_megabytes_at_real_limits(tmp_path: Path) -> None:
-    """With the default recipe: a gzip bomb of 1,000 to 1, and one of zstd, which packs better still."""
+    """Reads a gzip bomb with a ratio of 1,000 to 1, and a zstd bomb with a higher one, with the default limits."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     piece = b'{"text": "' + b"a" * 1_000_000 + b'"}\n'
@@ -132,7 +132,7 @@ def test_ten_gigabytes_out_of_ten_megabytes_at_real_limits(tmp_path: Path) -> No
 
 
 def test_a_parquet_page_is_known_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The footer may say what it likes: pages are taken at their own word, and a page out of place is damage."""
+    """The page headers determine the sizes, not the footer, and a missing page header is reported as damage."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     path = folder / "a.parquet"
@@ -178,7 +178,7 @@ def test_a_server_that_never_ends_does_not_fill_the_disk(tmp_path: Path, monkeyp
     monkeypatch.setattr(fetch, "_download", endless)
     source = Source("a.jsonl", "memory://a.jsonl", 3 * MB, "", None, "a")
     with (
-        pytest.raises(RetryableError, match=r"^a\.jsonl has more than the 3,145,728 bytes listed"),
+        pytest.raises(RetryableError, match=r"^a\.jsonl has more than the 3,145,728 bytes that were listed"),
         fetched(source, tmp_path),
     ):
         pass

@@ -1,11 +1,11 @@
-"""The corruption matrix: whatever is done to an artifact's files or receipt is found before anything is made of it.
+"""Checks that every fault in an artifact's files or receipt is detected before the artifact is used.
 
-    pytest tests/hard/test_corruption.py -s        prints how much was planted and how much was found, by kind
+    pytest tests/hard/test_corruption.py -s        prints the numbers of injected and missed faults by kind
 
-A small finished chain is built once. Each damage of planted.py is done to a copy of its store, one at a time, to one
-artifact of every kind, and has to be found twice: by the stage that comes next (it raises a FatalError that names the
-artifact, or the store says that it is missing, so that it is made again) and by `verify`, which names that artifact and
-no other. What is forged, with a receipt that fits, only training can find, and has to find before a gradient.
+A small pipeline is run once. Each fault of planted.py is injected into a copy of its store, one at a time, for one
+artifact of every kind, and must be detected twice: by the next stage (which raises a FatalError that names the
+artifact, or finds it missing and makes it again) and by `verify`, which must report this artifact and no other. Forged
+artifacts with a matching receipt can only be detected by the trainer, which must do so before the first gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,9 +48,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Chain:
-    """A finished chain. `chosen`: of each kind the artifact that is damaged; `others`: more of that kind.
+    """A finished pipeline.
 
-    `capture` makes the targets, `bare` the calibration that they need; `trainer` is ready for its first step.
+    `chosen` is the artifact of each kind that is damaged, `others` are more artifacts of that kind. `capture` makes the
+    targets, and `bare` their calibration; `trainer` is ready for its first step.
     """
 
     store: Store
@@ -82,7 +83,7 @@ def recipe_in(folder: Path) -> Recipe:
 
 
 def captures(store: Store, recipe: Recipe, counts: Ref, sample: list[Ref]) -> tuple[Capture, Capture]:
-    """Without and with the calibration, which is made if it does not exist."""
+    """Returns a capture without and one with calibration; makes the calibration if it does not exist."""
     vocabulary = vocabulary_of(recipe)
     bare = open_capture(store, recipe.teacher, vocabulary, recipe.mask, recipe.targets, counts, device="cpu")
     frozen = calibrate(store, sample, bare)
@@ -90,7 +91,7 @@ def captures(store: Store, recipe: Recipe, counts: Ref, sample: list[Ref]) -> tu
 
 
 def of_another_seed(store: Store, recipe: Recipe, counts: Ref, blocks: Ref) -> Receipt:
-    """The same blocks under another mask."""
+    """Makes the targets of the same blocks under a different mask."""
     other = recipe.model_copy(update={"mask": recipe.mask.model_copy(update={"seed": recipe.mask.seed + 1})})
     return make_targets(store, blocks, captures(store, other, counts, [blocks])[1])
 
@@ -101,7 +102,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     make_teacher(folder / "teacher", layers=2)
     write_oscar(folder / "corpus", parts=2, texts=20)
     with (folder / "corpus" / "fr_meta_part_1.jsonl").open("a") as file:
-        file.write("{not JSON\n")  # so that the source keeps something: its quarantine
+        file.write("{not JSON\n")  # so that the source artifact has a file: its quarantine
     recipe = recipe_in(folder)
     store = Store(recipe.store)
     sources = [shard_source(store, source, recipe.corpus) for source in take_snapshot(recipe.corpus).sources]
@@ -164,14 +165,14 @@ def count_again(chain: Chain, store: Store) -> None:
 
 
 def all_batches(chain: Chain, store: Store) -> None:
-    """Every batch of the run, as the trainer reads them before each step."""
+    """Reads every batch of the run, as the trainer does before each step."""
     chain.trainer.store = store
     for _ in chain.trainer._dataloader(0):
         pass
 
 
 def resume(chain: Chain, store: Store) -> None:
-    """Resumes from an older checkpoint and records what was wrong with the newest."""
+    """Resumes, and raises the recorded failure of the newest checkpoint if an older one was loaded."""
     newest = chain.chosen["checkpoint"]
     progress = load_checkpoint(store, chain.run, chain.trainer.setup.student, chain.trainer.optimizer)
     if progress.step < int(newest.settings["step"]):
@@ -192,11 +193,11 @@ READERS: Mapping[str, tuple[Callable[[Chain, Store], object], ...]] = {
 
 
 OF_FILES = [f"receipt sealed: another {what}" for what in ("sha256", "size", "name of a file")]
-"""Damage to a receipt that only shows when the files are read."""
+"""Faults of a receipt that can only be detected by reading the files."""
 
 
 def missed_by_stages(chain: Chain, kind: str, store: Store, damage: Damage) -> list[str]:
-    """A sentence for each reader that did not refuse the damage."""
+    """Returns a sentence for each reader that did not reject the fault."""
     receipt = chain.chosen[kind]
     if store.missing([receipt.ref]):
         return []  # it is made again before anybody reads it
@@ -206,11 +207,11 @@ def missed_by_stages(chain: Chain, kind: str, store: Store, damage: Damage) -> l
     for reader in READERS[kind]:
         try:
             reader(chain, store)
-            said.append(f"{damage.name}: read without a word")
+            said.append(f"{damage.name}: read without an error")
         except FatalError as error:
             if receipt.label not in str(error) and receipt.key not in str(error):
-                said.append(f"{damage.name}: not named: {error}")
-        except Exception as error:  # noqa: BLE001  any other exception is a miss, to be shown with the others
+                said.append(f"{damage.name}: the error does not name the artifact: {error}")
+        except Exception as error:  # noqa: BLE001  any other exception counts as a missed fault
             said.append(f"{damage.name}: {error!r}")
     return said
 
@@ -252,7 +253,7 @@ def targets_file(store: Store, ref: Ref, of: Ref, **shifts: int) -> None:
 
 
 def in_place_of(store: Store, receipt: Receipt, other: Receipt, **changes: int) -> None:
-    """The files of another artifact, or its own, under a receipt that fits them."""
+    """Commits the files of another artifact (or the same one) with a matching receipt."""
     again(store, receipt, receipt.ref, bytes_of(store, other), **changes)
 
 

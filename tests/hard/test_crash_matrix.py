@@ -1,4 +1,4 @@
-"""Five points of the crash matrix and one random moment; crash.py visits the others."""
+"""Kills a pipeline at five crash points and one random time; crash.py visits the other crash points."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def test_a_chain_killed_at_its_points_ends_as_if_nothing_had_happened(tmp_path: 
     with matrix(tmp_path) as made:
         lives = list(visit(made, spread(made.points, 5), moments=1, seed=8))
     assert not [line_of(life) for life in lives if life.faults]
-    assert sum(life.struck for life in lives) >= 4, "most chains ended before they reached their point"
+    assert sum(life.struck for life in lives) >= 4, "most runs ended before they reached their crash point"
 
 
 def test_a_spread_takes_every_kind_before_it_takes_one_twice() -> None:

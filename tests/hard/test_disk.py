@@ -1,5 +1,7 @@
-"""A disk that is really full, or really read-only, under every stage: one sentence, nothing half made counts, and the
-same call does it once space is free. Only root may mount such a disk; elsewhere these skip.
+"""Runs every stage on a full and on a read-only disk: the error is one sentence, and no incomplete artifact counts.
+
+The same call must succeed once the disk is writable again. Only root may mount such a disk; the tests are skipped for
+other users.
 """
 
 import os
@@ -30,7 +32,7 @@ Bad = Callable[[Path], AbstractContextManager[None]]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 MB."""
+    """Mounts a file system of 32 MB."""
     folder = tmp_path / "disk"
     mount(folder, "32m")
     yield folder
@@ -39,7 +41,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """Not one byte is left on it inside the block."""
+    """Fills the disk completely inside the block."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while file.write(bytes(MEGABYTE)):
@@ -51,7 +53,7 @@ def full(disk: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(disk: Path) -> Iterator[None]:
-    """Nothing can be written on it inside the block."""
+    """Makes the disk read-only inside the block."""
     remount(disk, "ro")
     yield
     remount(disk, "rw")
@@ -72,7 +74,7 @@ def test_a_disk_that_takes_nothing(bench: Bench, disk: Path, stage: str, bad: Ba
     said = str(caught.value)
     assert "\n" not in said
     assert str(disk) in said
-    assert re.search("make space there|make it writable", said)
+    assert re.search("free some space|make it writable", said)
     assert {kind: bench.store.keys(kind) for kind in KINDS} == before
     assert verify(bench.store) == []
     call()
@@ -81,13 +83,13 @@ def test_a_disk_that_takes_nothing(bench: Bench, disk: Path, stage: str, bad: Ba
 
 
 def recipe_at(home: Path) -> Recipe:
-    """Its MLflow is a database below the home, by name: MLflow sets a variable, for all that come after."""
+    """Returns a recipe with an explicit MLflow database in its home, since MLflow keeps the last one in a variable."""
     uri = f"sqlite:///{home}/mlflow.db"
     return simple_recipe(home=str(home), register={"tracking_uri": uri})
 
 
 def record(home: Path) -> None:
-    """A hundred runs in the MLflow database of a home."""
+    """Writes a hundred runs to the MLflow database of a home."""
     book = open_mlflow_runs(recipe_at(home))
     for number in range(100):
         book.run("chain", sha256_bytes(bytes([number])), "t", settings={"field": "x" * 4000})
@@ -95,19 +97,25 @@ def record(home: Path) -> None:
 
 @pytest.fixture
 def database(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home on the disk with an MLflow database of one experiment, closed."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # afterwards it is as before
+    """Makes a home on the disk with a closed MLflow database of one experiment."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that its value is restored after the test
     open_mlflow_runs(recipe_at(tmp_path))
     shutil.copy(tmp_path / "mlflow.db", disk / "mlflow.db")
     return disk
 
 
 def test_mlflow_on_a_full_disk(database: Path) -> None:
-    with full(database), pytest.raises(FatalError, match=r"MLflow's database .* make space there: [^\n]*is full$"):
+    with (
+        full(database),
+        pytest.raises(FatalError, match=r"MLflow's database cannot be written \([^\n]*is full\); free space"),
+    ):
         record(database)
     record(database)
 
 
 def test_mlflow_on_a_read_only_disk(database: Path) -> None:
-    with read_only(database), pytest.raises(FatalError, match=r"MLflow's database [^\n]*readonly database$"):
+    with (
+        read_only(database),
+        pytest.raises(FatalError, match=r"MLflow's database cannot be written \([^\n]*readonly database\);"),
+    ):
         record(database)

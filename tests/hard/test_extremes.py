@@ -1,7 +1,7 @@
-"""Extreme sizes and numbers through blocks, targets and two steps of training: the right answer or a clear refusal.
+"""Runs extreme sizes and values through blocks, targets and two training steps: the result is right, or an error clear.
 
-Cases of one package are in its tests: a teacher that gives NaN in one row (targets/test_compute.py), temperatures
-and weights against the plain loss (test_loss.py), ids above 65,535 (test_blocks.py, test_codec.py).
+Extremes of a single package are in its own tests: NaN in one row of a teacher's output (targets/test_compute.py),
+temperatures and weights of the loss (test_loss.py), token ids above 65,535 (test_blocks.py, test_codec.py).
 """
 
 import math
@@ -43,7 +43,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(place: Path, teacher: Path, texts: list[str], length: int = 32, **sections: Any) -> RunSpec:
-    """One shard of these texts with its targets, and a run of two steps over it."""
+    """Makes one shard of these texts with its targets. Returns a training run of two steps over it."""
     values = {
         "name": "extreme",
         "home": str(place),
@@ -75,7 +75,7 @@ def run_of(place: Path, teacher: Path, texts: list[str], length: int = 32, **sec
 
 
 def losses(run: RunSpec) -> list[dict[str, float]]:
-    """Trains to the end; the lines of metrics, all of them finite."""
+    """Trains to the end, checks that all metrics are finite, and returns the lines of metrics."""
     assert train(run, Ranks(), StopSignal())
     lines = [line for line in read_metrics(Path(run.folder) / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -95,7 +95,7 @@ def test_documents_of_one_token_or_of_none(tmp_path: Path, teacher: Path) -> Non
     store = Store(run.store)
     blocks = open_blocks(store, run.manifest[0].blocks_ref())
     counts = open_targets(store, run.manifest[0].targets_ref(0)).counts
-    assert (blocks.lengths <= 2 + 2 * 3).all(), "two documents of at most two pieces and their ends"
+    assert (blocks.lengths <= 2 + 2 * 3).all(), "a block contains more than two documents of two tokens and their ends"
     assert len(counts) == len(blocks)
     losses(run)
 
@@ -121,7 +121,7 @@ def test_blocks_longer_than_the_teacher_reads_are_refused(tmp_path: Path, teache
 
 
 def test_a_teacher_that_says_the_same_of_everything(tmp_path: Path) -> None:
-    """Equal logits everywhere: the softened distribution is uniform."""
+    """The teacher has equal logits everywhere, so its softened distribution is uniform."""
     folder = tmp_path / "teacher"
     make_teacher(folder, layers=2, width=16)
     model = AutoModelForMaskedLM.from_pretrained(folder)

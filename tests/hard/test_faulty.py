@@ -1,5 +1,7 @@
-"""A remote store that is slow, fails or returns wrong data: transient errors are retried with exponential back-off up
-to a limit, what cannot is said at once, and nothing counts as made that is not whole.
+"""Checks a remote store that is slow, fails or returns wrong data.
+
+Transient errors are retried with exponential back-off up to a limit, permanent errors are raised at once, and no
+incomplete artifact counts as finished.
 """
 
 from pathlib import Path
@@ -44,7 +46,7 @@ def script() -> "Script":
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The pauses that the store would have made, in seconds."""
+    """Replaces the clock of the store with one that records pauses instead of waiting."""
     clock = Clock()
     monkeypatch.setattr("storage.files.filesystem.time", SimpleNamespace(sleep=clock.sleep))
     return clock
@@ -56,7 +58,7 @@ def store(script: Script, tmp_path: Path) -> Store:
 
 
 def cold(store: Store, tmp_path: Path) -> Store:
-    """The same store as another machine sees it."""
+    """Returns the same store as another machine opens it, with an empty cache."""
     return Store(store.root, cache=tmp_path / "elsewhere" / "cache")
 
 
@@ -115,7 +117,7 @@ def test_a_read_that_never_succeeds_ends_with_one_sentence(
 
 
 def test_verify_names_what_it_cannot_withdraw(store: Store, script: Script) -> None:
-    """As with credentials that only read."""
+    """The credentials are read-only."""
     for label in "ab":
         put(store, label)
     script.add("read", OBJECTS["data"], wrong, times=ALWAYS)
@@ -158,14 +160,14 @@ def test_a_write_that_never_succeeds_makes_no_artifact(
 
 
 def said(error: Exception) -> None:
-    """One sentence, with the address of what did not answer."""
+    """Checks that the error is one sentence with the address of the store."""
     assert "\n" not in str(error)
     assert "bucket/store" in str(error)
 
 
 PERMANENT = {
-    "403": (forbidden, "may not be written or read.*check the credentials"),
-    "no bucket": (no_bucket, "there is no such bucket"),
+    "403": (forbidden, "denied access.*check the credentials"),
+    "no bucket": (no_bucket, "the bucket does not exist"),
 }
 
 
@@ -198,7 +200,7 @@ def test_other_bytes_are_fetched_once_more_and_then_named(
     put(store, "a")
     other = cold(store, tmp_path)
     script.add("read", OBJECTS["data"], wrong, times=ALWAYS)
-    with pytest.raises(FatalError, match=r"blocks a: the bytes of .*blocks\.arrow are not those of its receipt"):
+    with pytest.raises(FatalError, match=r"blocks a: the sha256 of .*blocks\.arrow differs from the receipt"):
         other.check(other.receipt(ref_of("a")))
     assert script.count("read", OBJECTS["data"]) == 2
     assert clock.waited == []

@@ -1,6 +1,6 @@
-"""Whatever others may hand us, in random and in slightly damaged form: an answer or one of our two errors, no other.
+"""Checks that random and slightly damaged external input raises no exceptions except FatalError and RetryableError.
 
-DISTIL_FUZZ=1000 sets how many examples a target gets (40 by default); tests/hard/fuzz.py does the same by coverage.
+DISTIL_FUZZ sets the number of examples per target (by default 40); tests/hard/fuzz.py uses coverage-guided fuzzing.
 """
 
 import os
@@ -15,13 +15,13 @@ from storage.errors import FatalError
 from tests.hard.targets import TARGETS, attempt, seeds
 
 FOUND = sorted((Path(__file__).parent / "found").iterdir())
-"""Inputs that once did harm, by target: column names that are no text, a footer at which pyarrow aborts the process."""
+"""Inputs of former findings by target, such as column names that are not text, or a footer that made pyarrow abort."""
 EXAMPLES = int(os.environ.get("DISTIL_FUZZ", "40"))
 
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: list[bytes]) -> bytes:
-    """A real input with a few bytes changed, a piece taken out, or another one put in."""
+    """Draws a valid input with some bytes changed, removed or inserted."""
     data = bytearray(draw(st.sampled_from(whole)))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))

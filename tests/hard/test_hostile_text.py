@@ -1,4 +1,4 @@
-"""Text from a corpus, a store or a model shows as what it is: in the terminal, in tables, in cards and in errors."""
+"""Checks that untrusted text is escaped in the terminal, in tables, in model cards and in errors."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ CODES = set("\x1b\x07\u202e\udcff\r\0")
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> str:
-    """The text that reached the screen; printing it must not fail, and it may hold no control code."""
+    """Returns the text that was printed, and checks that it contains no control codes."""
     text = capsys.readouterr().out
     assert not CODES & set(text)
     return text
@@ -61,7 +61,7 @@ def test_what_a_file_holds_is_told_in_one_short_plain_line(tmp_path: Path, name:
 
 
 def test_hostile_documents_are_kept_as_they_are(tmp_path: Path) -> None:
-    """Text is data: no document is changed, and none reaches a screen unescaped."""
+    """Documents are data: their text is stored unchanged."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     text = HOSTILE.replace("\udcff", "")

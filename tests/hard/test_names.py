@@ -1,4 +1,4 @@
-"""Names that lead out of their folder, or are made to confuse, are refused; nothing is written elsewhere."""
+"""Checks that misleading names, and names that lead out of their folder, are rejected, and nothing is written there."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_odd_but_harmless_names_become_plain_labels_and_stay_inside(tmp_path: Pa
         (folder / name).write_text(json.dumps({"text": f"Un {number}."}) + "\n")
     settings = CorpusSettings(url=str(folder))
     sources = take_snapshot(settings).sources
-    assert len({source.label for source in sources}) == len(sources) >= len(names) - 1  # hidden ones are no sources
+    assert len({source.label for source in sources}) == len(sources) >= len(names) - 1  # hidden files are ignored
     assert all(
         set(source.label) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
         for source in sources
@@ -88,7 +88,7 @@ def test_the_corpus_folder_may_be_a_link_but_nothing_in_it_may_lead_out(tmp_path
     (tmp_path / "link").symlink_to(real)
     assert [source.name for source in take_snapshot(CorpusSettings(url=str(tmp_path / "link"))).sources] == ["a.jsonl"]
     (real / "b.jsonl").symlink_to("/etc/passwd")
-    with pytest.raises(FatalError, match=r"b\.jsonl is a link that leads out of the corpus folder or nowhere"):
+    with pytest.raises(FatalError, match=r"b\.jsonl is a link that is broken or points outside the corpus folder"):
         take_snapshot(CorpusSettings(url=str(tmp_path / "link")))
 
 
@@ -115,13 +115,13 @@ def test_a_path_in_a_recipe_may_be_anything_and_does_not_break_it(tmp_path: Path
 
 @pytest.mark.parametrize("path", ["a\0b.toml", "m" * 5000, "."])
 def test_a_recipe_file_of_an_impossible_name(tmp_path: Path, path: str) -> None:
-    with pytest.raises(FatalError, match=r"not a readable TOML file|no such recipe file"):
+    with pytest.raises(FatalError, match=r"not a readable TOML file|this recipe file does not exist"):
         load_recipe(tmp_path / path)
 
 
 @pytest.mark.parametrize("name", [*OUT, "", 5, None])
 def test_a_receipt_names_no_file_outside_its_artifact(tmp_path: Path, name: Any) -> None:
-    """Also where its seal fits: who can write into a store can seal, and its files are copied to this machine."""
+    """Also if the seal matches: any program that can write to a store can seal, and its files are copied from there."""
     store = Store(tmp_path / "store")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_text('{"text": "Un."}\n')

@@ -1,5 +1,7 @@
-"""Nothing is unpickled across a trust border: a whole run in which unpickling is refused, but for what the
-processes of one run send each other or keep for themselves (PIPES)."""
+"""Checks that no untrusted data is unpickled.
+
+A complete run must succeed although only the modules in PIPES, which read data of its own processes, may unpickle.
+"""
 
 import ast
 import os
@@ -15,8 +17,8 @@ from tests.harness.tiny import make_teacher, write_oscar
 
 GUARD = REPO / "tests" / "hard" / "guard"
 PIPES = {
-    "multiprocessing": "the standard library's pipes to its own worker processes",
-    "docket": "Prefect's server, its own background tasks in its own memory",
+    "multiprocessing": "pipes of the standard library to worker processes of the run",
+    "docket": "background tasks of Prefect's server in its own memory",
 }
 PACKAGES = ("storage", "tasks", "flows")
 

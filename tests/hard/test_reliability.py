@@ -1,4 +1,4 @@
-"""tests/RELIABILITY.md names tests that exist and run when it says; its figures come from the records of a night."""
+"""Checks that the tests in tests/RELIABILITY.md exist and run when it says, and that records update its figures."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ def test_without_records_nothing_changes(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def runs_on_every_push(path: Path) -> bool:
-    """True if one of the file's tests is a guard or is not slow."""
+    """Returns True if one of the file's tests is a guard or is not slow."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     marks = [ast.unparse(one) for one in tree.body if isinstance(one, ast.Assign) and "pytestmark" in ast.unparse(one)]
     tests = [one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name.startswith("test_")]

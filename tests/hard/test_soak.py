@@ -1,4 +1,4 @@
-"""Eight runs of the soak (soak.py), and the rule that tells growth from noise."""
+"""Runs the soak test (soak.py) eight times, and checks the rule that distinguishes growth from noise."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.hard.growth import BOUNDS, Sample, grown, growth, verdict
 @pytest.mark.guard
 @pytest.mark.slow
 def test_no_resource_grows_over_eight_runs(tmp_path: Path) -> None:
-    # Deferred: it imports MLflow, which takes seconds that the other tests here do not need.
+    # Deferred: it imports MLflow, which takes seconds and which the other tests here do not need.
     from tests.hard.soak import soak, soaking
 
     with soaking(tmp_path) as made:
@@ -21,7 +21,7 @@ def test_no_resource_grows_over_eight_runs(tmp_path: Path) -> None:
 
 
 def samples_of(name: str, values: list[float]) -> list[Sample]:
-    """All figures flat but one."""
+    """Makes samples in which all measurements except one are constant."""
     flat = dict.fromkeys(BOUNDS, 100.0)
     return [Sample(number, "prepare", 1.0, flat | {name: value}) for number, value in enumerate(values, start=1)]
 

@@ -1,5 +1,7 @@
-"""A store that an older version wrote: artifacts of an older schema number are left alone and made again, receipts of
-another form are refused in one sentence that says what to do. One test an artifact kind.
+"""Checks a store that an older version wrote, for each kind of artifact.
+
+Artifacts with an older schema number are kept and made again; receipts in a different format are rejected with one
+sentence that contains the remedy.
 """
 
 import json
@@ -19,7 +21,7 @@ from tests.hard.bench import STAGES, Bench, make_bench
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STAGE_OF = {kind: kind for kind in KINDS} | {"shard": "source", "model": "checkpoint"}
-"""The call that makes a kind. Training makes checkpoints and the model."""
+"""The call of bench.py that makes each kind; training makes checkpoints and the model."""
 NUMBERS = {
     "source": ["tasks.corpus.shard"],
     "blocks": ["tasks.tokens.blocks"],
@@ -29,7 +31,7 @@ NUMBERS = {
     "checkpoint": ["tasks.recipe.run_json", "tasks.train.checkpoint", "tasks.train.export"],
     "scores": ["tasks.eval.scores"],
 }
-"""Where the schema number of a stage stands."""
+"""The modules that contain the schema number of each stage."""
 
 
 @pytest.fixture
@@ -38,11 +40,11 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def made(bench: Bench, kind: str) -> Ref:
-    """Runs the stage that makes a kind; what it made of that kind (any one of several)."""
+    """Runs the stage that makes a kind. Returns a reference to one new artifact of that kind."""
     before = bench.store.keys(kind)
     STAGES[STAGE_OF[kind]](bench)()
     fresh = sorted(bench.store.keys(kind) - before)
-    assert fresh, f"nothing was made of {kind}"
+    assert fresh, f"no artifact of the kind {kind} was made"
     return bench.store.receipt(Ref(kind, fresh[0], "")).ref
 
 
@@ -54,13 +56,13 @@ def test_another_schema_number_is_another_artifact(kind: str, bench: Bench, monk
     assert {"pyarrow", "numpy", "tokenizers", "transformers", "torch"} <= receipt.versions.keys()
     for module in NUMBERS[STAGE_OF[kind]]:
         monkeypatch.setattr(f"{module}.SCHEMA", 2)
-    if STAGE_OF[kind] == "checkpoint":  # a checkpoint's key is the run key, which has a schema number of its own
+    if STAGE_OF[kind] == "checkpoint":  # a checkpoint's key is the run key, which has its own schema number
         for module in ("tasks.recipe.run_json", "tasks.train.checkpoint"):
             monkeypatch.setattr(f"{module}.RUN_SCHEMA", RUN_SCHEMA + 1)
     new = made(bench, kind)
     assert new.key != old.key
     assert bench.store.receipt(new).schema == 2
-    assert bench.store.receipt(old) == receipt, "what an older version made is still there, until gc"
+    assert bench.store.receipt(old) == receipt, "the older artifact must remain until `distil gc` deletes it"
     assert verify(bench.store) == []
 
 

@@ -1,4 +1,4 @@
-"""A small artifact of two files for tests of the store; its content has no meaning.
+"""Commits small artifacts of two files with arbitrary content, for tests of the store.
 
 receipt = put(store, "a")
 store.missing([ref_of("a"), ref_of("b")])
@@ -15,7 +15,7 @@ from storage.store import Store
 
 
 def ref_of(label: str, kind: str = "blocks") -> Ref:
-    """The reference of the artifact with this label."""
+    """Returns the reference to the artifact with this label."""
     return Ref(kind, key_of(kind, 1, {"label": label}, []), label)
 
 
@@ -31,11 +31,11 @@ def put(store: Store, label: str, data: bytes = b"bytes", kind: str = "blocks") 
 
 
 def reopened(store: Store, **options: object) -> Store:
-    """The same remote store as another machine sees it: with its own client and its own, empty cache."""
+    """Returns the same remote store as another machine opens it: with its own client and its own, empty cache."""
     cache = store.cache.folder.with_name(f"cache-{time.monotonic_ns()}")
     return Store(store.root, {"skip_instance_cache": True, **options}, cache=cache)
 
 
 def data_path(store: Store, receipt: Receipt, name: str = BLOCKS_FILE) -> str:
-    """The path of one file of an artifact in the store's file system."""
+    """Returns the path of one file of an artifact in the store's file system."""
     return store.path(f"{layout.content_folder(receipt.kind, receipt.key, receipt.content)}/{name}")

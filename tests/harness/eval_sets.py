@@ -1,10 +1,10 @@
-"""Writes small evaluation sets in the official schemas; one word determines the label, so that a tiny model learns it.
+"""Writes small evaluation sets in the official schemas; one word determines the label, so that tiny models learn it.
 
     write_pairs(folder / "xnli" / "fr")
     write_ner(folder / "wikiner")
     write_reviews(folder / "cls")
 
-Each function returns its folder.
+Each function returns the folder that it was passed.
 """
 
 import random
@@ -40,7 +40,7 @@ def write_pairs(folder: Path, name: str = "xnli", train: int = 120, test: int = 
 def write_ner(
     folder: Path, train: int = 200, test: int = 30, seed: int = 0, extra_test: tuple[list[str], ...] = ()
 ) -> Path:
-    """Writes a train and a test split in the schema of wikiner_fr; the word alone determines its tag."""
+    """Writes a train and a test split in the schema of wikiner_fr; each word determines its own tag."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
@@ -53,7 +53,7 @@ def write_ner(
 
 
 def review(text: str = "Un bon livre.", rating: str = "5.0", dvd: bool = False, url: bool = True) -> str:
-    """One review in the format of an unprocessed .review file."""
+    """Returns one review in the format of an unprocessed .review file."""
     link = "<url>http://exemple</url>" if url else ""
     stars = f"<rating>{rating}</rating>" if rating else ""
     body = f"<text>{text}</text><title>Titre</title><summary>Court</summary>" if text else ""

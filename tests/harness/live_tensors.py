@@ -1,11 +1,11 @@
-"""How much memory tensors take at once, traced operation by operation: the same on every machine and allocator.
+"""Measures the peak memory of tensors operation by operation, with the same result on every machine and allocator.
 
     with LiveTensors() as live:
         step()
-    live.peak             # bytes of all tensors made inside that were alive together
-    live.most(shape)      # how many of one shape were alive together
+    live.peak             # peak bytes of the tensors that were created inside and alive at the same time
+    live.most(shape)      # maximum number of tensors of one shape that were alive at the same time
 
-Used by the memory tests and by the benchmark of the train step.
+Used by the memory tests and by the benchmark of the training step.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts storages that operations give; views share one, and what was made before is not counted."""
+    """Counts the storages that operations create; views share a storage, and earlier tensors are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class LiveTensors(TorchDispatchMode):
         self._most: Counter[tuple[int, ...]] = Counter()
 
     def most(self, shape: Sequence[int]) -> int:
-        """Most storages first made for a tensor of this shape that were alive together."""
+        """Returns the maximum number of storages, first created for tensors of this shape, alive at the same time."""
         return self._most[tuple(shape)]
 
     def __torch_dispatch__(
@@ -53,7 +53,7 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Peak bytes of the tensors that `work` makes."""
+    """Returns the peak bytes of the tensors that `work` creates."""
     with LiveTensors() as live:
         work()
     return live.peak

@@ -1,4 +1,4 @@
-"""Small file systems in memory, to fill up and to make read-only; only root may mount one."""
+"""Mounts small in-memory file systems that tests can fill or make read-only; only root may mount them."""
 
 import subprocess
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 
 
 def mount(folder: Path, size: str) -> None:
-    """Mounts an empty tmpfs of a size such as 128k or 32m at a new folder. Skips where that is not allowed."""
+    """Mounts an empty tmpfs of a size such as 128k or 32m at a new folder. Skips the test if that is not permitted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "distil-test", folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"tmpfs cannot be mounted ({done.stderr.strip()}); run the test as root")
 
 
 def remount(folder: Path, options: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads the output of a `distil` command: its tables, and the sentence of one that failed."""
+"""Parses the output of `distil` commands: their tables and error messages."""
 
 import re
 
@@ -6,7 +6,7 @@ from tests.harness.place import Result
 
 
 def tables(out: str) -> list[list[str]]:
-    """The rows of all tables in an output. Cells come without white space, since long words are folded in them."""
+    """Returns the rows of all tables in an output, without white space in the cells, since long words are wrapped."""
     rows: list[list[str]] = []
     inside = False
     for line in out.splitlines():
@@ -20,7 +20,7 @@ def tables(out: str) -> list[list[str]]:
 
 
 def refusal(result: Result) -> str:
-    """The one sentence of a command that failed. Requires status 1 and no traceback."""
+    """Returns the error message of a failed command, which must have status 1, one message and no traceback."""
     assert result.status == 1, result
     assert "Traceback" not in result.out + result.err
     said = [line for line in result.err.splitlines() if line.startswith("distil: ")]

@@ -1,8 +1,8 @@
-"""The most memory that this process had resident at once.
+"""Measures the peak resident memory of this process.
 
     peak_megabytes()
 
-Not by `getrusage` on Linux: there a process begins with the peak of the one that started it, however small it is.
+Linux is not measured by `getrusage`, because there a process inherits the peak of the process that started it.
 """
 
 import resource
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def peak_megabytes() -> float:
-    """Megabytes of 10^6 bytes since the process began its program."""
+    """Returns the peak resident memory since the program started, in units of 10^6 bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,8 +1,8 @@
-"""A small project folder and the `distil` command on it, run from another folder as a user may.
+"""Makes small project folders and runs the `distil` command on them from a different folder, as a user may.
 
 place = make_place(folder, corpus, teacher)
-result = place.distil("run", "train.max_steps=5")       # a process of its own
-place.stamps()                                          # when each artifact of the store was made
+result = place.distil("run", "train.max_steps=5")       # in a separate process
+place.stamps()                                          # creation time of each artifact in the store
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.harness.recipe_values import recipe_toml
 
 REPO = Path(__file__).resolve().parents[2]
 TRUNCATED = "fr_meta_part_2.jsonl.zst"
-"""The source that is truncated in the first run of the history."""
+"""The source that is truncated in the first run of a `History`."""
 
 Stamp = tuple[str, str, str]
 """Kind, label and key of an artifact."""
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with recipe.toml and home/; nothing else of it is used."""
+    """A project folder with recipe.toml and home/."""
 
     folder: Path
 
@@ -59,7 +59,7 @@ class Place:
         return f"sqlite:///{self.home}/mlflow/mlflow.db"
 
     def start(self, command: str, *arguments: str, server: str = "", **options: Any) -> subprocess.Popen[str]:
-        """Starts `distil COMMAND RECIPE ARGUMENTS` in an empty folder; without a server it brings its own."""
+        """Starts `distil COMMAND RECIPE ARGUMENTS` in an empty folder; without `server`, it starts a Prefect server."""
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir(exist_ok=True)
         return subprocess.Popen(
@@ -74,19 +74,19 @@ class Place:
         )
 
     def distil(self, command: str, *arguments: str, server: str = "") -> Result:
-        """Runs the command to its end."""
+        """Runs the command and waits until it has ended."""
         return ended(self.start(command, *arguments, server=server))
 
     def receipts(self, *kinds: str) -> list[Receipt]:
-        """Receipts of these kinds."""
+        """Returns the receipts of these kinds of artifacts."""
         return [receipt for kind in kinds for receipt in self.store.receipts(kind)]
 
     def stamps(self) -> dict[Stamp, str]:
-        """When each artifact in the store was made."""
+        """Returns the creation time of each artifact in the store."""
         return {(one.kind, one.label, one.key): one.created for one in self.receipts(*KINDS)}
 
     def copy(self, folder: Path, *, corpus: Path | None = None, without: tuple[str, ...] = ()) -> "Place":
-        """A place with a copy of this one's store, less all artifacts of some kinds."""
+        """Makes a place with a copy of this store, except all artifacts of the kinds `without`."""
         shutil.copytree(self.home / "store", folder / "home" / "store")
         for kind in without:
             for part in ("data", "receipts"):
@@ -101,12 +101,12 @@ class Place:
 
 
 Shell = Callable[..., Result]
-"""Runs one `distil` command, given its arguments."""
+"""Runs one `distil` command with the arguments that are passed."""
 
 
 @dataclass(frozen=True)
 class History:
-    """`distil run` three times in one place: with a truncated source, with the complete one, and once more."""
+    """Results of three runs of `distil run` in one place: with a truncated source, with the complete one, and again."""
 
     place: Place
     truncated: Result
@@ -118,7 +118,7 @@ class History:
 
 
 def make_place(folder: Path, corpus: Path, teacher: Path, **changes: Any) -> Place:
-    """A place with an empty store; `changes` of the recipe by section: `run={"workers": 3}`."""
+    """Makes a place with an empty store; `changes` are changes of recipe sections, such as `run={"workers": 3}`."""
     folder.mkdir(parents=True, exist_ok=True)
     place = Place(folder)
     text = recipe_toml(home=place.home, corpus=corpus, teacher=teacher, **changes)
@@ -127,13 +127,13 @@ def make_place(folder: Path, corpus: Path, teacher: Path, **changes: Any) -> Pla
 
 
 def run_folder_of(place: Place) -> Path:
-    """The folder of the one training run of a place."""
+    """Returns the folder of the only training run of a place."""
     (folder,) = (path.parent for path in (place.home / "run").glob("*/run.json"))
     return folder
 
 
 def environment(folder: Path, server: str = "") -> dict[str, str]:
-    """This process's environment without variables of Prefect and MLflow, and offline."""
+    """Returns the environment of this process without Prefect and MLflow variables, and with the hub offline."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     if server:
         kept |= {"PREFECT_API_URL": server, "PREFECT_HOME": str(folder / "prefect-home")}
@@ -146,7 +146,7 @@ def environment(folder: Path, server: str = "") -> dict[str, str]:
 
 
 def ended(process: subprocess.Popen[str]) -> Result:
-    """Waits for the command to end; its status and output."""
+    """Waits until the command has ended. Returns its status and output."""
     try:
         out, err = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -157,6 +157,6 @@ def ended(process: subprocess.Popen[str]) -> Result:
 
 
 def made(before: Mapping[Stamp, str], after: Mapping[Stamp, str], *kinds: str) -> set[tuple[str, str]]:
-    """Kind and label of the artifacts that were made, or made again, between two calls of `stamps`."""
+    """Returns kind and label of the artifacts that were made, or made again, between two calls of `stamps`."""
     fresh = {stamp for stamp, created in after.items() if before.get(stamp) != created}
     return {(kind, label) for kind, label, _ in fresh if not kinds or kind in kinds}

@@ -1,9 +1,10 @@
-"""A real PostgreSQL for tests: a server of its own in a temporary folder, on a free loopback port, with a password.
+"""Starts a PostgreSQL server for tests in a temporary folder, on a free loopback port, with a password.
 
-    with started_postgres() as database: database.prefect, database.mlflow
+    with started_postgres() as database:
+        database.prefect, database.mlflow
 
-Needs the programs of PostgreSQL (Debian: `apt-get install postgresql`). It refuses to run as root, so as root it runs
-as the user `postgres` or `nobody`.
+Requires the PostgreSQL programs (Debian: `apt-get install postgresql`). PostgreSQL does not run as root; root therefore
+starts it as the user `postgres` or `nobody`.
 """
 
 import os
@@ -30,34 +31,34 @@ ACCOUNTS = ("postgres", "nobody")
 
 @dataclass(frozen=True)
 class Postgres:
-    """A server with two empty databases, and their URLs as each program wants them."""
+    """A server with two empty databases, and their URLs in the formats of Prefect and MLflow."""
 
     port: int
     password: str
 
     @property
     def prefect(self) -> str:
-        """For PREFECT_API_DATABASE_CONNECTION_URL."""
+        """The value for PREFECT_API_DATABASE_CONNECTION_URL."""
         return f"postgresql+asyncpg://{USER}:{self.password}@127.0.0.1:{self.port}/prefect"
 
     @property
     def mlflow(self) -> str:
-        """For MLFLOW_BACKEND_STORE_URI."""
+        """The value for MLFLOW_BACKEND_STORE_URI."""
         return f"postgresql+psycopg2://{USER}:{self.password}@127.0.0.1:{self.port}/mlflow"
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL for the session; the test is skipped where its programs are not installed."""
+    """Starts a PostgreSQL server for the session; skips the tests if its programs are not installed."""
     if programs() is None:
-        pytest.skip("no PostgreSQL here (neither initdb in PATH nor /usr/lib/postgresql/*/bin); install postgresql")
+        pytest.skip("PostgreSQL is not installed (no initdb in PATH or /usr/lib/postgresql/*/bin); install postgresql")
     pytest.importorskip("psycopg2", reason="psycopg2 is not installed; install the extra `postgres`")
     with started_postgres() as database:
         yield database
 
 
 def programs() -> Path | None:
-    """The folder with initdb and postgres: that in PATH, else the newest of Debian's; None if there is none."""
+    """Returns the folder of initdb and postgres: from PATH, else the newest version of Debian, else None."""
     found = shutil.which("initdb")
     if found:
         return Path(found).resolve().parent
@@ -67,10 +68,10 @@ def programs() -> Path | None:
 
 @contextmanager
 def started_postgres() -> Iterator[Postgres]:
-    """A running server with the databases prefect and mlflow; it and its folder are gone afterwards."""
+    """Runs a server with the databases prefect and mlflow, and removes it with its folder afterwards."""
     there, account = programs(), _account()
     assert there
-    # Not below pytest's folder, which only its owner may enter.
+    # Not below pytest's temporary folder, which only its owner may enter.
     folder = Path(tempfile.mkdtemp(prefix="distil-postgres-"))
     try:
         if account:
@@ -103,14 +104,14 @@ def started_postgres() -> Iterator[Postgres]:
             _make_databases(server, database, folder / "log")
             yield database
         finally:
-            server.send_signal(signal.SIGINT)  # a fast shutdown: open sessions are ended
+            server.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown, which ends open sessions
             server.wait(60)
     finally:
         shutil.rmtree(folder)
 
 
 def _account() -> dict[str, Any]:
-    """The account that the server runs as, as arguments of Popen; empty unless this process is root."""
+    """Returns the server's user and group as arguments of Popen; empty unless this process runs as root."""
     if os.geteuid() != 0:
         return {}
     known = {entry.pw_name: entry for entry in pwd.getpwall()}
@@ -138,7 +139,7 @@ def _make_cluster(there: Path, folder: Path, password: str, account: dict[str, A
 
 
 def _make_databases(server: "subprocess.Popen[bytes]", database: Postgres, log: Path) -> None:
-    """Waits until the server answers, then makes both databases."""
+    """Waits until the server responds, then creates both databases."""
     import psycopg2
 
     end = time.monotonic() + START_SECONDS

@@ -1,7 +1,7 @@
-"""Processes that a test starts: run one, find everything that came from it, wait for what it does, kill it.
+"""Starts processes for tests, finds all their descendants, waits for conditions, and kills processes.
 
 with running(["prefect", "server", "start"], folder, variables): ...
-started_for(folder)                 # all processes whose variable MARK names the folder; children inherit it
+started_for(folder)                 # all processes with the folder in the variable MARK, which children inherit
 wait_for(lambda: not started_for(folder))
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 
 MARK = "DISTIL_TEST_FOLDER"
-"""In the environment of every process that is started for a test: the test's folder."""
+"""Environment variable of every process that is started for a test: the folder of the test."""
 LIMIT = 900.0
-"""Seconds after which a command or a run counts as hung; a busy machine takes minutes to import what a flow needs."""
+"""Seconds after which a command or a run counts as hung; the imports of a flow take minutes on a busy machine."""
 
 
 def start(
@@ -44,7 +44,7 @@ def start(
 def running(
     module: list[str], folder: Path, variables: Mapping[str, str], log: Path | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A Python module that runs meanwhile. Afterwards it gets SIGTERM, and what remains of its tree SIGKILL."""
+    """Runs a Python module inside the block, then sends SIGTERM to it and SIGKILL to its remaining descendants."""
     process = start(module, folder, variables, log)
     try:
         yield process
@@ -61,8 +61,7 @@ def running(
 
 
 def started_for(folder: Path) -> list[psutil.Process]:
-    """All living processes that were started for a test's folder: trainers and servers too, wherever they are in the
-    process tree."""
+    """Returns all live processes that were started for a test's folder, including those that left the process tree."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -74,7 +73,7 @@ def started_for(folder: Path) -> list[psutil.Process]:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, as the kernel sends it when memory runs out; a process that has ended already is no error."""
+    """Sends SIGKILL, as the kernel does when memory runs out; ignores processes that have already ended."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -82,7 +81,7 @@ def kill(pid: int) -> None:
 
 
 def kill_tree(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL for a process and all its descendants."""
+    """Sends SIGKILL to a process and all its descendants."""
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     for pid in (*(child.pid for child in children), process.pid):
         kill(pid)
@@ -96,9 +95,9 @@ def wait_for(
     process: "subprocess.Popen[Any] | None" = None,
     poll_seconds: float = 0.1,
 ) -> None:
-    """Returns once the condition is true. Fails after `seconds`, or when `process` ends before that."""
+    """Returns once the condition is true. Fails after `seconds`, or if `process` ends first."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not true within {seconds:g} seconds"
-        assert process is None or process.poll() is None, "the process ended first"
+        assert time.monotonic() < end, f"the condition was not true within {seconds:g} seconds"
+        assert process is None or process.poll() is None, "the process ended before the condition was true"
         time.sleep(poll_seconds)

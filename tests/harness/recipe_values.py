@@ -1,4 +1,4 @@
-"""Recipes for tests: the plain values that a recipe needs, and the text of a recipe whose run takes seconds.
+"""Makes recipes for tests: the values of a minimal recipe, and the text of a recipe whose run takes seconds.
 
 make_recipe(recipe_values(home=str(folder), gate={"approval": True}), "test")
 path.write_text(recipe_toml(home=folder / "home", corpus=folder / "corpus", teacher=folder / "teacher"))
@@ -34,11 +34,11 @@ TINY: Mapping[str, Any] = {
     "score": {"heldout_rows": 16, "latency_runs": 0},
     "run": {"workers": 2},
 }
-"""A run of a few seconds on one core; corpus and teacher are missing."""
+"""Values for a run of a few seconds on one core, without corpus.url and teacher.model."""
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with some sections' fields changed."""
+    """Returns the values with changes: a mapping changes fields of a section, any other value replaces the old one."""
     return {**values} | {
         name: {**values.get(name, {}), **change} if isinstance(change, Mapping) else change
         for name, change in changes.items()
@@ -46,17 +46,17 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def recipe_values(**changes: Any) -> dict[str, Any]:
-    """The least that makes a valid recipe, with changes: `recipe_values(home=str(folder), gate={"approval": True})`."""
+    """Returns the values of a minimal valid recipe, with changes such as `gate={"approval": True}`."""
     return merged({"name": "tiny", "corpus": {"url": "corpus"}, "teacher": {"model": "teacher"}}, changes)
 
 
 def simple_recipe(**changes: Any) -> Recipe:
-    """The recipe of `recipe_values`."""
+    """Makes the recipe of `recipe_values`."""
     return make_recipe(recipe_values(**changes), "test")
 
 
 def teacherless_recipe(tokenizer: Path, **changes: Any) -> Recipe:
-    """A recipe that trains a small RoBERTa from random weights by MLM alone, so it needs a tokenizer but no teacher."""
+    """Makes a recipe that trains a small RoBERTa from random weights by MLM only; it has a tokenizer but no teacher."""
     values = {
         "name": "tiny",
         "blocks": {"length": LENGTH, "tokenizer": str(tokenizer)},
@@ -69,7 +69,7 @@ def teacherless_recipe(tokenizer: Path, **changes: Any) -> Recipe:
 def recipe_toml(
     *, home: Path | None = None, corpus: Path | str | Mapping[str, Any], teacher: Path | str, **changes: Any
 ) -> str:
-    """The text of the TINY recipe for a corpus (its URL, or its section) and a teacher, with changes."""
+    """Returns the text of the TINY recipe for a corpus (its URL, or its section) and a teacher, with changes."""
     source = corpus if isinstance(corpus, Mapping) else {"url": str(corpus)}
     values = merged(TINY, {"corpus": source, "teacher": {"model": str(teacher)}})
     values = merged(values, changes) | ({"home": str(home)} if home else {})

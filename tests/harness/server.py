@@ -1,6 +1,6 @@
-"""A Prefect server of a test's own, with workers and runs of our flows on it; both can be killed and started again.
+"""Runs a Prefect server for a test, with workers and flow runs; server and workers can be killed and restarted.
 
-with serving(folder) as server:                 # SQLite below the folder; database= names another one
+with serving(folder) as server:                 # with SQLite in the folder, unless `database` is a URL
     server.start_worker()
     run = server.create_run("distill", place, "train.max_steps=5")
     server.wait(run, "COMPLETED")
@@ -35,7 +35,10 @@ ENTRIES = {
 
 @dataclass
 class PrefectServer:
-    """State and logs of server and workers are in `folder`; `database` is a URL, or empty for SQLite in the folder."""
+    """A Prefect server and its workers, with state and logs in `folder`.
+
+    `database` is a URL, or empty for SQLite in the folder.
+    """
 
     folder: Path
     port: int
@@ -55,7 +58,7 @@ class PrefectServer:
     # ---- the server and its workers ----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts the server on the same port and database every time, and waits until it answers."""
+        """Starts the server, always on the same port and database, and waits until it responds."""
         settings = {
             "PREFECT_HOME": str(self.folder),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -71,49 +74,49 @@ class PrefectServer:
         try:
             wait_for(self._answers, process=self.process)
         except AssertionError as error:
-            raise AssertionError(f"the Prefect server does not answer: {self.log('server.log')}") from error
+            raise AssertionError(f"the Prefect server does not respond: {self.log('server.log')}") from error
 
     def kill(self) -> None:
-        """SIGKILL for the server alone."""
+        """Sends SIGKILL to the server only, and waits until it has ended."""
         assert self.process
         self.process.kill()
         self.process.wait()
 
     def create_pool(self, pool: str = POOL) -> None:
-        """A process pool."""
+        """Creates a work pool of the type process."""
         with self.client as client:
             client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
 
     def start_worker(self, pool: str = POOL) -> "subprocess.Popen[bytes]":
-        """A process worker in an empty folder that polls for runs every second."""
+        """Starts a process worker, which polls for runs every second, in an empty folder."""
         variables = worker_environment(self.folder, self.url)
         worker = start(worker_command(pool), self.folder / "elsewhere", variables, self.folder / "worker.log")
         self.workers.append(worker)
         return worker
 
     def ensure_worker(self) -> None:
-        """Starts a worker unless the last one still runs."""
+        """Starts a worker unless the last one is still running."""
         if not self.workers or self.workers[-1].poll() is not None:
             self.start_worker()
 
     def log(self, name: str) -> str:
-        """The end of a log file."""
+        """Returns the last 6,000 characters of a log file."""
         return (self.folder / name).read_text(encoding="utf-8", errors="replace")[-6000:]
 
     def processes(self) -> list[psutil.Process]:
-        """All processes that were started for this server or by its workers, except the server."""
+        """Returns all processes that were started for this server or by its workers, except the server."""
         server = self.process.pid if self.process else None
         return [process for process in started_for(self.folder) if process.pid != server]
 
     def flow_process(self) -> psutil.Process:
-        """The process of the one flow that runs: the worker's child."""
+        """Returns the process of the only running flow: the child of a worker."""
         (process,) = (one for one in self.processes() if one.ppid() in {worker.pid for worker in self.workers})
         return process
 
     # ---- flow runs ---------------------------------------------------------------------------------------------
 
     def create_run(self, flow: str, place: Place, *settings: str) -> UUID:
-        """Deploys this flow with the place's recipe as its parameters and creates a run; returns the run's id."""
+        """Deploys the flow with the place's recipe as its parameter and creates a run. Returns the id of the run."""
         recipe = load_recipe(place.recipe, settings).model_dump(mode="json", by_alias=True)
         with self.client as client:
             deployment = client.create_deployment(
@@ -121,7 +124,7 @@ class PrefectServer:
                 f"{recipe['name']}-{time.monotonic_ns()}",
                 work_pool_name=POOL,
                 entrypoint=ENTRIES[flow],
-                # As in deployments/prefect.yaml. With a `path` instead, Prefect would copy the checkout for every run.
+                # As in deployments/prefect.yaml. With a `path`, Prefect would copy the checkout for every run.
                 pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(REPO)}}],
                 parameters={"recipe": recipe},
                 enforce_parameter_schema=False,
@@ -144,7 +147,7 @@ class PrefectServer:
         self.set_state(run, StateType.SCHEDULED, "AwaitingRetry")
 
     def wait(self, run: UUID, kind: str, seconds: float = LIMIT) -> FlowRun:
-        """Returns the run once it has ended. Fails if it ends in another state than `kind`."""
+        """Returns the run once it has ended. Fails if it ends in a different state from `kind`."""
         wait_for(lambda: (state := self.read_run(run).state) is not None and state.is_final(), seconds)
         ended = self.read_run(run)
         assert ended.state
@@ -162,7 +165,7 @@ class PrefectServer:
 
 @contextmanager
 def serving(folder: Path, variables: Mapping[str, str] | None = None, database: str = "") -> Iterator[PrefectServer]:
-    """A server on a free port of loopback; it and all that its workers started is killed afterwards."""
+    """Runs a server on a free loopback port; afterwards kills it, its workers and all processes that they started."""
     folder.mkdir(parents=True, exist_ok=True)
     server = PrefectServer(folder, free_port("Prefect", None), database, variables or {})
     try:
@@ -179,7 +182,7 @@ def serving(folder: Path, variables: Mapping[str, str] | None = None, database: 
 
 @contextmanager
 def working(folder: Path, url: str, pool: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process worker of any server, meanwhile."""
+    """Runs a process worker of any server inside the block."""
     with running(worker_command(pool), folder, worker_environment(folder, url)) as process:
         yield process
 

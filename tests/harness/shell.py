@@ -1,7 +1,7 @@
-"""One process that runs many `distil` commands, since importing Prefect and torch costs seconds for each.
+"""Runs many `distil` commands in one process, since each new process imports Prefect and torch for seconds.
 
-Reads lines of JSON, each a list of arguments, and answers each with a line of [status, output, errors].
-Started by the fixture `shell` in conftest.py.
+Reads lines of JSON from standard input, each a list of arguments, and writes for each a line of JSON: [status, output,
+errors]. Started by the fixture `shell` in conftest.py.
 """
 
 import io
@@ -14,7 +14,7 @@ from flows.cli import main
 
 
 def answer(arguments: list[str]) -> tuple[int, str, str]:
-    """Runs one command as the `distil` script would."""
+    """Runs one command as the `distil` script does. Returns its exit status, output and errors."""
     sys.argv = ["distil", *arguments]
     out, err, status = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
@@ -26,7 +26,7 @@ def answer(arguments: list[str]) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
-    # Answers have a channel of their own: what worker processes print must not get between them.
+    # Responses use a separate file descriptor, so that output of worker processes cannot mix with them.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,8 +1,8 @@
-"""The trainer, slowed to five steps per second after step STEP until FILE exists: it still trains when a test kills it.
+"""Runs the trainer at five steps per second after step STEP until FILE exists, so that a test can kill it in training.
 
     python -m tests.harness.slow_trainer STEP FILE RUN.json
 
-A recipe starts it by `train.launcher`, which is part of no key: the training gives the same weights.
+A recipe starts it by `train.launcher`, which is not part of any key: the training run has the same weights.
 """
 
 import json
@@ -18,13 +18,13 @@ SECONDS_PER_STEP = 0.2
 
 
 def slow_trainer(step: int, release: Path) -> str:
-    """The setting that trains at full speed up to `step`, and after it once the file `release` exists."""
+    """Returns the setting that slows the trainer down after `step`, until the file `release` exists."""
     command = [sys.executable, "-m", "tests.harness.slow_trainer", str(step), str(release), "{run}"]
     return f"train.launcher={json.dumps(command)}"
 
 
 def slow_down(step: int, release: Path) -> None:
-    """Patches the trainer of this process."""
+    """Patches the trainer of this process so that it waits after each slow step."""
     advance = Trainer._advance
 
     def advance_slowly(self: Trainer, progress: TrainingProgress, tokens: int) -> TrainingProgress:

@@ -1,4 +1,4 @@
-"""Small real things for tests: French text, a Unigram tokenizer, teachers of every family, a corpus, a run."""
+"""Makes small inputs for tests: French text, a Unigram tokenizer, teachers of each family, a corpus, manifest parts."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ ENDINGS = ("avant la fin du mois", "dans un délai de deux mois", "sans motif", 
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Plausible French sentences, always the same for a seed."""
+    """Returns plausible French sentences, always the same for a seed."""
     draw = random.Random(seed)
     return [
         f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)} {draw.choice(ENDINGS)}."
@@ -35,15 +35,15 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
-    """Documents of 3 to 12 sentences."""
+    """Returns documents of 3 to 12 sentences."""
     draw = random.Random(seed)
     return [" ".join(sentences(draw.randint(3, 12), seed * 1_000_003 + i)) for i in range(count)]
 
 
 def save_tokenizer(folder: Path) -> Path:
-    """A Unigram tokenizer like CamemBERT's into `folder`: whole words, halves of words, letters.
+    """Saves a Unigram tokenizer like CamemBERT's in `folder`: complete words, halves of words, and letters.
 
-    Its pieces are written down, not trained: the trainer's order of pieces changes from process to process.
+    Its pieces are computed, not trained, because the trainer orders pieces differently in each process.
     """
     words = sorted({word.strip(".") for sentence in sentences(2000) for word in sentence.split()})
     halves = sorted({part for word in words for part in (word[: len(word) // 2], word[len(word) // 2 :]) if part})
@@ -73,7 +73,7 @@ def save_tokenizer(folder: Path) -> Path:
 
 
 def make_teacher(folder: Path, family: str = "camembert", layers: int = 4, width: int = 32) -> PreTrainedModel:
-    """A random teacher with peaked predictions and its tokenizer, saved into `folder`."""
+    """Makes a random teacher with peaked predictions, and saves it with its tokenizer in `folder`."""
     save_tokenizer(folder)
     vocabulary = load_vocabulary(str(folder))
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def rewrite_config(folder: Path, **changes: Any) -> None:
 
 
 def save_text_shard(store: Store, texts: list[str], label: str) -> Ref:
-    """A text shard as tasks.corpus.shard would leave it."""
+    """Commits a text shard like those of tasks.corpus.shard."""
     ref = Ref("shard", key_of("shard", 1, {"label": label}, []), label)
     with store.scratch() as folder:
         with ArrowWriter(folder / TEXT_FILE, TEXT_SCHEMA) as writer:
@@ -114,7 +114,7 @@ def save_text_shard(store: Store, texts: list[str], label: str) -> Ref:
 
 
 def make_parts(store: Store, teacher: Path, shards: int = 2, texts: int = 40, length: int = 32) -> tuple[Part, ...]:
-    """Blocks of a few text shards, as parts of a manifest."""
+    """Makes the blocks of a few text shards and returns them as parts of a manifest."""
     vocabulary, settings = load_vocabulary(str(teacher)), BlockSettings(length=length)
     parts = []
     for number in range(shards):
@@ -126,7 +126,7 @@ def make_parts(store: Store, teacher: Path, shards: int = 2, texts: int = 40, le
 
 
 def write_oscar(folder: Path, parts: int = 3, texts: int = 60) -> Path:
-    """A corpus folder in the OSCAR 23.01 schema, without packing; returns the folder."""
+    """Writes an uncompressed corpus in the OSCAR 23.01 schema. Returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(1, parts + 1):
         lines = [json.dumps({"content": text, "metadata": {}}) for text in documents(texts, seed=number)]
@@ -135,7 +135,7 @@ def write_oscar(folder: Path, parts: int = 3, texts: int = 60) -> Path:
 
 
 def write_sums(folder: Path, *files: Path) -> None:
-    """A checksum file in `folder`, as OSCAR writes them, that names these files, be they there or not."""
+    """Writes a checksum file in OSCAR's format for these files to `folder`, which need not contain them."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()} {file.name}\n" for file in files]
     (folder / "fr_sha256.txt").write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""`distil up` as a user has it: started in a folder of its own, called over HTTP, and ended with all that it started.
+"""Runs `distil up` as a user does: starts it in a separate folder, calls it over HTTP, and ends all its processes.
 
 with running_up(folder, environment, recipe) as up:
     up.post("flow_runs/filter", {})          # Prefect's API
@@ -19,12 +19,12 @@ import psutil
 from flows.services.process import free_port
 from tests.harness.processes import LIMIT, MARK, kill, start, started_for, wait_for
 
-READY = "Ctrl-C stops all of it"
+READY = "press Ctrl-C to stop all services"
 
 
 @dataclass(frozen=True)
 class Up:
-    """A running `distil up` on the home `folder/home`; its output goes to the file `out`."""
+    """A running `distil up` with the home `folder/home`; its output is in the file `out`."""
 
     folder: Path
     process: "subprocess.Popen[bytes]"
@@ -45,11 +45,11 @@ class Up:
         return f"http://127.0.0.1:{self.mlflow_port}"
 
     def post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Any:
-        """POST to Prefect's API; the answer as plain values."""
+        """Sends a POST request to Prefect's API. Returns the response as plain values."""
         return request_json(f"{self.prefect}/api/{path}", body, headers)
 
     def run_deployment(self, name: str, headers: Mapping[str, str] | None = None, **parameters: Any) -> str:
-        """Creates a run, as the Run button does; returns the id of the flow run."""
+        """Creates a run, as the Run button does. Returns the id of the flow run."""
         flow, _, deployment = name.partition("/")
         wanted = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [deployment]}}}
         (found,) = self.post("deployments/filter", wanted, headers)
@@ -57,18 +57,18 @@ class Up:
         return str(made["id"])
 
     def state(self, run: str, headers: Mapping[str, str] | None = None) -> str:
-        """Name of a flow run's state."""
+        """Returns the name of a flow run's state."""
         (found,) = self.post("flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}}, headers)
         return str(found["state"]["name"])
 
     def stop(self, signum: int) -> int:
-        """Sends a signal to `up` alone; its exit status, negative for a signal."""
+        """Sends a signal to the `up` process only. Returns its exit status; a negative status is a signal number."""
         self.process.send_signal(signum)
         return self.process.wait(LIMIT)
 
 
 def request_json(url: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None) -> Any:
-    """The JSON that a server answers; raises HTTPError."""
+    """Returns the JSON response of a server. HTTPError if the request fails."""
     request = urllib.request.Request(
         url,
         data=None if body is None else json.dumps(body).encode(),
@@ -79,7 +79,7 @@ def request_json(url: str, body: Mapping[str, Any] | None = None, headers: Mappi
 
 
 def start_up(folder: Path, environment: Mapping[str, str], *arguments: str) -> "subprocess.Popen[bytes]":
-    """Starts `distil up ARGUMENTS` in a folder that is not the checkout; its output goes to folder/out."""
+    """Starts `distil up ARGUMENTS` in a folder outside the checkout; its output is written to folder/out."""
     (folder / "out").unlink(missing_ok=True)
     command = ["flows.cli", "up", *arguments]
     return start(command, folder, dict(environment) | {MARK: str(folder)}, folder / "out", start_new_session=True)
@@ -87,7 +87,7 @@ def start_up(folder: Path, environment: Mapping[str, str], *arguments: str) -> "
 
 @contextmanager
 def running_up(folder: Path, environment: Mapping[str, str], *recipes: Path) -> Iterator[Up]:
-    """A `distil up` on the home `folder/home` that is ready; what remains of it afterwards is killed."""
+    """Runs `distil up` with the home `folder/home` until it is ready; kills its remaining processes afterwards."""
     port, mlflow_port = free_port("Prefect", None), free_port("MLflow", None)
     ports = ("--port", str(port), "--mlflow-port", str(mlflow_port))
     process = start_up(folder, environment, *map(str, recipes), "--home", str(folder / "home"), *ports)
@@ -104,5 +104,5 @@ def running_up(folder: Path, environment: Mapping[str, str], *recipes: Path) -> 
 
 
 def flow_processes(folder: Path) -> list[psutil.Process]:
-    """The processes of flow runs and what they started."""
+    """Returns the processes of flow runs and all processes that they started."""
     return [process for process in started_for(folder) if "PREFECT__FLOW_RUN_ID" in process.environ()]

@@ -3,12 +3,12 @@
     books = load_reviews("cls-books", SetLocation("/data/cls-acl10-unprocessed/fr"))
     merged = load_reviews("cls", SetLocation("s3://bucket/cls/fr"))        # books, dvd and music together
 
-CLS is the Cross-Lingual Sentiment set (Prettenhofer and Stein, 2010); text and labels follow FLUE (Le et al., 2020).
-The files {books,dvd,music}/{train,test}.review hold a first line and then reviews separated by blank lines. The text of
-a review is the part between `</url><text>` and `</text><title>`; for dvd it ends at `</title><summary>` and includes
-the title. Tags in the text become spaces, HTML entities become characters. A rating above 3 is positive. Reviews
-without text or rating, or with rating 3, are dropped and counted. One fifth of train is held out for validation, by
-the hash of the text.
+CLS is the Cross-Lingual Sentiment data set (Prettenhofer and Stein, 2010); text and labels follow FLUE (Le et al.,
+2020). Each file {books,dvd,music}/{train,test}.review contains a first line, then reviews separated by blank lines. The
+text of a review is between `</url><text>` and `</text><title>`; for dvd it ends at `</title><summary>` and includes the
+title. Tags in the text are replaced by spaces and HTML entities by characters. A rating above 3 is positive. Reviews
+without text or rating, or with rating 3, are dropped and counted. One fifth of the train split, selected by the hash of
+the text, is held out for validation.
 """
 
 import html
@@ -44,8 +44,8 @@ _ENCODING = re.compile(rb"""<\?xml[^>]*encoding=["']([\w.-]+)["']""")
 def load_reviews(name: str, location: SetLocation) -> LabelledSet:
     """Reads and checks `cls` (all categories), `cls-books`, `cls-dvd` or `cls-music`.
 
-    FatalError if a file is missing, cannot be decoded or holds no review, or if a rating is not between 1 and 5.
-    RetryableError if the network does not answer.
+    FatalError if a file is missing, cannot be decoded or contains no review, or if a rating is not between 1 and 5.
+    RetryableError if the network does not respond.
     """
     categories = CATEGORIES if name == "cls" else (name.removeprefix("cls-"),)
     url = url_of(location, "*.review")
@@ -67,15 +67,15 @@ def load_reviews(name: str, location: SetLocation) -> LabelledSet:
 
 
 def parse_reviews(data: bytes, category: str, file: str) -> Iterator[Example | None]:
-    """Yields the reviews of one file; None for a review without text or rating, or with rating 3.
+    """Yields one example per review of a file, or None for a review without text or rating, or with rating 3.
 
-    FatalError if the bytes are not text, if the file holds no review, or if a rating is not between 1 and 5.
+    FatalError if the file cannot be decoded or contains no review, or if a rating is not between 1 and 5.
     """
     text = _decode(data, file).replace("\r\n", "\n")
     pattern = _DVD_TEXT if category == "dvd" else _TEXT
     reviews = [part for part in _BLANK.split(text.partition("\n")[2]) if part.strip() and "<" in part]
     if not any("<text>" in review for review in reviews):
-        raise FatalError(f"{file}: holds no review (field text); give an unprocessed .review file", file)
+        raise FatalError(f"{file}: contains no review with a <text> field; use an unprocessed .review file", file)
     for number, review in enumerate(reviews, start=1):
         body, rating = pattern.search(review), _RATING.search(review)
         content = " ".join(html.unescape(_TAG.sub(" ", body[1])).split()) if body else ""
@@ -89,7 +89,9 @@ def _stars(raw: str, file: str, number: int) -> float:
     except ValueError:
         stars = 0.0
     if not 1 <= stars <= 5:
-        raise FatalError(f"{file}, review {number}: rating is {raw.strip()!r}, not 1 to 5; fix the field", file)
+        raise FatalError(
+            f"{file}, review {number}: the rating {raw.strip()!r} is not between 1 and 5; correct the field", file
+        )
     return stars
 
 
@@ -98,8 +100,8 @@ def _read(file: str, source: str) -> bytes:
         fs, path = open_url(file)
         if not fs.exists(path):
             raise FatalError(
-                f"{file}: no such file; unpack cls-acl10-unprocessed.tar.gz and name the folder that holds books, dvd "
-                "and music",
+                f"{file}: no such file; unpack cls-acl10-unprocessed.tar.gz so that this file exists, or correct "
+                "score.sets",
                 file,
             )
         data: bytes = fs.cat_file(path)
@@ -107,7 +109,7 @@ def _read(file: str, source: str) -> bytes:
 
 
 def _decode(data: bytes, file: str) -> str:
-    """Decodes UTF-8, with or without a byte-order mark, or the encoding that the first line declares."""
+    """Decodes a file as the encoding that its first line declares, by default UTF-8 (a byte-order mark is removed)."""
     declared = _ENCODING.search(data[:200])
     encoding = declared[1].decode("ascii") if declared else "utf-8"
     try:
@@ -116,5 +118,7 @@ def _decode(data: bytes, file: str) -> str:
         raise FatalError(f"{file}: unknown encoding {encoding} in its first line; correct the line", file) from error
     except UnicodeDecodeError as error:
         raise FatalError(
-            f"{file}: byte {error.start} is not {encoding}; convert the file to UTF-8 or declare its encoding", file
+            f"{file}: byte {error.start} is not valid {encoding}; convert the file to UTF-8 or declare its encoding in "
+            "the first line",
+            file,
         ) from error

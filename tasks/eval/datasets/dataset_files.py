@@ -28,7 +28,10 @@ _SPLIT_FILE = re.compile(r"(?:^|/)(train|validation|test)(?:[-.][^/]*)?(?:/[^/]*
 
 @dataclass(frozen=True)
 class SetLocation:
-    """A folder, URL or hub id; the folder below it that holds the set; on the hub also the revision."""
+    """Location of an evaluation set: a folder, URL or hub id (`source`), and the folder below it that contains the set.
+
+    `revision` is used for hub ids only.
+    """
 
     source: str
     folder: str = ""
@@ -36,15 +39,18 @@ class SetLocation:
 
 
 def url_of(location: SetLocation, pattern: str) -> str:
-    """The folder or URL of the set; for a hub id, downloads the files that match `pattern` and returns their folder.
+    """Returns the folder or URL of the set; for a hub id, first downloads the files that match `pattern`.
 
-    FatalError if the source is neither a folder nor a hub id, if the hub has no such set, or offline.
-    RetryableError if the hub does not answer.
+    FatalError if the source is neither a folder, a URL nor a hub id, if the hub has no such data set, or if the data
+    set must be downloaded in offline mode. RetryableError if the hub does not respond.
     """
     source = location.source
     if "://" not in source and not Path(source).is_dir():
         if not is_hub_id(source) or Path(source).exists():
-            raise FatalError(f"{source}: no such folder; give a folder, a URL or a hub id such as OWNER/NAME", source)
+            raise FatalError(
+                f"{source}: no such folder; correct score.sets, or the hub id (such as OWNER/NAME) in the protocol",
+                source,
+            )
         full_pattern = f"{location.folder}/{pattern}" if location.folder else pattern
         source = str(download_repository(DATA_SET, source, location.revision, (full_pattern,)))
     return f"{source.rstrip('/')}/{location.folder}" if location.folder else source
@@ -52,7 +58,7 @@ def url_of(location: SetLocation, pattern: str) -> str:
 
 @contextmanager
 def translate_read_errors(source: str) -> Iterator[None]:
-    """Turns read errors into FatalError, or into RetryableError if the network does not answer."""
+    """Converts read errors to FatalError, or to RetryableError if the network does not respond."""
     try:
         yield
     except client_errors(ValueError) as error:  # ArrowInvalid is a ValueError
@@ -65,9 +71,9 @@ def translate_read_errors(source: str) -> Iterator[None]:
 def parquet_splits(
     location: SetLocation, read: Callable[[pq.ParquetFile, str], pa.Table]
 ) -> Iterator[tuple[str, pa.Table, str]]:
-    """Yields (split, its table, path of its first file for error messages); `read(file, path)` reads one file.
+    """Yields the name of each split, its table, and the path of its first file for error messages.
 
-    FatalError if files cannot be read or belong to several sets.
+    `read(file, path)` reads one file. FatalError if files cannot be read or belong to several data sets.
     """
     url = url_of(location, "*.parquet")
     with translate_read_errors(location.source):
@@ -89,12 +95,16 @@ def _split_files(paths: list[str], base: str, source: str) -> dict[str, list[str
             files[match[1]].append(path)
             folders.add(relative[: match.start()])
     if len(folders) > 1:
-        raise FatalError(f"{source}: holds several sets ({', '.join(sorted(folders))}); name one", source)
+        raise FatalError(
+            f"{source}: contains several data sets ({', '.join(sorted(folders))}); select one by its folder in the "
+            "protocol",
+            source,
+        )
     return files
 
 
 def label_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """Names of the labels from the metadata that the `datasets` library writes; empty without that metadata."""
+    """Returns the label names in the metadata that the `datasets` library writes; empty without such metadata."""
     raw = (schema.metadata or {}).get(b"huggingface")
     feature: Any = json.loads(raw)["info"]["features"].get(column, {}) if raw else {}
     inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
@@ -102,5 +112,5 @@ def label_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether the type is one of the two Arrow string types."""
+    """Returns True if the type is one of the two Arrow string types."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -3,7 +3,7 @@
     data = load_set("xnli", protocol.sets["xnli"], root="/data/eval")
     data.train, data.validation, data.test, data.fingerprint
 
-"ner" is a `NerSet` (words with tags); all other names are a `LabelledSet` (texts or pairs of texts with one label).
+"ner" is loaded as a `NerSet` (words with tags), all other sets as a `LabelledSet` (texts or text pairs with one label).
 """
 
 from functools import lru_cache
@@ -20,17 +20,17 @@ AnySet = LabelledSet | NerSet
 
 
 def load_set(name: SetName, plan: SetPlan, root: str = "") -> AnySet:
-    """Loads a set from below `root` (score.sets), or from the hub if `root` is empty.
+    """Loads a set from a folder below `root` (score.sets), or from the hub if `root` is empty.
 
-    FatalError if the set is missing, violates its schema, or differs from `plan.rows` in its number of rows.
-    RetryableError if the network does not answer.
+    FatalError if the set is missing, violates its schema, or does not have the numbers of rows in `plan.rows`.
+    RetryableError if the network does not respond.
     """
     data = _load(name, plan.location(name, root))
     for split, rows in plan.rows.items():
         if data.counts[split]["rows"] != rows:
             raise FatalError(
-                f"{data.source}: the {split} split of {name} has {data.counts[split]['rows']} rows where the protocol "
-                f"expects {rows}; get the complete set, or correct sets.{name}.rows",
+                f"{data.source}: the {split} split of {name} has {data.counts[split]['rows']} rows, but the protocol "
+                f"expects {rows}; download the complete set, or correct sets.{name}.rows in the protocol",
                 data.source,
             )
     return data
@@ -38,7 +38,7 @@ def load_set(name: SetName, plan: SetPlan, root: str = "") -> AnySet:
 
 @lru_cache(maxsize=1)
 def _load(name: SetName, location: SetLocation) -> AnySet:
-    """Caches one set, since all models and seeds use the same set one after another."""
+    """Loads a set and caches it until another one is loaded: all models and seeds use one set before the next."""
     if name == "ner":
         return load_ner(name, location)
     return load_pairs(name, location) if name in SCHEMAS else load_reviews(name, location)

@@ -20,7 +20,7 @@ from tasks.eval.datasets.labelled import Example, LabelledSet, labelled_set
 
 
 class Schema(NamedTuple):
-    """The two text columns, the label names by number, and the texts that mark a missing text."""
+    """The two text columns, the label names in the order of their numbers, and the texts that mark a missing text."""
 
     first: str
     second: str
@@ -29,7 +29,7 @@ class Schema(NamedTuple):
 
     @property
     def columns(self) -> tuple[str, str, str]:
-        """The columns to read."""
+        """The names of the columns to read."""
         return self.first, self.second, "label"
 
 
@@ -43,7 +43,7 @@ def load_pairs(name: str, location: SetLocation) -> LabelledSet:
     """Reads and checks `xnli` or `paws-x`.
 
     FatalError if files or a split are missing, or if a column or a label violates the schema.
-    RetryableError if the network does not answer.
+    RetryableError if the network does not respond.
     """
     schema = SCHEMAS[name]
     splits: dict[str, list[Example]] = {}
@@ -68,29 +68,31 @@ def _columns(schema: Schema, file: pq.ParquetFile, path: str) -> pa.Table:
         if not fits:
             raise FatalError(
                 f"{path}: column {name} should be {'integers' if name == 'label' else 'text'} but is "
-                f"{kind or 'missing'} (columns: {', '.join(columns.names)}); give the set in its official schema",
+                f"{kind or 'missing'} (columns: {', '.join(columns.names)}); use the set in its official schema",
                 path,
             )
     names = label_names(columns, "label")
     # PAWS-X is published with the names "0" and "1".
     if names and names not in (schema.labels, tuple(str(number) for number in range(len(schema.labels)))):
-        raise FatalError(f"{path}: label means {list(names)} and not {list(schema.labels)}; renumber it", path)
+        raise FatalError(
+            f"{path}: the labels are {list(names)} instead of {list(schema.labels)}; renumber the column label", path
+        )
     types = [(name, pa.int64() if name == "label" else pa.string()) for name in schema.columns]
     return file.read(list(schema.columns)).cast(pa.schema(types))
 
 
 def _rows(schema: Schema, table: pa.Table, file: str) -> Iterator[Example]:
-    """Yields checked rows. Null counts as an empty text; only sets with `missing_texts` (PAWS-X) may have any."""
+    """Yields the checked rows. Null is read as an empty text, which is valid only with `missing_texts` (PAWS-X)."""
     columns = (table.column(name).to_pylist() for name in schema.columns)
     for row, (first, second, label) in enumerate(zip(*columns, strict=True)):
         if label not in range(len(schema.labels)):
             raise FatalError(
-                f"{file}, row {row}: label is {label} but only 0 to {len(schema.labels) - 1} are known "
-                f"({', '.join(schema.labels)}); fix the row",
+                f"{file}, row {row}: label is {label}, but only 0 to {len(schema.labels) - 1} are valid "
+                f"({', '.join(schema.labels)}); correct the row",
                 file,
                 row,
             )
         for column, text in ((schema.first, first), (schema.second, second)):
             if not text and not schema.missing_texts:
-                raise FatalError(f"{file}, row {row}: {column} is empty; fix the row", file, row)
+                raise FatalError(f"{file}, row {row}: {column} is empty; correct the row", file, row)
         yield Example(first or "", second or "", label)

@@ -59,8 +59,8 @@ def test_a_failed_shard_stops_no_other(run: RunSettings, tmp_path: Path) -> None
         *before,  # so that a mean duration exists, by which the others are grouped
         job("a", work("a", None, 0)),
         job("b", work("b", bad, 9)),
-        job("c", work("c", RetryableError("the store did not answer"), 2)),
-        job("d", work("d", RetryableError("the store did not answer"), 9)),
+        job("c", work("c", RetryableError("the store did not respond"), 2)),
+        job("d", work("d", RetryableError("the store did not respond"), 9)),
         job("e", work("e", KeyError("fault"), 9)),
     ]
     failures = in_a_flow(jobs, store, run=run)
@@ -136,7 +136,7 @@ def test_a_task_run_that_prefect_abandons_is_a_failure_and_the_stage_continues(t
 
     failures = in_a_flow([job("a", nothing), job("b", crash), job("c", nothing)], Store(tmp_path))
     assert [failure.label for failure in failures] == ["b"]
-    assert "before it was tried" in failures[0].message
+    assert "before this job started" in failures[0].message
 
 
 def test_an_interrupted_run_starts_no_further_job(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_store_that_does_not_answer_is_a_retryable_error(tmp_path: Path, monke
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     run = a_run(tmp_path).model_copy(update={"store": "s3://bucket/store"})
-    with pytest.raises(RetryableError, match="the store s3://bucket/store did not answer"):
+    with pytest.raises(RetryableError, match="the store s3://bucket/store did not respond"):
         launch_trainer(run, lambda lines, final: None)
 
 

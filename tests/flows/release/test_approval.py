@@ -188,7 +188,7 @@ def test_no_answer_in_time_is_a_no_and_a_retried_run_asks_again(recipe: Recipe) 
         return f"{answer.approve} by {answer.by}"
 
     state = asking(2 / 3600, return_state=True)
-    assert (state.is_completed(), state.result()) == (True, "False by the clock")
+    assert (state.is_completed(), state.result()) == (True, "False by the time limit")
 
     def again(run: FlowRun) -> str:
         with ThreadPoolExecutor(1) as pool:

@@ -82,7 +82,7 @@ def test_an_absent_set_and_a_failed_seed_hold_back_nothing_else(
     assert found.scores["student"]["xnli"]["summary"]["accuracy"]["mean"] == 1.0
     assert found.scores["teacher"]["xnli"] == {
         "status": "not run",
-        "reason": "no scores of seed 1; the same command computes them",
+        "reason": "the scores of seed 1 are missing; repeat the command to compute them",
     }
     for model in ("student", "teacher"):
         assert "no such folder" in found.scores[model]["paws-x"]["reason"]

@@ -148,5 +148,5 @@ def test_a_complete_run_with_both_passwords(place: Path, environment: dict[str, 
         assert PASSWORD in (Path("/proc") / str(up.process.pid) / "environ").read_text(encoding="utf-8")
     assert holding(tmp_path, AUTH, PASSWORD, f"{NAME}:{PASSWORD}") == []
     wrong = secret | {"MLFLOW_TRACKING_PASSWORD": "Munster-affine-en-cave-9"}
-    with pytest.raises(AssertionError, match="it knows those of its first start"), running_up(tmp_path, wrong, recipe):
+    with pytest.raises(AssertionError, match="it has those of its first start"), running_up(tmp_path, wrong, recipe):
         pass

@@ -84,7 +84,7 @@ def test_a_block_that_cannot_notify_is_named(deployed: DeployedRecipe) -> None:
 
     with temporary_settings({PREFECT_API_URL: deployed.api}):
         Secret(value="x").save("quiet")
-    assert "the block secret/quiet cannot notify" in refusal(deployed.deploy("--notify", "secret/quiet"))
+    assert "the block secret/quiet cannot send notifications" in refusal(deployed.deploy("--notify", "secret/quiet"))
 
 
 @pytest.mark.guard
@@ -103,7 +103,7 @@ def test_a_run_killed_with_its_worker_is_crashed_within_two_minutes(deployed: De
     assert due(deployed) == []
     state = deployed.ended(run, TWO_MINUTES)
     assert state["type"] == "CRASHED"
-    assert "no sign of life for 90 seconds" in state["message"]
+    assert "sent no heartbeat for 90 seconds" in state["message"]
     assert due(deployed) == [following]
     with deployed.client() as client:
         client.delete(f"/flow_runs/{following}").raise_for_status()

@@ -82,7 +82,7 @@ def test_a_container_pool_gets_the_image() -> None:
 @pytest.mark.parametrize(
     ("pool", "times", "message"),
     [
-        (WorkPool("p", "ecs"), 1, "no pool type 'ecs'"),
+        (WorkPool("p", "ecs"), 1, "the pool type 'ecs' does not exist"),
         (WorkPool("p", "docker"), 1, "--image"),
         (WorkPool("p", "process", "image"), 1, "--image"),
         (WorkPool(), 2, "named 'demo'"),
@@ -100,7 +100,7 @@ def test_without_a_server_one_sentence_says_how_to_get_one(distil) -> None:
     done = distil("deploy", "tiny.toml")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "distil: there is no Prefect server: start `distil up` in another terminal, or set PREFECT_API_URL"
+        "distil: no Prefect server was found; start `distil up` in another terminal, or set PREFECT_API_URL"
     ]
 
 
@@ -149,7 +149,7 @@ def test_two_concurrent_calls_create_one_work_pool(prefect_api: None, monkeypatc
     with get_client(sync_client=True) as client:
         assert client.read_work_pool("raced").type == "process"
         assert [client.read_work_queue_by_name(queue, "raced").concurrency_limit for queue in OWN_QUEUE] == [1, 1]
-        with pytest.raises(FatalError, match="is of type process, not docker"):
+        with pytest.raises(FatalError, match="has type process, not docker"):
             ensure_work_pool(client, WorkPool("raced", "docker", "image"))
 
 
@@ -238,7 +238,7 @@ def test_a_docker_pool_is_made_by_prefects_own_schema(deployed: DeployedRecipe, 
         template = known[f"prefect-{kind}"][kind]["default_base_job_configuration"]
         assert set(variables) <= set(template["variables"]["properties"])
     assert pool["base_job_template"] == known["prefect-docker"]["docker"]["default_base_job_configuration"]
-    assert "is of type docker, not process" in refusal(far.deploy("--pool", "boxes"))
+    assert "has type docker, not process" in refusal(far.deploy("--pool", "boxes"))
 
 
 # ---- the form ----------------------------------------------------------------------------------------------
@@ -334,4 +334,5 @@ def test_rules_across_fields_end_a_run_at_once_with_one_sentence(deployed: Deplo
     with working(tmp_path / "worker", deployed.api, "distil"):
         state = deployed.ended(run)
     assert state["type"] == "FAILED"
-    assert state["message"] == ("recipe: loss: distil, cosine and mlm are all 0; give at least one a positive weight")
+    expected = "recipe: loss: distil, cosine and mlm are all 0; set at least one of them to a positive weight"
+    assert state["message"] == expected

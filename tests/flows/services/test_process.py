@@ -103,6 +103,6 @@ def test_a_given_port_is_taken_or_not() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
-        with pytest.raises(FatalError, match=f"port {taken} is taken, so thing cannot have it"):
+        with pytest.raises(FatalError, match=f"thing cannot use port {taken} because it is taken"):
             free_port("thing", taken)
         assert free_port("thing", None, taken) != taken

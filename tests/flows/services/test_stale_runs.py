@@ -54,7 +54,7 @@ def test_runs_of_this_machine_without_a_process_are_marked(client: SyncPrefectCl
     marked = mark_stale_runs(client)
     assert sorted(run.state for run in marked) == ["Cancelled", "Crashed", "Crashed"]
     assert [state_of(client, run) for run in (running, pending, cancelling)] == ["Crashed", "Crashed", "Cancelled"]
-    assert "Retry resumes" in (client.read_flow_run(running).state.message or "")
+    assert "press Retry to resume" in (client.read_flow_run(running).state.message or "")
     assert mark_stale_runs(client) == []
 
 

@@ -71,7 +71,7 @@ def check_refusals(up: Up, environment: dict[str, str], recipe: Path, home: Path
     second = start_up(other, environment, str(recipe), "--home", str(home))
     assert f"another `distil up` serves {home}" in one_sentence(second, other)
     taken = start_up(other, environment, str(recipe), "--home", str(other), "--port", str(up.port))
-    assert f"port {up.port} is taken, so Prefect cannot have it" in one_sentence(taken, other)
+    assert f"Prefect cannot use port {up.port} because it is taken" in one_sentence(taken, other)
 
 
 def check_stopped(up: Up, home: Path) -> None:
@@ -107,7 +107,7 @@ def test_up_keeps_runs_and_trainings_over_ctrl_c_and_kill(
     assert saved >= 20
     with running_up(folder, environment, *recipes) as second:
         assert second.state(run) == "Crashed"  # as the flow reported when it was stopped
-        assert "left behind" not in second.output
+        assert "lost its process" not in second.output
         second.post(f"flow_runs/{run}/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}})
         wait_for(lambda: steps(home) >= saved + 20)
         assert second.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -163,5 +163,5 @@ def test_an_mlflow_server_of_the_user_is_refused(place: Path, environment: dict[
     team = environment | {"MLFLOW_TRACKING_URI": "http://me:secret@team:5000"}
     done = subprocess.run(command, cwd=place, env=team, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert "MLFLOW_TRACKING_URI is http://team:5000, but `distil up` serves an MLflow of its own" in done.stderr
+    assert "MLFLOW_TRACKING_URI is http://team:5000, but `distil up` starts its own MLflow server" in done.stderr
     assert "secret" not in done.stderr

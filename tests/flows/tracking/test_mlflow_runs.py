@@ -113,7 +113,7 @@ def test_artifacts_are_kept_where_the_recipe_says_for_good(mlflow_runs: MlflowRu
     mlflow_runs.client.log_dict(run, {"a": 1}, "a.json")
     assert list((tmp_path / "artifacts").rglob("a.json"))
     assert opened("").experiment == opened(f"{wanted}/").experiment
-    with pytest.raises(FatalError, match=r"keeps its artifacts in .*; name another register\.experiment"):
+    with pytest.raises(FatalError, match=r"stores its artifacts in .*; set register\.experiment to a new name"):
         opened("s3://bucket/mlflow")
 
 
@@ -122,13 +122,13 @@ def test_a_url_with_a_password_is_refused_by_its_field_and_not_repeated(field: s
     values = recipe_values(register={})
     section, _, name = field.rpartition(".")
     (values[section] if section else values)[name] = "s3://KEY:SECRET@bucket/x"
-    with pytest.raises(FatalError, match=f"{field} holds a password.*environment") as caught:
+    with pytest.raises(FatalError, match=f"{field} contains a password.*environment") as caught:
         make_recipe(values, "test")
     assert "SECRET@" not in str(caught.value)
 
 
 def test_a_password_of_mlflow_is_taken_from_the_environment_only() -> None:
     values = recipe_values(register={"tracking_uri": "postgresql+psycopg2://me:SECRET@db/mlflow"})
-    with pytest.raises(FatalError, match=r"tracking_uri holds a password.*MLFLOW_TRACKING_URI") as caught:
+    with pytest.raises(FatalError, match=r"tracking_uri contains a password.*MLFLOW_TRACKING_URI") as caught:
         make_recipe(values, "test")
     assert "SECRET@" not in str(caught.value)

@@ -78,9 +78,9 @@ def test_files_of_a_result_are_next_to_the_weights(
         (
             ModuleNotFoundError("No module named 'psycopg2'", name="psycopg2"),
             FatalError,
-            "//db/mlflow needs .* psycopg2",
+            "//db/mlflow requires .* psycopg2",
         ),
-        (OperationalError("select", {}, Exception("refused")), RetryableError, "did not answer: .*refused"),
+        (OperationalError("select", {}, Exception("refused")), RetryableError, "did not respond: .*refused"),
     ],
 )
 def test_a_database_that_cannot_be_opened_is_one_sentence_without_its_password(

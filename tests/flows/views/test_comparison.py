@@ -117,7 +117,7 @@ def test_fill_mask_side_by_side_with_agreement() -> None:
     assert table.header == ["sentence", "small", "teacher"]
     rows = table.sections[""]
     assert rows[0] == ["A <mask>", "x 25 %\ny 25 %", "x 25 %\nz 25 %"]
-    assert rows[-1] == ["same first token as teacher", "1 of 2, 1.5 of 5 tokens shared", ""]
+    assert rows[-1] == ["top-1 agreement with teacher", "1 of 2, 1.5 of 5 tokens shared", ""]
     assert agreement(MODELS["small"]["fill-mask"], "small", "small") == ""
     assert fill_mask_table({"small": {}}) is None
     assert "x 25 %<br>y 25 %" in markdown(table)

@@ -1,6 +1,7 @@
-"""On PYTHONPATH of a run that refuses unpickling: a module that unpickles is recorded, and refused unless named.
+"""Records every module that unpickles, and rejects it unless it is allowed; loaded from PYTHONPATH, for tests only.
 
-DISTIL_UNPICKLED is the file to write into, DISTIL_MAY_UNPICKLE the modules that may, with dots and commas. Tests only.
+The names of the modules are written to the file DISTIL_UNPICKLED. DISTIL_MAY_UNPICKLE is a comma-separated list of the
+modules and packages that may unpickle.
 """
 
 import os
@@ -19,7 +20,7 @@ def _guard() -> None:
     with open(os.environ["DISTIL_UNPICKLED"], "a", encoding="utf-8") as file:
         file.write(f"{asked}\n")
     if not any(asked == name or asked.startswith(f"{name}.") for name in MAY):
-        raise RuntimeError(f"{asked} unpickles")
+        raise RuntimeError(f"{asked} unpickles, but is not in DISTIL_MAY_UNPICKLE")
 
 
 def _guarded(real: Any) -> Any:
@@ -31,7 +32,7 @@ def _guarded(real: Any) -> Any:
 
 
 class Unpickler(pickle.Unpickler):
-    """The real one, watched."""
+    """The standard Unpickler with the check."""
 
     def load(self) -> Any:
         _guard()

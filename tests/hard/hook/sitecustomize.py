@@ -1,4 +1,4 @@
-"""On PYTHONPATH of a chain that is to be killed: every Python process of it counts its points. Tests only."""
+"""Arms the crash points in every Python process of a pipeline; loaded from PYTHONPATH, for tests only."""
 
 from tests.hard.points import arm
 

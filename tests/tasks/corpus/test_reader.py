@@ -161,9 +161,9 @@ def test_oscar_2109_text_is_read_without_its_metadata(corpus: Any, read: Any) ->
 def test_oscar_2109_pair_whose_files_do_not_match_fails(corpus: Any, read: Any) -> None:
     text, _ = corpus.oscar_2109(1)
     _, metadata = corpus.oscar_2109(2, corpus.texts[:2])
-    with pytest.raises(FatalError, match=r"fr_part_1.txt.gz holds 3 documents, but .* fr_meta_part_2.jsonl.gz 2"):
+    with pytest.raises(FatalError, match=r"fr_part_1.txt.gz contains 3 documents, .* fr_meta_part_2.jsonl.gz has 2"):
         read(text, metadata)
-    with pytest.raises(FatalError, match=r"fields content, metadata, warc_headers next to fr_part_1\.txt\.gz"):
+    with pytest.raises(FatalError, match=r"content, metadata, warc_headers in the metadata file of fr_part_1\.txt\.gz"):
         read(text, corpus.oscar_2201("fr_meta_part_1.jsonl.gz"))
 
 
@@ -325,21 +325,21 @@ def test_empty_file_fails(corpus: Any, read: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_file_of_blank_lines_fails(corpus: Any, read: Any, name: str) -> None:
-    with pytest.raises(FatalError, match=rf"^{name} holds no document"):
+    with pytest.raises(FatalError, match=rf"^{name} contains no documents"):
         read(corpus.write(name, b"\n \n\r\n"))
 
 
 def test_truncated_or_empty_parquet_fails(corpus: Any, read: Any) -> None:
     path = corpus.parquet("a.parquet", {"text": ["un", "deux", "trois"]})
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(FatalError, match=r"a.parquet is damaged or cut short"):
+    with pytest.raises(FatalError, match=r"a.parquet is damaged or truncated"):
         read(path)
-    with pytest.raises(FatalError, match=r"b.parquet holds no document"):
+    with pytest.raises(FatalError, match=r"b.parquet contains no documents"):
         read(corpus.parquet("b.parquet", {"text": pa.array([], pa.string())}))
 
 
 def test_truncated_archive_fails_even_after_good_documents(corpus: Any, read: Any) -> None:
     path = corpus.jsonl("a.jsonl.zst", [{"text": f"Document {i} {i**9}"} for i in range(20_000)])
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FatalError, match=r"a.jsonl.zst is cut short"):
+    with pytest.raises(FatalError, match=r"a.jsonl.zst is truncated"):
         read(path)

@@ -277,7 +277,7 @@ def test_truncated_archive_fails_and_succeeds_once_complete(corpus: Any, store: 
     path = corpus.jsonl(name, [{"text": f"{i} {i**7} {i**11}"} for i in range(3000)])
     complete = path.read_bytes()
     path.write_bytes(complete[:-50])
-    with pytest.raises(FatalError, match=rf"{name} is cut short"):
+    with pytest.raises(FatalError, match=rf"{name} is truncated"):
         shard(store, corpus.settings())
     assert store_is_empty(store)
     path.write_bytes(complete)
@@ -308,10 +308,10 @@ def test_file_that_changes_or_disappears_during_the_read_fails(
         os.utime(path, (1, 1))
 
     monkeypatch.setattr("tasks.corpus.shard.remember_source_content", touch_instead)
-    with pytest.raises(RetryableError, match=r"part_1\.jsonl was changed while it was read"):
+    with pytest.raises(RetryableError, match=r"part_1\.jsonl changed while it was being read"):
         shard_source(store, source, corpus.settings())
     path.unlink()
-    with pytest.raises(FatalError, match=r"part_1\.jsonl is gone"):
+    with pytest.raises(FatalError, match=r"part_1\.jsonl no longer exists"):
         shard_source(store, source, corpus.settings())
     assert not store.keys("source")
 

@@ -57,7 +57,7 @@ def test_pattern_matches_file_names(corpus: Any) -> None:
     for number in range(1, 4):
         corpus.oscar_2301(f"a/part_{number}.jsonl")
     assert labels(corpus.settings(pattern="part_[12].*")) == ["part_1", "part_2"]
-    with pytest.raises(FatalError, match=r"holds no source file that matches \*\.parquet"):
+    with pytest.raises(FatalError, match=r"contains no source file that matches \*\.parquet"):
         take_snapshot(corpus.settings(pattern="*.parquet"))
 
 
@@ -90,7 +90,7 @@ def test_labels_are_unique_and_safe(corpus: Any, names: list[str], expected: lis
     for name in names:
         corpus.write(name, b"x\n")
     if expected is None:
-        with pytest.raises(FatalError, match="holds no source"):
+        with pytest.raises(FatalError, match="contains no source"):
             take_snapshot(corpus.settings())
     else:
         assert labels(corpus.settings()) == expected
@@ -147,7 +147,7 @@ def test_checksum_lines_of_oscar_and_sha256sum_are_parsed(hashes: dict[str, byte
     ["../up.jsonl", "/etc/passwd", "a/../../b", "a//b", "..", "a\\b", "a\tb", "a\x00b", "a\u202eb", "*/etc/passwd"],
 )
 def test_checksum_names_outside_the_folder_fail(name: str) -> None:
-    with pytest.raises(FatalError, match=r"fr_sha256.txt, line 2: the name .* leads out of the folder") as caught:
+    with pytest.raises(FatalError, match=r"fr_sha256.txt, line 2: the name .* points outside the folder") as caught:
         parse_checksums(f"{HASH} fine.jsonl\n{HASH} {name}\n", "fr_sha256.txt")
     assert (caught.value.file, caught.value.line) == ("fr_sha256.txt", 2)
 
@@ -171,7 +171,7 @@ def test_missing_file_that_a_checksum_file_names_fails(corpus: Any) -> None:
     corpus.oscar_2301("fr_meta/part_1.jsonl")
     corpus.checksums("fr_meta/fr_sha256.txt")
     missing.unlink()
-    with pytest.raises(FatalError, match=r"fr_meta/part_2\.jsonl is named in a checksum file but does not exist"):
+    with pytest.raises(FatalError, match=r"fr_meta/part_2\.jsonl is listed in a checksum file but does not exist"):
         take_snapshot(corpus.settings())
     assert take_snapshot(corpus.settings(), partial=True).absent == ("fr_meta/part_2.jsonl",)
     assert labels(corpus.settings(pattern="part_1*")) == ["part_1"]
@@ -181,9 +181,9 @@ def test_missing_file_that_a_checksum_file_names_fails(corpus: Any) -> None:
 
 
 def test_invalid_corpus_folders_fail(tmp_path: Path) -> None:
-    with pytest.raises(FatalError, match="no folder that exists"):
+    with pytest.raises(FatalError, match=r"corpus\.url .* does not exist"):
         take_snapshot(CorpusSettings(url=str(tmp_path / "nothing")))
-    with pytest.raises(FatalError, match="holds no source file; correct"):
+    with pytest.raises(FatalError, match="contains no source file; correct"):
         take_snapshot(CorpusSettings(url=str(tmp_path)))
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(FatalError, match="a file, not a folder"):
@@ -198,7 +198,7 @@ def test_links_out_of_the_folder_fail_with_their_name(corpus: Any, tmp_path: Pat
     (tmp_path / "outside.jsonl").write_text("{}")
     corpus.oscar_2301("part_1.jsonl")
     (corpus.path / "link.jsonl").symlink_to(tmp_path / target)
-    with pytest.raises(FatalError, match=r"link\.jsonl is a link that leads out of the corpus folder"):
+    with pytest.raises(FatalError, match=r"link\.jsonl is a link that is broken or points outside the corpus folder"):
         take_snapshot(corpus.settings())
 
 

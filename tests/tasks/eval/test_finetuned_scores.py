@@ -56,7 +56,7 @@ def calls(monkeypatch):
 
 
 def test_first_seed_selects_the_rate_and_only_missing_scores_are_computed(store, xnli, calls):
-    with pytest.raises(FatalError, match="seed 0 comes first"):
+    with pytest.raises(FatalError, match="run seed 0 first"):
         score_seed(store, KEY, "m", xnli, PROTOCOL, 1)
     for seed in (0, 2, 0, 1, 2):
         score_seed(store, KEY, "m", xnli, PROTOCOL, seed)

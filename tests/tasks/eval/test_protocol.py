@@ -53,7 +53,7 @@ def test_set_overrides_the_common_tuning(tmp_path):
         ("{ epochs = 2 }", "{ lerning = 2 }", "lerning"),
         ("[sets.ner]", "[sets.squad]", "sets.squad"),
         ('name = "tiny"', 'name = "tiny"\nseeds = [0, 1]', "seeds"),
-        ('name = "tiny"', 'name = "tiny"\nseeds = [0, 1, 1]', "seeds: one is named twice"),
+        ('name = "tiny"', 'name = "tiny"\nseeds = [0, 1, 1]', "seeds: contains a duplicate"),
         ("lr = [1e-3]", "lr = []", "tuning.lr"),
         ("lr = [1e-3]", "lr = [2.0]", "tuning.lr"),
     ],
@@ -67,7 +67,7 @@ def test_invalid_field_fails_with_its_name_and_file(tmp_path, before, after, fie
 
 
 def test_missing_file_fails(tmp_path):
-    with pytest.raises(FatalError, match="no such protocol file"):
+    with pytest.raises(FatalError, match="this protocol file does not exist"):
         load_protocol(tmp_path / "absent.toml")
 
 

@@ -72,7 +72,7 @@ def test_the_caller_keeps_its_thread_and_memory_settings(
 
 
 def test_an_error_of_the_timed_process_is_one_sentence(scratch: Workspace) -> None:
-    with pytest.raises(FatalError, match=r"^recipe tiny: the sample of .* holds no text; is corpus\.url right\?$"):
+    with pytest.raises(FatalError, match=r"^recipe tiny: the sample of .* contains no text; correct corpus\.url"):
         measure(scratch, (), SECONDS)
 
 

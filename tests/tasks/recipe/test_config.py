@@ -52,15 +52,15 @@ def test_every_field_has_a_label_and_every_section_a_heading(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": {}}, "teacher.model must name a teacher"),
-        ({"loss": {"distil": 0, "cosine": 0, "mlm": 0}}, "give at least one a positive weight"),
+        ({"teacher": {}}, "requires a teacher; set teacher.model"),
+        ({"loss": {"distil": 0, "cosine": 0, "mlm": 0}}, "set at least one of them to a positive weight"),
         ({"student": {"choice": [0, 2], "layers": 3}}, "student.choice must list exactly student.layers layers"),
-        ({"student": {"init": "config"}}, "needs student.config with a model_type"),
+        ({"student": {"init": "config"}}, "requires a model_type in student.config"),
         ({"targets": {"encoding": "topk"}}, "stores no hidden states, so loss.cosine must be 0"),
         ({"corpus": {"url": "texts", "min_chars": 9, "max_chars": 8}}, "corpus.max_chars is below corpus.min_chars"),
-        ({"store": "s3://key:secret@bucket/store"}, "store holds a password"),
-        ({"train": {"launcher": ["srun", "trainer"]}}, "train.launcher must name the run"),
-        ({"gate": {"needed": ["ner"], "optional": ["ner"]}}, "gate.needed and gate.optional both name ner"),
+        ({"store": "s3://key:secret@bucket/store"}, "store contains a password"),
+        ({"train": {"launcher": ["srun", "trainer"]}}, "train.launcher must contain {run}"),
+        ({"gate": {"needed": ["ner"], "optional": ["ner"]}}, "gate.needed and gate.optional both contain ner"),
     ],
 )
 def test_contradictory_settings_are_rejected_with_their_remedy(changes: dict[str, Any], message: str) -> None:

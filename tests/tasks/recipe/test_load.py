@@ -40,9 +40,9 @@ def test_recipe_is_merged_over_its_base_section_by_section(tmp_path: Path) -> No
 def test_circular_and_missing_bases_are_named(tmp_path: Path) -> None:
     for name, other in (("a", "b"), ("b", "a"), ("c", "absent")):
         (tmp_path / f"{name}.toml").write_text(f'extends = "{other}.toml"\n')
-    with pytest.raises(FatalError, match=r"a\.toml: extends itself"):
+    with pytest.raises(FatalError, match=r"a\.toml: this recipe extends itself"):
         load_recipe(tmp_path / "a.toml")
-    with pytest.raises(FatalError, match=r"absent\.toml: no such recipe file"):
+    with pytest.raises(FatalError, match=r"absent\.toml: this recipe file does not exist"):
         load_recipe(tmp_path / "c.toml")
 
 

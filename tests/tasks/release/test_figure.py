@@ -70,7 +70,8 @@ def test_every_number_and_every_reason_appears() -> None:
 
 def test_headline_leaves_out_unmeasured_parts() -> None:
     assert headline((STUDENT, TEACHER)) == (
-        "The student keeps 96 % of its teacher's scores, is 2.0 times as fast on a CPU and has 62 % of its parameters."
+        "The student retains 96 % of its teacher's scores, is 2.0 times as fast on a CPU "
+        "and has 62 % of its parameters."
     )
     fast = ModelSummary("student", (), milliseconds={1: 40.0})
     assert headline((fast, TEACHER)) == "The student is 2.0 times as fast on a CPU."
@@ -86,7 +87,7 @@ def test_ratio_to_the_teacher_has_its_interval_and_a_single_run_has_the_interval
     assert half_width(student.set_results[0]) == pytest.approx(0.0196)
     axes = draw_figure("a", (student, CONTROL, TEACHER)).axes[0]
     assert "98 % [96, 99]" in {text.get_text() for text in axes.texts}
-    assert headline((student, CONTROL, TEACHER)).startswith("The student keeps 94 % of its teacher's scores")
+    assert headline((student, CONTROL, TEACHER)).startswith("The student retains 94 % of its teacher's scores")
 
 
 def test_paths_in_reasons_are_removed() -> None:

@@ -94,7 +94,7 @@ def test_ratios_have_an_interval_and_the_control_has_a_column() -> None:
     assert "| heldout, top1 | 46.9 | 50.2 | 45.9 ± 2.0 |  |" in text
     assert "| ner, entity\\_f1 | 87.1 ± 0.6 (3) | 89.2 ± 0.8 (3) | not run | 0.977 (0.961 to 0.990) |" in text
     assert "| parameters, million | 68.1 | 110.7 | 68.1 | 0.62 |" in text
-    assert "It keeps 95.6 % of the scores of its teacher" in text
+    assert "It retains 95.6 % of the scores of its teacher" in text
 
 
 @pytest.mark.parametrize(

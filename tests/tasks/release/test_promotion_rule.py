@@ -85,14 +85,14 @@ def test_missing_set_blocks_a_first_model_too() -> None:
     assert not promotion_verdict((ner(0.9),), [], RULES).promote  # heldout is needed
     assert not promotion_verdict((), [], RULES).promote
     nothing = promotion_verdict((), [], GateSettings(needed=(), optional=("ner",)))
-    assert nothing.reasons == ("not one set was run",)
+    assert nothing.reasons == ("no set was run",)
 
 
 def test_floors_decide_about_a_first_model() -> None:
     rules = RULES.model_copy(update={"floors": {"heldout": 0.4}})
     assert promotion_verdict((heldout(0.4), ner(0.1)), [], rules).promote
     low = promotion_verdict((heldout(0.39), ner(0.9)), [], rules)
-    assert low.reasons == ("heldout is 0.3900, below its floor 0.4; there is no champion yet",)
+    assert low.reasons == ("heldout is 0.3900, below its floor 0.4; no champion exists yet",)
     later = promotion_verdict((heldout(0.39),), [(heldout(0.39),)], rules)
     assert later.promote  # floors apply only if there is nothing to compare with
 

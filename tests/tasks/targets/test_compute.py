@@ -271,7 +271,7 @@ def test_a_flipped_byte_is_detected_on_open(store, parts, capture):
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(FatalError, match=r"targets part-0000: the bytes of .*targets.arrow are not those"):
+    with pytest.raises(FatalError, match=r"targets part-0000: the sha256 of .*targets.arrow differs"):
         open_targets(store, receipt.ref)
 
 
@@ -279,7 +279,7 @@ def test_a_truncated_file_is_detected_on_open(store, parts, capture):
     receipt = make_targets(store, parts[0].blocks_ref(), capture)
     path = store.local(receipt) / TARGETS_FILE
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FatalError, match=r"targets part-0000: .*has another size"):
+    with pytest.raises(FatalError, match=r"targets part-0000: .*its size differs"):
         open_targets(store, receipt.ref)
 
 
@@ -294,7 +294,7 @@ def test_swapped_files_are_detected_even_without_hashes(store, parts, capture):
         path.write_bytes(content)
     with pytest.raises(FatalError, match="targets part-0000"):
         open_targets(store, refs[0])
-    with pytest.raises(FatalError, match=r"targets part-0001: .* was made for another artifact"):
+    with pytest.raises(FatalError, match=r"targets part-0001: .* belongs to a different artifact"):
         read_targets(paths[1], refs[1])
 
 
@@ -302,7 +302,7 @@ def test_a_receipt_of_another_shard_is_detected(store, parts, capture):
     refs = [make_targets(store, part.blocks_ref(), capture).ref for part in parts]
     receipts = {path.name[:64]: path for path in Path(store.root).glob("receipts/targets/*.receipt.json")}
     receipts[refs[0].key].write_bytes(receipts[refs[1].key].read_bytes())
-    with pytest.raises(FatalError, match="this receipt is of targets part-0001, not of part-0000"):
+    with pytest.raises(FatalError, match="this receipt belongs to targets part-0001, not to part-0000"):
         open_targets(store, refs[0])
 
 
@@ -311,7 +311,7 @@ def test_shifted_rows_are_detected_by_their_digests(store, parts, capture, shift
     blocks = parts[0].blocks_ref()
     make_targets(store, blocks, capture)
     forge(store, capture, blocks, blocks, shift_rows=shift)
-    with pytest.raises(FatalError, match="targets part-0000: row 0 was computed from another input"):
+    with pytest.raises(FatalError, match="targets part-0000: row 0 was computed from a different input"):
         check_all_rows(store, capture, blocks)
     with pytest.raises(FatalError, match="targets part-0000: row 0"):
         probe(capture, open_blocks(store, blocks), open_targets(store, ref_of(capture, blocks)), 0)
@@ -332,7 +332,7 @@ def test_another_mask_is_detected_by_the_digests(store, teacher_folder, parts, c
     opened, targets = open_blocks(store, blocks), open_targets(store, ref_of(capture, blocks))
     for other, variant in ((replace(capture, mask=MaskSettings(seed=1)), 0), (capture, 1)):
         rows = np.array([4, 2])
-        with pytest.raises(FatalError, match="targets part-0000: row 4 was computed from another input"):
+        with pytest.raises(FatalError, match="targets part-0000: row 4 was computed from a different input"):
             check_digests(targets, rows, masked_inputs(other, opened, rows, variant).digests)
         with pytest.raises(FatalError, match="targets part-0000: row 0"):
             probe(other, opened, targets, variant)
@@ -370,7 +370,7 @@ def test_another_teacher_fails_the_probe(store, parts, capture):
 def test_targets_that_fail_the_probe_are_not_committed(store, parts, capture, monkeypatch):
     """With a codec that loses too much, the message names the remedy and nothing is committed."""
     far = replace(capture.calibration, std=capture.calibration.std * 1e6)
-    with pytest.raises(FatalError, match=r"part-0000 differ .* take a finer targets.encoding"):
+    with pytest.raises(FatalError, match=r"part-0000 differ .* use a more precise targets.encoding"):
         make_targets(store, parts[0].blocks_ref(), replace(capture, calibration=far))
     assert not store.keys("targets")
 
@@ -403,7 +403,9 @@ def test_a_non_finite_teacher_output_names_shard_and_row(store, teacher_folder, 
         embeddings = capture.teacher.model.base_model.embeddings.word_embeddings
         embeddings.weight = nn.Parameter(embeddings.weight.clone())  # untied from the decoder
         embeddings.weight[token] = torch.inf
-    with pytest.raises(FatalError, match=rf"blocks part-0000, row {first}: the teacher .* gave NaN or infinity"):
+    with pytest.raises(
+        FatalError, match=rf"blocks part-0000, row {first}: the output of the teacher .* is NaN or infinite"
+    ):
         make_targets(store, parts[0].blocks_ref(), capture)
     assert not store.keys("targets")
 
@@ -465,5 +467,5 @@ def test_a_file_with_unknown_metadata_is_refused(store, parts, capture):
         ):
             writer.write_table(table.replace_schema_metadata(metadata))
         store.commit(ref, folder, schema=1, rows=1, tokens=0, settings={}, parents=[])
-    with pytest.raises(FatalError, match="not that of a targets file of this version"):
+    with pytest.raises(FatalError, match="does not have the metadata of a targets file of this version"):
         open_targets(store, ref)

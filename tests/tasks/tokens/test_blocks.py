@@ -211,7 +211,7 @@ def test_a_flipped_byte_is_detected_on_open(store: Store, vocabulary: Vocabulary
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(FatalError, match=r"blocks part-0000: the bytes of .*blocks\.arrow"):
+    with pytest.raises(FatalError, match=r"blocks part-0000: the sha256 of .*blocks\.arrow"):
         open_blocks(store, receipt.ref)
 
 

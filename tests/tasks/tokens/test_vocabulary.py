@@ -113,26 +113,28 @@ def test_a_model_needs_an_embedding_row_for_every_token(shared_data: Path) -> No
     check_vocabulary_fits(vocabulary, 32005, "camembert-base")
     check_vocabulary_fits(vocabulary, 32064, "padded to a multiple of 64")
     for rows in (32004, 50265, 8000):
-        with pytest.raises(FatalError, match=f"32005 pieces but the model other has {rows} rows; set blocks"):
+        with pytest.raises(
+            FatalError, match=f"32005 tokens, but the model other has {rows} embedding rows; set blocks"
+        ):
             check_vocabulary_fits(vocabulary, rows, "other")
 
 
 def test_an_invalid_tokenizer_fails_with_cause_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FatalError, match=r"empty: there is no tokenizer\.json; make one with .*save_pretrained"):
+    with pytest.raises(FatalError, match=r"empty has no tokenizer\.json; create it with .*save_pretrained"):
         load_vocabulary(str(tmp_path / "empty"))
-    with pytest.raises(FatalError, match="no such folder; name a folder"):
+    with pytest.raises(FatalError, match="neither a local folder nor a Hugging Face Hub id; use a folder"):
         load_vocabulary(str(tmp_path / "nowhere"))
-    with pytest.raises(FatalError, match="no such folder"):
+    with pytest.raises(FatalError, match="neither a local folder nor a Hugging Face Hub id"):
         load_vocabulary("")
-    with pytest.raises(FatalError, match="it has no mask_token"):
+    with pytest.raises(FatalError, match="has no mask_token, which a masked language model needs"):
         load_vocabulary(save(tmp_path / "no_mask", word_piece([word for word in BERT if word != "[MASK]"]), {}))
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "tokenizer.json").write_text('{"model": {"type": "Uni')
     with pytest.raises(FatalError, match=r"tokenizer\.json cannot be read"):
         load_vocabulary(str(tmp_path / "cut"))
     (tmp_path / "cut" / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
-    with pytest.raises(FatalError, match="is not a tokenizer"):
+    with pytest.raises(FatalError, match="is not a valid tokenizer file"):
         load_vocabulary(str(tmp_path / "cut"))
 
 
@@ -152,16 +154,16 @@ def test_hub_ids_are_downloaded_and_their_errors_explained(tmp_path: Path, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert load_vocabulary("hub/known", "v1") == load_vocabulary(folder)
-    with pytest.raises(FatalError, match="hub/unknown: there is no such folder here and no such tokenizer on the hub"):
+    with pytest.raises(FatalError, match="tokenizer hub/unknown is neither a local folder nor an accessible"):
         load_vocabulary("hub/unknown")
-    with pytest.raises(RetryableError, match="hub/silent: no such folder here and the hub did not answer"):
+    with pytest.raises(RetryableError, match=r"hub/silent is not a local folder, and .* did not respond"):
         load_vocabulary("hub/silent")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FatalError, match="HF_HUB_OFFLINE"):
         load_vocabulary("hub/silent")
     shutil.rmtree(folder)
     Path(folder).mkdir()
-    with pytest.raises(FatalError, match=r"there is no tokenizer\.json"):
+    with pytest.raises(FatalError, match=r"has no tokenizer\.json"):
         load_vocabulary("hub/known", "v2")
     assert requested[0] == ("hub/known", "v1")
 

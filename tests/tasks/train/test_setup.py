@@ -132,7 +132,7 @@ def test_a_warm_start_without_lm_head_or_changed_since_planning_is_refused(place
     make_teacher(folder)
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "lm_head.dense" not in k}, folder / "model.safetensors")
-    with pytest.raises(FatalError, match=r"^train\.warm_start .* lack lm_head\.dense"):
+    with pytest.raises(FatalError, match=r"^train\.warm_start .* weights of lm_head\.dense"):
         student_of(run_of(place, train={"warm_start": str(folder)}))
     with pytest.raises(FatalError, match="changed since this run was planned"):
         student_of(run_of(place, start="0" * 64, train={"warm_start": str(place / "other")}))

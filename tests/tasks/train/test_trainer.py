@@ -307,7 +307,7 @@ def test_a_full_gpu_is_one_sentence_that_names_the_setting(
     run = run_of(place, tmp_path, micro_rows=3)
     assert main([str(write_run(run))]) == 1
     message = capsys.readouterr().err
-    assert "full with 3 blocks of 32 tokens in one forward; lower train.micro_rows" in message
+    assert "3 blocks of 32 tokens in one forward pass exceed the memory of the GPU; lower train.micro_rows" in message
     assert "Second line" not in message
 
 

@@ -54,7 +54,7 @@ def test_review_without_text_or_rating_is_dropped(broken):
 
 @pytest.mark.parametrize("rating", ["6.0", "0", "-1", "cinq", "nan"])
 def test_invalid_rating_fails_with_its_file_and_review(rating):
-    with pytest.raises(FatalError, match=r"x/train\.review, review 2: rating is '.*', not 1 to 5"):
+    with pytest.raises(FatalError, match=r"x/train\.review, review 2: the rating '.*' is not between 1 and 5"):
         parsed(review(), review(rating=rating))
 
 
@@ -70,7 +70,7 @@ def test_encodings():
     assert [row.first for row in parsed(text, text, join="\r\n\r\n", first="<items>\r\n")] == ["L'œuvre à l'été."] * 2
     declared = '<?xml version="1.0" encoding="ISO-8859-15"?>\n'
     assert parsed(text, first=declared, encoding="iso-8859-15")[0].first == "L'œuvre à l'été."
-    with pytest.raises(FatalError, match=r"x/train\.review: byte \d+ is not utf-8"):
+    with pytest.raises(FatalError, match=r"x/train\.review: byte \d+ is not valid utf-8"):
         parsed(text, encoding="iso-8859-15")
     with pytest.raises(FatalError, match="unknown encoding klingon"):
         parsed(text, first='<?xml version="1.0" encoding="klingon"?>\n')
@@ -78,7 +78,7 @@ def test_encodings():
 
 @pytest.mark.parametrize("data", [b"", b"<items>\n", b"<html>\n\n<p>404</p>\n"])
 def test_file_without_reviews_fails(data):
-    with pytest.raises(FatalError, match=r"x/train\.review: holds no review"):
+    with pytest.raises(FatalError, match=r"x/train\.review: contains no review"):
         list(parse_reviews(data, "books", "x/train.review"))
 
 

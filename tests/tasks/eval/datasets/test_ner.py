@@ -100,9 +100,9 @@ def test_fingerprint_depends_on_the_content(tmp_path):
         ({"ner_tags": None}, "column ner_tags should be a list of integers but is missing"),
         ({"tokens": ["a b", "c d"]}, "column tokens should be a list of text but is string"),
         ({"ner_tags": [["O", "LOC", "O"]] * 2}, "column ner_tags should be a list of integers"),
-        ({"ner_tags": [[0, 1, 0], [0, 7, 0]]}, r"row 1: ner_tags has \[0, 7\] but only 0 to 4"),
+        ({"ner_tags": [[0, 1, 0], [0, 7, 0]]}, r"row 1: ner_tags contains \[0, 7\], but only 0 to 4"),
         ({"ner_tags": [[0, 1, 0], [0, 1]]}, "row 1: tokens and ner_tags differ in length"),
-        ({"ner_tags": [[0, 1, 0], [0, None, 0]]}, "row 1: ner_tags has"),
+        ({"ner_tags": [[0, 1, 0], [0, None, 0]]}, "row 1: ner_tags contains"),
         ({"tokens": [["Phrase", "A", "."], ["Phrase", None, "."]]}, "row 1: tokens and ner_tags"),
     ],
 )
@@ -144,7 +144,7 @@ def test_missing_or_broken_files_fail(tmp_path):
 def test_two_sets_in_one_folder_fail(tmp_path):
     write_set(tmp_path / "fr", [A], [B])
     write_set(tmp_path / "en", [C], [D])
-    with pytest.raises(FatalError, match="holds several sets"):
+    with pytest.raises(FatalError, match="contains several data sets"):
         load_ner(str(tmp_path))
 
 

@@ -56,7 +56,7 @@ def test_empty_text_in_xnli_fails(tmp_path):
         ({"label": None}, "column label should be integers but is missing"),
         ({"label": ["0", "1", "2"]}, "column label should be integers but is string"),
         ({"premise": None}, "column premise should be text but is missing"),
-        ({"label": [0, 1, 3]}, "row 2: label is 3 but only 0 to 2"),
+        ({"label": [0, 1, 3]}, "row 2: label is 3, but only 0 to 2"),
         ({"label": [0, -1, 2]}, "row 1: label is -1"),
         ({"label": [0, 1, None]}, "row 2: label is None"),
         ({"label": [0, 0, 2]}, r"no train row of xnli has label 1 \(neutral\)"),
@@ -78,7 +78,7 @@ def test_label_names_in_the_file_must_match(tmp_path):
         if fits:
             assert load(folder).train
         else:
-            with pytest.raises(FatalError, match="renumber it"):
+            with pytest.raises(FatalError, match="renumber the column label"):
                 load(folder)
 
 
