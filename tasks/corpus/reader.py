@@ -10,7 +10,7 @@ The schema is detected from the data:
     oscar-21.09     text, a blank line between documents            oscar-23.01  {content, metadata{harmful_pp, ...}}
     jsonl           {text} or {content}                             parquet      the same fields as columns
 
-Plain text has no magic bytes, so a file is treated as text if its name contains `.txt`; paragraphs.py detects how its
+Plain text has no magic bytes, so a file is treated as text if its name contains `.txt`; text_layout.py detects how its
 documents are separated. Each unreadable line is counted and quarantined, up to the limit in filters.py.
 """
 
@@ -25,9 +25,9 @@ from storage.errors import FatalError
 from tasks.corpus.document import FIELDS, Document, labels_of, unknown_schema_error
 from tasks.corpus.filters import long_document_reason, long_line_reason, utf8_reason
 from tasks.corpus.lines import LongLine, chunks_of, split_lines
-from tasks.corpus.paragraphs import detect_layout, reject_paragraphs
 from tasks.corpus.parquet import read_parquet
 from tasks.corpus.quarantine import EXCERPT_CHARS, DocumentCounts
+from tasks.corpus.text_layout import detect_layout, reject_paragraphs
 from tasks.recipe.config import CorpusSettings
 
 _UNSUPPORTED_MAGIC = {

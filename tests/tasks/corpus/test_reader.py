@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from storage.errors import FatalError
-from tasks.corpus import paragraphs
+from tasks.corpus import text_layout
 from tasks.corpus.document import Document, Labels
 from tasks.corpus.filters import EARLY_STOP_MARGIN
 from tasks.corpus.quarantine import DocumentCounts
@@ -110,7 +110,7 @@ def test_long_first_document_does_not_hide_later_blank_lines(corpus: Any, read: 
 def test_text_that_changes_its_layout_fails_unless_the_recipe_sets_one(
     corpus: Any, read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paragraphs, "SAMPLE_BYTES", 100_000)
+    monkeypatch.setattr(text_layout, "SAMPLE_BYTES", 100_000)
     first = "".join(f"Phrase {i} du premier texte.\n" for i in range(5000))
     path = corpus.write("fr_part_1.txt.gz", f"{first}\n{two_lines_each(3000)}".encode())
     with pytest.raises(
@@ -128,7 +128,7 @@ def test_scattered_blank_lines_do_not_contradict_the_layout(
     corpus: Any, read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One blank line in 150 lines, and dozens in one place."""
-    monkeypatch.setattr(paragraphs, "SAMPLE_BYTES", 100_000)
+    monkeypatch.setattr(text_layout, "SAMPLE_BYTES", 100_000)
     lines = [f"Ligne {i}." if i % 150 else "" for i in range(60_000)]
     lines[30_001:30_061:2] = [""] * 30
     lines += [""] * 500
