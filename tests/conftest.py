@@ -1,6 +1,7 @@
 """Fixtures that the tests of all packages share, how tests are grouped onto workers, and how results are recorded."""
 
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             results[report.nodeid.split("::")[0]][outcome] += 1
     for file, counts in results.items():
         reliability.record(file, counts)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mlflow_of_this_file() -> Iterator[None]:
+    """Unsets after each file the tracking URI that it set: MLFLOW_* and MLflow's own memory of it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]
+    if mlflow := sys.modules.get("mlflow"):
+        mlflow.set_tracking_uri(before.get("MLFLOW_TRACKING_URI"))
+    os.environ.update(before)
 
 
 @pytest.fixture
