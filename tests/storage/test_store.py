@@ -3,7 +3,6 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,14 +15,9 @@ from storage.errors import FatalError, RetryableError
 from storage.lease import Lease, leased_artifacts
 from storage.store import Store
 from tests.harness.artifacts import data_path, put, ref_of
+from tests.harness.stores import store
 
-
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "local":
-        yield Store(tmp_path / "store")
-    else:
-        yield Store(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
+__all__ = ["store"]
 
 
 def test_a_committed_artifact_reads_back(store: Store) -> None:

@@ -3,8 +3,6 @@
 import errno
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,9 @@ from storage.garbage_collection import gc
 from storage.store import Store
 from storage.verify import verify
 from tests.harness.artifacts import data_path, put, ref_of
+from tests.harness.stores import store
 
-
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "local":
-        yield Store(tmp_path / "store")
-    else:
-        yield Store(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
+__all__ = ["store"]
 
 
 def test_verify_reads_the_store_and_not_the_cache(store: Store) -> None:

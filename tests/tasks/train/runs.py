@@ -15,6 +15,7 @@ from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tasks.recipe.run_json import RunSpec, make_run, write_run
 from tasks.train.metrics import read_metrics
+from tests.harness.recipe_values import TINY
 from tests.harness.tiny import make_parts
 
 REPO = Path(__file__).resolve().parents[3]
@@ -31,18 +32,7 @@ def recipe_of(place: Path, home: Path, **train: object) -> Recipe:
         "blocks": {"length": 32},
         "targets": {"source": "online"},
         "student": {"layers": 2, "dropout": 0.1},
-        "train": {
-            "batch_rows": 6,
-            "max_steps": STEPS,
-            "lr": 1e-3,
-            "checkpoint_steps": 4,
-            "validate_steps": 10,
-            "validate_rows": 8,
-            "log_steps": 1,
-            "threads": 1,
-            "device": "cpu",
-        }
-        | train,
+        "train": TINY["train"] | {"max_steps": STEPS} | train,
     }
     return make_recipe(values, "test")
 
