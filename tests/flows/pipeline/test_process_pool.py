@@ -5,7 +5,6 @@ In a flow only transient errors are retried.
 
 import gzip
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -24,21 +23,8 @@ from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
 from tasks.recipe.config import CorpusSettings, RunSettings
+from tests.harness.jobs import attempts, counted, die, hang, refuse, reset_at_first
 from tests.harness.tiny import write_oscar
-
-
-def refuse(file: str) -> None:
-    raise FatalError("line 7 is not JSON", file, 7)
-
-
-def hang(note: str) -> None:
-    Path(note).write_text(str(os.getpid()))
-    while True:
-        time.sleep(1)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_alive(pid: int) -> bool:
@@ -97,24 +83,6 @@ def test_a_thread_that_waits_for_a_worker_of_a_stopped_pool_gets_an_error(tmp_pa
 # ---- through a flow ----------------------------------------------------------------------------------------
 
 
-def noted(note: Path, fn: Callable[..., Any], *arguments: Any, force: bool = False) -> None:
-    """Calls `fn` in a worker process and leaves a line for each attempt."""
-    with note.open("a") as file:
-        file.write("tried\n")
-    fn(*arguments)
-
-
-def attempts(note: Path) -> int:
-    return len(note.read_text().splitlines())
-
-
-def reset_at_first(store: Store, note: Path) -> None:
-    """A store behind a network that resets the first connection."""
-    with store.translate_errors():
-        if attempts(note) == 1:
-            raise ConnectionResetError("connection reset by peer")
-
-
 @pytest.mark.usefixtures("prefect_api")
 def test_a_network_fault_is_retried_and_a_truncated_or_hung_source_is_not(tmp_path: Path) -> None:
     write_oscar(tmp_path / "corpus", parts=2)
@@ -132,7 +100,7 @@ def test_a_network_fault_is_retried_and_a_truncated_or_hung_source_is_not(tmp_pa
         with workers(run) as pool:
 
             def job(name: str, timeout: float, fn: Callable[..., Any], *arguments: Any) -> Job:
-                return Job("source", name, None, partial(pool.call, timeout, noted, notes[name], fn, *arguments))
+                return Job("source", name, None, partial(pool.call, timeout, counted, notes[name], fn, *arguments))
 
             jobs = [
                 job("whole", 120, shard_source, store, good, corpus),
