@@ -129,7 +129,7 @@ def watch(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example:  distil verify deployments/pilot.toml")
 def verify(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Hash every file of the store, withdraw damaged artifacts, and list the recipe's missing artifacts."""
+    """Hash every file of the store, mark damaged artifacts as missing, and list the recipe's missing artifacts."""
     loaded = _recipe(recipe, overrides)
     from flows.home import open_workspace
     from flows.verify import verify_store
@@ -207,8 +207,8 @@ def score(
 ) -> None:
     """Score masked language models and the recipe's teacher side by side.
 
-    Reports held-out text, fill-mask, size, latency and, with a protocol, fine-tuned data sets, in one table with
-    confidence intervals.
+    Reports held-out scores, fill-mask answers, size, latency and, with a protocol, scores after fine-tuning, in one
+    table with confidence intervals.
     """
     recipes, overrides, models = _split_arguments(arguments)
     if not models or len(recipes) > 1:

@@ -95,7 +95,7 @@ def _refuse_gaps(prepared: Prepared) -> None:
     if lacking and prepared.workspace.recipe.targets.on_missing == "compute":
         first = lacking[0]
         raise FatalError(
-            f"{len(lacking)} artifacts are missing although no job failed, the first is {first.kind} {first.label}; "
+            f"{len(lacking)} artifacts are missing although no job failed (the first is {first.kind} {first.label}); "
             "run `distil verify`, then `distil retry`"
         )
 

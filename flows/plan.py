@@ -1,4 +1,6 @@
-"""Computes the forecast of `distil plan` from a measured sample and timings. Starts no server.
+"""Forecasts the time, storage and cost that `distil plan` prints, from a measured sample and timings.
+
+Needs no Prefect or MLflow server.
 
 forecast = forecast_of(recipe, sample_bytes=4_000_000, prices=Prices())
 show_forecast(recipe, forecast)         # flows/views/forecast.py

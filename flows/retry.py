@@ -42,8 +42,8 @@ def run_retry(
     prepared = prepare_corpus(open_workspace(recipe), selection)
     if shard and not prepared.stages and not selection.named(prepared.workspace.lineage):
         raise FatalError(
-            f"shard {shard!r} does not exist in {selection.stage or 'any stage'} of {recipe.name}; `distil status` "
-            "lists missing and failed shards"
+            f"{recipe.name} has no shard named {shard!r} in {selection.stage or 'any stage'}; use a label that "
+            "`distil status` lists as missing or failed"
         )
     lacking = [
         ref

@@ -48,13 +48,13 @@ def _raise_if_incomplete(faults: Sequence[Fault], lacking: Sequence[tuple[str, s
         # `distil retry` makes artifacts up to the targets; only `distil run` trains.
         verb = "run" if all(kind == "model" for kind, _ in lacking) and not withdrawn else "retry"
         raise DistilError(
-            f"{withdrawn} artifacts damaged and withdrawn, {len(lacking)} missing; make them again with "
-            f"`distil {verb} {command}`"
+            f"artifacts damaged: {withdrawn} (now marked as missing), already missing: {len(lacking)}; "
+            f"make them again with `distil {verb} {command}`"
         )
     if stuck := sum(fault.what == "damaged" and not fault.withdrawn for fault in faults):
         raise DistilError(
-            f"{stuck} damaged artifacts could not be withdrawn; grant write access to the store, then run "
-            "`distil verify` again"
+            f"{stuck} damaged artifacts, listed above, could not be marked as missing; grant write access to "
+            "the store, then run `distil verify` again"
         )
     if unread:
         raise DistilError(f"{unread} of the files could not be read, so they may be damaged")

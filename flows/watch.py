@@ -221,7 +221,9 @@ def _start(recipe: Recipe, key: str) -> FlowRun:
         raise FatalError(f"the Prefect server has no deployment {name}; run `distil deploy` first", name) from error
     except HTTPStatusError as error:
         if error.response.is_server_error:
-            raise RetryableError(f"the Prefect server could not start {name}: {error}", name) from error
+            raise RetryableError(
+                f"the Prefect server could not start {name} ({error}); try again, or read the server's log", name
+            ) from error
         raise FatalError(
             f"the deployment {name} does not accept this recipe; run `distil deploy` again ({error})", name
         ) from error

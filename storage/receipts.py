@@ -33,7 +33,7 @@ class Receipts(Files):
         """Returns the receipt of `ref`. Raises FatalError if it does not exist, and the errors of `find_receipt`."""
         receipt = self.find_receipt(ref)
         if receipt is None:
-            raise FatalError(f"{ref.kind} {ref.label} is not in the store {self.root}; run `distil retry`")
+            raise FatalError(f"{ref.kind} {ref.label} is not in the store {self.root}; run `distil run` to make it")
         return receipt
 
     def find_receipt(self, ref: Ref) -> Receipt | None:

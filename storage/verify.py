@@ -63,7 +63,7 @@ def _withdraw(store: Store, fault: Fault, receipt: Receipt | None) -> Fault | No
         withdrawn = True
         store.fail(fault.ref, DamagedError(fault.reason))
     except DistilError as error:
-        what = "the reason could not be recorded" if withdrawn else "it could not be withdrawn"
+        what = "the reason could not be recorded" if withdrawn else "it could not be marked as missing"
         return replace(fault, reason=f"{fault.reason}; {what}: {error}", withdrawn=withdrawn)
     return fault
 

@@ -64,7 +64,7 @@ class Lineage:
         return tuple((self.blocks or {})[shard] for shard in self.heldout_shards)
 
     def stages(self) -> dict[str, tuple[Ref, ...]]:
-        """Returns all known artifacts by stage, in the order of the pipeline."""
+        """Returns the artifacts of the recipe whose keys are known, by stage, in the order of the pipeline."""
         return {
             "source": tuple(ref for _, ref in self.sources if ref),
             "shard": (*self.shards, *self.heldout_shards),

@@ -74,7 +74,7 @@ def count_jobs(workspace: Workspace) -> Iterator[Job]:
 
 
 def calibration_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
-    """Yields one job for the teacher's channel statistics over the sample if the target encoding needs them."""
+    """Yields the job that computes the teacher's channel statistics on sample blocks, if the encoding needs them."""
     lineage = workspace.lineage
     if lineage.calibration:
         opened = _capture_opener(workspace, None, pool)

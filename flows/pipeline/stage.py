@@ -36,7 +36,10 @@ _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact, made by `work(force=force)`. `ref` is None for a source whose content is not hashed yet."""
+    """Makes one artifact by calling `work(force=force)`; `force` makes it again even if it exists.
+
+    `ref` is None for a source whose content is not hashed yet.
+    """
 
     stage: str
     label: str

@@ -114,7 +114,7 @@ def verbose_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def prefect_server(home: str, port: int) -> Service:
-    """Starts a Prefect server with a SQLite database below `home`, or that of PREFECT_API_DATABASE_CONNECTION_URL."""
+    """Starts a Prefect server with the database of PREFECT_API_DATABASE_CONNECTION_URL, or with SQLite below `home`."""
     url = f"http://{LOOPBACK}:{port}/api"
     folder = Path(home)
     fixed = {"PREFECT_SERVER_UI_API_URL": url, "PREFECT_UI_STATIC_DIRECTORY": str(folder / "prefect" / "ui")}

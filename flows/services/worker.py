@@ -64,7 +64,7 @@ async def _stop_flows() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Marks stale runs of an earlier worker of the same name, which would block their queue, then serves the pool."""
+    """Serves the pool. First ends the stale runs of an earlier worker of this name, which would block their queue."""
     pool, *options = arguments
     with get_client(sync_client=True) as client:
         for run in mark_stale_runs(client):

@@ -177,12 +177,14 @@ class ModelRegistry:
         """
         before = self.champion(version.name)
         if before != expected:
-            raise RetryableError(f"another process changed the champion of {version.name} while the gate decided")
+            raise RetryableError(
+                f"another process changed the champion of {version.name} during the gate's decision; try again"
+            )
         if before and before != version and CHAMPION_SINCE not in before.tags:
             self.tag_version(before, {CHAMPION_SINCE: when})  # a user set the alias in MLflow
         self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
         if self.champion(version.name) != version:
-            raise RetryableError(f"another process changed the champion of {version.name} at the same time")
+            raise RetryableError(f"another process changed the champion of {version.name} at the same time; try again")
         self.tag_version(version, {CHAMPION_SINCE: when})
 
     def _aliases(self, name: str) -> dict[str, str]:

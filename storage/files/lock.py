@@ -80,7 +80,7 @@ def try_acquire(path: Path, *, create: bool = True) -> FileLock | None:
 
 
 def _lock_once(path: Path, flags: int, operation: int) -> FileLock | None:
-    """Opens and locks the file. Returns None if it was deleted or replaced meanwhile; such a lock has no effect."""
+    """Opens and locks the file. Returns None if it was deleted or replaced meanwhile: its lock would do nothing."""
     if flags & os.O_CREAT:
         path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | flags, 0o666)

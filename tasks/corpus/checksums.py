@@ -53,7 +53,9 @@ def parse_checksums(text: str, file: str) -> dict[str, str]:
         match = _CHECKSUM_LINE.fullmatch(line)
         if match is None:
             raise FatalError(
-                f"{file}, line {number}: not `sha256 name` but {line[:80]!r}; correct or remove this line", file, number
+                f"{file}, line {number}: expected `sha256 name`, found {line[:80]!r}; correct or remove it",
+                file,
+                number,
             )
         name, digest = match["name"].removeprefix("./"), match["hash"].lower()
         parts = name.split("/")

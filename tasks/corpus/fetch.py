@@ -88,7 +88,9 @@ def _copy(source: Source, folder: Path) -> tuple[Path, str]:
                 )
     if path.stat().st_size != source.size:
         received = path.stat().st_size
-        raise RetryableError(f"only {received:,} of {source.size:,} bytes of {source.name} were received", source.name)
+        raise RetryableError(
+            f"only {received:,} of {source.size:,} bytes of {source.name} were received; try again", source.name
+        )
     return path, digest.hexdigest()
 
 

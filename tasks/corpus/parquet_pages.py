@@ -58,7 +58,8 @@ def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO,
 
     Reads the page headers of `columns` and their nested columns in one row group. Errors cite the file as `name`.
 
-    Raises FatalError if a page has more than MAX_PAGE_BYTES bytes or MAX_PAGE_VALUES values, or a header is damaged.
+    Raises FatalError if a page has more than MAX_PAGE_BYTES bytes, a page of a list column more than MAX_PAGE_VALUES
+    values, or a header is damaged.
     """
     largest = 1
     for number, chunk in enumerate(group):
@@ -77,7 +78,7 @@ def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO,
 
 
 def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]:
-    """Yields the unpacked bytes and the number of values of each page of a column chunk, from the page headers."""
+    """Yields the unpacked size in bytes and the number of values of each page of a chunk, from the page headers."""
     values, length, at = (chunk.get(field) for field in (NUM_VALUES, TOTAL_COMPRESSED_SIZE, DATA_PAGE_OFFSET))
     dictionary = chunk.get(DICTIONARY_PAGE_OFFSET)
     if not (isinstance(values, int) and isinstance(length, int) and isinstance(at, int)):

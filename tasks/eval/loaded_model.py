@@ -46,7 +46,7 @@ def load_model(
             tokenizer = exact_tokenizer(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
-        message = f"{folder}: not a masked language model with its tokenizer ({first_line}); use a saved model's folder"
+        message = f"{folder} has no masked language model with its tokenizer ({first_line}); use a saved model's folder"
         raise FatalError(message, str(folder)) from error
     if tokenizer.mask_token_id is None:
         raise FatalError(f"{folder}: the tokenizer has no mask token; use a masked language model", str(folder))

@@ -71,7 +71,7 @@ class SetPlan(Section):
 
 
 class Protocol(Section):
-    """A complete fine-tuning protocol."""
+    """All settings of an evaluation by fine-tuning: the sets, the seeds and the hyperparameters."""
 
     name: str = Field(
         max_length=100, pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Short name, shown next to the figures"

@@ -133,7 +133,7 @@ def subword_labels(sentence: Sentence, word_ids: Sequence[int | None], labelled:
 
 
 def _cut_words(sentences: Sequence[Sentence], encoded: Sequence[Encoded], limit: int) -> int:
-    """Counts the words that were truncated, in the inputs of exactly `limit` sub-words."""
+    """Counts the words that truncation removed. Only an input of exactly `limit` sub-words can lack words."""
     cut = 0
     for sentence, one in zip(sentences, encoded, strict=True):
         if len(one.word_ids) == limit:

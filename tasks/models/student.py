@@ -50,8 +50,8 @@ def layer_choice(teacher_layers: int, student_layers: int, explicit: Sequence[in
     chosen = list(explicit)
     if chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= teacher_layers:
         raise FatalError(
-            f"student.choice = {chosen} is not a choice of teacher layers; list layers from 0 to {teacher_layers - 1}, "
-            "each once and in ascending order"
+            f"student.choice = {chosen} is not a valid list of teacher layers; list layers from 0 to "
+            f"{teacher_layers - 1}, each once and in ascending order"
         )
     if len(chosen) != student_layers:
         raise FatalError(

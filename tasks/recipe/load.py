@@ -42,7 +42,9 @@ def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str,
     """Returns the values of a file merged over those of the recipe that it extends, and the folders of both files."""
     values = read_toml(path, "recipe")  # before resolve(), which fails for unreadable paths
     if path.resolve() in extending:
-        raise FatalError(f"{path}: this recipe extends itself; set extends to a different recipe", str(path))
+        raise FatalError(
+            f"{path}: this recipe extends itself, directly or through another one; correct extends", str(path)
+        )
     base, folder = values.pop("extends", ""), path.parent.resolve()
     if not base:
         return values, [folder]

@@ -265,7 +265,7 @@ def read_run(path: str) -> RunSpec:
     try:
         return RunSpec.model_validate_json(Path(path).read_bytes())
     except OSError as error:
-        raise FatalError(f"{path}: cannot be read ({error}); pass the path of a run.json file", path) from error
+        raise FatalError(f"{path} cannot be read ({error}); pass the path of a run.json file", path) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -171,8 +171,11 @@ def make_codec(targets: TargetSettings, width: int, calibration: Calibration | N
     if not needs_calibration(targets):
         return Codec(name, width, vocab_size, min(targets.top_k, vocab_size) if name == "topk" else 0)
     if calibration is None or len(calibration.mean) != width:
-        found = "none was passed" if calibration is None else f"the one passed has {len(calibration.mean)}"
-        raise FatalError(f"targets.encoding = {name} needs a calibration of {width} channels, but {found}")
+        found = "there is none" if calibration is None else f"it has {len(calibration.mean)}"
+        raise FatalError(
+            f"targets.encoding = {name} needs a calibration of {width} channels, but {found}; run `distil retry` with "
+            "--stage calibration --force"
+        )
     return Codec(name, width, vocab_size, calibration=calibration)
 
 

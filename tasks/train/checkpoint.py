@@ -151,7 +151,7 @@ def load_best_weights(store: Store, run: RunSpec, model: nn.Module, progress: Tr
         store.fail(ref, error)
         raise RetryableError(
             f"run {run.name}: the checkpoint of step {progress.best_step}, which has the lowest held-out loss, is "
-            f"damaged and was withdrawn; start the run again to repeat the lost steps ({error})"
+            f"damaged and is now marked as missing; start the run again to repeat the lost steps ({error})"
         ) from error
 
 

@@ -30,11 +30,11 @@ class Work(NamedTuple):
         return tokens * self.token + positions * self.position
 
     def times(self, factor: float) -> "Work":
-        """Returns the work multiplied by a factor."""
+        """Returns the FLOP multiplied by a factor."""
         return Work(factor * self.token, factor * self.position)
 
     def plus(self, other: "Work") -> "Work":
-        """Returns the sum of both works."""
+        """Returns the sum of both FLOP counts, field by field."""
         return Work(self.token + other.token, self.position + other.position)
 
 

@@ -129,7 +129,7 @@ def test_a_killed_node_costs_only_what_was_in_flight_there(
     again = [run for run in runs if run.run_count > 1]
     assert len(again) <= SLOTS
     assert (
-        "0 artifacts damaged and withdrawn, 1 missing" in ray.distil("verify", server=server).err
+        "artifacts damaged: 0 (now marked as missing), already missing: 1" in ray.distil("verify", server=server).err
     )  # the model, which `prepare` does not make
     assert here.distil("prepare", server=server).status == 0
     mine, theirs = (by_label(place.receipts(*KINDS)) for place in (ray, here))

@@ -37,7 +37,7 @@ def test_lost_and_damaged_targets_are_named_and_only_they_are_rebuilt(
 
     flip_a_byte(store.local(damaged) / TARGETS_FILE)
     checked = shell("verify", place.recipe)
-    assert "2 artifacts damaged and withdrawn, 1 missing" in refusal(checked)
+    assert "artifacts damaged: 2 (now marked as missing), already missing: 1" in refusal(checked)
     assert lines_of(checked.out, "missing") == [f"targets {without_receipt.label}"]
     named = [line.split(":")[0] for line in lines_of(checked.out, "damaged")]
     assert sorted(named) == sorted(f"targets {one.label}" for one in (without_data, damaged))

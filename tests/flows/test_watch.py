@@ -237,5 +237,7 @@ def test_a_missing_folder_fails_with_its_name(place: Place, tmp_path: Path) -> N
 def test_half_a_checksum_file_is_a_copy_in_progress_until_it_stays_half(place: Place, tmp_path: Path) -> None:
     corpus = write_oscar(tmp_path / "corpus", parts=1)
     (corpus / "fr_sha256.txt").write_text("0123456789abc")
-    assert "corpus is not complete yet: fr_sha256.txt, line 1: not `sha256 name`" in tick(place(settle_seconds=3600))
+    assert "corpus is not complete yet: fr_sha256.txt, line 1: expected `sha256 name`" in tick(
+        place(settle_seconds=3600)
+    )
     assert tick(place(settle_seconds=0), ends="FAILED").startswith("fr_sha256.txt, line 1")

@@ -124,7 +124,7 @@ def test_verify_names_what_it_cannot_withdraw(store: Store, script: Script) -> N
     script.add("remove", "*", forbidden, times=ALWAYS)
     faults = verify(store)
     assert [(fault.what, fault.withdrawn) for fault in faults] == [("damaged", False)] * 2
-    assert all("could not be withdrawn: the store" in fault.reason for fault in faults)
+    assert all("could not be marked as missing: the store" in fault.reason for fault in faults)
     assert store.missing([ref_of("a"), ref_of("b")]) == []
 
 

@@ -115,10 +115,12 @@ def _decode(data: bytes, file: str) -> str:
     try:
         return data.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
     except LookupError as error:
-        raise FatalError(f"{file}: unknown encoding {encoding} in its first line; correct the line", file) from error
+        raise FatalError(
+            f"{file}: the first line declares an unknown encoding, {encoding}; correct it", file
+        ) from error
     except UnicodeDecodeError as error:
         raise FatalError(
-            f"{file}: byte {error.start} is not valid {encoding}; convert the file to UTF-8 or declare its encoding in "
-            "the first line",
+            f"{file} is not valid {encoding} at byte offset {error.start}; convert the file to UTF-8, or declare its "
+            'encoding in the first line, as in <?xml version="1.0" encoding="ISO-8859-1"?>',
             file,
         ) from error

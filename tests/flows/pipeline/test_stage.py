@@ -142,14 +142,12 @@ def test_a_task_run_that_prefect_abandons_is_a_failure_and_the_stage_continues(t
 def test_an_interrupted_run_starts_no_further_job(tmp_path: Path) -> None:
     store = Store(tmp_path)
     begun: list[str] = []
-    stopped = threading.Event()
 
     def work(label: str, *, force: bool) -> None:
         begun.append(label)
         if label == "1":
-            stopped.set()
             signal.raise_signal(signal.SIGTERM)  # runs the handler in the main thread, which waits in run_stage
-        while stopped.is_set():
+        while True:  # no job ends before the run is stopped, so the window is full
             raise_if_stopped()
             time.sleep(0.01)
 
@@ -157,10 +155,11 @@ def test_an_interrupted_run_starts_no_further_job(tmp_path: Path) -> None:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         with pytest.raises(KeyboardInterrupt):
-            in_a_flow(jobs, store)
+            in_a_flow(jobs, store, window=2)
     finally:
         signal.signal(signal.SIGTERM, previous)
-    assert 2 <= len(begun) <= 4
+    assert "1" in begun
+    assert len(begun) <= 2
     assert store.failures("blocks") == []
 
 

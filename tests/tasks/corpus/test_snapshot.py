@@ -156,7 +156,7 @@ def test_checksum_names_outside_the_folder_fail(name: str) -> None:
     "line", ["hello", HASH, HASH[1:] + " a", "g" * 64 + " a", f"SHA256 (a) = {HASH}", HASH + "   "]
 )
 def test_malformed_checksum_lines_fail(line: str) -> None:
-    with pytest.raises(FatalError, match="x, line 1: not `sha256 name`"):
+    with pytest.raises(FatalError, match="x, line 1: expected `sha256 name`"):
         parse_checksums(line, "x")
 
 

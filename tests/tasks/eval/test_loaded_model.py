@@ -9,5 +9,5 @@ from tasks.eval.loaded_model import load_model
 def test_folder_without_a_model_fails(tmp_path):
     with pytest.raises(FatalError, match="no such model folder"):
         load_model(tmp_path / "absent")
-    with pytest.raises(FatalError, match="not a masked language model"):
+    with pytest.raises(FatalError, match="has no masked language model"):
         load_model(tmp_path)

@@ -116,7 +116,9 @@ def test_a_damaged_best_checkpoint_is_trained_again(place: Path, tmp_path: Path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "_save_result", damage_then_save)
-        with pytest.raises(RetryableError, match=f"checkpoint of step {BEST}, .* is damaged and was withdrawn"):
+        with pytest.raises(
+            RetryableError, match=f"checkpoint of step {BEST}, .* is damaged and is now marked as missing"
+        ):
             train_here(run)
     assert train_here(run)
     assert same(weights_of(run), weights_of(undamaged))
