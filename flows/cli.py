@@ -51,7 +51,7 @@ def demo(overrides: Overrides = None) -> None:
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the pipeline: shards, blocks, targets, training, registration and scores. Existing artifacts are reused."""
     loaded = _recipe(recipe, overrides)
-    from flows.local_run import run_chain_unless_done
+    from flows.pipeline.local_run import run_chain_unless_done
 
     run_chain_unless_done(loaded, _command_line(recipe, overrides))
 
@@ -282,7 +282,7 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], li
 
 
 def _run_flow(recipe: "Recipe", module: str, flow: str, **arguments: Any) -> None:
-    from flows.local_run import run_flow
+    from flows.pipeline.local_run import run_flow
 
     run_flow(recipe, module, flow, **arguments)
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.hard import reliability
-from tests.harness.postgres import postgres
-from tests.harness.s3 import s3
+from tests.harness.servers.postgres import postgres
+from tests.harness.servers.s3 import s3
 
 __all__ = ["postgres", "s3"]
 

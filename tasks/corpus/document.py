@@ -3,7 +3,7 @@
     labels = labels_of(record.get("metadata"))
     document = Document(text.encode(), len(text), line_number, labels)
 
-tasks/corpus/reader.py and tasks/corpus/parquet.py create documents; tasks/corpus/filters.py filters them.
+tasks/corpus/reader.py and tasks/corpus/formats/parquet.py create documents; tasks/corpus/filters.py filters them.
 """
 
 from typing import NamedTuple

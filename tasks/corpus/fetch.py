@@ -13,7 +13,7 @@ from pathlib import Path
 from storage.errors import FatalError, RetryableError
 from storage.files.filesystem import open_url, translate_errors
 from storage.fingerprint import CHUNK, sha256_file
-from tasks.corpus.lines import reading_error
+from tasks.corpus.formats.lines import reading_error
 from tasks.corpus.snapshot import Source
 
 

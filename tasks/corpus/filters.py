@@ -22,7 +22,7 @@ The rules apply in this order. The last column is the key under which the receip
 
 Quarantined lines are written to quarantine.jsonl next to the receipt (tasks/corpus/quarantine.py). Lines that break the
 format (not JSON, no text field) are quarantined by their reader. The checks that reject a complete source are in
-tasks/corpus/fetch.py (checksum) and tasks/corpus/lines.py (unpacked size).
+tasks/corpus/fetch.py (checksum) and tasks/corpus/formats/lines.py (unpacked size).
 """
 
 from tasks.corpus.document import Document

@@ -24,10 +24,10 @@ import orjson
 from storage.errors import FatalError
 from tasks.corpus.document import FIELDS, Document, labels_of, unknown_schema_error
 from tasks.corpus.filters import long_document_reason, long_line_reason, utf8_reason
-from tasks.corpus.lines import LongLine, chunks_of, split_lines
-from tasks.corpus.parquet import read_parquet
+from tasks.corpus.formats.lines import LongLine, chunks_of, split_lines
+from tasks.corpus.formats.parquet import read_parquet
+from tasks.corpus.formats.text_layout import detect_layout, reject_paragraphs
 from tasks.corpus.quarantine import EXCERPT_CHARS, DocumentCounts
-from tasks.corpus.text_layout import detect_layout, reject_paragraphs
 from tasks.recipe.config import CorpusSettings
 
 _UNSUPPORTED_MAGIC = {

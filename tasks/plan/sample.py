@@ -22,8 +22,8 @@ from storage.errors import FatalError
 from storage.files.filesystem import open_url
 from storage.store import Store
 from tasks.corpus.fetch import read_head
-from tasks.corpus.lines import CHUNK, UnpackedSizeLimit, packing_of, reading_error
-from tasks.corpus.parquet import record_batches
+from tasks.corpus.formats.lines import CHUNK, UnpackedSizeLimit, packing_of, reading_error
+from tasks.corpus.formats.parquet import record_batches
 from tasks.corpus.shard import heldout_of, shard_source, shards_of
 from tasks.corpus.snapshot import Source
 from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings

@@ -154,7 +154,7 @@ def withdraw_some(folder: Path, root: str) -> None:
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """Serves the folder `s3/distil` below `folder` as a bucket; yields the address of the store."""
-    from tests.harness.s3 import make_endpoint
+    from tests.harness.servers.s3 import make_endpoint
 
     endpoint = make_endpoint(folder)
     os.environ |= endpoint.environment

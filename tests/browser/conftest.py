@@ -15,8 +15,8 @@ import zstandard
 
 from tests.harness.place import TRUNCATED, Place, environment, make_place
 from tests.harness.recipe_values import recipe_toml
+from tests.harness.servers.up import Up, running_up
 from tests.harness.tiny import make_teacher, write_oscar
-from tests.harness.up import Up, running_up
 
 CHROMIUM = os.environ.get("DISTIL_CHROMIUM") or shutil.which("chromium") or ""
 PATIENCE = 180.0

@@ -12,7 +12,7 @@ import zstandard
 
 from tests.harness.mounts import mount
 from tests.harness.place import TRUNCATED, History, Result, Shell, environment, make_place
-from tests.harness.server import serving
+from tests.harness.servers.prefect_server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
 
@@ -55,7 +55,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[She
     """`shell("status", place.recipe, …)` runs `distil` in one long-lived process, against the shared server."""
     folder = tmp_path_factory.mktemp("shell")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.harness.shell"],
+        [sys.executable, "-m", "tests.harness.programs.shell"],
         cwd=folder,
         env=environment(folder, server),
         stdin=subprocess.PIPE,

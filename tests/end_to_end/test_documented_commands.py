@@ -23,8 +23,8 @@ from flows.services.process import free_port
 from tests.harness.place import REPO, Result, ended, environment
 from tests.harness.processes import LIMIT, MARK, kill, started_for, wait_for
 from tests.harness.recipe_values import recipe_toml
+from tests.harness.servers.up import READY, start_up
 from tests.harness.tiny import make_teacher, write_oscar
-from tests.harness.up import READY, start_up
 
 pytestmark = [pytest.mark.slow, pytest.mark.guard]
 

@@ -20,7 +20,7 @@ from tasks.recipe.load import load_recipe
 from tasks.recipe.run_json import read_run
 from tests.harness.place import History, Place, ended, environment, made
 from tests.harness.processes import LIMIT, wait_for
-from tests.harness.server import PrefectServer, serving
+from tests.harness.servers.prefect_server import PrefectServer, serving
 from tests.harness.tiny import write_oscar, write_sums
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 from flows.home import set_environment
 from tests.harness.place import Place, Result, make_place
 from tests.harness.recipe_values import recipe_toml, simple_recipe
-from tests.harness.server import serving
+from tests.harness.servers.prefect_server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Rewrites the figures of tests/RELIABILITY.md from the records of the nightly fault-injection tests.
 
-    record("tests.hard.soak", "350 runs")            # in a test; counts, such as {"planted": 84}, are summed per row
+    record("tests.hard.soak.soak", "350 runs")        # in a test; counts, such as {"planted": 84}, are summed per row
     python -m tests.hard.reliability RECORDS.jsonl tests/RELIABILITY.md
 
 `record` appends a line of JSON to the file DISTIL_RELIABILITY, and does nothing if that variable is not set. A record

@@ -139,11 +139,11 @@ def test_a_parquet_page_is_known_before_it_is_read(tmp_path: Path, monkeypatch: 
     pq.write_table(pa.table({"text": [f"{number} mieux" for number in range(2000)]}), path, use_dictionary=False)
     store, settings = Store(tmp_path / "store"), CorpusSettings(url=str(folder), heldout_per_mille=0)
     (source,) = take_snapshot(settings).sources
-    monkeypatch.setattr("tasks.corpus.parquet_pages.MAX_PAGE_BYTES", 1000)
+    monkeypatch.setattr("tasks.corpus.formats.parquet_pages.MAX_PAGE_BYTES", 1000)
     with pytest.raises(FatalError, match=r"^a\.parquet: a page of its column text unpacks to .* smaller pages"):
         shard_source(store, source, settings)
     monkeypatch.undo()
-    monkeypatch.setattr("tasks.corpus.parquet_pages.MAX_BATCH_BYTES", 1)  # row by row
+    monkeypatch.setattr("tasks.corpus.formats.parquet_pages.MAX_BATCH_BYTES", 1)  # row by row
     assert shard_source(store, source, settings).rows == 2000
     data = bytearray(path.read_bytes())
     data[4:12] = b"\xff" * 8  # the header of the first page
@@ -155,7 +155,7 @@ def test_a_parquet_page_is_known_before_it_is_read(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.parquet"])
 def test_a_plan_does_not_unpack_a_bomb_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("tasks.corpus.lines.UNCHECKED_BYTES", MB)
+    monkeypatch.setattr("tasks.corpus.formats.lines.UNCHECKED_BYTES", MB)
     folder = tmp_path / "corpus"
     folder.mkdir()
     if name.endswith("parquet"):

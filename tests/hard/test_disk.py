@@ -21,7 +21,7 @@ from storage.fingerprint import sha256_bytes
 from storage.store import Store
 from storage.verify import verify
 from tasks.recipe.config import Recipe
-from tests.hard.bench import STAGES, Bench, make_bench
+from tests.hard.stages import STAGES, Bench, make_bench
 from tests.harness.mounts import mount, remount
 from tests.harness.recipe_values import simple_recipe
 

@@ -16,12 +16,12 @@ from storage.fingerprint import canonical_json, sha256_bytes
 from storage.store import Store
 from storage.verify import verify
 from tasks.recipe.run_json import RUN_SCHEMA
-from tests.hard.bench import STAGES, Bench, make_bench
+from tests.hard.stages import STAGES, Bench, make_bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STAGE_OF = {kind: kind for kind in KINDS} | {"shard": "source", "model": "checkpoint"}
-"""The call of bench.py that makes each kind; training makes checkpoints and the model."""
+"""The call of stages.py that makes each kind; training makes checkpoints and the model."""
 NUMBERS = {
     "source": ["tasks.corpus.shard"],
     "blocks": ["tasks.tokens.blocks"],

@@ -12,7 +12,7 @@ from storage.arrow import BLOCKS_FILE
 from storage.errors import FatalError
 from storage.store import Store, reading_ahead
 from tests.harness.artifacts import put, ref_of, reopened
-from tests.harness.s3 import Endpoint
+from tests.harness.servers.s3 import Endpoint
 
 
 @pytest.fixture

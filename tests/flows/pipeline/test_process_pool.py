@@ -23,7 +23,7 @@ from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
 from tasks.recipe.config import CorpusSettings, RunSettings
-from tests.harness.jobs import attempts, counted, die, hang, refuse, reset_at_first
+from tests.harness.programs.jobs import attempts, counted, die, hang, refuse, reset_at_first
 from tests.harness.tiny import write_oscar
 
 

@@ -13,7 +13,7 @@ import pytest
 from flows.services.auth import mlflow_access, prefect_access
 from storage.errors import FatalError
 from tests.harness.processes import wait_for
-from tests.harness.up import Up, request_json, running_up
+from tests.harness.servers.up import Up, request_json, running_up
 
 AUTH = "teller:Camembert-au-lait-cru-7"
 NAME, PASSWORD = "keeper", "Roquefort-affine-en-cave-9"

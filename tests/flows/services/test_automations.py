@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.flows.conftest import DeployedRecipe
 from tests.harness.output import refusal
-from tests.harness.server import working
+from tests.harness.servers.prefect_server import working
 
 pytestmark = pytest.mark.slow
 

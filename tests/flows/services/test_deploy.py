@@ -24,7 +24,7 @@ from tasks.recipe.load import load_recipe
 from tests.flows.conftest import DeployedRecipe
 from tests.harness.output import refusal
 from tests.harness.place import make_place
-from tests.harness.server import working
+from tests.harness.servers.prefect_server import working
 
 FLOWS = ["distill", "prepare", "score", "promote", "retry-shard", "watch-snapshots"]
 OWN_QUEUE = ("distill", "promote")

@@ -15,7 +15,7 @@ from flows.services.process import free_port
 from flows.services.servers import live_up
 from tasks.train.metrics import read_metrics
 from tests.harness.processes import kill, started_for, wait_for
-from tests.harness.up import Up, flow_processes, request_json, running_up, start_up
+from tests.harness.servers.up import Up, flow_processes, request_json, running_up, start_up
 
 
 def one_sentence(process: "subprocess.Popen[bytes]", folder: Path) -> str:

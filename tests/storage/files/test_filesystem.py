@@ -19,7 +19,7 @@ from storage.lease import Lease
 from storage.store import Store
 from storage.verify import verify
 from tests.harness.artifacts import data_path, put, ref_of, reopened
-from tests.harness.s3 import Endpoint
+from tests.harness.servers.s3 import Endpoint
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from storage.errors import FatalError
-from tasks.corpus import text_layout
 from tasks.corpus.document import Document, Labels
 from tasks.corpus.filters import EARLY_STOP_MARGIN
+from tasks.corpus.formats import text_layout
 from tasks.corpus.quarantine import DocumentCounts
 from tasks.corpus.reader import read_documents
 

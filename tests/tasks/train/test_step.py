@@ -78,7 +78,7 @@ def test_two_gloo_ranks_give_the_gradient_of_one(material: Material, tmp_path: P
         arguments = [store.root, teacher.settings.model, str(tmp_path / "parts.json"), str(out)]
         environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
         subprocess.run(
-            [*torchrun, "-m", "tests.tasks.train.save_gradient", *arguments],
+            [*torchrun, "-m", "tests.tasks.train.programs.save_gradient", *arguments],
             check=True,
             cwd=tmp_path,
             env=environment,

@@ -33,7 +33,7 @@ from tasks.train.setup import set_up_training
 from tasks.train.step import Ranks
 from tasks.train.trainer import make_metrics_writer
 from tasks.train.trainer import train as run_training
-from tests.tasks.train import recording_trainer
+from tests.tasks.train.programs import recording_trainer
 from tests.tasks.train.runs import REPO, STEPS, finish, run_of, start, wait_for_step, weights_of
 
 
@@ -159,7 +159,7 @@ def test_two_ranks_end_like_one(
 
 def test_two_ranks_killed_and_resumed_on_one_read_every_block_once(place: Path, tmp_path: Path) -> None:
     run = run_of(place, tmp_path, max_steps=0, epochs=1.0, batch_rows=6, checkpoint_steps=5)
-    process = start(run, ranks=2, trainer="tests.tasks.train.recording_trainer")
+    process = start(run, ranks=2, trainer="tests.tasks.train.programs.recording_trainer")
     wait_for_step(run, process, 13)
     for rank in psutil.Process(process.pid).children(recursive=True):
         rank.kill()
@@ -168,7 +168,7 @@ def test_two_ranks_killed_and_resumed_on_one_read_every_block_once(place: Path, 
     records = Path(run.folder) / recording_trainer.FILE
     first = [json.loads(line) for line in records.read_text().splitlines() if line.endswith("}")]
     records.unlink()
-    finish(run, ranks=1, trainer="tests.tasks.train.recording_trainer")
+    finish(run, ranks=1, trainer="tests.tasks.train.programs.recording_trainer")
     second = [json.loads(line) for line in records.read_text().splitlines()]
 
     resumed = second[0]["step"] - 1
@@ -195,7 +195,7 @@ def test_all_ranks_resume_from_the_checkpoint_that_rank_0_finds(place: Path, tmp
     process.kill()
     process.communicate()
     newest = steps_kept(Store(run.store), run)[-1]
-    finish(run, ranks=2, trainer="tests.tasks.train.lagging_trainer")
+    finish(run, ranks=2, trainer="tests.tasks.train.programs.lagging_trainer")
     records = [json.loads(line) for line in (Path(run.folder) / recording_trainer.FILE).read_text().splitlines()]
     for rank in (0, 1):
         assert [line["step"] for line in records if line["rank"] == rank] == list(range(newest + 1, STEPS + 1))

@@ -1,5 +1,0 @@
-"""Arms the crash points in every Python process of a pipeline; loaded from PYTHONPATH, for tests only."""
-
-from tests.hard.points import arm
-
-arm()
