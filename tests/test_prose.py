@@ -45,7 +45,7 @@ INSTEAD = {
     r"(?:is|are|was|were) not there|(?:that|what|which) (?:is|are|was|were) there": "exists, does not exist",
     r"asks? for|asked for": "request",
     r"rooms?": "package, free space",
-    r"(?<!fact )sheets?": "table, report",
+    r"(?<!fact )(?<!\")sheets?": "table, report",
     r"pictures?": "figure, plot",
     r"pace": "speed, timings",
     r"rivals?": "evaluated model",

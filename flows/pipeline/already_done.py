@@ -25,6 +25,10 @@ TOPIC = "finished-2"
 """Topic of the notes in the store. Notes of the first version do not contain the number of blocks."""
 
 
+OLD_TABLE = "sheet"
+"""Name of the table in notes that were written before 2026-11-28."""
+
+
 @dataclass(frozen=True)
 class Done:
     """The result of a finished recipe: a sentence for the user, the sections of its final table, and its model."""
@@ -76,8 +80,8 @@ def remember_done(workspace: Workspace, run: RunSpec, sections: Mapping[str, Row
 
 
 def _table_of(note: Mapping[str, Any]) -> Any:
-    """Returns the final table of a note. Notes of earlier versions store it under a different name."""
-    return next(value for name, value in note.items() if name != "rows")
+    """Returns the final table of a note. Notes of earlier versions store it under the name OLD_TABLE."""
+    return note["table"] if "table" in note else note[OLD_TABLE]
 
 
 def _name(recipe: Recipe, run_key: str) -> str:

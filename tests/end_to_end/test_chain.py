@@ -15,8 +15,9 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 from tests.harness.output import refusal, tables
-from tests.harness.place import TRUNCATED, History, Shell, made
+from tests.harness.place import TRUNCATED, History, Shell, made, make_place
 from tests.harness.recipe_values import LENGTH, STEPS
+from tests.harness.tiny import write_oscar
 
 SENTENCE = "Le maire signe <mask> avant la fin du mois."
 
@@ -53,6 +54,22 @@ def check_answers(answers: list[dict[str, Any]]) -> None:
     scores = [answer["score"] for answer in answers]
     assert len(scores) == 5
     assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.slow
+def test_up_to_max_failed_shards_may_fail(teacher: Path, server: str, tmp_path: Path) -> None:
+    """The student is trained on the other shards; one more failure than allowed ends the run before the training."""
+    corpus = write_oscar(tmp_path / "corpus")
+    (corpus / "fr_meta_part_2.jsonl").write_text("not JSON\n" * 20, encoding="utf-8")
+    place = make_place(tmp_path, corpus, teacher)
+    refused = place.distil("run", server=server)
+    assert refused.status == 1
+    assert place.receipts("model") == []
+    accepted = place.distil("run", "run.max_failed=1", server=server)
+    assert accepted.status == 0, accepted.err
+    assert "fr_meta_part_2.jsonl" in accepted.out + accepted.err
+    assert len(place.receipts("model")) == 1
+    assert not any("part_2" in one.label for one in place.receipts("targets"))
 
 
 def test_the_run_ends_with_its_table(history: History) -> None:

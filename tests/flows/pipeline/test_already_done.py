@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from flows.pipeline import already_done as finished
-from flows.pipeline.already_done import Done, all_done, remember_done, show_done
+from flows.pipeline import already_done
+from flows.pipeline.already_done import OLD_TABLE, Done, all_done, remember_done, show_done
 from flows.views.links import places
 from flows.views.tables import Rows
 from storage.arrow import BLOCKS_FILE
@@ -57,16 +57,22 @@ def test_a_database_has_no_page_so_the_command_for_one_is_shown(tmp_path: Path) 
     assert rows["status"] == "distil status a.toml train.lr=1"
 
 
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run whose model exists in the store `tmp_path/store`; no other artifact is required."""
+    model = put(Store(tmp_path / "store"), "tiny", kind="model").ref
+    lineage = SimpleNamespace(shards=(1,), targets=(1,), lacks=lambda store: False)
+    run = SimpleNamespace(run_key="b" * 64, rows=7)
+    monkeypatch.setattr("tasks.lineage._trace", lambda workspace: lineage)
+    monkeypatch.setattr(already_done, "planned_key", lambda workspace: run.run_key)
+    monkeypatch.setattr(already_done, "model_ref", lambda key, name: model)
+    return run
+
+
 def test_a_recipe_finished_with_one_mlflow_is_not_finished_with_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, store = recipe_of(tmp_path / "a"), Store(tmp_path / "store")
-    model = put(store, "tiny", kind="model").ref
-    lineage = SimpleNamespace(shards=(1,), targets=(1,), lacks=lambda store: False)
-    run: Any = SimpleNamespace(run_key="b" * 64, rows=7)
-    monkeypatch.setattr("tasks.lineage._trace", lambda workspace: lineage)
-    monkeypatch.setattr(finished, "planned_key", lambda workspace: run.run_key)
-    monkeypatch.setattr(finished, "model_ref", lambda key, name: model)
     remember_done(Workspace(store, recipe), run, {})
     assert all_done(Workspace(store, recipe))
     assert not all_done(Workspace(store, recipe_of(tmp_path / "b"))), "its own database has nothing of it"
@@ -75,3 +81,11 @@ def test_a_recipe_finished_with_one_mlflow_is_not_finished_with_another(
     remember_done(Workspace(store, recipe), run, {})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:another@mlflow:5000")
     assert all_done(Workspace(store, recipe_of(tmp_path / "b"))), "one server for both, whatever the password"
+
+
+def test_a_note_of_an_earlier_version_is_read(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace(Store(tmp_path / "store"), recipe_of(tmp_path / "a"))
+    monkeypatch.setattr(workspace.store, "recall", lambda topic, name: {"rows": 7, OLD_TABLE: [["Made", [["a", "b"]]]]})
+    done = all_done(workspace)
+    assert done
+    assert done.sections == {"Made": [("a", "b")]}

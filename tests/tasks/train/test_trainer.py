@@ -89,14 +89,16 @@ def test_a_missing_result_file_is_written_again_for_a_finished_model(
     assert path.read_bytes() == before
 
 
-def kill_and_resume(place: Path, home: Path, at_steps: list[int]) -> RunSpec:
+def kill_and_resume(place: Path, home: Path, at_steps: list[int], ranks: int = 1) -> RunSpec:
     run = run_of(place, home)
     for step in at_steps:
-        process = start(run)
+        process = start(run, ranks)
         wait_for_step(run, process, step)
-        process.send_signal(signal.SIGKILL)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
         process.communicate()
-    finish(run)
+    finish(run, ranks)
     return run
 
 
@@ -115,6 +117,13 @@ def test_ten_kills_at_random_moments_change_no_bit(
 ) -> None:
     moments = sorted(random.Random(7).sample(range(1, STEPS), 10))
     assert same(weights_of(kill_and_resume(place, tmp_path, moments)), undisturbed[1])
+
+
+@pytest.mark.guard
+@pytest.mark.slow
+def test_two_ranks_killed_and_resumed_on_two_end_with_the_same_bits(place: Path, tmp_path: Path) -> None:
+    undisturbed = finish(run_of(place, tmp_path / "undisturbed"), ranks=2)
+    assert same(weights_of(kill_and_resume(place, tmp_path / "killed", [3, 17], ranks=2)), undisturbed)
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_with_143(place: Path, tmp_path: Path) -> None:
