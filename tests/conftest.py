@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.hard import reliability
 from tests.harness.servers.postgres import postgres
@@ -17,6 +18,11 @@ __all__ = ["postgres", "s3"]
 
 # OpenMP threads that wait keep a core busy by default, which slows two workers on two cores many times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# For .ci/nightly: 1,000 random examples per property.
+settings.register_profile(
+    "nightly", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
 
 REPO = Path(__file__).resolve().parent.parent
 HISTORY = "tests/end_to_end/"
