@@ -51,9 +51,9 @@ def demo(overrides: Overrides = None) -> None:
 def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the pipeline: shards, blocks, targets, training, registration and scores. Existing artifacts are reused."""
     loaded = _recipe(recipe, overrides)
-    from flows.pipeline.local_run import run_chain_unless_done
+    from flows.pipeline.local_run import run_distill_unless_done
 
-    run_chain_unless_done(loaded, _command_line(recipe, overrides))
+    run_distill_unless_done(loaded, _command_line(recipe, overrides))
 
 
 @app.command(epilog="Example:  distil prepare deployments/pilot.toml corpus.pattern='fr_meta_part_1*'")
@@ -196,7 +196,7 @@ def score(
     ],
     protocol: Annotated[
         Path | None,
-        typer.Option("--protocol", "--recipe", help="Protocol file of the fine-tuned data sets; default: the recipe's"),
+        typer.Option(help="Protocol file of the fine-tuned data sets; default: the recipe's"),
     ] = None,
     only: Annotated[
         str, typer.Option(help="Compute only this data set (xnli), or one seed of it ('xnli seed 1')")

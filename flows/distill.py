@@ -45,7 +45,7 @@ from tasks.models.model_files import model_content_key
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 from tasks.recipe.run_json import METRICS, RunSpec
-from tasks.release.results import protocol_keys, set_results
+from tasks.release.results import protocol_keys, results_of_sets
 from tasks.train.metrics import read_metrics
 
 SEND_SECONDS = 5.0
@@ -57,7 +57,7 @@ TRAINED_AGAIN = (
 )
 
 
-def run_chain(recipe: Recipe, command: str = "") -> State[Any]:
+def run_distill(recipe: Recipe, command: str = "") -> State[Any]:
     """Distils a student from a teacher: shards, blocks, targets, training, registration, scores and gate.
 
     Existing artifacts are reused. If all exist, the run shows the stored result.
@@ -81,12 +81,12 @@ def run_chain(recipe: Recipe, command: str = "") -> State[Any]:
         return failed_state(prepared.failures)
     _refuse_gaps(prepared)
     summary = _train_and_score(prepared, command)
-    _show(summary, time.monotonic() - start)
+    _show_and_remember(summary, time.monotonic() - start)
     failed = f"; {len(prepared.failures)} artifacts failed before training, see the table" if prepared.failures else ""
     return Completed(message=f"{summary.mlflow_model}{failed}")
 
 
-distill = bound_flow(run_chain, "distill", run_name="{name}")
+distill = bound_flow(run_distill, "distill", run_name="{name}")
 
 
 def _refuse_gaps(prepared: Prepared) -> None:
@@ -112,7 +112,7 @@ def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
     with mlflow_runs.ending(parent):
         with _timed(seconds, "train"):
             run_one("train", recipe.name, partial(_train, store, mlflow_runs, parent, run), recipe.run)
-        model = EvaluatedModel("student", run.model_ref.key, store.check(store.receipt(run.model_ref)))
+        model = EvaluatedModel("student", run.model_ref.key, store.verified_folder(store.receipt(run.model_ref)))
         with _timed(seconds, "register"):
             register = partial(_register, mlflow_runs, parent, recipe, model)
             version = run_one("register", recipe.name, register, recipe.run)
@@ -161,7 +161,7 @@ def _score(workspace: Workspace, student: EvaluatedModel) -> ScoredModels:
 def _publish_and_gate(mlflow_runs: MlflowRuns, parent: str, result: TrainedModel) -> GateDecision:
     """Stores results, card and figure with the version, then runs the gate, which may wait for a user's approval."""
     recipe, own = result.workspace.recipe, next(iter(result.scores.values()))
-    version = record_results(mlflow_runs.registry, result.version, set_results(own), protocol_keys(own))
+    version = record_results(mlflow_runs.registry, result.version, results_of_sets(own), protocol_keys(own))
     run_one("card", recipe.name, partial(publish_card, mlflow_runs, parent, result), recipe.run)
     score_champion(mlflow_runs.registry, result)
     return decide_in_flow(recipe, mlflow_runs.registry, version)
@@ -178,10 +178,12 @@ def _parent_run(mlflow_runs: MlflowRuns, workspace: Workspace, run: RunSpec) -> 
     """Returns the id of the MLflow parent run, after logging settings, data sets and the link to Prefect."""
     recipe, snapshot = workspace.recipe, workspace.lineage.snapshot
     settings = recipe.model_dump(mode="json", by_alias=True)
-    parent = mlflow_runs.run("chain", run.run_key, recipe.name, settings=settings)
-    mlflow_runs.tag(parent, _prefect_tags())
+    parent = mlflow_runs.start_or_resume_run("chain", run.run_key, recipe.name, settings=settings)
+    mlflow_runs.set_tags(parent, _prefect_tags())
     manifest = sha256_bytes(canonical_json([part.model_dump() for part in run.manifest]))
-    mlflow_runs.data(parent, {"snapshot": (snapshot.fingerprint, snapshot.url), "manifest": (manifest, recipe.store)})
+    mlflow_runs.log_inputs(
+        parent, {"snapshot": (snapshot.fingerprint, snapshot.url), "manifest": (manifest, recipe.store)}
+    )
     return parent
 
 
@@ -194,10 +196,10 @@ def _prefect_tags() -> dict[str, str]:
 
 def _train(store: Store, mlflow_runs: MlflowRuns, parent: str, run: RunSpec) -> None:
     """Trains the model unless it exists; shows a progress bar and sends the training curves to MLflow."""
-    child = mlflow_runs.run("train", run.run_key, f"{run.name} train", parent=parent)
+    child = mlflow_runs.start_or_resume_run("train", run.run_key, f"{run.name} train", parent=parent)
     if store.has(run.model_ref):
         # A run killed right after its training may not have sent the end of the curves.
-        mlflow_runs.send(child, read_metrics(Path(run.folder) / METRICS), mlflow_runs.last_steps(child))
+        mlflow_runs.log_curves(child, read_metrics(Path(run.folder) / METRICS), mlflow_runs.last_steps(child))
         mlflow_runs.end(child)
         return
     with mlflow_runs.ending(child), bar("train", run.total_steps) as advance:
@@ -226,7 +228,7 @@ class _MetricsFollower:
         if final or time.monotonic() - self.sent > SEND_SECONDS:
             self.sent = time.monotonic()
             try:
-                self.mlflow_runs.send(self.run_id, self.owed, self.last)
+                self.mlflow_runs.log_curves(self.run_id, self.owed, self.last)
                 self.owed = []
             except RetryableError as error:
                 # The lines are sent with the next ones: an MLflow that does not respond must not end a training run.
@@ -239,7 +241,7 @@ def _register(mlflow_runs: MlflowRuns, parent: str, recipe: Recipe, model: Evalu
     return mlflow_runs.registry.register(parent, name, model.key, model.folder, sentence, _prefect_tags(), trusted)
 
 
-def _show(summary: RunSummary, seconds: float) -> None:
+def _show_and_remember(summary: RunSummary, seconds: float) -> None:
     """Prints the final table, publishes it in Prefect, and stores it for later runs that have nothing left to do."""
     sections = summary_sections(summary, seconds)
     table = Table(summary.workspace.recipe.name, sections)

@@ -83,7 +83,7 @@ def registry_name(recipe: Recipe) -> str:
 
     The MLflow server of `distil up` has the name of the database that it serves.
     """
-    uri, up = tracking_uri(recipe), _last_up(recipe.home)
+    uri, up = tracking_uri(recipe), last_up(recipe.home)
     return _without_userinfo(mlflow_database(recipe.home) if up and uri == up["mlflow"] else uri)
 
 
@@ -123,7 +123,7 @@ def up_file(home: str) -> Path:
     return Path(home) / "run" / "up.json"
 
 
-def _last_up(home: str) -> dict[str, str] | None:
+def last_up(home: str) -> dict[str, str] | None:
     """Returns the addresses that the last `distil up` of this home stored, or None. That process may have ended."""
     try:
         up: dict[str, str] = json.loads(up_file(home).read_text(encoding="utf-8"))

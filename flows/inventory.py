@@ -11,8 +11,7 @@ from flows.home import REGISTERED
 from storage.artifact import Ref
 from storage.store import Store
 from tasks.lineage import Workspace, plan_training, training_key, training_key_schema_1
-from tasks.recipe.run_json import RunSpec
-from tasks.recipe.run_json import model_ref as ref_of_model
+from tasks.recipe.run_json import RunSpec, model_ref
 
 
 def planned_training(workspace: Workspace) -> RunSpec:
@@ -27,7 +26,7 @@ def planned_key(workspace: Workspace) -> str:
 
 def planned_model(workspace: Workspace) -> Ref:
     """Returns a reference to the model of the planned training run. Raises the same error."""
-    return ref_of_model(planned_key(workspace), workspace.recipe.name)
+    return model_ref(planned_key(workspace), workspace.recipe.name)
 
 
 def trained_under_schema_1(workspace: Workspace) -> bool:
@@ -36,7 +35,7 @@ def trained_under_schema_1(workspace: Workspace) -> bool:
     if recipe.train.result != "last":
         return False  # schema 1 supported no other value
     key = training_key_schema_1(with_local_start(workspace))
-    return workspace.store.has(ref_of_model(key, recipe.name))
+    return workspace.store.has(model_ref(key, recipe.name))
 
 
 def with_local_start(workspace: Workspace) -> Workspace:
@@ -95,7 +94,7 @@ def _row(store: Store, stage: str, refs: Iterable[Ref], unread: tuple[str, ...])
     )
 
 
-def model_ref(workspace: Workspace) -> Ref | None:
+def planned_model_if_prepared(workspace: Workspace) -> Ref | None:
     """Returns a reference to the recipe's model, or None if an artifact that the model is made from is missing."""
     if not workspace.lineage.shards or workspace.lineage.lacks(workspace.store):
         return None

@@ -14,7 +14,7 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 
 from flows.home import open_workspace
-from flows.inventory import model_ref, with_local_start
+from flows.inventory import planned_model_if_prepared, with_local_start
 from flows.pipeline.process_pool import workers
 from storage.store import Store
 from tasks.lineage import Workspace, check_teacher
@@ -37,7 +37,7 @@ def forecast_of(recipe: Recipe, *, sample_bytes: int, prices: Prices, training: 
     workspace = with_local_start(open_workspace(recipe))
     recipe = workspace.recipe
     check_teacher(recipe)
-    inventory = take_inventory(workspace, model_ref(workspace) if training else None)
+    inventory = take_inventory(workspace, planned_model_if_prepared(workspace) if training else None)
     machine = describe_machine()
     with TemporaryDirectory(prefix="distil-plan-") as folder:
         scratch = [Store(Path(folder) / str(number)) for number in range(at_once(recipe, machine))]

@@ -15,7 +15,7 @@ from prefect import State
 from prefect.states import Completed, Failed
 
 from flows.pipeline.task_policy import bound_flow
-from flows.release.gate import PromotionRequest, decide_in_flow, gate_rows, requester, set_rows
+from flows.release.gate import PromotionRequest, decide_in_flow, gate_rows, requester, verdict_rows
 from flows.tracking.model_registry import open_registry
 from flows.views.tables import Table, show_table
 from storage.errors import FatalError
@@ -50,7 +50,7 @@ def run_promote(
     candidate = registry.version(own, version)
     request = PromotionRequest(by or requester(), force, reason.strip())
     decision = decide_in_flow(recipe, registry, candidate, request)
-    show_table(Table(str(candidate), {"Gate": gate_rows(decision), "Data sets": set_rows(decision.rows)}))
+    show_table(Table(str(candidate), {"Gate": gate_rows(decision), "Data sets": verdict_rows(decision.rows)}))
     if decision.is_champion:
         return Completed(message=decision.sentence)
     return Failed(name="Refused", message=decision.sentence)

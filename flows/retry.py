@@ -40,7 +40,7 @@ def run_retry(
     recipe = with_absolute_paths(recipe).with_changes({"targets.on_missing": "compute"})
     selection = Selection("" if stage == "all" else stage, shard, force)
     prepared = prepare_corpus(open_workspace(recipe), selection)
-    if shard and not prepared.stages and not selection.named(prepared.workspace.lineage):
+    if shard and not prepared.stages and not selection.exists_in(prepared.workspace.lineage):
         raise FatalError(
             f"{recipe.name} has no shard named {shard!r} in {selection.stage or 'any stage'}; use a label that "
             "`distil status` lists as missing or failed"

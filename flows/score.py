@@ -44,7 +44,7 @@ from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 from tasks.release.figure import render_figure
-from tasks.release.results import protocol_keys, set_results, summarize_models
+from tasks.release.results import protocol_keys, results_of_sets, summarize_models
 
 # ---- the flow ----------------------------------------------------------------------------------------------
 
@@ -138,16 +138,18 @@ def record(workspace: Workspace, models: Sequence[EvaluatedModel], scored: Score
     mlflow_runs = open_mlflow_runs(recipe)
     protocol = protocol_of(recipe)
     settings = protocol.model_dump(mode="json") if protocol else {}
-    key = sha256_bytes(canonical_json([[model.key for model in models], workspace.teacher_key, settings]))
+    key = sha256_bytes(canonical_json([[model.key for model in models], workspace.teacher_fingerprint, settings]))
     names = ", ".join(model.name for model in models)
-    parent = mlflow_runs.run("scores", key, f"scores {names}", settings={"models": names, "protocol": settings})
+    parent = mlflow_runs.start_or_resume_run(
+        "scores", key, f"scores {names}", settings={"models": names, "protocol": settings}
+    )
     with mlflow_runs.ending(parent):
         record_scores(mlflow_runs, parent, key, scored)
-        mlflow_runs.keep(parent, {FIGURE: render_figure(names, summarize_models(scored.scores))})
+        mlflow_runs.log_files(parent, {FIGURE: render_figure(names, summarize_models(scored.scores))})
     for model in models:
         if is_own(recipe, model.uri):
             own, registry = scored.scores[model.name], mlflow_runs.registry
-            record_results(registry, registry.named(model.uri), set_results(own), protocol_keys(own))
+            record_results(registry, registry.version_at(model.uri), results_of_sets(own), protocol_keys(own))
 
 
 def is_own(recipe: Recipe, uri: str) -> bool:

@@ -8,7 +8,7 @@ storage/verify.py hashes the files; this module compares the store with the reci
 from collections.abc import Sequence
 
 from flows.inventory import stage_rows
-from flows.views.status import named
+from flows.views.status import with_label
 from storage.artifact import Fault
 from storage.errors import DistilError
 from storage.verify import verify
@@ -23,7 +23,7 @@ def verify_store(workspace: Workspace, command: str) -> None:
     """
     faults = verify(workspace.store)
     for fault in faults:
-        print(f"{fault.what:<8} {named(fault.ref.kind, fault.ref.label, fault.reason)}")
+        print(f"{fault.what:<8} {with_label(fault.ref.kind, fault.ref.label, fault.reason)}")
     damaged = {(fault.ref.kind, fault.ref.label) for fault in faults}
     lacking = [
         (row.stage, label)

@@ -31,10 +31,10 @@ from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 
-CHECKS = "looks"
+CHECKS_TOPIC = "looks"
 """Topic of the notes in the store that record since when the files of a folder have been unchanged."""
 
-TAKEN = "taken"
+STARTED_TOPIC = "taken"
 """Topic of the notes in the store that record the run started for each listing of a snapshot."""
 
 
@@ -43,13 +43,13 @@ class SnapshotCheck:
     """Result of one check of a snapshot.
 
     `listing` is the fingerprint of the snapshot's files, `age` the seconds for which they have been unchanged, and
-    `lacking` the reason why the snapshot is incomplete ("" if it is complete).
+    `incomplete_reason` the reason why the snapshot is incomplete ("" if it is complete).
     """
 
     url: str
     listing: str
     age: float
-    lacking: str
+    incomplete_reason: str
 
     @property
     def name(self) -> str:
@@ -71,10 +71,10 @@ def run_watch(recipe: Recipe) -> State[Any]:
     outcomes: list[str] = []
     for url in _snapshots(recipe):
         check = _settled_check(_at(workspace, url))
-        if not check.lacking:
-            outcomes.append(_take(_at(workspace, url), check))
+        if not check.incomplete_reason:
+            outcomes.append(_start_run_once(_at(workspace, url), check))
             break  # snapshots older than a complete one need no check
-        outcomes.append(f"{check.name} is not complete yet: {check.lacking}")
+        outcomes.append(f"{check.name} is not complete yet: {check.incomplete_reason}")
     return Completed(message="; ".join(outcomes) or f"nothing new: {recipe.watch.folder} contains no snapshot yet")
 
 
@@ -108,14 +108,14 @@ def _settled_check(workspace: Workspace) -> SnapshotCheck:
     """
     check = _check(workspace)
     wait = workspace.recipe.watch.settle_seconds - check.age
-    if check.lacking or wait <= 0 or _taken(workspace, check):
+    if check.incomplete_reason or wait <= 0 or _recorded_run(workspace, check):
         return check
     get_run_logger().info(f"{check} seems complete; checking again in {wait:.0f} seconds")
     time.sleep(wait)
     again = _check(workspace)
-    if again.lacking or again.listing == check.listing:
+    if again.incomplete_reason or again.listing == check.listing:
         return again
-    return replace(again, lacking="its files are still changing")
+    return replace(again, incomplete_reason="its files are still changing")
 
 
 def _check(workspace: Workspace) -> SnapshotCheck:
@@ -133,25 +133,25 @@ def check_snapshot(workspace: Workspace) -> SnapshotCheck:
     folder = list_folder(recipe.corpus.url)
     age = max(0.0, start - _unchanged_since(workspace.store, folder))
     try:
-        lacking = _lacking(folder, recipe)
+        reason = _incomplete_reason(folder, recipe)
     except FatalError as error:
         if age >= recipe.watch.settle_seconds:
             raise
-        lacking = error.message
-    return SnapshotCheck(folder.url, folder.fingerprint, age, lacking)
+        reason = error.message
+    return SnapshotCheck(folder.url, folder.fingerprint, age, reason)
 
 
 def _unchanged_since(store: Store, folder: FolderListing) -> float:
     """Returns the time (seconds since 1970) at which the current files of a folder were first seen."""
-    known = store.recall(CHECKS, folder.url)
+    known = store.recall(CHECKS_TOPIC, folder.url)
     if known is not None and known["listing"] == folder.fingerprint:
         return float(known["since"])
     since = time.time()
-    store.remember(CHECKS, folder.url, {"url": folder.url, "listing": folder.fingerprint, "since": since})
+    store.remember(CHECKS_TOPIC, folder.url, {"url": folder.url, "listing": folder.fingerprint, "since": since})
     return since
 
 
-def _lacking(folder: FolderListing, recipe: Recipe) -> str:
+def _incomplete_reason(folder: FolderListing, recipe: Recipe) -> str:
     """Returns the reason why the folder is incomplete, or "". Raises FatalError for invalid files, as `snapshot_of`."""
     if not folder.files:
         return "it is empty"
@@ -170,22 +170,22 @@ def _key(recipe: Recipe, check: SnapshotCheck) -> str:
     return sha256_bytes(canonical_json([recipe.name, recipe.store, check.listing]))
 
 
-def _taken(workspace: Workspace, check: SnapshotCheck) -> dict[str, Any] | None:
-    return workspace.store.recall(TAKEN, _key(workspace.recipe, check))
+def _recorded_run(workspace: Workspace, check: SnapshotCheck) -> dict[str, Any] | None:
+    return workspace.store.recall(STARTED_TOPIC, _key(workspace.recipe, check))
 
 
-def _take(workspace: Workspace, check: SnapshotCheck) -> str:
+def _start_run_once(workspace: Workspace, check: SnapshotCheck) -> str:
     """Starts a run for a complete snapshot unless it was taken or processed before. Returns a message for the user."""
     store, recipe, key = workspace.store, workspace.recipe, _key(workspace.recipe, check)
-    taken = _taken(workspace, check)
+    taken = _recorded_run(workspace, check)
     if taken is not None:
         return f"nothing new: {check} was taken before{', run ' + taken['run'] if taken['run'] else ''}"
     if all_done(workspace):
-        store.remember(TAKEN, key, {"url": check.url, "run": ""})
+        store.remember(STARTED_TOPIC, key, {"url": check.url, "run": ""})
         return f"nothing new: {check} was processed before"
     run = run_one("start", check.name, partial(_start, _warm(recipe), key), recipe.run)
     # Stored after the server has the run: if the watcher dies in between, the next one requests the same run.
-    store.remember(TAKEN, key, {"url": check.url, "run": f"{run.name} ({run.id})"})
+    store.remember(STARTED_TOPIC, key, {"url": check.url, "run": f"{run.name} ({run.id})"})
     return f"snapshot {check} taken: run {run.name} ({run.id})"
 
 

@@ -21,8 +21,8 @@ The design covers these failures:
 - Two processes may write the same key. Each writes into a folder named by a hash of its content; the last receipt wins,
   and its files are complete. This requires neither renames nor conditional writes from an object store.
 - An upload may be truncated. The size of each object is checked after the upload, before the receipt is written.
-- Data may be damaged. Readers verify hashes before they use an artifact (`check`, or `pin` with `check=True`). Each
-  process hashes an unchanged file only once, so a second check costs nothing.
+- Data may be damaged. Readers verify hashes before they use an artifact (`verified_folder`, `pin` with `check=True`).
+  Each process hashes an unchanged file only once, so a second check costs nothing.
 
 Local files are written atomically and flushed (storage.files.disk); transfers are retried (storage.files.filesystem).
 """
@@ -214,11 +214,11 @@ class Store(Receipts):
         named = {f"{folder}/{file.name}" for file in receipt.files}
         return [self.path(path) for path in self.find(folder) if path not in named and "/." not in path]
 
-    def local(self, receipt: Receipt) -> Path:
+    def local_folder(self, receipt: Receipt) -> Path:
         """Returns the artifact's local folder after checking sizes. A copy in the cache may be evicted at any time."""
         return self.pin(receipt).folder
 
-    def check(self, receipt: Receipt) -> Path:
+    def verified_folder(self, receipt: Receipt) -> Path:
         """Returns the artifact's local folder after checking hashes. A copy in the cache may be evicted at any time."""
         return self.pin(receipt, check=True).folder
 
@@ -301,5 +301,5 @@ def reading_ahead(store: Store, ref: Ref | None) -> Iterator[None]:
         yield
         return
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        pool.submit(lambda: store.local(store.receipt(ref)))
+        pool.submit(lambda: store.local_folder(store.receipt(ref)))
         yield

@@ -95,7 +95,7 @@ class Workspace:
     @cached_property
     def lineage(self) -> Lineage:
         """All artifacts of the recipe whose keys are known."""
-        return _trace(self)
+        return _compute_lineage(self)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -103,9 +103,9 @@ class Workspace:
         return vocabulary_of(self.recipe)
 
     @cached_property
-    def teacher_key(self) -> str:
+    def teacher_fingerprint(self) -> str:
         """Fingerprint of the teacher, or "" without a teacher."""
-        return teacher_key(self.recipe)
+        return teacher_fingerprint(self.recipe)
 
     def refreshed(self) -> "Workspace":
         """Returns a workspace with the same store and recipe, which reads the lineage from the store again."""
@@ -122,12 +122,8 @@ class Workspace:
         return changed
 
 
-def trace(store: Store, recipe: Recipe) -> Lineage:
-    """Returns the lineage of a recipe in a store, as far as the receipts of its sources exist; computes no artifact."""
-    return Workspace(store, recipe).lineage
-
-
-def _trace(workspace: Workspace) -> Lineage:
+def _compute_lineage(workspace: Workspace) -> Lineage:
+    """Returns the lineage as far as the receipts of its sources exist; computes no artifact."""
     store, recipe = workspace.store, workspace.recipe
     snapshot = take_snapshot(recipe.corpus)
     sources = []
@@ -162,7 +158,7 @@ def caches_targets(recipe: Recipe) -> bool:
     return recipe.targets.source == "cached" and recipe.loss.needs_teacher
 
 
-def teacher_key(recipe: Recipe) -> str:
+def teacher_fingerprint(recipe: Recipe) -> str:
     """Returns the fingerprint of the teacher, or "" without a teacher."""
     return fingerprint_of(recipe.teacher) if recipe.teacher.model else ""
 
@@ -187,9 +183,9 @@ def plan_training(workspace: Workspace) -> RunSpec:
     receipts = {receipt.key: receipt for receipt in store.receipts_of([*blocks, *lineage.heldout_blocks])}
     return make_run(
         recipe,
-        manifest=tuple(_part(receipts[ref.key], targets) for ref, targets in wanted if ref.key in receipts),
-        heldout=tuple(_part(receipts[ref.key], ()) for ref in lineage.heldout_blocks if ref.key in receipts),
-        teacher_fingerprint=workspace.teacher_key,
+        manifest=tuple(part_of(receipts[ref.key], targets) for ref, targets in wanted if ref.key in receipts),
+        heldout=tuple(part_of(receipts[ref.key], ()) for ref in lineage.heldout_blocks if ref.key in receipts),
+        teacher_fingerprint=workspace.teacher_fingerprint,
         start=_start(recipe),
         counts=lineage.counts.key if lineage.counts else "",
     )
@@ -205,7 +201,7 @@ def training_key(workspace: Workspace) -> str:
         workspace.recipe,
         _keys_of_parts(lineage),
         heldout=[ref.key for ref in lineage.heldout_blocks],
-        teacher_fingerprint=workspace.teacher_key,
+        teacher_fingerprint=workspace.teacher_fingerprint,
         start=_start(workspace.recipe),
         counts=lineage.counts.key if lineage.counts else "",
     )
@@ -217,7 +213,7 @@ def training_key_schema_1(workspace: Workspace) -> str:
     return key_of_run_schema_1(
         workspace.recipe,
         _keys_of_parts(lineage),
-        teacher_fingerprint=workspace.teacher_key,
+        teacher_fingerprint=workspace.teacher_fingerprint,
         start=_start(workspace.recipe),
         counts=lineage.counts.key if lineage.counts else "",
     )
@@ -259,7 +255,7 @@ def _with_targets(workspace: Workspace, lineage: Lineage) -> Lineage:
             for variant in range(recipe.mask.variants):
                 ref = targets_ref(
                     blocks,
-                    workspace.teacher_key,
+                    workspace.teacher_fingerprint,
                     recipe.teacher,
                     recipe.mask,
                     recipe.targets,
@@ -279,7 +275,7 @@ def _estimates(workspace: Workspace, sample: Sequence[Ref]) -> tuple[Ref | None,
         return counts, None
     counts_key = counts.key if counts else ""
     teacher, mask, targets = recipe.teacher, recipe.mask, recipe.targets
-    return counts, calibration_ref(sample, workspace.teacher_key, teacher, mask, targets, counts_key)
+    return counts, calibration_ref(sample, workspace.teacher_fingerprint, teacher, mask, targets, counts_key)
 
 
 def _sample(workspace: Workspace, lineage: Lineage) -> list[Ref]:
@@ -317,5 +313,6 @@ def _receipts(store: Store, refs: Sequence[Ref]) -> list[Receipt]:
     return store.receipts_of(ref for ref in refs if once[ref.key] is ref)
 
 
-def _part(receipt: Receipt, targets: tuple[str, ...]) -> Part:
+def part_of(receipt: Receipt, targets: tuple[str, ...]) -> Part:
+    """Returns the entry of a training manifest for blocks and their targets (keys, one per mask variant)."""
     return Part(label=receipt.label, blocks=receipt.key, targets=targets, rows=receipt.rows, tokens=receipt.tokens)

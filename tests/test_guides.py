@@ -108,35 +108,54 @@ def test_prefect_and_mlflow_know_the_variables(guide: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "default"),
+    ("name", "text", "field", "default"),
     [
-        ("run.retries", 2),
-        ("gate.deviations", 2.0),
-        ("gate.min_tolerance", 0.005),
-        ("gate.approval_hours", 72.0),
-        ("run.cache_bytes", 50_000_000_000),
-        ("corpus.shard_bytes", 128_000_000),
-        ("blocks.length", 512),
-        ("targets.encoding", "int8"),
-        ("targets.positions", "masked"),
+        ("README.md", "One file per 128 MB of text", "corpus.shard_bytes", 128_000_000),
+        ("README.md", "512 ids per", "blocks.length", 512),
+        ("README.md", "int8 Arrow", "targets.encoding", "int8"),
+        ("deployments/README.md", "`corpus.max_unpacked_ratio` (200)", "corpus.max_unpacked_ratio", 200),
+        ("deployments/README.md", "(`run.retries`, 2)", "run.retries", 2),
+        ("deployments/README.md", "`run.max_failed` (0)", "run.max_failed", 0),
+        ("deployments/cluster/README.md", "(`run.retries`, 2)", "run.retries", 2),
+        ("deployments/cluster/README.md", "`run.cache_bytes` (50 GB)", "run.cache_bytes", 50_000_000_000),
+        ("deployments/score/README.md", "(`gate.deviations`, 2,", "gate.deviations", 2.0),
+        ("deployments/score/README.md", "`gate.min_tolerance`, 0.005)", "gate.min_tolerance", 0.005),
+        ("deployments/score/README.md", "(`gate.approval_hours`, 72)", "gate.approval_hours", 72.0),
     ],
 )
-def test_defaults_are_those_of_the_guides(field: str, default: object) -> None:
-    section, _, name = field.partition(".")
+def test_the_guides_state_the_defaults_of_the_recipe(name: str, text: str, field: str, default: object) -> None:
+    assert text in (REPO / name).read_text(encoding="utf-8")
+    section, _, attribute = field.partition(".")
     recipe = make_recipe({"name": "any", "corpus": {"url": "any"}, "teacher": {"model": "any"}}, "any")
-    assert getattr(getattr(recipe, section), name) == default
+    assert getattr(getattr(recipe, section), attribute) == default
 
 
-def test_limits_of_servers_and_transfers_are_those_of_the_guides() -> None:
+def test_the_guides_state_the_limits_of_servers_and_transfers() -> None:
     from flows.pipeline.task_policy import GRACE_SECONDS
-    from flows.services.auth import LEAST_CHARACTERS
+    from flows.services.auth import MIN_CHARACTERS
     from flows.services.servers import RETENTION
     from storage.files.filesystem import PARALLEL_PARTS, PART_BYTES
     from storage.garbage_collection import DAY
 
-    assert RETENTION["PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD"] == str(90 * 86_400)
-    assert (PART_BYTES, PARALLEL_PARTS) == (16 * 2**20, 4)
-    assert (GRACE_SECONDS, LEAST_CHARACTERS, DAY) == (60.0, 12, 86_400.0)
+    days = int(RETENTION["PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD"]) // 86_400
+    numbers = {1: "one", 2: "two", 4: "four", 8: "eight"}
+    stated = {
+        "docker/README.md": (
+            f"get {GRACE_SECONDS:.0f} s to write",
+            f"at least {MIN_CHARACTERS} characters",
+            f"after {days} days",
+        ),
+        "deployments/cluster/README.md": (f"parts of {PART_BYTES // 2**20} MiB, {numbers[PARALLEL_PARTS]} at a time",),
+        "deployments/README.md": ("older than a day",),
+    }
+    assert DAY == 86_400.0
+    missing = [
+        text
+        for name, texts in stated.items()
+        for text in texts
+        if text not in (REPO / name).read_text(encoding="utf-8")
+    ]
+    assert missing == []
 
 
 def _commands() -> dict[str, Any]:

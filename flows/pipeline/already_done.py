@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.home import link_model, registry_name, tracking_uri
 from flows.inventory import planned_key
-from flows.views.links import MADE, MODEL, WHERE, places
+from flows.views.links import MADE, MODEL, WHERE, location_rows
 from flows.views.tables import Rows, Table, number, show_table
 from storage.artifact import Ref
 from storage.fingerprint import canonical_json, sha256_bytes
@@ -63,13 +63,13 @@ def show_done(workspace: Workspace, done: Done, command: str = "") -> None:
     to a later model. FatalError: the model is incomplete.
     """
     store, recipe = workspace.store, workspace.recipe
-    folder = link_model(recipe, store.check(store.receipt(done.model)))
+    folder = link_model(recipe, store.verified_folder(store.receipt(done.model)))
     local = {(MADE, MODEL): str(folder)}
     sections: dict[str, Rows] = {
         heading: [(name, local.get((heading, name), text)) for name, text in rows]
         for heading, rows in done.sections.items()
     }
-    sections[WHERE] = places(recipe, folder, tracking_uri(recipe), command)
+    sections[WHERE] = location_rows(recipe, folder, tracking_uri(recipe), command)
     show_table(Table(recipe.name, sections))
 
 

@@ -77,9 +77,9 @@ def calibration_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
     """Yields the job that computes the teacher's channel statistics on sample blocks, if the encoding needs them."""
     lineage = workspace.lineage
     if lineage.calibration:
-        opened = _capture_opener(workspace, None, pool)
+        opener = _capture_opener(workspace, None, pool)
         timeout = job_timeout(workspace.recipe.run)
-        work = partial(pool.call, timeout, with_capture, calibrate, opened, workspace.store, lineage.sample)
+        work = partial(pool.call, timeout, with_capture, calibrate, opener, workspace.store, lineage.sample)
         yield Job("calibration", lineage.calibration.label, lineage.calibration, work)
 
 
@@ -87,11 +87,11 @@ def target_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
     """Yields one job per mask variant of each shard whose blocks exist."""
     store, lineage = workspace.store, workspace.lineage
     absent = {ref.key for ref in store.missing(lineage.training_blocks)}
-    opened = _capture_opener(workspace, lineage.calibration, pool)
+    opener = _capture_opener(workspace, lineage.calibration, pool)
     timeout = job_timeout(workspace.recipe.run)
     ready = [target for target in lineage.targets if target.blocks.key not in absent]
     for target, following in zip_longest(ready, ready[1:]):
-        work = partial(with_capture, make_targets, opened, store, target.blocks, variant=target.variant)
+        work = partial(with_capture, make_targets, opener, store, target.blocks, variant=target.variant)
         if pool.is_here and following:  # in a pool of processes, the next shard of each process is unknown
             work = partial(work, following=following.blocks)
         yield Job("targets", target.ref.label, target.ref, partial(pool.call, timeout, work))
@@ -100,7 +100,7 @@ def target_jobs(workspace: Workspace, pool: Pool) -> Iterator[Job]:
 def _capture_opener(workspace: Workspace, calibration: Ref | None, pool: Pool) -> Callable[[], Capture]:
     """Returns a function that opens the teacher in the calling process. Each process loads the teacher once."""
     recipe = workspace.recipe
-    opened = partial(
+    opener = partial(
         open_capture,
         workspace.store,
         recipe.teacher,
@@ -112,4 +112,4 @@ def _capture_opener(workspace: Workspace, calibration: Ref | None, pool: Pool) -
         recipe.train.device,
     )
     # Work in this process must poll whether the run was stopped; the pool kills other processes.
-    return partial(opened, raise_if_stopped) if pool.is_here else opened
+    return partial(opener, raise_if_stopped) if pool.is_here else opener

@@ -1,7 +1,7 @@
 """Runs a flow in this process, for the commands of `distil`.
 
     run_flow(recipe, "flows.retry", "retry_shard", stage="targets", command="mine.toml")
-    run_chain_unless_done(recipe, "mine.toml")      # runs the flow `distill` unless all artifacts exist
+    run_distill_unless_done(recipe, "mine.toml")      # runs the flow `distill` unless all artifacts exist
 
 Prefect is imported while its server starts, since both take seconds.
 """
@@ -32,7 +32,7 @@ def run_flow(recipe: Recipe, module: str, name: str, **arguments: Any) -> None:
     raise DistilError(state.message or f"the run ended in state {state.name}")
 
 
-def run_chain_unless_done(recipe: Recipe, command: str) -> None:
+def run_distill_unless_done(recipe: Recipe, command: str) -> None:
     """Runs the flow `distill`. If all artifacts and scores exist, shows the stored result without starting a server."""
     from flows.home import open_workspace
     from flows.pipeline.already_done import all_done, show_done

@@ -15,7 +15,7 @@ from typing import Any
 from prefect import State
 from prefect.states import Completed, Failed
 
-from flows.inventory import model_ref
+from flows.inventory import planned_model_if_prepared
 from flows.pipeline.engine import teacher_pool, text_pool
 from flows.pipeline.jobs import block_jobs, calibration_jobs, count_jobs, source_jobs, target_jobs
 from flows.pipeline.stage import Job, run_stage
@@ -24,7 +24,13 @@ from storage.artifact import Failure, Ref
 from tasks.lineage import SAMPLE_SHARDS, Lineage, Workspace, check_teacher, freeze_sample
 from tasks.plan.free_space import check_store_has_space, free_bytes
 
-VERBS = {"source": "read", "blocks": "blocks", "counts": "count", "calibration": "calibrate", "targets": "teach"}
+VERBS = {
+    "source": "read",
+    "blocks": "pack",
+    "counts": "count tokens",
+    "calibration": "calibrate",
+    "targets": "compute targets",
+}
 """Maps each stage, as named in the store and in `distil status`, to the verb in the names of its task runs."""
 
 
@@ -48,9 +54,9 @@ class Selection:
             return False
         if job.stage == "source":
             return not self.shard or job.label in (self.shard, self.shard.rsplit("-", 1)[0])
-        return not self.shard or self.shard in (job.label, job.label.rsplit(".v", 1)[0])
+        return not self.shard or self.shard in (job.label, plain_label(job.label))
 
-    def named(self, lineage: Lineage) -> bool:
+    def exists_in(self, lineage: Lineage) -> bool:
         """Returns True if the lineage contains the selected shard or source, whether it is done or not."""
         labels = {ref.label for refs in lineage.stages().values() for ref in refs}
         return self.shard in labels | {source.label for source, _ in lineage.sources}
@@ -60,7 +66,7 @@ SELECT_ALL = Selection()
 
 
 @dataclass(frozen=True)
-class StageDone:
+class StageResult:
     """The result of one stage in this run: its number of jobs, its failures and its duration in seconds."""
 
     stage: str
@@ -74,7 +80,7 @@ class Prepared:
     """The workspace after all stages, and the result of each stage that ran any job."""
 
     workspace: Workspace
-    stages: tuple[StageDone, ...]
+    stages: tuple[StageResult, ...]
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -136,7 +142,7 @@ def prepare_heldout(workspace: Workspace) -> Prepared:
 
 def _text_stages(
     workspace: Workspace, selection: Selection, *, heldout_only: bool = False
-) -> tuple[Workspace, list[StageDone]]:
+) -> tuple[Workspace, list[StageResult]]:
     """Runs the stages `source` and `blocks` in the text pool; returns the refreshed workspace and the results."""
     with text_pool(workspace.recipe) as pool:
         stages = _stage(workspace, selection, source_jobs(workspace, pool), pool.width)
@@ -148,7 +154,7 @@ def _text_stages(
     return workspace, stages
 
 
-def _teacher_stages(workspace: Workspace, selection: Selection) -> list[StageDone]:
+def _teacher_stages(workspace: Workspace, selection: Selection) -> list[StageResult]:
     """Runs the stages `calibration` and `targets` in the teacher pool; returns their results."""
     estimates = (workspace.lineage.counts, workspace.lineage.calibration)
     with teacher_pool(workspace.recipe) as pool:
@@ -158,7 +164,7 @@ def _teacher_stages(workspace: Workspace, selection: Selection) -> list[StageDon
     return stages
 
 
-def _stage(workspace: Workspace, selection: Selection, jobs: Iterable[Job], width: int = 1) -> list[StageDone]:
+def _stage(workspace: Workspace, selection: Selection, jobs: Iterable[Job], width: int = 1) -> list[StageResult]:
     """Runs the selected jobs of one stage that are forced or whose artifacts are missing.
 
     Returns a list with the result, or an empty list if no job was run.
@@ -173,7 +179,7 @@ def _stage(workspace: Workspace, selection: Selection, jobs: Iterable[Job], widt
     stage = chosen[0].stage
     start = time.monotonic()
     failures = run_stage(stage, VERBS[stage], chosen, store, run, min(width, run.window))
-    return [StageDone(stage, len(chosen), tuple(failures), time.monotonic() - start)]
+    return [StageResult(stage, len(chosen), tuple(failures), time.monotonic() - start)]
 
 
 def _freeze_sample(workspace: Workspace) -> tuple[Ref, ...]:
@@ -228,5 +234,5 @@ def _lacks(workspace: Workspace, *, training: bool) -> bool:
     """Returns True if any artifact is missing; `training` includes the model."""
     if not training:
         return workspace.lineage.lacks(workspace.store)
-    model = model_ref(workspace)
+    model = planned_model_if_prepared(workspace)
     return model is None or not workspace.store.has(model)

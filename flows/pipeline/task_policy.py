@@ -1,13 +1,13 @@
 """Defines the policy of all Prefect tasks and flows: retries, time-outs, names, caching and persistence of results.
 
-    bound_task(make_group, "teach", recipe.run).submit("fr_meta_part_3-0000", group)
-    distill = bound_flow(run_chain, "distill", run_name="{name}")
+    bound_task(make_group, "compute targets", recipe.run).submit("fr_meta_part_3-0000", group)
+    distill = bound_flow(run_distill, "distill", run_name="{name}")
 
 Retries      A task run is retried up to `run.retries` times, only after RetryableError, with delays that double
              (retry_delays). Flows are not retried, since a new run computes only missing artifacts.
 Time-outs    Prefect's time-outs are not used, since they cannot end a thread. The pool kills the process of a call
              after job_timeout. A trainer gets GRACE_SECONDS between SIGTERM and SIGKILL; training has no time limit.
-Names        Task runs are named `VERB LABEL` (`teach fr_meta_part_3-0000`), flow runs by the `run_name` of bound_flow.
+Names        Task runs are named `VERB LABEL` (`pack fr_meta_part_3-0000`), flow runs by `run_name` of bound_flow.
 Caching      NO_CACHE: only the store records what is done. A cached task run would hide a deleted artifact.
 Persistence  persist_result=False: results are artifacts in the store, not values in Prefect.
 """
@@ -101,14 +101,14 @@ def bound_flow(
             get_run_logger().error(error.message)
             return Failed(message=error.message)
 
-    def named() -> str:
+    def flow_run_name() -> str:
         parameters = dict(runtime.flow_run.parameters)
         recipe = parameters.pop("recipe")  # a Recipe or a dictionary, so a format string cannot use its fields
         return run_name.format(**parameters, name=recipe["name"] if isinstance(recipe, dict) else recipe.name).strip()
 
     bound = flow(
         name=name,
-        flow_run_name=named,
+        flow_run_name=flow_run_name,
         persist_result=False,
         validate_parameters=False,
         task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner[Any](max_workers=MAX_THREADS)),

@@ -44,7 +44,7 @@ def publish_card(mlflow_runs: MlflowRuns, run_id: str, result: TrainedModel) -> 
         CARD: model_card(facts).encode("utf-8"),
         FIGURE: render_figure(str(result.version), facts.models),
     }
-    mlflow_runs.keep(run_id, files, result.version)
+    mlflow_runs.log_files(run_id, files, result.version)
     folder = Path(recipe.home) / "models" / f"{recipe.name}-card"
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():

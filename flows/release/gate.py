@@ -210,6 +210,6 @@ def requester() -> str:
     return f"Prefect flow run {run}" if run else user()
 
 
-def set_rows(rows: Sequence[VerdictRow]) -> Rows:
+def verdict_rows(rows: Sequence[VerdictRow]) -> Rows:
     """Returns one row per data set: passed or failed, and why."""
     return [(row.set_name, f"{'passed' if row.passed else 'failed'}: {row.note}") for row in rows]

@@ -14,7 +14,7 @@ from flows.scoring.compute_scores import deciding_scores, failure_sentence
 from flows.scoring.evaluated_models import find_model
 from flows.tracking.model_registry import ModelRegistry
 from storage.errors import FatalError
-from tasks.release.results import protocol_keys, set_results
+from tasks.release.results import protocol_keys, results_of_sets
 from tasks.tokens.vocabulary import load_vocabulary
 
 
@@ -29,7 +29,7 @@ def score_champion(registry: ModelRegistry, result: TrainedModel) -> None:
         return
     candidate = next(iter(result.scores.values()))
     protocols = protocol_keys(candidate)
-    wanted = [one.set_name for one in set_results(candidate) if one.was_run]
+    wanted = [one.set_name for one in results_of_sets(candidate) if one.was_run]
     if all(result_on(champion, name, protocols[name]) for name in wanted):
         return
     workspace = result.workspace
@@ -40,4 +40,4 @@ def score_champion(registry: ModelRegistry, result: TrainedModel) -> None:
     if scored.failures:
         raise FatalError(failure_sentence(scored))
     own = scored.scores[model.name]
-    record_results(registry, champion, [one for one in set_results(own) if one.was_run], protocol_keys(own))
+    record_results(registry, champion, [one for one in results_of_sets(own) if one.was_run], protocol_keys(own))

@@ -1,6 +1,6 @@
 """Stores the scores that the gate compares as MLflow tags of a model version, and reads them.
 
-version = record_results(registry, version, set_results(scores), protocol_keys(scores))
+version = record_results(registry, version, results_of_sets(scores), protocol_keys(scores))
 newest_results(version)
 """
 

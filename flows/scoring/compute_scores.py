@@ -90,7 +90,7 @@ def _add_heldout_intervals(figures: Sequence[Scores]) -> None:
 def _heldout(workspace: Workspace, model: EvaluatedModel) -> Scores:
     store, recipe, heldout = workspace.store, workspace.recipe, workspace.lineage.heldout_blocks
     rows, masks = recipe.score.heldout_rows, recipe.score.heldout_masks
-    protocol = heldout_protocol(heldout, recipe.mask, rows, workspace.teacher_key, masks)
+    protocol = heldout_protocol(heldout, recipe.mask, rows, workspace.teacher_fingerprint, masks)
 
     def compute() -> Scores:
         teacher = teacher_of(recipe)

@@ -77,7 +77,7 @@ def find_model(recipe: Recipe, model: str) -> EvaluatedModel:
 
     FatalError: the model does not exist.
     """
-    uri = open_registry(recipe).named(model).uri if model.startswith(REGISTERED) else ""
+    uri = open_registry(recipe).version_at(model).uri if model.startswith(REGISTERED) else ""
     folder = fetch_model(recipe, uri) if uri else resolve_model(model)
     return EvaluatedModel(
         model, model_content_key(folder, trust_remote_code=recipe.teacher.trust_remote_code), folder, uri

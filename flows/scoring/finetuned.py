@@ -18,7 +18,7 @@ from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels
 from storage.errors import DistilError
 from storage.store import Store
 from tasks.eval.datasets.load import AnySet, load_set
-from tasks.eval.finetuned_scores import compare_models, missing_seeds, score_seed, set_scores
+from tasks.eval.finetuned_scores import compare_models, missing_seeds, score_seed, scores_of_set
 from tasks.eval.protocol import Protocol
 from tasks.eval.scores import Scores, not_run, was_run
 from tasks.lineage import Workspace
@@ -105,7 +105,7 @@ def _figures(store: Store, protocol: Protocol, data: AnySet, model: EvaluatedMod
     if missing:
         listed = ", ".join(map(str, missing))
         return not_run(f"the scores of seed {listed} are missing; repeat the command to compute them")
-    return set_scores(store, model.key, data, protocol)
+    return scores_of_set(store, model.key, data, protocol)
 
 
 def _compare(

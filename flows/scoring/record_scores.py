@@ -23,15 +23,15 @@ def record_scores(mlflow_runs: MlflowRuns, parent: str, key: str, scored: Scored
         outcomes = {
             part: "run" if was_run(figures) else f"not run: {figures['reason']}" for part, figures in scores.items()
         }
-        mlflow_runs.tag(parent, {f"distil.score.{part}{suffix}": text for part, text in outcomes.items()})
+        mlflow_runs.set_tags(parent, {f"distil.score.{part}{suffix}": text for part, text in outcomes.items()})
         for part, figures in scores.items():
             if not was_run(figures):
                 continue
             settings = {"model": model, "set": part}
             name = f"score-{part}{suffix}"
-            child = mlflow_runs.run(name, key, f"{model} {part}", parent=parent, settings=settings)
-            mlflow_runs.figures(child, plain_figures(figures))
-            mlflow_runs.file(child, f"{part}.json", figures)
+            child = mlflow_runs.start_or_resume_run(name, key, f"{model} {part}", parent=parent, settings=settings)
+            mlflow_runs.log_metrics(child, plain_figures(figures))
+            mlflow_runs.log_json(child, f"{part}.json", figures)
             mlflow_runs.end(child)
 
 

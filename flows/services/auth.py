@@ -17,7 +17,7 @@ from pathlib import Path
 
 from storage.errors import FatalError
 
-LEAST_CHARACTERS = 12
+MIN_CHARACTERS = 12
 """Minimum length of a password, set by MLflow."""
 
 PRIVATE = stat.S_IRUSR | stat.S_IWUSR
@@ -43,10 +43,8 @@ def mlflow_access(home: str) -> dict[str, str]:
     if not name or not password:
         absent = "MLFLOW_TRACKING_PASSWORD" if name else "MLFLOW_TRACKING_USERNAME"
         raise FatalError(f"{absent} is not set; set both MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
-    if len(password) < LEAST_CHARACTERS:
-        raise FatalError(
-            f"MLFLOW_TRACKING_PASSWORD is too short; MLflow requires at least {LEAST_CHARACTERS} characters"
-        )
+    if len(password) < MIN_CHARACTERS:
+        raise FatalError(f"MLFLOW_TRACKING_PASSWORD is too short; MLflow requires at least {MIN_CHARACTERS} characters")
     folder = Path(home) / "mlflow"
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(_config(folder)),

@@ -1,10 +1,14 @@
 """Creates automations in the Prefect server that mark runs without a process Crashed and report failed runs.
 
-    mark_dead_runs(client)                                  # creates "distil: mark dead runs"
-    notify_of_failures(client, "custom-webhook/on-call")    # creates "distil: tell of failures"
+    ensure_dead_run_automation(client)                             # creates "distil: mark dead runs"
+    ensure_failure_automation(client, "custom-webhook/on-call")    # creates "distil: tell of failures"
 
-`distil deploy` creates both. They apply to runs with the tag `distil`, which all our deployments have. An existing
-automation is updated only if its rule differs, since an update discards the heartbeats that the server waits for.
+`distil deploy` creates the first, and with --notify the second. They apply to runs with the tag `distil`, which all our
+deployments have. An existing automation is updated only if its rule differs, since an update discards the heartbeats
+that the server waits for.
+
+A dead run sends no heartbeat, and the server marks it. A stale run (stale_runs.py) belongs to an earlier worker of the
+same name, and the next worker marks it.
 """
 
 from datetime import timedelta
@@ -41,7 +45,7 @@ BODY = """{{ flow_run.state.message }}
 """The URL requires PREFECT_UI_URL or PREFECT_API_URL in the server's environment; without them the run id is sent."""
 
 
-def mark_dead_runs(client: SyncPrefectClient) -> None:
+def ensure_dead_run_automation(client: SyncPrefectClient) -> None:
     """Creates the automation that marks runs Crashed if they neither send a heartbeat nor end within DEAD_AFTER."""
     trigger = EventTrigger(
         **OUR_RUNS,
@@ -56,7 +60,7 @@ def mark_dead_runs(client: SyncPrefectClient) -> None:
         message=f"the process of this run sent no heartbeat for {DEAD_AFTER.seconds} seconds; "
         "retry the run to resume it from the store",
     )
-    _make(
+    _create_or_update(
         client,
         AutomationCore(
             name="distil: mark dead runs",
@@ -67,13 +71,13 @@ def mark_dead_runs(client: SyncPrefectClient) -> None:
     )
 
 
-def notify_of_failures(client: SyncPrefectClient, block: str) -> None:
+def ensure_failure_automation(client: SyncPrefectClient, block: str) -> None:
     """Creates the automation that reports each failed or crashed run through a notification block TYPE/NAME.
 
     FatalError if the block does not exist or cannot send notifications.
     """
     send = SendNotification(block_document_id=_notifier(client, block).id, subject=SUBJECT, body=BODY)
-    _make(
+    _create_or_update(
         client,
         AutomationCore(
             name="distil: tell of failures",
@@ -103,7 +107,7 @@ def _notifier(client: SyncPrefectClient, block: str) -> BlockDocument:
     return document
 
 
-def _make(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+def _create_or_update(client: SyncPrefectClient, wanted: AutomationCore) -> None:
     """Creates the automation, or updates an existing one of the same name if its rule differs."""
     existing = client.read_automations_by_name(wanted.name)
     if not existing:

@@ -28,7 +28,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.templating import apply_values
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
-from flows.services.automations import mark_dead_runs, notify_of_failures
+from flows.services.automations import ensure_dead_run_automation, ensure_failure_automation
 from storage.errors import FatalError
 from tasks.recipe.config import Recipe
 
@@ -78,9 +78,9 @@ def deploy(recipes: Sequence[Recipe], pool: WorkPool, notify: str = "") -> list[
                 f"the Prefect server {client.api_url} does not respond ({error}); start `distil up`, or correct "
                 "PREFECT_API_URL"
             )
-        mark_dead_runs(client)
+        ensure_dead_run_automation(client)
         if notify:
-            notify_of_failures(client, notify)
+            ensure_failure_automation(client, notify)
         ensure_work_pool(client, pool)
         _register(render(yaml.safe_load(PROJECT.read_text(encoding="utf-8")), recipes, pool))
         deployments = _deployments_of(client, {recipe.name for recipe in recipes})

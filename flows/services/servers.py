@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from flows.home import LOOPBACK, _last_up, mlflow_database
+from flows.home import LOOPBACK, last_up, mlflow_database
 from flows.services.auth import mlflow_access, prefect_access
 from flows.services.process import Service, free_port, is_healthy, start, stop, wait_until_up
 from storage.errors import FatalError
@@ -24,7 +24,7 @@ from storage.files.lock import acquire
 
 def live_up(home: str) -> dict[str, str] | None:
     """Returns the addresses (`prefect_api`, `prefect_ui`, `mlflow`) of a live `distil up` of this home, or None."""
-    up = _last_up(home)
+    up = last_up(home)
     if up is None:
         return None
     with suppress(PermissionError):  # the process belongs to another user, so it is alive

@@ -1,8 +1,8 @@
 """Records a recipe's work as MLflow runs: settings, data sets, training curves, files and scores.
 
     mlflow_runs = open_mlflow_runs(recipe)
-    run_id = mlflow_runs.run("train", run_key, ...)                     # the same run after a crash, found by its tags
-    mlflow_runs.send(run_id, lines, mlflow_runs.last_steps(run_id))     # new lines of metrics.jsonl only
+    run_id = mlflow_runs.start_or_resume_run("train", run_key, ...)     # the same run after a crash, by its tags
+    mlflow_runs.log_curves(run_id, lines, mlflow_runs.last_steps(run_id))       # new lines of metrics.jsonl only
     version = mlflow_runs.registry.register(run_id, name, ...)
 
 Each result has one parent run with child runs for training and scores. A training run that was killed and resumed is
@@ -59,7 +59,7 @@ class MlflowRuns:
         return ModelRegistry(self.client)
 
     @translate_errors()
-    def run(
+    def start_or_resume_run(
         self, part: str, key: str, name: str, *, parent: str = "", settings: Mapping[str, Any] | None = None
     ) -> str:
         """Returns the id of the MLflow run of one part (`chain`, `train`, `score-…`) of a run key.
@@ -84,12 +84,12 @@ class MlflowRuns:
         return run_id
 
     @translate_errors()
-    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Sets tags of a run. Empty values are ignored."""
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items() if value])
 
     @translate_errors()
-    def data(self, run_id: str, digests: Mapping[str, tuple[str, str]]) -> None:
+    def log_inputs(self, run_id: str, digests: Mapping[str, tuple[str, str]]) -> None:
         """Logs data sets of a run; `digests` maps a name to (digest, URI). Repeated calls have no effect."""
         inputs = [
             DatasetInput(
@@ -109,10 +109,10 @@ class MlflowRuns:
         }
 
     @translate_errors()
-    def send(self, run_id: str, lines: Sequence[Mapping[str, Any]], last: dict[str, int]) -> None:
-        """Sends the lines of metrics.jsonl with steps after `last` (see `last_steps`), and updates `last` in place.
+    def log_curves(self, run_id: str, lines: Sequence[Mapping[str, Any]], last: dict[str, int]) -> None:
+        """Logs the lines of metrics.jsonl with steps after `last` (see `last_steps`), and updates `last` in place.
 
-        RetryableError: MLflow does not respond; `last` is unchanged, so the same lines can be sent again.
+        RetryableError: MLflow does not respond; `last` is unchanged, so the same lines can be logged again.
         """
         batch: list[Metric] = []
         reached = dict(last)
@@ -129,14 +129,14 @@ class MlflowRuns:
         last.update(reached)
 
     @translate_errors()
-    def figures(self, run_id: str, values: Mapping[str, Any]) -> None:
+    def log_metrics(self, run_id: str, values: Mapping[str, Any]) -> None:
         """Logs final metrics at step 0. Values that are not numbers are omitted; the score artifact contains them."""
         now = int(time.time() * 1000)
         numbers = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
         self.client.log_batch(run_id, metrics=[Metric(name, float(v), now, 0) for name, v in numbers.items()])
 
     @translate_errors()
-    def file(self, run_id: str, name: str, values: Mapping[str, Any]) -> None:
+    def log_json(self, run_id: str, name: str, values: Mapping[str, Any]) -> None:
         """Logs plain values as a JSON file with a run."""
         self.client.log_dict(run_id, dict(values), name)
 
@@ -164,7 +164,7 @@ class MlflowRuns:
         self.end(run_id)
 
     @translate_errors()
-    def keep(self, run_id: str, files: Mapping[str, bytes], version: Version | None = None) -> None:
+    def log_files(self, run_id: str, files: Mapping[str, bytes], version: Version | None = None) -> None:
         """Logs files with a run and, if the logged model of `version` is known, in its folder `model/`."""
         with tempfile.TemporaryDirectory() as folder:
             model_folder = Path(folder) / "model"

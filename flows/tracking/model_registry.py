@@ -2,7 +2,7 @@
 
     registry = open_registry(recipe)
     version = registry.register(run_id, name, model_key, folder, ...)     # once per model key; alias `challenger`
-    registry.named("models:/NAME@ALIAS"), registry.version("NAME", "3"), registry.champion("NAME")
+    registry.version_at("models:/NAME@ALIAS"), registry.version("NAME", "3"), registry.champion("NAME")
     registry.set_champion(version, when, expected)          # flows/promote.py decides which version
 
 The runs that log the models are in flows/tracking/mlflow_runs.py.
@@ -131,7 +131,7 @@ class ModelRegistry:
             ) from error
 
     @translate_errors()
-    def named(self, uri: str) -> Version:
+    def version_at(self, uri: str) -> Version:
         """Returns the version of a URI models:/NAME/NUMBER or models:/NAME@ALIAS. FatalError if it does not exist."""
         return _version(_find(self.client, uri))
 

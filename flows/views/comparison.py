@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.views.tables import Rows, Table, number, size
 from tasks.eval.intervals import Z_95
-from tasks.eval.scores import teacher_figures
+from tasks.eval.scores import teacher_figures, was_run
 
 Scores = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ Models = Mapping[str, Mapping[str, Scores]]
 
 SUBWORD = "sub-word F1, weighted, O included"
 
-FIGURES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+METRIC_ROWS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "accuracy": (("accuracy",), ("macro_f1",)),
     "entity_f1": (
         ("entity_f1",),
@@ -32,7 +32,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 """Metrics of a fine-tuned data set that have a row, by the main metric of the data set. MLflow has all metrics."""
 
-WORDS = {
+METRIC_LABELS = {
     ("macro_f1",): "macro F1",
     ("entity_f1",): "entity F1",
     ("entity", "precision"): "entity precision",
@@ -52,7 +52,7 @@ def comparison_table(title: str, models: Models) -> Table:
     shown = dict(models)
     if ratio and "teacher" not in models:
         shown["teacher"] = {}
-    rows = [*_heldout_rows(shown, first), *_set_rows(shown, first), *_size_rows(shown, models[first])]
+    rows = [*_heldout_rows(shown, first), *_rows_of_sets(shown, first), *_size_rows(shown, models[first])]
     header = ["", *shown, *([f"{first} / teacher"] if ratio else [])]
     return Table(title, {"": [row[: len(header)] for row in rows]}, header)
 
@@ -137,7 +137,7 @@ def not_run_parts(scores: Mapping[str, Scores]) -> Iterator[tuple[str, list[str]
     """Yields each reason why scores of a model were not run, with the names of these scores."""
     reasons: dict[str, list[str]] = {}
     for part, figures in scores.items():
-        if figures.get("status") == "not run":
+        if not was_run(figures):
             reasons.setdefault(figures["reason"], []).append(part)
     yield from reasons.items()
 
@@ -182,22 +182,22 @@ def _top1(figures: Scores) -> str:
     return f"{100 * figures['top1']:.1f} ± {100 * Z_95 * figures['top1_se']:.1f}"
 
 
-def _set_rows(models: Models, first: str) -> Iterator[list[str]]:
+def _rows_of_sets(models: Models, first: str) -> Iterator[list[str]]:
     names = [part for part, figures in models[first].items() if "metric" in figures or _not_run_anywhere(models, part)]
     for part in names:
         metric = next((scores[part]["metric"] for scores in models.values() if "metric" in scores.get(part, {})), "")
         if not metric:
             yield [part, *("not run" if part in scores else "" for scores in models.values()), ""]
-        for path in FIGURES.get(metric, ()):
+        for path in METRIC_ROWS.get(metric, ()):
             cells = [_over_seeds(scores.get(part, {}), path) for scores in models.values()]
-            main = path == FIGURES[metric][0]
+            main = path == METRIC_ROWS[metric][0]
             ratio = ratio_text(models[first][part]) if main else ""
-            yield [f"{part} {WORDS.get(path, path[-1])}, %", *cells, ratio]
+            yield [f"{part} {METRIC_LABELS.get(path, path[-1])}, %", *cells, ratio]
 
 
 def _not_run_anywhere(models: Models, part: str) -> bool:
     own = ("heldout", "fill-mask", "size-and-speed", "fine-tuning")
-    return part not in own and any(scores.get(part, {}).get("status") == "not run" for scores in models.values())
+    return part not in own and any(not was_run(scores.get(part, {})) for scores in models.values())
 
 
 def _over_seeds(figures: Scores, path: Sequence[str]) -> str:

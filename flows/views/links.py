@@ -18,7 +18,7 @@ WHERE = "Where to find it"
 """Heading of the rows of `places`."""
 
 
-def places(recipe: Recipe, model_folder: Path, mlflow_uri: str, command: str = "") -> Rows:
+def location_rows(recipe: Recipe, model_folder: Path, mlflow_uri: str, command: str = "") -> Rows:
     """Returns rows of names and addresses.
 
     `command` is the recipe file and settings as typed, or "" for a run of a deployment.

@@ -26,7 +26,7 @@ def show_status(recipe: Recipe, rows: Sequence[StageRow], *, as_json: bool = Fal
     output = console()
     for row in rows:
         for label, reason in row.failed.items():
-            output.print(f"failed   {escape(named(row.stage, label, reason))}", soft_wrap=True, highlight=False)
+            output.print(f"failed   {escape(with_label(row.stage, label, reason))}", soft_wrap=True, highlight=False)
         for label in row.missing[:NAMES_SHOWN]:
             output.print(f"missing  {row.stage} {escape(label)}", soft_wrap=True, highlight=False)
         if len(row.missing) > NAMES_SHOWN:
@@ -43,7 +43,7 @@ def status_table(title: str, rows: Iterable[StageRow]) -> Table:
     return Table(title, {"": lines}, header, right_aligned=True)
 
 
-def named(kind: str, label: str, reason: str) -> str:
+def with_label(kind: str, label: str, reason: str) -> str:
     """Returns the reason with the kind and label of the artifact in front, unless it starts with them."""
     reason = plain(reason)  # it may contain names from the corpus
     return reason if reason.startswith(f"{kind} {label}") else f"{kind} {label}: {reason}"

@@ -9,9 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flows.views.comparison import FIGURES, WORDS, agreement, counted, not_run_parts, ratio_text, spread_text
-from flows.views.links import MADE, MODEL, WHERE, places
+from flows.views.comparison import (
+    METRIC_LABELS,
+    METRIC_ROWS,
+    agreement,
+    counted,
+    not_run_parts,
+    ratio_text,
+    spread_text,
+)
+from flows.views.links import MADE, MODEL, WHERE, location_rows
 from flows.views.tables import Rows, number, seconds, size
+from tasks.eval.scores import was_run
 from tasks.lineage import Workspace
 from tasks.recipe.run_json import METRICS, RunSpec
 from tasks.train.metrics import read_metrics
@@ -43,7 +52,7 @@ def summary_sections(summary: RunSummary, total: float) -> dict[str, Rows]:
         "Scores": score_rows(summary.scores),
         "Fill-mask": fill_mask_rows(summary.scores.get("fill-mask", {})),
         "Gate": summary.gate,
-        WHERE: places(summary.workspace.recipe, summary.model_folder, summary.mlflow_uri, summary.command),
+        WHERE: location_rows(summary.workspace.recipe, summary.model_folder, summary.mlflow_uri, summary.command),
         "Time": [(name, seconds(value)) for name, value in summary.stage_seconds.items()] + [("total", seconds(total))],
     }
 
@@ -83,10 +92,10 @@ def score_rows(scores: Mapping[str, Scores]) -> Rows:
     """Returns one row per main metric, followed by the scores that were not run, with their reasons."""
     rows: list[tuple[str, str]] = []
     for part, figures in scores.items():
-        if part in _WRITERS and figures.get("status") != "not run":
-            rows += _WRITERS[part](figures)
+        if part in _ROWS_OF and figures.get("status") != "not run":
+            rows += _ROWS_OF[part](figures)
         elif "metric" in figures:
-            rows += _set_rows(part, figures)
+            rows += _rows_of_set(part, figures)
     rows += [(", ".join(parts), f"not run: {reason}") for reason, parts in not_run_parts(scores)]
     return rows
 
@@ -103,7 +112,7 @@ def _heldout_rows(figures: Scores) -> Rows:
     if "kept" in figures:
         rows.append(
             (
-                "share of teacher",
+                "share of the teacher above the baseline",
                 f"{figures['kept']:.3f} = (student - baseline) / (teacher - baseline)",
             )
         )
@@ -127,7 +136,7 @@ def _size_and_speed_rows(figures: Scores) -> Rows:
         ("weights", listed({name: size(value) for name, value in figures["bytes"].items()})),
     ]
     latency = figures["latency"]
-    if latency.get("status") == "not run":
+    if not was_run(latency):
         return [*rows, ("latency", f"not run: {latency['reason']}")]
     times = {
         name: ", ".join(f"{ms:.1f} ms (batch {size})" for size, ms in by.items()) for name, by in latency["ms"].items()
@@ -135,22 +144,22 @@ def _size_and_speed_rows(figures: Scores) -> Rows:
     return [*rows, (f"CPU, {latency['tokens']} tokens", listed(times))]
 
 
-def _set_rows(part: str, figures: Scores) -> Rows:
+def _rows_of_set(part: str, figures: Scores) -> Rows:
     """Returns the rows of a fine-tuned data set: metrics over seeds, ratio to the teacher, and numbers of rows."""
-    paths = FIGURES[figures["metric"]]
+    paths = METRIC_ROWS[figures["metric"]]
     seeds = len(figures["runs"])
     rows = []
     for path in paths:
         value = figures["summary"]
         for name in path:
             value = value[name]
-        rows.append((f"{part} {WORDS.get(path, path[-1])}", f"{spread_text(value)} % (seeds: {seeds})"))
+        rows.append((f"{part} {METRIC_LABELS.get(path, path[-1])}", f"{spread_text(value)} % (seeds: {seeds})"))
     if ratio := ratio_text(figures):
         rows.append((f"{part} / teacher", ratio))
     return [*rows, (f"{part} rows", counted(figures["counts"]))]
 
 
-_WRITERS = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows}
+_ROWS_OF = {"heldout": _heldout_rows, "size-and-speed": _size_and_speed_rows}
 
 
 def fill_mask_rows(figures: Scores) -> Rows:

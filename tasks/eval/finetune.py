@@ -34,20 +34,13 @@ from tasks.eval.loaded_model import silenced
 from tasks.eval.protocol import Tuning
 from tasks.eval.scores import Scores
 from tasks.models.forward import longest_input
+from tasks.models.student import set_dropout
 from tasks.models.tokenizer import exact_tokenizer
 
 PREDICT_ROWS = 64
 
-_DROPOUTS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "attention_dropout",
-    "embedding_dropout",
-    "mlp_dropout",
-    "classifier_dropout",
-    "dropout",
-    "seq_classif_dropout",
-)
+_CLASSIFIER_DROPOUTS = ("classifier_dropout", "seq_classif_dropout")
+"""Names that configs use for the dropout of the new head; `set_dropout` sets all others."""
 
 
 class Encoded(NamedTuple):
@@ -218,8 +211,9 @@ def _test(trainer: Trainer, folder: Path, data: Any, task: FineTuneTask, tuning:
 def load_with_head(folder: Path, task: FineTuneTask, tuning: Tuning) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the encoder in float32 with a new head, and its tokenizer. FatalError if the folder has no encoder."""
     config, tokenizer = _tokenizer_of(folder)
-    for name in _DROPOUTS:
-        # A student saved with dropout 0 must be fine-tuned with the same dropout as its teacher.
+    # A student saved with dropout 0 must be fine-tuned with the same dropout as its teacher.
+    set_dropout(config, tuning.dropout)
+    for name in _CLASSIFIER_DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, tuning.dropout)
     config.id2label = dict(enumerate(task.labels))

@@ -1,7 +1,7 @@
 """Stores the fine-tuned scores of a model by set and seed, and summarizes and compares them.
 
     score_seed(store, model_key, folder, data, protocol, seed)       # one set, one seed: fine-tunes unless stored
-    scores = set_scores(store, model_key, data, protocol)            # all seeds of a set: figures with intervals
+    scores = scores_of_set(store, model_key, data, protocol)            # all seeds of a set: figures with intervals
     compare_models(store, model_key, other_key, data, protocol)      # ratio and difference, paired by test row
 
 The key of a score consists of the model, the tuning of the set, the content of the set and the seed. After a change of
@@ -84,7 +84,7 @@ def score_seed(
     return make_scores(store, score_key_of(model_key, data, protocol, seed), compute, force=force)
 
 
-def set_scores(store: Store, model_key: str, data: AnySet, protocol: Protocol) -> Scores:
+def scores_of_set(store: Store, model_key: str, data: AnySet, protocol: Protocol) -> Scores:
     """Returns the stored scores of all seeds of one set, with their summary.
 
     {"set", "source", "rule", "counts", "protocol", "metric", "lr", "grid", "runs": figures by seed, "summary"}

@@ -37,7 +37,7 @@ PROTOCOL_VERSION = 2
 FORWARD_TOKENS = 8192
 """Tokens in one forward pass."""
 
-CHUNK_ROWS = 512
+CHUNK_POSITIONS = 512
 """Masked positions whose logits are in memory at once (64 MB per model for a vocabulary of 32,005 tokens)."""
 
 
@@ -171,8 +171,8 @@ def _score_batch(models: list[PreTrainedModel], batch: _Batch, vocabulary: Vocab
     """Returns columns with one value per position; the first model is the student, the second its teacher."""
     features = [_head_features(model, batch) for model in models]
     chunks: list[dict[str, Tensor]] = []
-    for start in range(0, len(batch.labels), CHUNK_ROWS):
-        chunk = slice(start, start + CHUNK_ROWS)
+    for start in range(0, len(batch.labels), CHUNK_POSITIONS):
+        chunk = slice(start, start + CHUNK_POSITIONS)
         log_probs = [
             _log_probs(model, features_NH[chunk], vocabulary.size)
             for model, features_NH in zip(models, features, strict=True)

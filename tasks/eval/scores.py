@@ -67,11 +67,11 @@ def make_scores(store: Store, key: ScoreKey, compute: Callable[[], Scores], *, f
     start = time.perf_counter()
     scores = compute()
     if was_run(scores):
-        keep_scores(store, key, scores, time.perf_counter() - start)
+        store_scores(store, key, scores, time.perf_counter() - start)
     return scores
 
 
-def keep_scores(store: Store, key: ScoreKey, scores: Scores, seconds: float = 0.0) -> Receipt:
+def store_scores(store: Store, key: ScoreKey, scores: Scores, seconds: float = 0.0) -> Receipt:
     """Commits figures as `scores.json`; `seconds` is the computation time. ValueError if a figure is not finite."""
     with store.scratch() as folder:
         (folder / FILE).write_bytes(canonical_json(scores))
@@ -89,7 +89,7 @@ def keep_scores(store: Store, key: ScoreKey, scores: Scores, seconds: float = 0.
 
 def read_scores(store: Store, ref: Ref) -> Scores:
     """Reads stored figures. FatalError if they are missing or their bytes have changed."""
-    scores: Scores = json.loads((store.check(store.receipt(ref)) / FILE).read_bytes())
+    scores: Scores = json.loads((store.verified_folder(store.receipt(ref)) / FILE).read_bytes())
     return scores
 
 

@@ -23,7 +23,11 @@ from tasks.eval.loaded_model import LoadedModel, eval_mode
 from tasks.eval.scores import Scores, not_run
 from tasks.models.forward import longest_input
 
-LATENCY_TOKENS = 128
+LATENCY_BATCHES, LATENCY_TOKENS = (1, 32), 128
+"""Batch sizes, and tokens per sequence."""
+
+LATENCY_SECONDS = 60.0
+"""Longest time of the measurement, for all models together."""
 
 WARM_UP_RUNS = 2
 """Untimed forward passes per model and batch size before the timed passes."""
@@ -31,10 +35,10 @@ WARM_UP_RUNS = 2
 
 def latency(
     models: Mapping[str, LoadedModel],
-    batch_sizes: Sequence[int] = (1, 32),
+    batch_sizes: Sequence[int] = LATENCY_BATCHES,
     runs: int = 30,
     tokens: int = LATENCY_TOKENS,
-    budget: float = 60.0,
+    budget: float = LATENCY_SECONDS,
 ) -> Scores:
     """Measures the median time of one forward pass of each encoder on the CPU, in milliseconds.
 

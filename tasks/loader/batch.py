@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     """[B, M, P] uint8: the teacher's encoded vectors, P bytes per position; None without a cache."""
     tokens: int
     """Number of attended positions."""
-    rows: int
+    selected: int
     """Number of positions with the distil and cosine losses."""
     masked: int
     """Number of positions with the MLM loss."""
@@ -106,7 +106,7 @@ def make_batch(dataset: BlockDataset, masking: MaskingRule, parts: Indices, rows
         labels=labels,
         payload=torch.from_numpy(stacked["payload"]) if "payload" in stacked else None,
         tokens=int(lengths.sum()),
-        rows=int(stacked["valid"].sum()),
+        selected=int(stacked["valid"].sum()),
         masked=int((stacked["labels"] != IGNORE_INDEX).sum()),
     )
 

@@ -26,7 +26,7 @@ from transformers.activations import gelu
 
 from storage.errors import FatalError
 
-CHUNK_ROWS = 1024
+CHUNK_POSITIONS = 1024
 """Rows per chunk of logits (131 MB in float32 for 32,005 tokens)."""
 
 
@@ -80,7 +80,7 @@ def decoder_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logits_in_chunks(
-    model: PreTrainedModel, hidden_ND: Tensor, chunk_rows: int = CHUNK_ROWS, vocabulary_size: int | None = None
+    model: PreTrainedModel, hidden_ND: Tensor, chunk_rows: int = CHUNK_POSITIONS, vocabulary_size: int | None = None
 ) -> Iterator[Tensor]:
     """Yields float32 logits [n, V] of hidden states [N, D], `chunk_rows` rows at a time, without gradients.
 

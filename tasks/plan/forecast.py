@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from math import floor
 from typing import Any, get_args
 
+from tasks.eval.size_and_speed import LATENCY_BATCHES, LATENCY_SECONDS, LATENCY_TOKENS
 from tasks.lineage import caches_targets
 from tasks.plan.free_space import MARGIN
 from tasks.plan.sample import Sample
@@ -21,11 +22,11 @@ from tasks.plan.sizes import (
     Inventory,
     ModelShape,
     SizeForecast,
+    cached_variants,
     counts_per_text_byte,
     forecast_sizes,
     payload_bytes,
     target_bytes,
-    variants_taught,
 )
 from tasks.plan.timing import Machine, Timings
 from tasks.recipe.config import Recipe, TargetSettings
@@ -36,12 +37,6 @@ FORWARD = 1 / 3
 START, END = 3.5, 1.5
 """Times before the first shard (server, flow and worker processes) and after the scores (registration, card, gate), in
 multiples of the trainer's import time: both are mostly imports and small writes, so they scale with the machine."""
-
-LATENCY_FORWARDS, LATENCY_TOKENS = 33, 128
-"""One round of the latency measurement: 33 sequences (batches of 1 and of 32) of 128 tokens."""
-
-LATENCY_BUDGET = 60.0
-"""Maximum seconds of the latency measurement."""
 
 TERABYTE, HOUR = 1e12, 3600.0
 
@@ -135,8 +130,8 @@ def make_forecast(
     seconds = stage_seconds(recipe, inventory, sample, timings, machine, found, training=training)
     need = MARGIN * found.left
     choices = _choices(recipe, sample, shape, found) if recipe.teacher.model else ()
-    taught = training and recipe.loss.needs_teacher
-    break_even = _break_even(recipe, timings, found, choices, prices) if taught else None
+    with_teacher = training and recipe.loss.needs_teacher
+    break_even = _break_even(recipe, timings, found, choices, prices) if with_teacher else None
     store = sum(amount.total for amount in found.bytes.values())
     cost = {
         "machine": summed(seconds).left / HOUR * prices.hour,
@@ -179,14 +174,14 @@ def stage_seconds(
     longest = inventory.largest_unread * reading  # each source is read by one process
     blocking = sample.block_seconds / max(1, sample.text_bytes) / slots
     row_bytes = sample.text_bytes / max(1, sample.rows)
-    all_text = inventory.text_bytes + inventory.heldout_bytes + found.coming
+    all_text = inventory.text_bytes + inventory.heldout_bytes + found.unread_text_bytes
     read_left = max(inventory.unread_bytes * reading / slots, longest)
     seconds = {
         "source": _amount(max(inventory.source_bytes * reading / slots, longest), read_left),
-        "blocks": _amount(all_text * blocking, found.unblocked * blocking),
+        "blocks": _amount(all_text * blocking, found.bytes_without_blocks * blocking),
     }
-    if variants_taught(recipe):
-        rows_left = found.untaught / row_bytes
+    if cached_variants(recipe):
+        rows_left = found.bytes_without_targets / row_bytes
         rows = max(found.blocks.total * recipe.mask.variants, rows_left)
         once = timings.load + min(recipe.targets.calibration_rows, found.blocks.total) * timings.capture
         seconds["calibration"] = _amount(once, once if inventory.kept["targets"] == 0 else 0.0)
@@ -216,7 +211,7 @@ def _trained_seconds(
     both = row_forward + timings.capture
     forward = both * LATENCY_TOKENS / recipe.blocks.length
     scored = min(score.heldout_rows, heldout) * score.heldout_masks * both
-    scored += min(LATENCY_BUDGET, score.latency_runs * LATENCY_FORWARDS * forward)
+    scored += min(LATENCY_SECONDS, score.latency_runs * sum(LATENCY_BATCHES) * forward)
     return {"train": Amount(trained), "score": Amount(scored)}
 
 

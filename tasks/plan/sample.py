@@ -34,7 +34,7 @@ from tasks.tokens.vocabulary import Vocabulary, load_tokenizer
 SOURCES = 8
 """Maximum number of sources to sample, evenly spaced in the snapshot; exceeded if they are smaller than the budget."""
 
-LEAST = 1 << 20
+MIN_BYTES = 1 << 20
 """Minimum bytes to read from a compressed source; with fewer, its compression ratio cannot be estimated."""
 
 UNSEEN = 4 * CHUNK
@@ -106,9 +106,9 @@ def _chosen(sources: Sequence[Source], budget: int) -> Iterable[tuple[Source, in
     total = sum(source.size for source in sources)
     if total <= budget:
         return [(source, source.size) for source in sources]
-    count = min(len(sources), max(min(SOURCES, budget // LEAST), budget * len(sources) // total, 1))
+    count = min(len(sources), max(min(SOURCES, budget // MIN_BYTES), budget * len(sources) // total, 1))
     chosen = [sources[number * len(sources) // count] for number in range(count)]
-    return [(source, max(LEAST, budget // count) + UNSEEN) for source in chosen]
+    return [(source, max(MIN_BYTES, budget // count) + UNSEEN) for source in chosen]
 
 
 def _sample_source(

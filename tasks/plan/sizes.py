@@ -59,8 +59,8 @@ class Inventory:
     source_bytes               all source files
     unread_bytes               source files without a receipt; the largest has `largest_unread` bytes
     text_bytes, heldout_bytes  training and held-out text of the sources that were read
-    unblocked_bytes            training and held-out text without blocks
-    untaught_bytes             training text without targets, counted once per mask variant
+    bytes_without_blocks       training and held-out text without blocks
+    bytes_without_targets      training text without targets, counted once per mask variant
     kept                       artifacts in the store, by kind
     """
 
@@ -70,8 +70,8 @@ class Inventory:
     largest_unread: int
     text_bytes: int
     heldout_bytes: int
-    unblocked_bytes: int
-    untaught_bytes: int
+    bytes_without_blocks: int
+    bytes_without_targets: int
     kept: Mapping[str, int]
 
 
@@ -95,12 +95,12 @@ def take_inventory(workspace: Workspace, model: Ref | None = None) -> Inventory:
     unread = [source.size for key, (source, _) in once.items() if key not in there["source"]]
     text = _texts(store, [ref for _, ref in once.values() if ref and ref.key in there["source"]])
     blocks = lineage.blocks or {}
-    unblocked = [shard for shard, ref in blocks.items() if ref.key not in there["blocks"]]
+    bytes_without_blocks = [shard for shard, ref in blocks.items() if ref.key not in there["blocks"]]
     shard_of = {ref.key: shard for shard, ref in blocks.items()}
     lacking = [target for target in lineage.targets if target.ref.key not in there["targets"]]
-    untaught = [shard_of[target.blocks.key] for target in lacking if variants_taught(recipe)]
+    bytes_without_targets = [shard_of[target.blocks.key] for target in lacking if cached_variants(recipe)]
     if not lineage.targets:
-        untaught = list(lineage.shards) * variants_taught(recipe)
+        bytes_without_targets = list(lineage.shards) * cached_variants(recipe)
     stages = {name: [ref.key for ref in refs] for name, refs in lineage.stages().items()}
     stages["model"] = [model.key] if model else []
     return Inventory(
@@ -110,13 +110,13 @@ def take_inventory(workspace: Workspace, model: Ref | None = None) -> Inventory:
         largest_unread=max(unread, default=0),
         text_bytes=sum(text.get(ref.key, 0) for ref in lineage.shards),
         heldout_bytes=sum(text.get(ref.key, 0) for ref in lineage.heldout_shards),
-        unblocked_bytes=sum(text.get(ref.key, 0) for ref in unblocked),
-        untaught_bytes=sum(text.get(ref.key, 0) for ref in untaught),
+        bytes_without_blocks=sum(text.get(ref.key, 0) for ref in bytes_without_blocks),
+        bytes_without_targets=sum(text.get(ref.key, 0) for ref in bytes_without_targets),
         kept={kind: sum(there[kind].get(key, 0) for key in stages[kind]) for kind in KEPT},
     )
 
 
-def variants_taught(recipe: Recipe) -> int:
+def cached_variants(recipe: Recipe) -> int:
     """Returns the number of mask variants for which a run computes targets; 0 if it caches no targets."""
     return recipe.mask.variants if caches_targets(recipe) and recipe.targets.on_missing == "compute" else 0
 
@@ -175,28 +175,29 @@ class SizeForecast:
 
     text, blocks, tokens  bytes of training text, and the numbers of its blocks and tokens
     positions             number of its masked positions under one mask
-    coming                bytes of text of the sources that were not read yet
-    unblocked, untaught   bytes of text without blocks, and of training text without targets (once per mask variant)
+    unread_text_bytes     bytes of text of the sources that were not read yet
+    bytes_without_blocks  bytes of text without blocks
+    bytes_without_targets bytes of training text without targets, counted once per mask variant
     steps                 number of optimizer steps
     bytes                 bytes by stage: shard, blocks, targets, checkpoint, model
-    passing               temporary bytes: a new checkpoint exists together with the checkpoint that it replaces
+    temporary_bytes       a new checkpoint exists together with the checkpoint that it replaces
     """
 
     text: Amount
     blocks: Amount
     tokens: Amount
     positions: Amount
-    coming: float
-    unblocked: float
-    untaught: float
+    unread_text_bytes: float
+    bytes_without_blocks: float
+    bytes_without_targets: float
     steps: int
     bytes: Mapping[str, Amount]
-    passing: float
+    temporary_bytes: float
 
     @property
     def left(self) -> float:
         """Bytes that the store must have free."""
-        return sum(amount.left for amount in self.bytes.values()) + self.passing
+        return sum(amount.left for amount in self.bytes.values()) + self.temporary_bytes
 
 
 def forecast_sizes(
@@ -205,32 +206,35 @@ def forecast_sizes(
     """Extrapolates the sample to the corpus; without `training`, the forecast has no steps, checkpoints or model."""
     per_byte = counts_per_text_byte(sample)
     kept_in = 1 - recipe.corpus.heldout_per_mille / 1000
-    coming = inventory.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
-    text = inventory.text_bytes + coming * kept_in
-    unblocked = inventory.unblocked_bytes + coming
-    untaught = inventory.untaught_bytes + coming * kept_in * variants_taught(recipe)
-    blocked = 1 - unblocked / max(1.0, text + inventory.heldout_bytes + coming * (1 - kept_in))
+    unread_text_bytes = inventory.unread_bytes * sample.text_bytes / max(1.0, sample.source_bytes)
+    text = inventory.text_bytes + unread_text_bytes * kept_in
+    bytes_without_blocks = inventory.bytes_without_blocks + unread_text_bytes
+    bytes_without_targets = inventory.bytes_without_targets + unread_text_bytes * kept_in * cached_variants(recipe)
+    share_with_blocks = 1 - bytes_without_blocks / max(
+        1.0, text + inventory.heldout_bytes + unread_text_bytes * (1 - kept_in)
+    )
     rows = text * per_byte["rows"]
     steps = steps_of(recipe.train, rows) if training else 0
     trained = _trained(inventory, shape, recipe, steps) if training else {}
     still = {
         "shard": inventory.unread_bytes * sample.shard_bytes / max(1.0, sample.source_bytes),
-        "blocks": unblocked * sample.block_bytes / max(1, sample.text_bytes),
-        "targets": untaught * target_bytes(per_byte, shape, recipe, recipe.targets.encoding, recipe.targets.positions)
-        + untaught / _file_text(inventory, recipe, text) * (FILE_BYTES + CHANNEL_BYTES * shape.width),
+        "blocks": bytes_without_blocks * sample.block_bytes / max(1, sample.text_bytes),
+        "targets": bytes_without_targets
+        * target_bytes(per_byte, shape, recipe, recipe.targets.encoding, recipe.targets.positions)
+        + bytes_without_targets / _file_text(inventory, recipe, text) * (FILE_BYTES + CHANNEL_BYTES * shape.width),
     }
     sizes_left = {kind: Amount(inventory.kept[kind] + left, inventory.kept[kind]) for kind, left in still.items()}
     return SizeForecast(
         text=Amount(text, inventory.text_bytes),
-        blocks=Amount(rows, rows * blocked),
-        tokens=Amount(text * per_byte["tokens"], text * per_byte["tokens"] * blocked),
-        positions=Amount(text * per_byte["positions"], text * per_byte["positions"] * blocked),
-        coming=coming,
-        unblocked=unblocked,
-        untaught=untaught,
+        blocks=Amount(rows, rows * share_with_blocks),
+        tokens=Amount(text * per_byte["tokens"], text * per_byte["tokens"] * share_with_blocks),
+        positions=Amount(text * per_byte["positions"], text * per_byte["positions"] * share_with_blocks),
+        unread_text_bytes=unread_text_bytes,
+        bytes_without_blocks=bytes_without_blocks,
+        bytes_without_targets=bytes_without_targets,
         steps=steps,
         bytes=sizes_left | trained,
-        passing=ADAM * 4.0 * shape.parameters if training and not inventory.kept["model"] else 0.0,
+        temporary_bytes=ADAM * 4.0 * shape.parameters if training and not inventory.kept["model"] else 0.0,
     )
 
 

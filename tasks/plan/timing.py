@@ -26,7 +26,7 @@ from storage.artifact import Receipt, Ref
 from storage.errors import FatalError
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.lineage import Workspace, caches_targets
+from tasks.lineage import Workspace, caches_targets, part_of
 from tasks.parent_death import set_parent_death_signal
 from tasks.recipe.run_json import METRICS, Part, make_run
 from tasks.targets.calibration import calibrate
@@ -122,16 +122,16 @@ def _measure(workspace: Workspace, blocks: Sequence[Ref], seconds: float, traini
     workspace = workspace.with_changes({"store": store.root, "home": f"{store.root}/home", "mask.variants": 1})
     counts = count_tokens(store, [largest.ref], workspace.vocabulary).ref if recipe.mask.kind == "smoothed" else None
     if recipe.loss.needs_teacher:
-        taught = _time_teacher(workspace, largest, counts, seconds)
+        timed = _time_teacher(workspace, largest, counts, seconds)
     else:
         some = _first(store, largest, recipe.train.batch_rows)
-        taught = _TaughtSample(_part(some, ()), 0.0, 0.0, seconds / recipe.train.batch_rows / (WARM + TIMED))
+        timed = _TimedTeacher(part_of(some, ()), 0.0, 0.0, seconds / recipe.train.batch_rows / (WARM + TIMED))
     if not training:
-        return Timings("", 0, taught.load, taught.capture, 0.0, 0.0, 0.0)
-    return _time_student(workspace, taught, counts, seconds)
+        return Timings("", 0, timed.load, timed.capture, 0.0, 0.0, 0.0)
+    return _time_student(workspace, timed, counts, seconds)
 
 
-class _TaughtSample(NamedTuple):
+class _TimedTeacher(NamedTuple):
     """Blocks with targets; seconds to load the teacher, to capture one block, and (rough) to train on one block."""
 
     part: Part
@@ -140,7 +140,7 @@ class _TaughtSample(NamedTuple):
     rough_step: float
 
 
-def _time_teacher(workspace: Workspace, blocks: Receipt, counts: Ref | None, seconds: float) -> _TaughtSample:
+def _time_teacher(workspace: Workspace, blocks: Receipt, counts: Ref | None, seconds: float) -> _TimedTeacher:
     store, recipe = workspace.store, workspace.recipe
     few = _first(store, blocks, max(1, FIRST_TOKENS // recipe.blocks.length))
     started = time.perf_counter()
@@ -154,8 +154,8 @@ def _time_teacher(workspace: Workspace, blocks: Receipt, counts: Ref | None, sec
     for force in (False, True):
         targets = make_targets(store, some.ref, capture, force=force)
     probed = targets.info["probe"]["rows"]
-    return _TaughtSample(
-        _part(some, (targets.key,)), load, targets.timings["seconds"] / (some.rows + probed), STEP_FORWARDS * rough
+    return _TimedTeacher(
+        part_of(some, (targets.key,)), load, targets.timings["seconds"] / (some.rows + probed), STEP_FORWARDS * rough
     )
 
 
@@ -166,18 +166,18 @@ def _open(workspace: Workspace, counts: Ref | None, calibration: Ref | None) -> 
     )
 
 
-def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | None, seconds: float) -> Timings:
+def _time_student(workspace: Workspace, timed: _TimedTeacher, counts: Ref | None, seconds: float) -> Timings:
     """Runs the trainer for a few steps, on the complete batch of one rank or on as many blocks as time permits."""
     store, recipe = workspace.store, workspace.recipe
     rank_rows = -(-recipe.train.batch_rows // recipe.train.ranks)
-    rows = max(1, min(rank_rows, int(seconds / (WARM + TIMED) / taught.rough_step)))
+    rows = max(1, min(rank_rows, int(seconds / (WARM + TIMED) / timed.rough_step)))
     steps = {"batch_rows": rows, "max_steps": WARM + TIMED, "log_steps": 1, "validate_steps": 0}
     train = recipe.train.model_copy(update=steps | {"checkpoint_steps": 10**9})
     run = make_run(
         recipe.with_changes({"train": train}),
-        manifest=(taught.part,),
+        manifest=(timed.part,),
         heldout=(),
-        teacher_fingerprint=workspace.teacher_key,
+        teacher_fingerprint=workspace.teacher_fingerprint,
         start="",
         counts=counts.key if counts else "",
     )
@@ -196,23 +196,19 @@ def _time_student(workspace: Workspace, taught: _TaughtSample, counts: Ref | Non
     return Timings(
         device=describe_hardware(trainer.device, train.ranks),
         rows=rows,
-        load=taught.load,
-        capture=taught.capture,
+        load=timed.load,
+        capture=timed.capture,
         step=step * rank_rows / rows,
         start=max(0.0, looped - (WARM + TIMED) * step),
         save=saved,
     )
 
 
-def _part(blocks: Receipt, targets: tuple[str, ...]) -> Part:
-    return Part(label=blocks.label, blocks=blocks.key, targets=targets, rows=blocks.rows, tokens=blocks.tokens)
-
-
 def _first(store: Store, blocks: Receipt, rows: int) -> Receipt:
     """Returns the first rows of these blocks as a new blocks artifact."""
     if rows >= blocks.rows:
         return blocks
-    batch = open_arrow(store.local(blocks) / BLOCKS_FILE).get_batch(0).slice(0, rows)
+    batch = open_arrow(store.local_folder(blocks) / BLOCKS_FILE).get_batch(0).slice(0, rows)
     columns = {name: batch.column(name) for name in batch.schema.names}
     with store.scratch() as folder:
         with ArrowWriter(folder / BLOCKS_FILE, batch.schema, metadata_of(batch.schema)) as writer:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tasks.release.markdown import escape_line, table
 from tasks.release.redact import without_paths
-from tasks.release.results import ModelSummary, SetResult, half_width, set_names, teacher_among
+from tasks.release.results import ModelSummary, SetResult, half_width, names_of_sets, teacher_among
 
 CLS = "Accuracy on {}, labelled positive or negative (CLS, as in FLUE), after fine-tuning."
 
@@ -37,7 +37,7 @@ def score_sections(models: Sequence[ModelSummary]) -> list[str]:
 def _scores(models: Sequence[ModelSummary]) -> Iterator[str]:
     """Yields the table of scores, an explanation of it, and the meaning of the score on each set."""
     student, ratios = models[0], models[0].ratios
-    names = set_names(models)
+    names = names_of_sets(models)
     rows = []
     for name in names:
         metric = next(one.metric for model in models for one in model.set_results if one.set_name == name)

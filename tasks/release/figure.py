@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.release.redact import without_paths
-from tasks.release.results import ModelSummary, SetResult, half_width, retained_share, set_names, teacher_among
+from tasks.release.results import ModelSummary, SetResult, half_width, names_of_sets, retained_share, teacher_among
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ TEXT_COLOUR, NOTE_COLOUR = "#222222", "#8a8a8a"
 LANE_HEIGHT = 0.24
 """Height of one model's lane, where the row of a set has the height 1."""
 
-LEAST_SPAN = 15.0
+MIN_SPAN = 15.0
 """Minimum length of the score axis in percentage points; on a shorter axis, noise would look like a difference."""
 
 TITLES = {
@@ -70,7 +70,7 @@ def draw_figure(title: str, models: Sequence[ModelSummary]) -> "Figure":
     from matplotlib.figure import Figure
 
     models = tuple(models)
-    names = set_names(models)
+    names = names_of_sets(models)
     rows = max(len(names), 2)
     figure = Figure(figsize=(WIDTH, 2.6 + (0.42 + LANE_HEIGHT * len(models)) * rows), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -141,7 +141,7 @@ def _draw_scores(axes: "Axes", models: tuple[ModelSummary, ...], names: Sequence
     axes.set_yticks(range(len(names)), [_plain(TITLES.get(name, name)) for name in names], fontsize=11.5)
     axes.set_ylim(len(names) - 0.5 if names else 0.5, -0.5)
     low, high = (min(extents), max(extents)) if extents else (0.0, 100.0)
-    margin = max(0.12 * (high - low), (LEAST_SPAN - (high - low)) / 2)
+    margin = max(0.12 * (high - low), (MIN_SPAN - (high - low)) / 2)
     axes.set_xlim(max(0.0, low - margin), min(high + 1.6 * margin, 112.0))
     axes.set_xlabel("score, %", fontsize=11)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from storage.hub import is_hub_id
 from tasks.recipe.config import Recipe
 from tasks.release.card_scores import score_sections
 from tasks.release.markdown import code_block, code_span, escape_line, table
-from tasks.release.redact import HUB_ID, public_name
+from tasks.release.redact import public_name
 from tasks.release.results import ModelSummary, retained_share, teacher_among
 
 HUB_METRICS = {"top1": "accuracy", "accuracy": "accuracy", "entity_f1": "f1", "macro_f1": "f1"}
@@ -131,7 +132,7 @@ def _sections(facts: CardFacts) -> dict[str, Rows]:
 
 def _corpus(facts: CardFacts) -> Rows:
     corpus = facts.recipe.corpus
-    shown = corpus.url if "://" not in corpus.url and HUB_ID.fullmatch(corpus.url) else public_name(corpus.url)
+    shown = corpus.url if "://" not in corpus.url and is_hub_id(corpus.url) else public_name(corpus.url)
     return [
         ("text", facts.recipe.register_as.dataset or shown),
         ("snapshot", facts.snapshot[:16]),

@@ -67,7 +67,7 @@ def promotion_verdict(candidate: SetResults, champions: Sequence[SetResults], ru
     by_name = {result.set_name: result for result in candidate}
     champion_results = [{result.set_name: result for result in champion} for champion in champions]
     names = dict.fromkeys([*by_name, *rules.needed, *(name for results in champion_results for name in results)])
-    rows = [_set_row(by_name.get(name, SetResult(name, "")), champion_results, rules) for name in names]
+    rows = [_verdict_row(by_name.get(name, SetResult(name, "")), champion_results, rules) for name in names]
     with_values = {name: result for name, result in by_name.items() if result.was_run}
     comparable = [{name: one[name] for name in one if one[name].was_run} for one in champion_results]
     rows += _mean_rows(with_values, comparable, rules)
@@ -97,7 +97,7 @@ def pooled_sd(one: SetResult, other: SetResult) -> float:
 # ---- one set -----------------------------------------------------------------------------------------------
 
 
-def _set_row(candidate: SetResult, champions: Sequence[Mapping[str, SetResult]], rules: GateSettings) -> VerdictRow:
+def _verdict_row(candidate: SetResult, champions: Sequence[Mapping[str, SetResult]], rules: GateSettings) -> VerdictRow:
     name, metric = candidate.set_name, candidate.metric
     if not candidate.was_run:
         return _not_run_row(candidate, rules)

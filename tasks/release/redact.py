@@ -8,14 +8,14 @@ Hugging Face Hub ids are not changed.
 
 import re
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+from storage.hub import is_hub_id
 
 LOCATION = re.compile(r"""[a-z][a-z0-9+.-]*://[^\s'"]+|(?:/[^\s/;:,'"]+){2,}/?""")
 
 
 def public_name(location: str) -> str:
     """Returns a hub id unchanged, and only the last component of a path or URL: no host, folder or credential."""
-    if HUB_ID.fullmatch(location):
+    if is_hub_id(location):
         return location
     return location.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
 

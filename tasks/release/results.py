@@ -1,6 +1,6 @@
 """Reduces a model's scores to one result per evaluation set, for the promotion rule, the model card and the figure.
 
-    results = set_results(scores)                   # SetResult per set, from the scores of one model
+    results = results_of_sets(scores)                   # SetResult per set, from the scores of one model
     results[0].mean, results[0].sd
     protocols = protocol_keys(scores)               # set name -> key of the protocol that it was scored by
     models = summarize_models(scores_by_model)      # ModelSummary per model: results, size and speed
@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any, Self
 
 from tasks.eval.intervals import Z_95, over_seeds
-from tasks.eval.scores import teacher_figures
+from tasks.eval.scores import teacher_figures, was_run
 
 TEACHER = "teacher"
 
@@ -102,17 +102,17 @@ class ModelSummary:
 # ---- from scores -------------------------------------------------------------------------------------------
 
 
-def set_results(scores: Mapping[str, Scores]) -> tuple[SetResult, ...]:
+def results_of_sets(scores: Mapping[str, Scores]) -> tuple[SetResult, ...]:
     """Returns the results of one model from its scores (set name -> figures, or a `not_run` value).
 
     Scores of sets without a metric are ignored. Held-out text has a single value, a fine-tuned set one value per seed
     in the order of the seeds.
     """
-    return tuple(_set_result(name, METRICS[name], figures) for name, figures in scores.items() if name in METRICS)
+    return tuple(_result_of_set(name, METRICS[name], figures) for name, figures in scores.items() if name in METRICS)
 
 
-def _set_result(name: str, metric: str, figures: Scores) -> SetResult:
-    if figures.get("status") == "not run":
+def _result_of_set(name: str, metric: str, figures: Scores) -> SetResult:
+    if not was_run(figures):
         return SetResult(name, metric, reason=str(figures["reason"]))
     if "runs" in figures:
         return SetResult(name, metric, tuple(float(run[metric]) for run in figures["runs"].values()))
@@ -146,7 +146,7 @@ def _summarize(name: str, scores: Mapping[str, Scores], speed: Scores) -> ModelS
     ratios = {set_name: figures.get("against_teacher", {}).get("ratio") for set_name, figures in scores.items()}
     return ModelSummary(
         name,
-        set_results(scores),
+        results_of_sets(scores),
         parameters=int(speed.get("parameters", {}).get(name, {}).get("with_head", 0)),
         size=int(speed.get("bytes", {}).get(name, 0)),
         milliseconds={int(rows): float(ms) for rows, ms in times.items()},
@@ -162,7 +162,7 @@ def teacher_among(models: Sequence[ModelSummary]) -> ModelSummary | None:
     return next((model for model in models[1:] if model.name == TEACHER), None)
 
 
-def set_names(models: Sequence[ModelSummary]) -> list[str]:
+def names_of_sets(models: Sequence[ModelSummary]) -> list[str]:
     """Returns the names of all sets that any model has a result on, run or not; sets of the first model come first."""
     return list(dict.fromkeys(result.set_name for model in models for result in model.set_results))
 
@@ -180,6 +180,6 @@ def half_width(result: SetResult) -> float | None:
 
 def retained_share(student: ModelSummary, teacher: ModelSummary) -> float | None:
     """Returns the mean of student score / teacher score over the sets that both were run on, or None without any."""
-    pairs = [(student.result_on(name), teacher.result_on(name)) for name in set_names((student,))]
+    pairs = [(student.result_on(name), teacher.result_on(name)) for name in names_of_sets((student,))]
     ratios = [one.mean / other.mean for one, other in pairs if one and other and other.mean > 0]
     return sum(ratios) / len(ratios) if ratios else None

@@ -60,7 +60,7 @@ def calibrate(store: Store, sample: Sequence[Ref], capture: Capture, *, force: b
 
 def read_calibration(store: Store, ref: Ref) -> Calibration:
     """Reads a calibration. FatalError: it is missing or damaged."""
-    table = open_arrow(store.check(store.receipt(ref)) / CALIBRATION_FILE).read_all()
+    table = open_arrow(store.verified_folder(store.receipt(ref)) / CALIBRATION_FILE).read_all()
     mean_D, std_D = (torch.from_numpy(table.column(name).to_numpy().copy()) for name in ("mean", "sd"))
     return Calibration(mean_D, std_D)
 

@@ -73,10 +73,10 @@ def open_capture(
     )
 
 
-def with_capture(fn: Callable[..., R], opened: Callable[[], Capture], *args: Any, **kwargs: Any) -> R:
-    """Calls `fn(*args, capture=opened())`, so that a worker process loads the teacher itself and no model is
+def with_capture(fn: Callable[..., R], open_capture: Callable[[], Capture], *args: Any, **kwargs: Any) -> R:
+    """Calls `fn(*args, capture=open_capture())`, so that a worker process loads the teacher itself and no model is
     pickled."""
-    return fn(*args, capture=opened(), **kwargs)
+    return fn(*args, capture=open_capture(), **kwargs)
 
 
 def make_targets(

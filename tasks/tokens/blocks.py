@@ -26,7 +26,7 @@ from storage.artifact import Receipt, Ref
 from storage.cache import PinnedFolder
 from storage.fingerprint import key_of
 from storage.store import Store
-from tasks.recipe.config import BlockSettings as BlockSettings
+from tasks.recipe.config import BlockSettings
 from tasks.tokens.tokenize_shard import Ids, Int64s, PieceCounts, TextPiece, tokenize
 from tasks.tokens.vocabulary import Vocabulary
 

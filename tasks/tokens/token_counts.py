@@ -62,6 +62,6 @@ def count_tokens(store: Store, sample: Sequence[Ref], vocabulary: Vocabulary, *,
 
 def read_counts(store: Store, ref: Ref) -> npt.NDArray[np.int64]:
     """Reads the token counts [vocabulary size]. FatalError: they are missing or damaged."""
-    table = open_arrow(store.check(store.receipt(ref)) / COUNTS_FILE).read_all()
+    table = open_arrow(store.verified_folder(store.receipt(ref)) / COUNTS_FILE).read_all()
     counts: npt.NDArray[np.int64] = table.column("count").to_numpy()
     return counts

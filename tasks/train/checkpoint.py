@@ -64,10 +64,10 @@ def unfinished_checkpoints(store: Store) -> set[str]:
         for match in found
         if match and model_ref(match["run"], "").key not in models
     ]
-    return {ref.key for ref in unfinished if _has_todays_run_key(store, ref)}
+    return {ref.key for ref in unfinished if _has_current_run_schema(store, ref)}
 
 
-def _has_todays_run_key(store: Store, ref: Ref) -> bool:
+def _has_current_run_schema(store: Store, ref: Ref) -> bool:
     """Returns False for a checkpoint of an older run schema, from which no run of this version resumes. True if
     unknown."""
     receipt = _receipt_unless_damaged(store, ref)
@@ -145,7 +145,7 @@ def load_best_weights(store: Store, run: RunSpec, model: nn.Module, progress: Tr
         )
     ref = checkpoint_ref(run, progress.best_step)
     try:
-        _load_weights(store.check(store.receipt(ref)), model)
+        _load_weights(store.verified_folder(store.receipt(ref)), model)
     except DamagedError as error:
         store.withdraw(ref)
         store.fail(ref, error)
@@ -183,7 +183,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _restore(store: Store, receipt: Receipt, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress:
     """Verifies a checkpoint's hashes, then loads it into model and optimizer."""
-    folder = store.check(receipt)
+    folder = store.verified_folder(receipt)
     parameters = _load_weights(folder, model)
     for name, value in load_file(folder / "optimizer.safetensors").items():
         field, parameter_name = name.split("/", 1)
@@ -228,7 +228,7 @@ def _best_is_intact(store: Store, run: RunSpec, receipt: Receipt) -> bool:
     try:
         best = store.find_receipt(ref)
         if best is not None:
-            store.check(best)
+            store.verified_folder(best)
     except DamagedError as error:
         store.withdraw(ref)
         store.fail(ref, error)

@@ -59,7 +59,7 @@ class Losses(NamedTuple):
 class RowCounts(NamedTuple):
     """The divisors N and K: selected and masked rows of the whole step, over all its micro-batches and ranks."""
 
-    rows: float | Tensor
+    selected: float | Tensor
     masked: float | Tensor
 
 

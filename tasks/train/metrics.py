@@ -26,7 +26,7 @@ from storage.files.disk import writing
 from storage.store import Store
 from tasks.loader.batch import MaskingRule, make_batch
 from tasks.loader.dataset import BlockDataset
-from tasks.models.forward import CHUNK_ROWS, hidden_rows, logits_in_chunks
+from tasks.models.forward import CHUNK_POSITIONS, hidden_rows, logits_in_chunks
 from tasks.recipe.run_json import METRICS, RunSpec
 from tasks.tokens.mask import IGNORE_INDEX
 from tasks.train.checkpoint import TrainingProgress
@@ -91,7 +91,7 @@ class MetricsWriter:
         """
         self._pending.append((losses, grad_norm.detach()))
         self._tokens += step_counts.tokens
-        self._rows += step_counts.rows
+        self._rows += step_counts.selected
         if not due:
             return
         seconds = time.perf_counter() - self._since
@@ -171,7 +171,7 @@ def heldout_loss(
             hidden_BMD = hidden_rows(student, batch.input_ids, batch.attention_mask, batch.positions)
             chunks = zip(
                 logits_in_chunks(student, hidden_BMD.flatten(0, 1)),
-                torch.split(batch.labels.flatten(), CHUNK_ROWS),
+                torch.split(batch.labels.flatten(), CHUNK_POSITIONS),
                 strict=True,
             )
             for logits_nV, labels_n in chunks:

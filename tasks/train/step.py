@@ -72,7 +72,7 @@ class StudentWithLoss(nn.Module):
 class StepCounts(NamedTuple):
     """Counts of one step over all ranks (see Batch), and whether any rank received a stop signal."""
 
-    rows: int
+    selected: int
     masked: int
     tokens: int
     stop: bool
@@ -80,12 +80,12 @@ class StepCounts(NamedTuple):
 
 def sum_counts(batches: list[Batch], stop: bool, ranks: Ranks) -> StepCounts:
     """Adds up the counts of all micro-batches of all ranks; called before the first backward pass."""
-    own = [sum(b.rows for b in batches), sum(b.masked for b in batches), sum(b.tokens for b in batches), int(stop)]
+    own = [sum(b.selected for b in batches), sum(b.masked for b in batches), sum(b.tokens for b in batches), int(stop)]
     total = torch.tensor(own)
     if ranks.world_size > 1:
         dist.all_reduce(total, group=ranks.cpu_group)
-    rows, masked, tokens, stops = total.tolist()
-    return StepCounts(rows, masked, tokens, stop=stops > 0)
+    selected, masked, tokens, stops = total.tolist()
+    return StepCounts(selected, masked, tokens, stop=stops > 0)
 
 
 def gradient_step(
@@ -101,7 +101,7 @@ def gradient_step(
     Returns this rank's share of [total, distil, cosine, mlm]; the sum over ranks is the loss of the step. `autocast`:
     dtype of the matrix products, None for float32.
     """
-    counts = RowCounts(float(step_counts.rows), float(step_counts.masked))
+    counts = RowCounts(float(step_counts.selected), float(step_counts.masked))
     device = next(student_with_loss.parameters()).device
     step_losses = torch.zeros(4, device=device)
     for number, cpu_batch in enumerate(batches):
@@ -110,7 +110,7 @@ def gradient_step(
         ddp = student_with_loss if isinstance(student_with_loss, DistributedDataParallel) else None
         with ddp.no_sync() if ddp is not None and not is_last else nullcontext():
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                losses: Losses = student_with_loss(batch, signal_source.rows(batch), counts)
+                losses: Losses = student_with_loss(batch, signal_source.signal(batch), counts)
             # DDP averages gradients over ranks. The counts are already those of all ranks, so gradients must be summed.
             (losses.total * ranks.world_size).backward()  # type: ignore[no-untyped-call]
         step_losses += torch.stack([loss.detach().float() for loss in losses])

@@ -1,6 +1,6 @@
 """Defines the sources of the teacher signal: cached targets, an online teacher, or no teacher.
 
-    signal = signal_source.rows(batch)          # TeacherSignal: logits per chunk of rows, hidden states [N, D]
+    signal = signal_source.signal(batch)          # TeacherSignal: logits per chunk of rows, hidden states [N, D]
 
 Each source returns the teacher's last hidden states (for the cosine term) and logits (for the distil term) of the N
 selected positions of a micro-batch. The logits come from the teacher's own LM head, so they are exact.
@@ -33,7 +33,7 @@ class TeacherSignal(NamedTuple):
 class SignalSource(Protocol):
     """A source of teacher signals."""
 
-    def rows(self, batch: Batch) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         """Returns the signal of all N = B x M slots of the batch, in order, unused slots included."""
         ...
 
@@ -41,7 +41,7 @@ class SignalSource(Protocol):
 class NoTeacher:
     """An empty signal, for plain MLM training."""
 
-    def rows(self, batch: Batch) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         return TeacherSignal()
 
 
@@ -52,7 +52,7 @@ class OnlineTeacher:
         self.teacher, self.loss = teacher, loss
 
     @torch.no_grad()
-    def rows(self, batch: Batch) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         hidden_BMD = hidden_rows(self.teacher.model, batch.input_ids, batch.attention_mask, batch.positions)
         return signal_from_hidden(self.teacher, hidden_BMD.flatten(0, 1), self.loss)
 
@@ -64,7 +64,7 @@ class CachedTeacher:
         self.teacher, self.codec, self.loss = teacher, codec, loss
 
     @torch.no_grad()
-    def rows(self, batch: Batch) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         if batch.payload is None:
             raise FatalError("the batch has no cached targets; load it from a dataset with cached=True")
         payload = batch.payload.flatten(0, 1)

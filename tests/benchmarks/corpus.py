@@ -127,7 +127,7 @@ def block_rows(place: Place, repeats: int = REPEATS) -> list[Row]:
     """MB of text per CPU second, over the first shard of the first source, compared with the tokenizer alone."""
     place = small(place)
     store, shard = place.store(), shards_of(shard_all(place)[0])[0]
-    texts = open_arrow(store.local(store.receipt(shard)) / TEXT_FILE).read_all().column("text").to_pylist()
+    texts = open_arrow(store.local_folder(store.receipt(shard)) / TEXT_FILE).read_all().column("text").to_pylist()
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     plain = Tokenizer.from_file(str(Path(place.vocabulary.folder) / "tokenizer.json"))
     plain.no_truncation()

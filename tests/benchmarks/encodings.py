@@ -98,7 +98,7 @@ def _measure_one(store: Store, blocks: Sequence[Ref], capture: Capture, live_ND:
     payload = np.concatenate([targets.payload(np.arange(len(targets))) for targets in opened])
     payload_NP = torch.from_numpy(payload).to(capture.teacher.device)
     codec = opened[0].codec
-    stored = sum((store.local(receipt) / TARGETS_FILE).stat().st_size for receipt in receipts)
+    stored = sum((store.local_folder(receipt) / TARGETS_FILE).stat().st_size for receipt in receipts)
     kl, cosine = compare(capture, codec, live_ND, payload_NP)
     decode = codec.decode_topk if codec.name == "topk" else codec.decode
     return Figures(

@@ -15,7 +15,7 @@ from storage.artifact import DataFile, Receipt, Ref, digest_of_files
 from storage.fingerprint import sha256_bytes
 from storage.store import Store
 from tasks.corpus.snapshot import remember_source_content
-from tasks.lineage import Workspace, trace
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import make_recipe
 from tests.benchmarks.results import TEACHER
@@ -42,15 +42,15 @@ def make_paper(folder: Path, root: Path, shards: int) -> None:
     """Writes receipts and data of all artifacts from sources to targets, as a complete run leaves them; no fsync."""
     write_oscar(folder / "corpus", parts=SOURCES, texts=1)
     recipe, store = recipe_of(folder, str(root)), Store(root)
-    for source in trace(store, recipe).snapshot.sources:
+    for source in Workspace(store, recipe).lineage.snapshot.sources:
         remember_source_content(store, source, sha256_bytes(source.name.encode()))
-    for number, (source, ref) in enumerate(trace(store, recipe).sources):
+    for number, (source, ref) in enumerate(Workspace(store, recipe).lineage.sources):
         assert ref
         own = range(number, shards, SOURCES)
         listed = [{"key": f"{one:064x}", "label": f"{source.label}-{one:04d}", "rows": 1, "bytes": 1} for one in own]
         _write(store, ref, {"shards": listed, "heldout": []})
     for _ in range(2):  # the calibration sample is only known once the blocks exist
-        lineage = trace(store, recipe)
+        lineage = Workspace(store, recipe).lineage
         for refs in lineage.stages().values():
             for ref in store.missing(refs):
                 _write(store, ref)

@@ -35,7 +35,7 @@ from flows.inventory import stage_rows
 from flows.pipeline.preparation import prepare_corpus
 from flows.pipeline.stage import Job, run_stage
 from storage.store import Store
-from tasks.lineage import Workspace, trace
+from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tests.benchmarks.paper import make_paper, recipe_of
 from tests.benchmarks.results import REPO, RESULTS, Report, facts_of, notes_of, publish
@@ -96,7 +96,7 @@ def nothing_to_do(store: Store, recipe: Recipe, shards: int) -> None:
 
 
 def retry_list(store: Store, recipe: Recipe, shards: int) -> None:
-    lineage = trace(store, recipe)
+    lineage = Workspace(store, recipe).lineage
     missing = store.missing([target.ref for target in lineage.targets])
     assert len(missing) == WITHDRAWN
 
@@ -111,7 +111,7 @@ def submit(store: Store, recipe: Recipe, shards: int) -> None:
 
     @flow(name="scale", persist_result=False)
     def body() -> None:
-        assert run_stage("targets", "teach", jobs, store, recipe.run, window=4) == []
+        assert run_stage("targets", "compute targets", jobs, store, recipe.run, window=4) == []
 
     with prefect_test_harness(server_startup_timeout=180):
         start = time.perf_counter()
@@ -144,7 +144,7 @@ def measure_here(folder: Path, root: str, what: str, shards: int) -> dict[str, f
 def withdraw_some(folder: Path, root: str) -> None:
     """Withdraws some targets through the store, since an S3 server may cache its listings."""
     store = Store(root)
-    for target in trace(store, recipe_of(folder, root)).targets[:WITHDRAWN]:
+    for target in Workspace(store, recipe_of(folder, root)).lineage.targets[:WITHDRAWN]:
         store.withdraw(target.ref)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.harness.place import TRUNCATED, Place, environment, make_place
+from tests.harness.project import TRUNCATED, Project, environment, make_project
 from tests.harness.recipe_values import recipe_toml
 from tests.harness.servers.up import Up, running_up
 from tests.harness.tiny import make_teacher, write_oscar
@@ -36,11 +36,11 @@ TRUNCATED_RECIPE = "truncated"
 
 @dataclass(frozen=True)
 class Site:
-    """A running `distil up`, the place with the recipe `tiny`, and the place with a truncated source."""
+    """A running `distil up`, the project with the recipe `tiny`, and the project with a truncated source."""
 
     up: Up
-    place: Place
-    truncated: Place
+    project: Project
+    truncated: Project
     complete_source: bytes
 
     @property
@@ -55,25 +55,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         pytest.skip("no Chromium here; install Debian's `chromium`, or name one in DISTIL_CHROMIUM")
     folder = tmp_path_factory.mktemp("browser")
     make_teacher(folder / "teacher")
-    place = make_place(folder / "tiny", write_oscar(folder / "tiny" / "corpus"), folder / "teacher")
-    truncated, complete_source = _truncated_place(folder / "truncated", place, folder / "teacher")
-    with running_up(place.folder, environment(place.folder), place.recipe, truncated.recipe) as up:
-        yield Site(up, place, truncated, complete_source)
+    project = make_project(folder / "tiny", write_oscar(folder / "tiny" / "corpus"), folder / "teacher")
+    truncated, complete_source = _truncated_project(folder / "truncated", project, folder / "teacher")
+    with running_up(project.folder, environment(project.folder), project.recipe, truncated.recipe) as up:
+        yield Site(up, project, truncated, complete_source)
         assert up.stop(signal.SIGINT) == 0, up.output
 
 
-def _truncated_place(folder: Path, like: Place, teacher: Path) -> tuple[Place, bytes]:
-    """A place with the home of another one, whose second source is truncated; and the complete bytes of that source."""
+def _truncated_project(folder: Path, like: Project, teacher: Path) -> tuple[Project, bytes]:
+    """A project with the home of another one, whose second source is truncated; and its complete bytes."""
     corpus = write_oscar(folder / "corpus")
     plain = corpus / TRUNCATED.removesuffix(".zst")
     packed = zstandard.ZstdCompressor(write_checksum=True).compress(plain.read_bytes())
     plain.unlink()
     (corpus / TRUNCATED).write_bytes(packed[: len(packed) // 2])
     names = {"name": TRUNCATED_RECIPE, "register": {"name": TRUNCATED_RECIPE}}
-    place = make_place(folder, corpus, teacher, **names)
+    project = make_project(folder, corpus, teacher, **names)
     text = recipe_toml(home=like.home, corpus=corpus, teacher=teacher, **names)
-    place.recipe.write_text(text, encoding="utf-8")
-    return place, packed
+    project.recipe.write_text(text, encoding="utf-8")
+    return project, packed
 
 
 @pytest.fixture

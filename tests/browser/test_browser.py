@@ -8,7 +8,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.browser.conftest import ARGUMENTS, CHROMIUM, PATIENCE, TRUNCATED_RECIPE, Site
-from tests.harness.place import TRUNCATED, made
+from tests.harness.project import TRUNCATED, new_artifacts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -120,14 +120,14 @@ def test_the_retry_button_completes_a_failed_run(page: "Page", site: Site, scree
     open_artifact(page, "failures")
     shown(page.get_by_role("cell", name=TRUNCATED, exact=True)).to_be_visible()
     page.screenshot(path=screens / "failures.png")
-    before = site.place.stamps()
+    before = site.project.creation_times()
     site.truncated_file.write_bytes(site.complete_source)
     page.goto(run)
     page.get_by_role("button", name="Open menu").first.click()
     page.get_by_role("menuitem", name="Retry").click()
     page.get_by_role("dialog").or_(page.get_by_role("alertdialog")).get_by_role("button", name="Retry").click()
     wait_for_state(page, "Completed")
-    fresh = made(before, site.place.stamps(), "source", "shard", "blocks", "targets")
+    fresh = new_artifacts(before, site.project.creation_times(), "source", "shard", "blocks", "targets")
     assert {label.rsplit("-", 1)[0] for _, label in fresh} == {"fr_meta_part_2"}
     assert {kind for kind, _ in fresh} == {"source", "shard", "blocks", "targets"}
 
@@ -135,12 +135,12 @@ def test_the_retry_button_completes_a_failed_run(page: "Page", site: Site, scree
 def test_one_shard_is_retried_from_its_form(page: "Page", site: Site) -> None:
     """Two are lost, one is named."""
     # Of a source that both recipes have; part 2 is packed in one of them.
-    wanted, other = [one for one in site.place.receipts("targets") if one.label.startswith("fr_meta_part_1")][:2]
+    wanted, other = [one for one in site.project.receipts("targets") if one.label.startswith("fr_meta_part_1")][:2]
     for lost in (wanted, other):
-        site.place.store.withdraw(lost.ref)
-    before = site.place.stamps()
+        site.project.store.withdraw(lost.ref)
+    before = site.project.creation_times()
     open_form(page, site, "retry-shard", "tiny")
     page.get_by_label("shard (Optional)").fill(wanted.label)
     submit(page)
     wait_for_state(page, "Completed")
-    assert made(before, site.place.stamps()) == {("targets", wanted.label)}
+    assert new_artifacts(before, site.project.creation_times()) == {("targets", wanted.label)}

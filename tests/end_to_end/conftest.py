@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from tests.harness.mounts import mount
-from tests.harness.place import TRUNCATED, History, Result, Shell, environment, make_place
+from tests.harness.project import TRUNCATED, History, Result, Shell, environment, make_project
 from tests.harness.servers.prefect_server import serving
 from tests.harness.tiny import make_teacher, write_oscar
 
@@ -33,14 +33,14 @@ def history(tmp_path_factory: pytest.TempPathFactory, teacher: Path, server: str
     packed = zstandard.ZstdCompressor(write_checksum=True).compress(plain.read_bytes())
     plain.unlink()
     (corpus / TRUNCATED).write_bytes(packed[: len(packed) // 2])
-    place = make_place(folder, corpus, teacher, run={"workers": 3})
-    truncated = place.distil("run", server=server)
-    truncated_stamps = place.stamps()
+    project = make_project(folder, corpus, teacher, run={"workers": 3})
+    truncated = project.distil("run", server=server)
+    truncated_times = project.creation_times()
     (corpus / TRUNCATED).write_bytes(packed)
-    complete = place.distil("run")
-    complete_stamps = place.stamps()
-    repeated = place.distil("run")
-    return History(place, truncated, truncated_stamps, complete, complete_stamps, repeated, place.stamps())
+    complete = project.distil("run")
+    complete_times = project.creation_times()
+    repeated = project.distil("run")
+    return History(project, truncated, truncated_times, complete, complete_times, repeated, project.creation_times())
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[Shell]:
-    """`shell("status", place.recipe, …)` runs `distil` in one long-lived process, against the shared server."""
+    """`shell("status", project.recipe, …)` runs `distil` in one long-lived process, against the shared server."""
     folder = tmp_path_factory.mktemp("shell")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.harness.programs.shell"],
@@ -80,7 +80,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[She
 @pytest.fixture
 def corpus_copy(history: History, tmp_path: Path) -> Path:
     """The corpus of the history, free to be changed."""
-    return Path(shutil.copytree(history.place.folder / "corpus", tmp_path / "corpus"))
+    return Path(shutil.copytree(history.project.folder / "corpus", tmp_path / "corpus"))
 
 
 @pytest.fixture

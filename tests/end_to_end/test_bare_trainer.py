@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.harness.place import History, environment, run_folder_of
 from tests.harness.processes import LIMIT
+from tests.harness.project import History, environment, run_folder_of
 
 ABSENT = (
     "prefect", "mlflow", "datasets", "zstandard", "pandas", "sklearn", "rich", "typer", "pebble", "orjson",
@@ -36,9 +36,9 @@ runpy.run_module("tasks.train", run_name="__main__")
 
 
 def test_the_trainer_runs_bare_and_gives_the_same_model(history: History, tmp_path: Path) -> None:
-    place = history.place.copy(tmp_path, without=("model", "checkpoint", "scores", "source", "shard"))
-    run = json.loads((run_folder_of(history.place) / "run.json").read_text(encoding="utf-8"))
-    run |= {"store": str(place.home / "store"), "folder": str(tmp_path / "run")}
+    project = history.project.copy(tmp_path, without=("model", "checkpoint", "scores", "source", "shard"))
+    run = json.loads((run_folder_of(history.project) / "run.json").read_text(encoding="utf-8"))
+    run |= {"store": str(project.home / "store"), "folder": str(tmp_path / "run")}
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
     result = subprocess.run(
         [sys.executable, "-c", BARE, str(tmp_path / "run.json")],
@@ -50,7 +50,7 @@ def test_the_trainer_runs_bare_and_gives_the_same_model(history: History, tmp_pa
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    (ours,), (theirs,) = place.receipts("model"), history.place.receipts("model")
+    (ours,), (theirs,) = project.receipts("model"), history.project.receipts("model")
     assert {file.name: file.sha256 for file in ours.files if file.name == "model.safetensors"} == {
         file.name: file.sha256 for file in theirs.files if file.name == "model.safetensors"
     }

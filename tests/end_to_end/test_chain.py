@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 from tests.harness.output import refusal, tables
-from tests.harness.place import TRUNCATED, History, Shell, made, make_place
+from tests.harness.project import TRUNCATED, History, Shell, make_project, new_artifacts
 from tests.harness.recipe_values import LENGTH, STEPS
 from tests.harness.tiny import write_oscar
 
@@ -27,8 +27,8 @@ def client(history: History, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow
     """The MLflow database that the run wrote."""
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(history.place.mlflow)
-    yield MlflowClient(history.place.mlflow)
+    mlflow.set_tracking_uri(history.project.mlflow)
+    yield MlflowClient(history.project.mlflow)
     mlflow.set_tracking_uri(before)
 
 
@@ -61,15 +61,15 @@ def test_up_to_max_failed_shards_may_fail(teacher: Path, server: str, tmp_path: 
     """The student is trained on the other shards; one more failure than allowed ends the run before the training."""
     corpus = write_oscar(tmp_path / "corpus")
     (corpus / "fr_meta_part_2.jsonl").write_text("not JSON\n" * 20, encoding="utf-8")
-    place = make_place(tmp_path, corpus, teacher)
-    refused = place.distil("run", server=server)
+    project = make_project(tmp_path, corpus, teacher)
+    refused = project.distil("run", server=server)
     assert refused.status == 1
-    assert place.receipts("model") == []
-    accepted = place.distil("run", "run.max_failed=1", server=server)
+    assert project.receipts("model") == []
+    accepted = project.distil("run", "run.max_failed=1", server=server)
     assert accepted.status == 0, accepted.err
     assert "fr_meta_part_2.jsonl" in accepted.out + accepted.err
-    assert len(place.receipts("model")) == 1
-    assert not any("part_2" in one.label for one in place.receipts("targets"))
+    assert len(project.receipts("model")) == 1
+    assert not any("part_2" in one.label for one in project.receipts("targets"))
 
 
 def test_the_run_ends_with_its_table(history: History) -> None:
@@ -82,9 +82,9 @@ def test_the_run_ends_with_its_table(history: History) -> None:
 
 
 def test_the_model_folder_that_it_names_loads(history: History) -> None:
-    (model,) = history.place.receipts("model")
-    folder = history.place.home / "models" / "tiny"
-    assert folder.resolve() == history.place.store.check(model)
+    (model,) = history.project.receipts("model")
+    folder = history.project.home / "models" / "tiny"
+    assert folder.resolve() == history.project.store.verified_folder(model)
     assert any(str(folder) in cell for row in tables(history.complete.out) for cell in row)
     check_fill_mask(folder)
 
@@ -107,7 +107,7 @@ def test_mlflow_has_settings_data_sets_curve_and_one_version(history: History, c
         curve = client.get_metric_history(train.info.run_id, name)
         assert [metric.step for metric in curve] == list(range(1, STEPS + 1))
     (version,) = client.search_model_versions("name = 'distilled'")
-    (model,) = history.place.receipts("model")
+    (model,) = history.project.receipts("model")
     assert version.tags["distil.model_key"] == model.key
     assert client.get_model_version_by_alias("distilled", "challenger").version == version.version
 
@@ -130,7 +130,7 @@ def test_the_gate_refuses_an_unscored_model_with_its_reason(history: History, cl
 def test_the_model_card_and_its_figure_are_next_to_the_model_and_in_mlflow(
     history: History, client: MlflowClient
 ) -> None:
-    folder = history.place.home / "models" / "tiny-card"
+    folder = history.project.home / "models" / "tiny-card"
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "fill-mask"
     assert card.data.metrics == ["accuracy"]
@@ -142,7 +142,7 @@ def test_the_model_card_and_its_figure_are_next_to_the_model_and_in_mlflow(
 
 
 def test_status_counts_every_stage(history: History, shell: Shell) -> None:
-    rows = json.loads(shell("status", history.place.recipe, "--json").out)
+    rows = json.loads(shell("status", history.project.recipe, "--json").out)
     for stage in ("source", "shard", "blocks", "calibration", "targets", "model"):
         assert rows[stage]["done"] == rows[stage]["wanted"] > 0, stage
         assert not rows[stage]["missing"], stage
@@ -151,7 +151,7 @@ def test_status_counts_every_stage(history: History, shell: Shell) -> None:
 
 def test_mlflow_leads_to_a_prefect_run_that_completed(history: History, client: MlflowClient) -> None:
     (chain,) = runs_of(client, "chain")
-    with sqlite3.connect(f"file:{history.place.home}/prefect/prefect.db?mode=ro", uri=True) as database:
+    with sqlite3.connect(f"file:{history.project.home}/prefect/prefect.db?mode=ro", uri=True) as database:
         rows = database.execute("select id, name, state_type from flow_run").fetchall()
     assert [(str(name), state) for _, name, state in rows] == [("tiny", "COMPLETED")]
     assert chain.data.tags["distil.prefect_run_id"].replace("-", "") == str(rows[0][0]).replace("-", "")
@@ -162,7 +162,7 @@ def test_mlflow_leads_to_a_prefect_run_that_completed(history: History, client: 
 def test_a_second_run_has_nothing_to_do(history: History, client: MlflowClient) -> None:
     assert history.repeated.status == 0, history.repeated.err
     assert "nothing to do" in history.repeated.out
-    assert history.repeated_stamps == history.complete_stamps
+    assert history.repeated_times == history.complete_times
     assert len(client.search_model_versions("name = 'distilled'")) == 1
     assert len(runs_of(client, "chain")) == len(runs_of(client, "train")) == 1
 
@@ -172,10 +172,10 @@ def test_a_truncated_source_fails_alone_with_its_name(history: History) -> None:
     heading, row = tables(history.truncated.out)
     said = dict(zip(heading, row, strict=True))
     assert (said["stage"], said["file"]) == ("source", TRUNCATED)
-    assert said["howtoretry"] == f"distilretry{history.place.recipe}--stagesource--shardfr_meta_part_2"
-    done = {(kind, label) for kind, label, _ in history.truncated_stamps}
+    assert said["howtoretry"] == f"distilretry{history.project.recipe}--stagesource--shardfr_meta_part_2"
+    done = {(kind, label) for kind, label, _ in history.truncated_times}
     kinds = {"source", "shard", "blocks", "targets"}
-    whole = {(kind, label) for kind, label, _ in history.complete_stamps if kind in kinds}
+    whole = {(kind, label) for kind, label, _ in history.complete_times if kind in kinds}
     others = {one for one in whole if "part_2" not in one[1]}
     assert {kind for kind, _ in others} == kinds
     assert others <= done
@@ -184,7 +184,7 @@ def test_a_truncated_source_fails_alone_with_its_name(history: History) -> None:
 
 
 def test_the_same_command_computes_only_the_replaced_source(history: History) -> None:
-    fresh = made(history.truncated_stamps, history.complete_stamps)
+    fresh = new_artifacts(history.truncated_times, history.complete_times)
     data = {(kind, label) for kind, label in fresh if kind not in ("checkpoint", "model", "scores")}
     assert {kind for kind, _ in data} == {"source", "shard", "blocks", "targets"}
     assert all("part_2" in label for _, label in data)

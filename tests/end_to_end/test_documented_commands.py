@@ -20,8 +20,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from flows.services.process import free_port
-from tests.harness.place import REPO, Result, ended, environment
 from tests.harness.processes import LIMIT, MARK, kill, started_for, wait_for
+from tests.harness.project import REPO, Result, ended, environment
 from tests.harness.recipe_values import recipe_toml
 from tests.harness.servers.up import READY, start_up
 from tests.harness.tiny import make_teacher, write_oscar
@@ -129,8 +129,8 @@ def call(program: str, *words: str, folder: Path) -> "subprocess.Popen[str]":
 
 def as_a_reader(words: list[str]) -> list[str]:
     """Replaces what a reader replaces: the model, and the version of `promote`."""
-    places = {"MODEL": ".distil/models/mine", "3": "1"}
-    return [places.get(word, word) for word in words if word != "..."]
+    values = {"MODEL": ".distil/models/mine", "3": "1"}
+    return [values.get(word, word) for word in words if word != "..."]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
-from tests.harness.place import Place, Shell, made, make_place
+from tests.harness.project import Project, Shell, make_project, new_artifacts
 
 HELDOUT_PER_MILLE = 5
 BATCH = 1000
@@ -78,12 +78,12 @@ def tokens_of(texts: list[str], tokenizer: Tokenizer) -> int:
     return sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
 
 
-def check_counts(place: Place, corpus: Path, tokenizer_folder: Path) -> None:
+def check_counts(project: Project, corpus: Path, tokenizer_folder: Path) -> None:
     """Receipts of sources and blocks against the independent count."""
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     tokenizer.no_truncation()
-    sources = {receipt.label: receipt.info["counts"] for receipt in place.receipts("source")}
-    blocks = {receipt.label: receipt for receipt in place.receipts("blocks")}
+    sources = {receipt.label: receipt.info["counts"] for receipt in project.receipts("source")}
+    blocks = {receipt.label: receipt for receipt in project.receipts("blocks")}
     for path in sorted(corpus.rglob("*.zst")):
         label = path.name.split(".")[0]
         expected, counts = count(path, tokenizer), sources[label]
@@ -107,18 +107,18 @@ def shorten(source: Path, target: Path, documents: int) -> None:
     target.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(b"\n".join(lines) + b"\n"))
 
 
-def prepare(shell: Shell, place: Place, corpus: Path, shared_data: Path) -> str:
-    result = shell("prepare", place.recipe, *settings_of(shared_data), f"corpus.url={corpus}")
+def prepare(shell: Shell, project: Project, corpus: Path, shared_data: Path) -> str:
+    result = shell("prepare", project.recipe, *settings_of(shared_data), f"corpus.url={corpus}")
     assert result.status == 0, result.err
     return result.out
 
 
 def test_counts_and_a_later_snapshot(shared_data: Path, shell: Shell, tmp_path: Path) -> None:
     corpus = Path(shutil.copytree(shared_data / "corpus" / "tiny", tmp_path / "corpus"))
-    place = make_place(tmp_path / "place", corpus, Path("unused"))
-    prepare(shell, place, corpus, shared_data)
-    check_counts(place, corpus, shared_data / "tokenizer" / "camembert-base")
-    before = place.stamps()
+    project = make_project(tmp_path / "project", corpus, Path("unused"))
+    prepare(shell, project, corpus, shared_data)
+    check_counts(project, corpus, shared_data / "tokenizer" / "camembert-base")
+    before = project.creation_times()
 
     folder = corpus / "fr_meta"
     for path in (folder, *folder.iterdir()):
@@ -126,28 +126,28 @@ def test_counts_and_a_later_snapshot(shared_data: Path, shell: Shell, tmp_path: 
     shorten(folder / "fr_meta_part_1.jsonl.zst", folder / "fr_meta_part_4.jsonl.zst", 100)
     shorten(folder / "fr_meta_part_1.jsonl.zst", folder / "fr_meta_part_3.jsonl.zst", 200)
     write_checksums(folder)
-    prepare(shell, place, corpus, shared_data)
-    fresh = made(before, place.stamps())
+    prepare(shell, project, corpus, shared_data)
+    fresh = new_artifacts(before, project.creation_times())
     assert {label for kind, label in fresh if kind == "source"} == {"fr_meta_part_3", "fr_meta_part_4"}
     assert {kind for kind, _ in fresh} == {"source", "shard", "blocks"}
-    assert "nothing to do" in prepare(shell, place, corpus, shared_data)
+    assert "nothing to do" in prepare(shell, project, corpus, shared_data)
 
 
 @pytest.mark.slow
 def test_a_whole_corpus_and_its_next_month(shared_data: Path, shell: Shell, tmp_path: Path) -> None:
     subprocess.run([shared_data / "make_snapshots", tmp_path / "snapshots"], check=True)
     september, october = (tmp_path / "snapshots" / month for month in ("2026-09", "2026-10"))
-    place = make_place(tmp_path / "place", september, Path("unused"))
-    prepare(shell, place, september, shared_data)
-    counts = [receipt.info["counts"] for receipt in place.receipts("source")]
+    project = make_project(tmp_path / "project", september, Path("unused"))
+    prepare(shell, project, september, shared_data)
+    counts = [receipt.info["counts"] for receipt in project.receipts("source")]
     assert len(counts) == 14
     assert sum(one["documents"] for one in counts) == 111_470
-    before = place.stamps()
-    assert "nothing to do" in prepare(shell, place, september, shared_data)
-    assert place.stamps() == before
+    before = project.creation_times()
+    assert "nothing to do" in prepare(shell, project, september, shared_data)
+    assert project.creation_times() == before
 
-    prepare(shell, place, october, shared_data)
-    fresh = made(before, place.stamps())
+    prepare(shell, project, october, shared_data)
+    fresh = new_artifacts(before, project.creation_times())
     changed = {f"fr_meta_part_{number}" for number in (3, 15, 16)}
     assert {label for kind, label in fresh if kind == "source"} == changed
     assert {label.rsplit("-", 1)[0] for kind, label in fresh if kind != "source"} == changed

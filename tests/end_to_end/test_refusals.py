@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from storage.verify import verify
 from tests.harness.mounts import remount
 from tests.harness.output import refusal, tables
-from tests.harness.place import History, Place, Result, Shell, make_place
+from tests.harness.project import History, Project, Result, Shell, make_project
 from tests.harness.tiny import documents
 
 HASH = "0" * 64
@@ -33,7 +33,7 @@ def lines(seed: int, end: bytes = b"\n") -> bytes:
 class Mixed:
     """One `distil prepare` over good, bad and worse files."""
 
-    place: Place
+    project: Project
     result: Result
 
 
@@ -57,9 +57,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, teacher: Path, shell: Shell)
     }
     for name, data in files.items():
         (corpus / name).write_bytes(data)
-    place = make_place(folder, corpus, teacher)
-    result = shell("prepare", place.recipe, "targets.source=online", "corpus.max_line_bytes=20_000")
-    return Mixed(place, result)
+    project = make_project(folder, corpus, teacher)
+    result = shell("prepare", project.recipe, "targets.source=online", "corpus.max_line_bytes=20_000")
+    return Mixed(project, result)
 
 
 REFUSED = {
@@ -88,21 +88,21 @@ def test_each_bad_source_is_in_the_table_with_file_and_reason(mixed: Mixed, labe
 
 
 def test_good_sources_are_done_and_bad_ones_are_not(mixed: Mixed) -> None:
-    sources = {receipt.label: receipt for receipt in mixed.place.receipts("source")}
+    sources = {receipt.label: receipt for receipt in mixed.project.receipts("source")}
     assert sources.keys() == {"windows", "few-bad"}
     assert sources["windows"].info["counts"]["documents"] == 30
     assert sources["windows"].info["counts"]["bad"] == 0
     assert sources["few-bad"].info["counts"]["documents"] == 30
     assert sources["few-bad"].info["counts"]["bad"] == 4
-    quarantine = mixed.place.store.check(sources["few-bad"]) / "quarantine.jsonl"
+    quarantine = mixed.project.store.verified_folder(sources["few-bad"]) / "quarantine.jsonl"
     assert [json.loads(line)["line"] for line in quarantine.read_text().splitlines()] == [31, 32, 33, 34]
-    blocks = {receipt.label.rsplit("-", 1)[0] for receipt in mixed.place.receipts("blocks")}
+    blocks = {receipt.label.rsplit("-", 1)[0] for receipt in mixed.project.receipts("blocks")}
     assert blocks == {"windows", "few-bad"}
-    assert verify(mixed.place.store) == []
+    assert verify(mixed.project.store) == []
 
 
 def test_status_names_every_bad_source(mixed: Mixed, shell: Shell) -> None:
-    status = shell("status", mixed.place.recipe, "corpus.max_line_bytes=20_000")
+    status = shell("status", mixed.project.recipe, "corpus.max_line_bytes=20_000")
     failed = [line for line in status.out.splitlines() if line.startswith("failed ")]
     assert all(any(REFUSED[label][0] in line for line in failed) for label in REFUSED)
     assert len(failed) == len(REFUSED)
@@ -126,17 +126,17 @@ def test_status_names_every_bad_source(mixed: Mixed, shell: Shell) -> None:
 def test_settings_that_do_not_fit_are_refused_before_anything_is_made(
     settings: list[str], field: str, teacher: Path, history: History, shell: Shell, tmp_path: Path
 ) -> None:
-    place = make_place(tmp_path, history.place.folder / "corpus", teacher)
+    project = make_project(tmp_path, history.project.folder / "corpus", teacher)
     (tmp_path / "empty").mkdir()
-    result = shell("run", place.recipe, *(text.replace("EMPTY", str(tmp_path / "empty")) for text in settings))
+    result = shell("run", project.recipe, *(text.replace("EMPTY", str(tmp_path / "empty")) for text in settings))
     assert field in refusal(result)
-    assert place.stamps() == {}
+    assert project.creation_times() == {}
 
 
 def test_a_teacher_without_weights_is_refused(history: History, teacher: Path, shell: Shell, tmp_path: Path) -> None:
-    place = history.place.copy(tmp_path / "place")
+    project = history.project.copy(tmp_path / "project")
     folder = shutil.copytree(teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    said = refusal(shell("run", place.recipe, f"teacher.model={folder}"))
+    said = refusal(shell("run", project.recipe, f"teacher.model={folder}"))
     assert str(folder) in said
     assert "no weights" in said
 
@@ -144,14 +144,14 @@ def test_a_teacher_without_weights_is_refused(history: History, teacher: Path, s
 def test_a_tokenizer_that_does_not_fit_the_teacher_is_refused(
     history: History, teacher: Path, shell: Shell, tmp_path: Path
 ) -> None:
-    place = history.place.copy(tmp_path / "place")
+    project = history.project.copy(tmp_path / "project")
     folder = tmp_path / "words"
     folder.mkdir()
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"mot{number}" for number in range(500))]
     words = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(folder / "tokenizer.json"))
-    said = refusal(shell("run", place.recipe, f"blocks.tokenizer={folder}"))
+    said = refusal(shell("run", project.recipe, f"blocks.tokenizer={folder}"))
     assert str(folder) in said
     assert "505 tokens" in said
     assert str(teacher) in said
@@ -160,30 +160,32 @@ def test_a_tokenizer_that_does_not_fit_the_teacher_is_refused(
 def test_a_small_store_is_refused_and_a_full_one_filled_up_later(
     history: History, teacher: Path, shell: Shell, small_disk: Path, tmp_path: Path
 ) -> None:
-    place = make_place(tmp_path / "place", history.place.folder / "corpus", teacher)
-    place.home.mkdir()
-    (place.home / "store").symlink_to(small_disk)
-    command = ("prepare", place.recipe, "targets.source=online")
+    project = make_project(tmp_path / "project", history.project.folder / "corpus", teacher)
+    project.home.mkdir()
+    (project.home / "store").symlink_to(small_disk)
+    command = ("prepare", project.recipe, "targets.source=online")
     said = refusal(shell(*command))
     assert "too little free space" in said
-    assert str(place.store.root) in said
-    assert place.stamps() == {}
+    assert str(project.store.root) in said
+    assert project.creation_times() == {}
     remount(small_disk, "size=160k")  # enough for the data, but not for files of complete pages
     assert "is full" in refusal(shell(*command))
-    assert verify(place.store) == []
+    assert verify(project.store) == []
     remount(small_disk, "size=20m")
     result = shell(*command)
     assert result.status == 0, result.err
-    after = place.stamps()
+    after = project.creation_times()
     assert {label for kind, label, _ in after if kind == "source"} == {f"fr_meta_part_{number}" for number in (1, 2, 3)}
 
 
 def test_a_read_only_store_is_refused(
     history: History, teacher: Path, shell: Shell, small_disk: Path, tmp_path: Path
 ) -> None:
-    place = make_place(tmp_path / "place", history.place.folder / "corpus", teacher)
+    project = make_project(tmp_path / "project", history.project.folder / "corpus", teacher)
     remount(small_disk, "ro,size=20m")
-    assert "read-only" in refusal(shell("prepare", place.recipe, f"store={small_disk}/store", "targets.source=online"))
+    assert "read-only" in refusal(
+        shell("prepare", project.recipe, f"store={small_disk}/store", "targets.source=online")
+    )
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["distill", "x.toml"], ["status", "x.toml", "--nope"]])
@@ -195,7 +197,7 @@ def test_bad_usage_ends_with_2(arguments: list[str], shell: Shell) -> None:
 
 def test_the_command_itself_ends_with_these(history: History) -> None:
     """As processes: what the shell above says is what `distil` does."""
-    assert "loss.mlm" in refusal(history.place.distil("run", "loss.mlm=-1"))
-    process = history.place.start("run", "--nope")
+    assert "loss.mlm" in refusal(history.project.distil("run", "loss.mlm=-1"))
+    process = history.project.start("run", "--nope")
     assert process.wait() == 2
     process.communicate()

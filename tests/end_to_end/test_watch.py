@@ -18,8 +18,8 @@ from flows.tracking.model_registry import CHAMPION
 from tasks.lineage import Workspace
 from tasks.recipe.load import load_recipe
 from tasks.recipe.run_json import read_run
-from tests.harness.place import History, Place, ended, environment, made
 from tests.harness.processes import LIMIT, wait_for
+from tests.harness.project import History, Project, ended, environment, new_artifacts
 from tests.harness.servers.prefect_server import PrefectServer, serving
 from tests.harness.tiny import write_oscar, write_sums
 
@@ -44,28 +44,30 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServ
 
 
 @pytest.fixture
-def place(history: History, own_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """All of the history but its place; its model is the champion, its corpus the snapshot 2026-9; all deployed."""
-    sources = Path(shutil.copytree(history.place.folder / "corpus", tmp_path / "oscar" / "2026-9"))
+def project(history: History, own_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """All of the history but its project; its model is the champion, its corpus the snapshot 2026-9; all deployed."""
+    sources = Path(shutil.copytree(history.project.folder / "corpus", tmp_path / "oscar" / "2026-9"))
     # By their checksums the store knows the copies; without, a run would have to read them first.
     write_sums(sources, *sources.iterdir())
-    place = history.place.copy(tmp_path / "place", corpus=sources)
-    with place.recipe.open("a", encoding="utf-8") as file:
+    project = history.project.copy(tmp_path / "project", corpus=sources)
+    with project.recipe.open("a", encoding="utf-8") as file:
         file.write(WATCH.format(folder=json.dumps(str(sources.parent))))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    set_environment(str(place.home))
-    (model,) = place.receipts("model")
-    recipe = load_recipe(place.recipe)
-    book = open_mlflow_runs(recipe)
-    run = book.run("chain", model.parents[0], "tiny")
-    book.registry.register(run, "distilled", model.key, place.store.local(model), "Le juge <mask> le dossier.", {})
-    book.client.set_registered_model_alias("distilled", CHAMPION, "1")
+    set_environment(str(project.home))
+    (model,) = project.receipts("model")
+    recipe = load_recipe(project.recipe)
+    mlflow_runs = open_mlflow_runs(recipe)
+    run = mlflow_runs.start_or_resume_run("chain", model.parents[0], "tiny")
+    mlflow_runs.registry.register(
+        run, "distilled", model.key, project.store.local_folder(model), "Le juge <mask> le dossier.", {}
+    )
+    mlflow_runs.client.set_registered_model_alias("distilled", CHAMPION, "1")
     # This home's MLflow has no record of the run; the store remembers it as recorded.
-    specs = (read_run(str(path)) for path in (history.place.home / "run").glob("*/run.json"))
-    remember_done(Workspace(place.store, recipe), next(run for run in specs if run.run_key == model.parents[0]), {})
-    deployed = place.distil("deploy", server=own_server.url)
+    specs = (read_run(str(path)) for path in (history.project.home / "run").glob("*/run.json"))
+    remember_done(Workspace(project.store, recipe), next(run for run in specs if run.run_key == model.parents[0]), {})
+    deployed = project.distil("deploy", server=own_server.url)
     assert deployed.status == 0, deployed.err
-    return place
+    return project
 
 
 def runs_of(own_server: PrefectServer, flow: str) -> list[FlowRun]:
@@ -76,14 +78,14 @@ def runs_of(own_server: PrefectServer, flow: str) -> list[FlowRun]:
 
 @pytest.mark.guard
 def test_a_snapshot_copied_in_slowly_starts_one_run_that_computes_only_what_is_new(
-    place: Place, own_server: PrefectServer, tmp_path: Path
+    project: Project, own_server: PrefectServer, tmp_path: Path
 ) -> None:
     older, newer = tmp_path / "oscar" / "2026-9", tmp_path / "oscar" / "2026-10"
     files = [*sorted(older.glob("fr_meta*")), write_oscar(tmp_path / "later", parts=4) / "fr_meta_part_4.jsonl"]
     write_sums(newer, *files)
     for file in files[:-1]:
         shutil.copyfile(file, newer / file.name)
-    early = place.distil("watch", server=own_server.url)
+    early = project.distil("watch", server=own_server.url)
     assert early.status == 0, early.err
     assert (
         "2026-10 is not complete yet: fr_meta_part_4.jsonl is listed in a checksum file but does not exist" in early.out
@@ -92,9 +94,9 @@ def test_a_snapshot_copied_in_slowly_starts_one_run_that_computes_only_what_is_n
     assert "was processed before" in early.out
     assert runs_of(own_server, "distill") == []
 
-    before = place.stamps()
+    before = project.creation_times()
     shutil.copyfile(files[-1], newer / files[-1].name)
-    by_hand = place.start("watch", server=own_server.url)
+    by_hand = project.start("watch", server=own_server.url)
     variables = environment(tmp_path, own_server.url)
     subprocess.run([sys.executable, "-m", *EVENT], env=variables, check=True, timeout=LIMIT, stdout=subprocess.PIPE)
     said = ended(by_hand)
@@ -110,18 +112,18 @@ def test_a_snapshot_copied_in_slowly_starts_one_run_that_computes_only_what_is_n
     assert run.parameters["recipe"]["train"]["warm_start"] == "models:/distilled/1"
 
     own_server.wait(run.id, "COMPLETED")
-    fresh = made(before, place.stamps())
+    fresh = new_artifacts(before, project.creation_times())
     data = {(kind, label) for kind, label in fresh if kind not in ("checkpoint", "model", "scores")}
     assert {kind for kind, _ in data} == {"source", "shard", "blocks", "targets"}
     assert all(label.startswith("fr_meta_part_4") for _, label in data)
     assert ("model", "tiny") in fresh
-    assert len(MlflowClient(place.mlflow).search_model_versions("name = 'distilled'")) == 2
-    (spec,) = (path for path in (place.home / "run").glob("*/run.json"))
+    assert len(MlflowClient(project.mlflow).search_model_versions("name = 'distilled'")) == 2
+    (spec,) = (path for path in (project.home / "run").glob("*/run.json"))
     start = Path(json.loads(spec.read_text())["train"]["warm_start"])
-    (first, *_) = sorted(place.receipts("model"), key=lambda receipt: receipt.created)
-    weights = place.store.local(first) / "model.safetensors"
+    (first, *_) = sorted(project.receipts("model"), key=lambda receipt: receipt.created)
+    weights = project.store.local_folder(first) / "model.safetensors"
     assert (start / "model.safetensors").read_bytes() == weights.read_bytes()
 
-    again = place.distil("watch", server=own_server.url)
+    again = project.distil("watch", server=own_server.url)
     assert "nothing new: 2026-10 (" in again.out
     assert len(runs_of(own_server, "distill")) == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flows.home import set_environment
-from tests.harness.place import Place, Result, make_place
+from tests.harness.project import Project, Result, make_project
 from tests.harness.recipe_values import recipe_toml, simple_recipe
 from tests.harness.servers.prefect_server import serving
 from tests.harness.tiny import make_teacher, write_oscar
@@ -99,14 +99,14 @@ class RetryingTransport(httpx.HTTPTransport):
 
 
 class DeployedRecipe(NamedTuple):
-    """A Prefect server, and the place whose recipe `tiny` is deployed to it."""
+    """A Prefect server, and the project whose recipe `tiny` is deployed to it."""
 
     api: str
-    place: Place
+    project: Project
 
     def deploy(self, *arguments: str) -> Result:
         """`distil deploy recipe.toml ARGUMENTS` as a user runs it."""
-        return self.place.distil("deploy", *arguments, server=self.api)
+        return self.project.distil("deploy", *arguments, server=self.api)
 
     def client(self) -> httpx.Client:
         """An HTTP client of the server's API, as the UI has one."""
@@ -150,7 +150,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedRecip
     folder = tmp_path_factory.mktemp("deployed")
     make_teacher(folder / "teacher")
     watch = {"cron": "17 3 * * *", "active": True}
-    place = make_place(folder, write_oscar(folder / "corpus"), folder / "teacher", watch=watch)
+    place = make_project(folder, write_oscar(folder / "corpus"), folder / "teacher", watch=watch)
     with serving(folder / "server") as server:
         deployed = DeployedRecipe(server.url, place)
         done = deployed.deploy()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 HEAVY = {"prefect", "mlflow", "torch", "transformers", "pydantic", "pyarrow", "fsspec"}
 
@@ -21,7 +22,7 @@ def test_every_command_has_help_with_an_example(repo: Path) -> None:
 
     from flows.cli import app
 
-    for command in ("demo", "run", "plan", "prepare", "status", "retry", "verify", "gc", "score", "deploy", "promote"):
+    for command in vars(typer.main.get_command(app))["commands"]:
         shown = CliRunner().invoke(app, [command, "--help"])
         assert shown.exit_code == 0
         assert f"Example:  distil {command}" in shown.output
@@ -66,7 +67,7 @@ def test_score_takes_models_recipe_settings_and_protocol_in_any_order(monkeypatc
         cli, "_run_flow", lambda recipe, module, flow, **given: asked.append(tuple(given[name] for name in names))
     )
     call = CliRunner().invoke
-    words = ["one", "two/three", "my.toml", "score.sets=/data", "--recipe", "/p/flue.toml", "--only", "xnli seed 1"]
+    words = ["one", "two/three", "my.toml", "score.sets=/data", "--protocol", "/p/flue.toml", "--only", "xnli seed 1"]
     assert call(cli.app, ["score", *words]).exit_code == 0
     assert asked == [
         (Path("my.toml"), ["score.sets=/data", 'score.protocol="/p/flue.toml"']),

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from flows.garbage_collection import artifacts_to_keep
-from flows.pipeline.preparation import Prepared, StageDone, silently_missing
+from flows.pipeline.preparation import Prepared, StageResult, silently_missing
 from storage.artifact import Ref
 from storage.errors import FatalError
 from storage.fingerprint import sha256_bytes
 from storage.lease import Lease
 from storage.store import Store
 from tasks.corpus.shard import shard_source
-from tasks.lineage import Workspace, trace, vocabulary_of
+from tasks.lineage import Workspace, vocabulary_of
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_json import RUN_SCHEMA, model_ref
 from tasks.tokens.blocks import make_blocks
@@ -35,26 +35,26 @@ def recipe(tmp_path: Path) -> Recipe:
 def store(tmp_path: Path, recipe: Recipe) -> Store:
     """A store with all shards and blocks of the recipe."""
     store = Store(tmp_path / "store")
-    for source, _ in trace(store, recipe).sources:
+    for source, _ in Workspace(store, recipe).lineage.sources:
         shard_source(store, source, recipe.corpus)
-    for shard in trace(store, recipe).shards:
+    for shard in Workspace(store, recipe).lineage.shards:
         make_blocks(store, shard, recipe.blocks, vocabulary_of(recipe))
     return store
 
 
 def test_a_lost_artifact_is_a_gap_unless_its_failure_was_reported(store: Store, recipe: Recipe) -> None:
-    lost = trace(store, recipe).training_blocks[1]
+    lost = Workspace(store, recipe).lineage.training_blocks[1]
     store.withdraw(lost)
     workspace = Workspace(store, recipe)
     assert silently_missing(Prepared(workspace, ())) == [lost]
     failure = store.fail(lost, FatalError("no"))
-    assert silently_missing(Prepared(workspace, (StageDone("blocks", 1, (failure,), 0.1),))) == []
+    assert silently_missing(Prepared(workspace, (StageResult("blocks", 1, (failure,), 0.1),))) == []
 
 
 def test_gc_refuses_while_the_shards_of_a_source_are_unknown(store: Store, recipe: Recipe) -> None:
-    wanted = {(ref.kind, ref.key) for ref in trace(store, recipe).training_blocks}
+    wanted = {(ref.kind, ref.key) for ref in Workspace(store, recipe).lineage.training_blocks}
     assert wanted <= artifacts_to_keep(store, [recipe])
-    source = trace(store, recipe).sources[0][1]
+    source = Workspace(store, recipe).lineage.sources[0][1]
     assert isinstance(source, Ref)
     store.withdraw(source)
     with pytest.raises(FatalError, match="fr_meta_part_1 has not been read"):

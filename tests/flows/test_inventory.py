@@ -14,7 +14,7 @@ from flows.tracking.model_registry import CHAMPION, fetch_model
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
-from tasks.lineage import Workspace, trace, vocabulary_of
+from tasks.lineage import Workspace, vocabulary_of
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_json import RunSpec
 from tasks.tokens.blocks import make_blocks
@@ -32,14 +32,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_teacher(folder / "other", layers=3)
     recipe = recipe_of(folder)
     mlflow_runs = open_mlflow_runs(recipe)
-    run = mlflow_runs.run("chain", "0" * 64, "tiny")
+    run = mlflow_runs.start_or_resume_run("chain", "0" * 64, "tiny")
     for name in ("model", "other"):
         mlflow_runs.registry.register(run, "distilled", name, folder / name, "Le juge <mask> le dossier.", {})
     mlflow_runs.client.set_registered_model_alias("distilled", CHAMPION, "1")
     store = Store(recipe.store)
-    for source, _ in trace(store, recipe).sources:
+    for source, _ in Workspace(store, recipe).lineage.sources:
         shard_source(store, source, recipe.corpus)
-    for shard in trace(store, recipe).shards:
+    for shard in Workspace(store, recipe).lineage.shards:
         make_blocks(store, shard, recipe.blocks, vocabulary_of(recipe))
     return folder
 

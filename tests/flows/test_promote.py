@@ -61,7 +61,7 @@ def version_of(
 ) -> Version:
     """A new version with these results; it has no model files."""
     name = recipe.register_as.name
-    run = open_mlflow_runs(recipe).run("chain", sha256_bytes(os.urandom(8)), "tiny")
+    run = open_mlflow_runs(recipe).start_or_resume_run("chain", sha256_bytes(os.urandom(8)), "tiny")
     if not registry.client.search_registered_models(f"name = '{name}'"):
         registry.client.create_registered_model(name)
     made = registry.client.create_model_version(name, f"runs:/{run}/model", run_id=run)

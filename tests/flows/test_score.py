@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from storage.store import Store
 from tasks.lineage import Workspace
 from tests.harness.eval_sets import write_ner, write_pairs
+from tests.harness.processes import wait_for
 from tests.harness.recipe_values import simple_recipe
 from tests.harness.tiny import make_teacher
 
@@ -132,13 +132,6 @@ def below(pid: int) -> Iterator[int]:
             yield from below(int(child))
 
 
-def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it did not happen within four minutes"
-        time.sleep(0.05)
-
-
 def test_results_are_stored_with_models_of_the_recipe_only() -> None:
     from flows.score import is_own
 
@@ -165,7 +158,7 @@ def test_a_comparison_leaves_models_of_other_recipes_as_they_are(tmp_path: Path)
     }
     recipe = simple_recipe(**values)
     mlflow_runs = open_mlflow_runs(recipe)
-    run = mlflow_runs.run("chain", "0" * 64, "a")
+    run = mlflow_runs.start_or_resume_run("chain", "0" * 64, "a")
     for name in ("mine", "other"):
         mlflow_runs.client.create_registered_model(name)
         mlflow_runs.client.create_model_version(name, f"runs:/{run}/model", run_id=run)

@@ -21,14 +21,14 @@ from prefect.states import Failed
 
 from flows import watch
 from flows.home import open_store, set_environment, tracking_uri
-from flows.watch import CHECKS, watch_snapshots
+from flows.watch import CHECKS_TOPIC, watch_snapshots
 from tasks.corpus.listing import list_folder
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 from tests.harness.recipe_values import teacherless_recipe
 from tests.harness.tiny import save_tokenizer, write_oscar, write_sums
 
-Place = Callable[..., Recipe]
+MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,8 +43,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Recipes of one place: `place(folder=…)` watches the snapshots in `folder`, else the one in `url`."""
+def make_watched_recipe(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRecipe:
+    """Makes recipes: `make_watched_recipe(folder=…)` watches the snapshots in `folder`, else the one in `url`."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     set_environment(str(tmp_path))
 
@@ -86,9 +86,9 @@ def corpora_of(runs: list[FlowRun]) -> list[str]:
 # ---- one folder that grows -----------------------------------------------------------------------------------
 
 
-def test_a_slow_copy_starts_one_run_once_it_is_complete(place: Place, tmp_path: Path) -> None:
+def test_a_slow_copy_starts_one_run_once_it_is_complete(make_watched_recipe: MakeRecipe, tmp_path: Path) -> None:
     first, second = sorted(write_oscar(tmp_path / "source", parts=2, texts=8).iterdir())
-    corpus, recipe = tmp_path / "corpus", place()
+    corpus, recipe = tmp_path / "corpus", make_watched_recipe()
     write_sums(corpus, first, second)
     assert tick(recipe) == (
         "corpus is not complete yet: fr_meta_part_1.jsonl is listed in a checksum file but does not exist (and 1 more)"
@@ -123,18 +123,20 @@ def test_a_slow_copy_starts_one_run_once_it_is_complete(place: Place, tmp_path: 
 
 
 def test_an_earlier_check_with_the_same_files_is_enough(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_watched_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = place(write_oscar(tmp_path / "corpus", parts=1), settle_seconds=3600)
+    recipe = make_watched_recipe(write_oscar(tmp_path / "corpus", parts=1), settle_seconds=3600)
     seen = {"listing": list_folder(recipe.corpus.url).fingerprint, "since": time.time() - 3700}
-    open_store(recipe).remember(CHECKS, recipe.corpus.url, seen)
+    open_store(recipe).remember(CHECKS_TOPIC, recipe.corpus.url, seen)
     monkeypatch.setattr(watch, "time", SimpleNamespace(time=time.time))  # so that it cannot wait
     assert "taken: run" in tick(recipe)
 
 
-def test_a_snapshot_that_failed_is_started_again_only_when_its_files_changed(place: Place, tmp_path: Path) -> None:
+def test_a_snapshot_that_failed_is_started_again_only_when_its_files_changed(
+    make_watched_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     (source,) = write_oscar(tmp_path / "source", parts=1).iterdir()
-    recipe = place()
+    recipe = make_watched_recipe()
     write_sums(tmp_path / "corpus", source)
     wrong = bytearray(source.read_bytes())
     wrong[100] ^= 1
@@ -150,9 +152,11 @@ def test_a_snapshot_that_failed_is_started_again_only_when_its_files_changed(pla
     assert len(runs_for(recipe)) == 2
 
 
-def test_two_watchers_at_once_start_one_run(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_watchers_at_once_start_one_run(
+    make_watched_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both have finished all reads of the store before either sends its request to the server."""
-    recipe = place(write_oscar(tmp_path / "corpus", parts=1))
+    recipe = make_watched_recipe(write_oscar(tmp_path / "corpus", parts=1))
     both = threading.Barrier(2, timeout=180)
 
     def wait_for_the_other(*arguments: Any) -> None:
@@ -170,13 +174,15 @@ def test_two_watchers_at_once_start_one_run(place: Place, tmp_path: Path, monkey
 # ---- subfolders ------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_complete_subfolder_is_taken_and_no_older_one_after_it(place: Place, tmp_path: Path) -> None:
+def test_the_newest_complete_subfolder_is_taken_and_no_older_one_after_it(
+    make_watched_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     folder = tmp_path / "oscar"
     for name in ("2026-8", "2026-9", ".tmp"):
         write_oscar(folder / name, parts=1)
     (folder / "latest").symlink_to(folder / "2026-8")
     (folder / "2026-10").mkdir()
-    recipe = place(folder=str(folder))
+    recipe = make_watched_recipe(folder=str(folder))
     said = tick(recipe)
     assert said.startswith("2026-10 is not complete yet: it is empty; snapshot 2026-9 (")
     assert "taken before" in tick(recipe)
@@ -186,9 +192,9 @@ def test_the_newest_complete_subfolder_is_taken_and_no_older_one_after_it(place:
     assert sorted(corpora_of(runs_for(recipe))) == [f"{folder}/2026-10", f"{folder}/2026-9"]
 
 
-def test_snapshots_may_be_on_any_file_system(place: Place, tmp_path: Path) -> None:
+def test_snapshots_may_be_on_any_file_system(make_watched_recipe: MakeRecipe, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
-    recipe = place(folder="memory://watched")
+    recipe = make_watched_recipe(folder="memory://watched")
     memory.makedirs("/watched")
     assert tick(recipe) == "nothing new: memory://watched contains no snapshot yet"
     (source,) = write_oscar(tmp_path / "source", parts=1).iterdir()
@@ -202,8 +208,10 @@ def test_snapshots_may_be_on_any_file_system(place: Place, tmp_path: Path) -> No
 # ---- the run that is started -------------------------------------------------------------------------------------
 
 
-def test_the_run_starts_from_the_version_of_the_present_champion(place: Place, tmp_path: Path) -> None:
-    recipe = place(write_oscar(tmp_path / "corpus", parts=1), warm_start="champion")
+def test_the_run_starts_from_the_version_of_the_present_champion(
+    make_watched_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_watched_recipe(write_oscar(tmp_path / "corpus", parts=1), warm_start="champion")
     tick(recipe)
     (cold,) = runs_for(recipe)
     assert cold.parameters["recipe"]["train"]["warm_start"] == ""
@@ -222,22 +230,24 @@ def test_the_run_starts_from_the_version_of_the_present_champion(place: Place, t
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_deployment_is_reported_each_time(place: Place, tmp_path: Path) -> None:
-    recipe = place(write_oscar(tmp_path / "corpus", parts=1), name="absent")
+def test_a_missing_deployment_is_reported_each_time(make_watched_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_watched_recipe(write_oscar(tmp_path / "corpus", parts=1), name="absent")
     for _ in range(2):
         said = tick(recipe, ends="FAILED")
         assert said == "the Prefect server has no deployment distill/absent; run `distil deploy` first"
 
 
-def test_a_missing_folder_fails_with_its_name(place: Place, tmp_path: Path) -> None:
-    assert f"corpus.url {tmp_path}/corpus does not exist" in tick(place(), ends="FAILED")
-    assert "watch.folder" in tick(place(folder=str(tmp_path / "no")), ends="FAILED")
+def test_a_missing_folder_fails_with_its_name(make_watched_recipe: MakeRecipe, tmp_path: Path) -> None:
+    assert f"corpus.url {tmp_path}/corpus does not exist" in tick(make_watched_recipe(), ends="FAILED")
+    assert "watch.folder" in tick(make_watched_recipe(folder=str(tmp_path / "no")), ends="FAILED")
 
 
-def test_half_a_checksum_file_is_a_copy_in_progress_until_it_stays_half(place: Place, tmp_path: Path) -> None:
+def test_half_a_checksum_file_is_a_copy_in_progress_until_it_stays_half(
+    make_watched_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     corpus = write_oscar(tmp_path / "corpus", parts=1)
     (corpus / "fr_sha256.txt").write_text("0123456789abc")
     assert "corpus is not complete yet: fr_sha256.txt, line 1: expected `sha256 name`" in tick(
-        place(settle_seconds=3600)
+        make_watched_recipe(settle_seconds=3600)
     )
-    assert tick(place(settle_seconds=0), ends="FAILED").startswith("fr_sha256.txt, line 1")
+    assert tick(make_watched_recipe(settle_seconds=0), ends="FAILED").startswith("fr_sha256.txt, line 1")

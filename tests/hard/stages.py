@@ -16,7 +16,7 @@ from storage.fingerprint import sha256_bytes
 from storage.store import Store
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
-from tasks.eval.scores import ScoreKey, keep_scores
+from tasks.eval.scores import ScoreKey, store_scores
 from tasks.models.model_files import fingerprint_of
 from tasks.recipe.config import BlockSettings, CorpusSettings, MaskSettings, TargetSettings, TeacherSettings
 from tasks.recipe.load import make_recipe
@@ -127,7 +127,7 @@ def metrics(bench: Bench) -> Callable[[], object]:
 
 def scores(bench: Bench) -> Callable[[], object]:
     trial = ScoreKey(sha256_bytes(b"model"), {"name": "p"}, "set")
-    return lambda: keep_scores(bench.store, trial, {"accuracy": 0.5})
+    return lambda: store_scores(bench.store, trial, {"accuracy": 0.5})
 
 
 STAGES: Mapping[str, Callable[[Bench], Callable[[], object]]] = {

@@ -40,7 +40,8 @@ import sys
 from pathlib import Path
 from storage.errors import FatalError
 from storage.store import Store
-from tasks.corpus import lines, parquet_pages as pages, shard
+from tasks.corpus import shard
+from tasks.corpus.formats import lines, parquet_pages as pages
 from tasks.recipe.config import CorpusSettings
 from tasks.corpus.snapshot import take_snapshot
 from tests.harness.peak import peak_megabytes

@@ -90,9 +90,9 @@ def recipe_at(home: Path) -> Recipe:
 
 def record(home: Path) -> None:
     """Writes a hundred runs to the MLflow database of a home."""
-    book = open_mlflow_runs(recipe_at(home))
+    mlflow_runs = open_mlflow_runs(recipe_at(home))
     for number in range(100):
-        book.run("chain", sha256_bytes(bytes([number])), "t", settings={"field": "x" * 4000})
+        mlflow_runs.start_or_resume_run("chain", sha256_bytes(bytes([number])), "t", settings={"field": "x" * 4000})
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from storage.errors import FatalError
 from storage.store import Store
 from tasks.models.model_files import fingerprint_of
 from tasks.models.teacher import load_teacher
-from tasks.recipe.config import BlockSettings
 from tasks.recipe.run_json import Part, RunSpec, make_run
 from tasks.targets.calibration import calibrate, read_calibration
 from tasks.targets.capture import Capture
@@ -64,7 +63,7 @@ def run_of(place: Path, teacher: Path, texts: list[str], length: int = 32, **sec
     recipe = simple_recipe(**values | sections)
     store, model = Store(recipe.store), load_teacher(recipe.teacher, "cpu")
     shard = save_text_shard(store, texts, "part-0000")
-    blocks = make_blocks(store, shard, BlockSettings(length=length), model.vocabulary)
+    blocks = make_blocks(store, shard, recipe.blocks, model.vocabulary)
     bare = Capture(model, model.vocabulary, recipe.mask, recipe.targets)
     found = calibrate(store, [blocks.ref], bare)
     capture = replace(bare, calibration=read_calibration(store, found.ref), calibration_key=found.key)
@@ -116,7 +115,7 @@ SHORT = {"max_steps": STEPS, "batch_rows": 1, "log_steps": 1, "validate_steps": 
 
 
 def test_blocks_longer_than_the_teacher_reads_are_refused(tmp_path: Path, teacher: Path) -> None:
-    with pytest.raises(FatalError, match=r"512"):
+    with pytest.raises(FatalError, match=r"blocks\.length = 512"):
         run_of(tmp_path, teacher, documents(40), 512)
 
 

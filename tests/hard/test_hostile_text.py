@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.views import tables as report
+from flows.views import tables
 from storage.errors import FatalError
 from storage.store import Store
 from tasks.corpus.shard import shard_source
@@ -26,11 +26,11 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_tables_on_a_screen_hold_no_codes_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    report.show_table(report.Table(HOSTILE, {HOSTILE: [("name", HOSTILE), (HOSTILE, "two\nlines")]}))
+    tables.show_table(tables.Table(HOSTILE, {HOSTILE: [("name", HOSTILE), (HOSTILE, "two\nlines")]}))
     assert "[bold]b[/bold]" in shown(capsys)
-    report.show_table(report.Table(HOSTILE, {"": [[HOSTILE, "two\nlines"]]}, ("one", HOSTILE)))
+    tables.show_table(tables.Table(HOSTILE, {"": [[HOSTILE, "two\nlines"]]}, ("one", HOSTILE)))
     assert "[bold]b[/bold]" in shown(capsys)
-    report.show_table(report.failure_table([{"error": report.plain(HOSTILE)}]))
+    tables.show_table(tables.failure_table([{"error": tables.plain(HOSTILE)}]))
     assert "[bold]b[/bold]" in shown(capsys)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.place import REPO, environment, make_place
 from tests.harness.processes import LIMIT
+from tests.harness.project import REPO, environment, make_project
 from tests.harness.tiny import make_teacher, write_oscar
 
 GUARD = REPO / "tests" / "hard" / "guard"
@@ -28,14 +28,14 @@ PACKAGES = ("storage", "tasks", "flows")
 def test_a_whole_run_unpickles_nothing_but_what_its_own_processes_send_each_other(tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
     write_oscar(tmp_path / "corpus", parts=2)
-    place = make_place(tmp_path / "place", tmp_path / "corpus", tmp_path / "teacher")
+    project = make_project(tmp_path / "project", tmp_path / "corpus", tmp_path / "teacher")
     seen = tmp_path / "unpickled"
-    guarded = environment(place.folder, "") | {
+    guarded = environment(project.folder, "") | {
         "PYTHONPATH": f"{GUARD}{os.pathsep}{REPO}",
         "DISTIL_UNPICKLED": str(seen),
         "DISTIL_MAY_UNPICKLE": ",".join(PIPES),
     }
-    command = [sys.executable, "-m", "flows.cli", "run", str(place.recipe)]
+    command = [sys.executable, "-m", "flows.cli", "run", str(project.recipe)]
     done = subprocess.run(
         command, cwd=tmp_path, env=guarded, capture_output=True, text=True, timeout=LIMIT, check=False
     )

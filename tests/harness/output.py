@@ -2,7 +2,7 @@
 
 import re
 
-from tests.harness.place import Result
+from tests.harness.project import Result
 
 
 def tables(out: str) -> list[list[str]]:

@@ -29,7 +29,7 @@ def test_the_cache_is_bounded_and_evicts_least_recently_used_folders(store: Stor
     receipts = [put(store, str(number), bytes([number]) * 1000) for number in range(10)]
     small = with_small_cache(store, 4 * 1004)
     for number in (0, 1, 2, 0, 3, 4, 5):
-        small.local(receipts[number])
+        small.local_folder(receipts[number])
         assert sum(entry.size for entry in small.cache.entries()) <= 4 * 1004
     cached = {entry.folder.parent.name for entry in small.cache.entries()}
     assert receipts[5].key in cached
@@ -42,12 +42,12 @@ def test_pinned_folders_are_never_evicted(store: Store) -> None:
     pinned = [small.pin(receipt, check=True) for receipt in receipts[:3]]
     other = with_small_cache(store, 1)  # stands in for another process
     for receipt in receipts[3:]:
-        other.local(receipt)
+        other.local_folder(receipt)
     assert [(one.folder / BLOCKS_FILE).read_bytes()[0] for one in pinned] == [0, 1, 2]
     assert len(list(small.cache.entries())) == 4  # three pinned folders, and the last one
     pinned.clear()
-    small.local(receipts[5])
-    other.local(receipts[4])
+    small.local_folder(receipts[5])
+    other.local_folder(receipts[4])
     assert len(list(small.cache.entries())) == 1
 
 
@@ -74,28 +74,28 @@ def test_the_cache_may_be_deleted_at_any_moment(store: Store, monkeypatch: pytes
         assert mapped.read() == b"bytes"  # mapped memory stays readable
     with other.pin(receipt) as folder:  # and a later reader copies it again, while `pinned` still exists
         (folder / BLOCKS_FILE).unlink()
-        assert (other.local(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
+        assert (other.local_folder(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
 
 
 def test_models_are_never_evicted(store: Store) -> None:
     model = put(store, "model", kind="model")
     small = with_small_cache(store, 1)
-    folder = small.local(model)
+    folder = small.local_folder(model)
     for number in range(3):
-        small.local(put(store, str(number)))
+        small.local_folder(put(store, str(number)))
     assert (folder / BLOCKS_FILE).exists()
 
 
 def test_a_committed_artifact_is_read_from_the_cache(store: Store, s3: Endpoint) -> None:
     receipt = put(store, "a")
     s3.kill()
-    assert (store.check(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
+    assert (store.verified_folder(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
 
 
 def test_a_damaged_copy_is_fetched_again(store: Store) -> None:
     receipt = put(store, "a")
-    (store.local(receipt) / BLOCKS_FILE).write_bytes(b"BYTES")
-    assert (store.check(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
+    (store.local_folder(receipt) / BLOCKS_FILE).write_bytes(b"BYTES")
+    assert (store.verified_folder(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
 
 
 def test_concurrent_readers_download_a_file_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_concurrent_readers_download_a_file_once(store: Store, monkeypatch: pyte
         download(self, remote, path)
 
     monkeypatch.setattr(Store, "_download", counted)
-    threads = [threading.Thread(target=other.local, args=(receipt,)) for _ in range(8)]
+    threads = [threading.Thread(target=other.local_folder, args=(receipt,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -136,4 +136,4 @@ def test_a_full_disk_names_the_cache(store: Store, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(other.fs, "get_file", full)
     with pytest.raises(FatalError, match=re.escape(f"the cache {other.cache.folder} is full")):
-        other.local(receipt)
+        other.local_folder(receipt)

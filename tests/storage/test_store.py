@@ -25,8 +25,8 @@ def test_a_committed_artifact_reads_back(store: Store) -> None:
     read = store.receipt(ref_of("a"))
     assert read == written
     assert (read.rows, read.tokens, read.size, read.info) == (3, 7, 9, {"n": 2})
-    assert (store.check(read) / BLOCKS_FILE).read_bytes() == b"bytes"
-    assert (store.local(read) / "inner" / "more.txt").read_bytes() == b"more"
+    assert (store.verified_folder(read) / BLOCKS_FILE).read_bytes() == b"bytes"
+    assert (store.local_folder(read) / "inner" / "more.txt").read_bytes() == b"more"
 
 
 def test_missing_returns_absent_artifacts_in_order(store: Store) -> None:
@@ -77,16 +77,16 @@ def test_files_deleted_inside_their_folders_count_as_missing(store: Store) -> No
 def test_a_damaged_copy_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
     store = Store(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
     receipt = put(store, "a")
-    (store.local(receipt) / BLOCKS_FILE).write_bytes(b"BYTES")
-    assert (store.check(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
+    (store.local_folder(receipt) / BLOCKS_FILE).write_bytes(b"BYTES")
+    assert (store.verified_folder(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
 
 
 def test_two_writers_of_one_key_both_leave_complete_artifacts(store: Store) -> None:
     first = put(store, "a", b"one")
     second = put(store, "a", b"two!")
     assert first.content != second.content
-    assert (store.check(store.receipt(ref_of("a"))) / BLOCKS_FILE).read_bytes() == b"two!"
-    assert (store.check(first) / BLOCKS_FILE).read_bytes() == b"one"
+    assert (store.verified_folder(store.receipt(ref_of("a"))) / BLOCKS_FILE).read_bytes() == b"two!"
+    assert (store.verified_folder(first) / BLOCKS_FILE).read_bytes() == b"one"
 
 
 def test_a_failure_is_recorded_until_a_commit_succeeds(store: Store) -> None:
@@ -143,7 +143,7 @@ def test_a_file_of_another_size_is_refused_before_it_is_read(store: Store) -> No
     store.fs.pipe_file(path, b"sh")
     shutil.rmtree(store.cache.folder, ignore_errors=True)
     with pytest.raises(FatalError, match=r"blocks\.arrow"):
-        store.local(receipt)
+        store.local_folder(receipt)
 
 
 def test_the_scratch_folder_is_deleted_afterwards(store: Store) -> None:

@@ -23,7 +23,7 @@ __all__ = ["store"]
 
 def test_verify_reads_the_store_and_not_the_cache(store: Store) -> None:
     receipt = put(store, "a")
-    store.check(receipt)  # a remote store is copied into the cache here
+    store.verified_folder(receipt)  # a remote store is copied into the cache here
     path = data_path(store, receipt)
     store.fs.pipe_file(path, b"BYTES")
     assert [fault.ref.key for fault in verify(store)] == [receipt.key]

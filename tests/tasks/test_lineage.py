@@ -17,7 +17,6 @@ from tasks.lineage import (
     check_teacher,
     freeze_sample,
     plan_training,
-    trace,
     training_key,
     vocabulary_of,
 )
@@ -62,28 +61,31 @@ def recipe_of(place: Path, snapshot: str) -> Recipe:
 
 def make_text(store: Store, recipe: Recipe) -> tuple[Ref, ...]:
     """Shards and blocks of a recipe; returns the blocks."""
-    for source, _ in trace(store, recipe).sources:
+    for source, _ in Workspace(store, recipe).lineage.sources:
         shard_source(store, source, recipe.corpus)
-    for shard in trace(store, recipe).shards:
+    for shard in Workspace(store, recipe).lineage.shards:
         make_blocks(store, shard, recipe.blocks, vocabulary_of(recipe))
-    return trace(store, recipe).training_blocks
+    return Workspace(store, recipe).lineage.training_blocks
 
 
 def test_a_pinned_sample_outlives_its_snapshot(place: Path, store: Store) -> None:
     old, new = recipe_of(place, "old"), recipe_of(place, "new")
     freeze_sample(Workspace(store, old), make_text(store, old)[:2])
     make_text(store, new)
-    assert trace(store, new).sample == trace(store, old).sample
-    assert trace(store, new).calibration == trace(store, old).calibration
+    assert Workspace(store, new).lineage.sample == Workspace(store, old).lineage.sample
+    assert Workspace(store, new).lineage.calibration == Workspace(store, old).lineage.calibration
 
 
 def test_admitting_a_refused_source_does_not_change_the_sample(place: Path, store: Store) -> None:
     strict = recipe_of(place, "old")
     freeze_sample(Workspace(store, strict), make_text(store, strict)[2:])
     changes = {"corpus.max_bad_lines": 50, "corpus.max_unpacked_ratio": 900}
-    lenient = trace(store, strict.with_changes(changes))
+    lenient = Workspace(store, strict.with_changes(changes)).lineage
     assert len(lenient.sample) == 2
-    assert (lenient.sample, lenient.targets) == (trace(store, strict).sample, trace(store, strict).targets)
+    assert (lenient.sample, lenient.targets) == (
+        Workspace(store, strict).lineage.sample,
+        Workspace(store, strict).lineage.targets,
+    )
 
 
 def test_home_and_store_are_in_no_key(place: Path, store: Store) -> None:
@@ -109,9 +111,9 @@ def test_blocks_that_can_be_made_again_do_not_change_the_sample(place: Path, sto
     old = recipe_of(place, "old")
     blocks = make_text(store, old)
     freeze_sample(Workspace(store, old), blocks[2:])
-    before = trace(store, old)
+    before = Workspace(store, old).lineage
     store.withdraw(blocks[3])
-    assert trace(store, old).targets == before.targets
+    assert Workspace(store, old).lineage.targets == before.targets
 
 
 def test_a_lost_sample_is_used_while_its_calibration_exists(place: Path, store: Store) -> None:
@@ -122,9 +124,9 @@ def test_a_lost_sample_is_used_while_its_calibration_exists(place: Path, store: 
     capture = open_capture(store, new.teacher, vocabulary_of(new), new.mask, new.targets, device="cpu")
     receipt = calibrate(store, blocks[:2], capture)
     store.withdraw(blocks[0])  # of a source that the new snapshot no longer has
-    assert trace(store, new).calibration == receipt.ref
+    assert Workspace(store, new).lineage.calibration == receipt.ref
     store.withdraw(receipt.ref)
-    assert trace(store, new).sample == trace(store, new).training_blocks
+    assert Workspace(store, new).lineage.sample == Workspace(store, new).lineage.training_blocks
 
 
 def test_the_run_key_is_known_without_reading_the_store(place: Path, store: Store) -> None:
@@ -144,7 +146,7 @@ def test_a_workspace_reads_the_store_once_until_it_is_refreshed(place: Path, sto
     assert workspace.lineage.shards == ()
     make_text(store, workspace.recipe)
     assert workspace.lineage.shards == ()
-    assert workspace.refreshed().lineage == trace(store, workspace.recipe)
+    assert workspace.refreshed().lineage == Workspace(store, workspace.recipe).lineage
     assert workspace.with_warm_start("elsewhere").lineage is workspace.lineage
     assert workspace.with_warm_start("elsewhere").recipe.train.warm_start == "elsewhere"
     assert workspace.with_changes({"blocks.length": 64}).lineage.shards != ()

@@ -13,9 +13,9 @@ from prefect.client.schemas.objects import StateType
 
 from storage.verify import verify
 from tasks.train.metrics import read_metrics
-from tests.harness.place import Place, make_place
 from tests.harness.processes import kill, wait_for
 from tests.harness.programs.slow_trainer import slow_trainer
+from tests.harness.project import Project, make_project
 from tests.harness.servers.prefect_server import PrefectServer, serving
 from tests.harness.tiny import write_oscar
 
@@ -39,18 +39,18 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServ
 
 
 @pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Place:
-    """A place with half a hundred shards whose targets are still to be made."""
+def blocks(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Project:
+    """A project with half a hundred shards whose targets are still to be made."""
     folder = tmp_path_factory.mktemp("blocks")
-    place = make_place(folder, write_oscar(folder / "corpus", parts=1, texts=1500), teacher)
-    result = place.distil("prepare", "targets.source=online")
+    project = make_project(folder, write_oscar(folder / "corpus", parts=1, texts=1500), teacher)
+    result = project.distil("prepare", "targets.source=online")
     assert result.status == 0, result.err
-    return place
+    return project
 
 
 @pytest.fixture
-def place(blocks: Place, tmp_path: Path) -> Place:
-    return blocks.copy(tmp_path / "place")
+def project(blocks: Project, tmp_path: Path) -> Project:
+    return blocks.copy(tmp_path / "project")
 
 
 # ---- ways to end it -------------------------------------------------------------------------------------------
@@ -92,17 +92,17 @@ def all_killed(own_server: PrefectServer, run) -> None:
     own_server.start_worker()
 
 
-def metrics_of(place: Place) -> list[dict]:
-    files = list((place.home / "run").glob("*/metrics.jsonl"))
+def metrics_of(project: Project) -> list[dict]:
+    files = list((project.home / "run").glob("*/metrics.jsonl"))
     return read_metrics(files[0]) if files else []
 
 
-def newest_checkpoint(place: Place) -> int:
-    return max((receipt.settings["step"] for receipt in place.receipts("checkpoint")), default=0)
+def newest_checkpoint(project: Project) -> int:
+    return max((receipt.settings["step"] for receipt in project.receipts("checkpoint")), default=0)
 
 
-def mlflow_states(place: Place) -> dict[str, str]:
-    client = MlflowClient(place.mlflow)
+def mlflow_states(project: Project) -> dict[str, str]:
+    client = MlflowClient(project.mlflow)
     found = client.search_runs([one.experiment_id for one in client.search_experiments()])
     return {run.data.tags["distil.part"]: run.info.status for run in found}
 
@@ -111,41 +111,41 @@ def mlflow_states(place: Place) -> dict[str, str]:
     "ends", [cancelled, worker_killed, pytest.param(flow_killed, marks=pytest.mark.guard), all_killed]
 )
 def test_a_run_that_is_ended_twice_is_retried_to_its_end(
-    ends: Callable[..., None], own_server: PrefectServer, place: Place
+    ends: Callable[..., None], own_server: PrefectServer, project: Project
 ) -> None:
     gently = ends in (cancelled, worker_killed)
     own_server.ensure_worker()
-    release = place.folder / "release"
-    run = own_server.create_run("distill", place, *SETTINGS, slow_trainer(100, release))
-    wanted = len(place.receipts("blocks"))
+    release = project.folder / "release"
+    run = own_server.create_run("distill", project, *SETTINGS, slow_trainer(100, release))
+    wanted = len(project.receipts("blocks"))
 
-    wait_for(lambda: len(place.store.keys("targets")) >= 8)
+    wait_for(lambda: len(project.store.keys("targets")) >= 8)
     ends(own_server, run)
-    taught = {stamp: made for stamp, made in place.stamps().items() if stamp[0] == "targets"}
-    assert 8 <= len(taught) < wanted, "all targets were computed before the run ended"
-    assert verify(place.store) == []
-    assert not place.store.failures("targets")
+    finished = {stamp: made for stamp, made in project.creation_times().items() if stamp[0] == "targets"}
+    assert 8 <= len(finished) < wanted, "all targets were computed before the run ended"
+    assert verify(project.store) == []
+    assert not project.store.failures("targets")
 
     own_server.retry(run)
-    wait_for(lambda: (lines := metrics_of(place)) and lines[-1]["step"] >= 110)
+    wait_for(lambda: (lines := metrics_of(project)) and lines[-1]["step"] >= 110)
     ends(own_server, run)
-    curve, checkpoint = metrics_of(place), newest_checkpoint(place)
+    curve, checkpoint = metrics_of(project), newest_checkpoint(project)
     assert 100 <= checkpoint < STEPS, "the training was over before the run ended"
     if gently:
         assert checkpoint == curve[-1]["step"], "SIGTERM is answered with a checkpoint"
-        assert mlflow_states(place) == {"chain": "KILLED", "train": "KILLED"}
-    assert verify(place.store) == []
+        assert mlflow_states(project) == {"chain": "KILLED", "train": "KILLED"}
+    assert verify(project.store) == []
 
     release.touch()
     own_server.retry(run)
     # The first final state is not always the last: Prefect's worker may report the death once more after the retry.
     wait_for(lambda: (state := own_server.read_run(run).state) is not None and state.is_completed())
     assert own_server.read_run(run).run_count == 3
-    assert taught.items() <= place.stamps().items(), "finished targets were computed again"
+    assert finished.items() <= project.creation_times().items(), "finished targets were computed again"
     before = [line for line in curve if line["step"] <= checkpoint]
-    assert metrics_of(place)[: len(before)] == before, "steps before the checkpoint were repeated"
-    assert set(mlflow_states(place).values()) == {"FINISHED"}
-    client = MlflowClient(place.mlflow)
+    assert metrics_of(project)[: len(before)] == before, "steps before the checkpoint were repeated"
+    assert set(mlflow_states(project).values()) == {"FINISHED"}
+    client = MlflowClient(project.mlflow)
     (training,) = client.search_runs(
         [one.experiment_id for one in client.search_experiments()], "tags.`distil.part` = 'train'"
     )
@@ -154,16 +154,16 @@ def test_a_run_that_is_ended_twice_is_retried_to_its_end(
     wait_for(lambda: len(own_server.processes()) == 1)
 
 
-def test_a_training_survives_a_restart_of_the_server(own_server: PrefectServer, place: Place) -> None:
+def test_a_training_survives_a_restart_of_the_server(own_server: PrefectServer, project: Project) -> None:
     own_server.ensure_worker()
-    release = place.folder / "release"
-    run = own_server.create_run("distill", place, *SETTINGS, slow_trainer(50, release))
-    wait_for(lambda: (lines := metrics_of(place)) and lines[-1]["step"] >= 50)
+    release = project.folder / "release"
+    run = own_server.create_run("distill", project, *SETTINGS, slow_trainer(50, release))
+    wait_for(lambda: (lines := metrics_of(project)) and lines[-1]["step"] >= 50)
     own_server.kill()
-    gone = metrics_of(place)[-1]["step"]
-    wait_for(lambda: metrics_of(place)[-1]["step"] >= gone + 10)  # the training continues without a server
+    gone = metrics_of(project)[-1]["step"]
+    wait_for(lambda: metrics_of(project)[-1]["step"] >= gone + 10)  # the training continues without a server
     own_server.start()
     release.touch()
     ended = own_server.wait(run, "COMPLETED")
     assert ended.run_count == 1
-    assert set(mlflow_states(place).values()) == {"FINISHED"}
+    assert set(mlflow_states(project).values()) == {"FINISHED"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.place import Place, make_place, run_folder_of
+from tests.harness.project import Project, make_project, run_folder_of
 from tests.harness.tiny import write_oscar
 
 pytestmark = pytest.mark.slow
@@ -59,14 +59,14 @@ def hosts() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
 
 
-def losses(place: Place) -> list[float]:
-    lines = (run_folder_of(place) / "metrics.jsonl").read_text().splitlines()
+def losses(project: Project) -> list[float]:
+    lines = (run_folder_of(project) / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
 def test_two_hosts_train_what_one_does(hosts: tuple[str, str], teacher: Path, tmp_path: Path, server: str) -> None:
     corpus = write_oscar(tmp_path / "corpus", parts=2)
-    one, two = (make_place(tmp_path / name, corpus, teacher) for name in ("one", "two"))
+    one, two = (make_project(tmp_path / name, corpus, teacher) for name in ("one", "two"))
     script = tmp_path / "launcher.sh"
     script.write_text(LAUNCHER.format(names=" ".join(hosts), python=sys.executable, first=ADDRESSES[0]))
     launcher = json.dumps(["bash", str(script), "{run}", "{folder}"])
@@ -81,8 +81,8 @@ def test_two_hosts_train_what_one_does(hosts: tuple[str, str], teacher: Path, tm
 
 
 def test_a_launcher_that_fails_is_an_error_with_its_last_sentence(teacher: Path, tmp_path: Path, server: str) -> None:
-    place = make_place(tmp_path, write_oscar(tmp_path / "corpus", parts=1), teacher)
+    project = make_project(tmp_path, write_oscar(tmp_path / "corpus", parts=1), teacher)
     launcher = json.dumps(["bash", "-c", "echo no node is free >&2; exit 3", "{run}"])
-    result = place.distil("run", f"train.launcher={launcher}", server=server)
+    result = project.distil("run", f"train.launcher={launcher}", server=server)
     assert result.status == 1
     assert "training ended with status 3: no node is free" in result.err

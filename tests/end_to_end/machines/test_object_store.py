@@ -16,9 +16,9 @@ from tests.end_to_end.kills.test_kill import has_trained, kill_group, weights
 from tests.end_to_end.test_chain import SENTENCE, check_answers, check_fill_mask
 from tests.end_to_end.test_real_text import settings_of
 from tests.harness.output import refusal
-from tests.harness.place import History, Place, ended, made, make_place
 from tests.harness.processes import started_for, wait_for
 from tests.harness.programs.slow_trainer import slow_trainer
+from tests.harness.project import History, Project, ended, make_project, new_artifacts
 from tests.harness.servers.s3 import Endpoint
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,8 @@ QUICK = ("run.retries=1", "run.retry_seconds=1")
 
 
 @dataclass(frozen=True)
-class Remote(Place):
-    """A place whose corpus, store and MLflow artifacts are in a bucket; only its home is here."""
+class Remote(Project):
+    """A project whose corpus, store and MLflow artifacts are in a bucket; only its home is here."""
 
     bucket: str
 
@@ -48,41 +48,41 @@ class Remote(Place):
 
 
 def make_remote(s3: Endpoint, folder: Path, corpus: Path, teacher: Path) -> Remote:
-    """A place in the endpoint's bucket, with the corpus put there through S3."""
-    make_place(folder, corpus, teacher)
-    place = Remote(folder, s3.bucket)
-    place.store.fs.put(f"{corpus}/", f"{s3.bucket}/corpus/", recursive=True)
-    return place
+    """A project in the endpoint's bucket, with the corpus put there through S3."""
+    make_project(folder, corpus, teacher)
+    project = Remote(folder, s3.bucket)
+    project.store.fs.put(f"{corpus}/", f"{s3.bucket}/corpus/", recursive=True)
+    return project
 
 
-def files_of(place: Place, *kinds: str) -> dict[tuple[str, str], tuple[DataFile, ...]]:
-    return {(one.kind, one.key): one.files for one in place.receipts(*kinds)}
+def files_of(project: Project, *kinds: str) -> dict[tuple[str, str], tuple[DataFile, ...]]:
+    return {(one.kind, one.key): one.files for one in project.receipts(*kinds)}
 
 
-def check_store(place: Place) -> None:
+def check_store(project: Project) -> None:
     """Everything that a receipt names is there, whole, and of its bytes."""
-    assert verify(place.store) == []
-    said = place.distil("verify", *(place.settings if isinstance(place, Remote) else ()))
+    assert verify(project.store) == []
+    said = project.distil("verify", *(project.settings if isinstance(project, Remote) else ()))
     assert said.status == 0, said.err
 
 
 @pytest.fixture(scope="module")
-def local(history: History, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def local(history: History, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The same run on this machine. Not the history's: that pinned its calibration while a source was broken."""
-    place = make_place(tmp_path_factory.mktemp("local"), history.place.folder / "corpus", teacher)
-    result = place.distil("run")
+    project = make_project(tmp_path_factory.mktemp("local"), history.project.folder / "corpus", teacher)
+    result = project.distil("run")
     assert result.status == 0, result.err
-    return place
+    return project
 
 
 @pytest.fixture
 def remote(s3: Endpoint, history: History, teacher: Path, tmp_path: Path) -> Remote:
-    return make_remote(s3, tmp_path / "place", history.place.folder / "corpus", teacher)
+    return make_remote(s3, tmp_path / "project", history.project.folder / "corpus", teacher)
 
 
 @pytest.mark.guard
 def test_the_chain_in_a_bucket_gives_the_artifacts_of_a_local_run(
-    remote: Remote, s3: Endpoint, local: Place, monkeypatch: pytest.MonkeyPatch
+    remote: Remote, s3: Endpoint, local: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = remote.distil("run", *remote.settings, "run.cache_bytes=100_000")
     assert result.status == 0, result.err
@@ -106,7 +106,7 @@ def test_the_chain_in_a_bucket_gives_the_artifacts_of_a_local_run(
     assert "nothing to do" in again.out
 
 
-def test_training_goes_on_from_the_bucket_after_everything_local_is_gone(remote: Remote, local: Place) -> None:
+def test_training_goes_on_from_the_bucket_after_everything_local_is_gone(remote: Remote, local: Project) -> None:
     settings = ("train.max_steps=60", "train.checkpoint_steps=10")
     slow = slow_trainer(25, remote.folder / "never")
     process = remote.start("run", *remote.settings, *settings, slow, start_new_session=True)
@@ -114,12 +114,12 @@ def test_training_goes_on_from_the_bucket_after_everything_local_is_gone(remote:
     kill_group(process)
     process.communicate()
     wait_for(lambda: not started_for(remote.folder))
-    before = remote.stamps()
+    before = remote.creation_times()
     for name in ("cache", "scratch", "run"):
         shutil.rmtree(remote.home / name)
     result = remote.distil("run", *remote.settings, *settings)
     assert result.status == 0, result.err
-    fresh = made(before, remote.stamps())
+    fresh = new_artifacts(before, remote.creation_times())
     assert {kind for kind, _ in fresh} == {"checkpoint", "model", "scores"}
     assert ("checkpoint", "tiny step 10") not in fresh
     copy = local.copy(remote.folder / "local", without=("model", "checkpoint", "scores"))
@@ -138,17 +138,17 @@ def test_an_endpoint_that_dies_is_named_and_what_was_committed_is_not_made_again
     assert "did not respond" in sentence
     assert f"s3://{s3.bucket}" in sentence
     s3.start()
-    before = remote.stamps()
+    before = remote.creation_times()
     assert {"source", "shard", "blocks"} <= {kind for kind, _, _ in before}
     result = remote.distil("run", *remote.settings)
     assert result.status == 0, result.err
-    after = remote.stamps()
+    after = remote.creation_times()
     assert {name: after[name] for name in before} == before
     check_store(remote)
 
 
 def test_a_server_killed_twice_in_uploads_leaves_no_receipt_of_a_short_object(
-    remote: Remote, s3: Endpoint, local: Place
+    remote: Remote, s3: Endpoint, local: Project
 ) -> None:
     process = remote.start("run", *remote.settings)
     for sign in ("data/blocks", "data/checkpoint"):
@@ -195,10 +195,10 @@ def test_wrong_credentials_end_in_one_sentence(remote: Remote, monkeypatch: pyte
 
 def test_real_text_in_a_bucket(s3: Endpoint, shared_data: Path, tmp_path: Path) -> None:
     corpus = shared_data / "corpus" / "tiny"
-    here = make_place(tmp_path / "here", corpus, Path("unused"))
+    here = make_project(tmp_path / "here", corpus, Path("unused"))
     there = make_remote(s3, tmp_path / "there", corpus, Path("unused"))
-    for place, settings in ((here, ()), (there, there.settings)):
-        result = place.distil("prepare", *settings_of(shared_data), *settings)
+    for project, settings in ((here, ()), (there, there.settings)):
+        result = project.distil("prepare", *settings_of(shared_data), *settings)
         assert result.status == 0, result.err
     kinds = ("source", "shard", "blocks")
     assert files_of(there, *kinds) == files_of(here, *kinds)

@@ -18,8 +18,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import FlowRunSort
 
 from storage.artifact import Receipt
-from tests.harness.place import Place, ended, environment, make_place
 from tests.harness.processes import kill_tree, running
+from tests.harness.project import Project, ended, environment, make_project
 from tests.harness.tiny import write_oscar
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -74,10 +74,10 @@ def wait_for_nodes(address: str, wanted: int, folder: Path) -> None:
         time.sleep(1)
 
 
-def places(tmp_path: Path, teacher: Path, parts: int, texts: int) -> tuple[Place, Place]:
-    """A place for worker processes and one for Ray, over the same corpus."""
+def projects(tmp_path: Path, teacher: Path, parts: int, texts: int) -> tuple[Project, Project]:
+    """A project for worker processes and one for Ray, over the same corpus."""
     corpus = write_oscar(tmp_path / "corpus", parts=parts, texts=texts)
-    return make_place(tmp_path / "here", corpus, teacher), make_place(tmp_path / "ray", corpus, teacher)
+    return make_project(tmp_path / "here", corpus, teacher), make_project(tmp_path / "ray", corpus, teacher)
 
 
 def by_label(receipts: list[Receipt]) -> dict[tuple[str, str], Receipt]:
@@ -87,16 +87,16 @@ def by_label(receipts: list[Receipt]) -> dict[tuple[str, str], Receipt]:
 def test_two_nodes_make_the_bytes_of_worker_processes(
     cluster: Cluster, teacher: Path, tmp_path: Path, server: str
 ) -> None:
-    here, ray = places(tmp_path, teacher, parts=4, texts=200)
+    here, ray = projects(tmp_path, teacher, parts=4, texts=200)
     done = here.distil("prepare", server=server)
     assert done.status == 0, done.err
     done = ray.distil("prepare", "run.engine=ray", f"ray.address={cluster.address}", server=server)
     assert done.status == 0, done.err
 
-    mine, theirs = (by_label(place.receipts(*KINDS)) for place in (ray, here))
+    mine, theirs = (by_label(project.receipts(*KINDS)) for project in (ray, here))
     assert {one: receipt.files for one, receipt in mine.items()} == {one: r.files for one, r in theirs.items()}
     assert len({receipt.host for receipt in mine.values()}) == 2
-    targets, others = (by_label(place.receipts("targets")) for place in (ray, here))
+    targets, others = (by_label(project.receipts("targets")) for project in (ray, here))
     assert targets.keys() == others.keys()
     assert len({receipt.host for receipt in targets.values()}) == 2
     for one, receipt in targets.items():
@@ -108,7 +108,7 @@ def test_two_nodes_make_the_bytes_of_worker_processes(
 def test_a_killed_node_costs_only_what_was_in_flight_there(
     cluster: Cluster, teacher: Path, tmp_path: Path, server: str
 ) -> None:
-    here, ray = places(tmp_path, teacher, parts=12, texts=60)
+    here, ray = projects(tmp_path, teacher, parts=12, texts=60)
     settings = ("run.engine=ray", f"ray.address={cluster.address}", "run.task_seconds=0", "run.retry_seconds=1")
     process = ray.start("prepare", *settings, server=server)
     hosts: set[str] = set()
@@ -117,12 +117,12 @@ def test_a_killed_node_costs_only_what_was_in_flight_there(
         hosts = {receipt.host for receipt in ray.receipts("source", "blocks")}
         time.sleep(0.1)
     # A source that was being read has left shards already, which are made again with it.
-    before = {stamp: made for stamp, made in ray.stamps().items() if stamp[0] != "shard"}
+    before = {stamp: made for stamp, made in ray.creation_times().items() if stamp[0] != "shard"}
     kill_tree(cluster.second)
     result = ended(process)
     assert result.status == 0, result.err
 
-    after = ray.stamps()
+    after = ray.creation_times()
     assert {stamp: after[stamp] for stamp in before} == before
     with SyncPrefectClient(server) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[newest_run(client)])))
@@ -132,7 +132,7 @@ def test_a_killed_node_costs_only_what_was_in_flight_there(
         "artifacts damaged: 0 (now marked as missing), already missing: 1" in ray.distil("verify", server=server).err
     )  # the model, which `prepare` does not make
     assert here.distil("prepare", server=server).status == 0
-    mine, theirs = (by_label(place.receipts(*KINDS)) for place in (ray, here))
+    mine, theirs = (by_label(project.receipts(*KINDS)) for project in (ray, here))
     assert {one: receipt.files for one, receipt in mine.items()} == {one: r.files for one, r in theirs.items()}
 
 

@@ -16,8 +16,8 @@ from prefect.client.schemas.objects import FlowRun, StateType
 
 from storage.verify import verify
 from tests.hard.reliability import record
-from tests.harness.place import make_place
 from tests.harness.processes import wait_for
+from tests.harness.project import make_project
 from tests.harness.servers.postgres import Postgres
 from tests.harness.servers.prefect_server import PrefectServer, serving
 from tests.harness.tiny import write_oscar
@@ -90,7 +90,7 @@ def sqlite_server(folder: Path, _request: pytest.FixtureRequest) -> Iterator[Pre
 @contextmanager
 def postgres_server(folder: Path, request: pytest.FixtureRequest) -> Iterator[PrefectServer]:
     database: Postgres = request.getfixturevalue("postgres")
-    with serving(folder, database.prefect) as own_server:
+    with serving(folder, database=database.prefect) as own_server:
         own_server.create_pool()
         yield own_server
 
@@ -100,23 +100,23 @@ def test_two_thousand_shards(
     on: Callable[..., "contextmanager[PrefectServer]"], teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     corpus = write_oscar(tmp_path / "corpus", parts=SOURCES, texts=2700)
-    place = make_place(tmp_path / "place", corpus, teacher)
+    project = make_project(tmp_path / "project", corpus, teacher)
     with on(tmp_path / "own_server", request) as own_server:
         own_server.start_worker()
-        first = own_server.wait(own_server.create_run("prepare", place, *SETTINGS), "COMPLETED")
+        first = own_server.wait(own_server.create_run("prepare", project, *SETTINGS), "COMPLETED")
         report(on.__name__, own_server, first)
-        made = {kind: place.store.keys(kind) for kind in ("source", "shard", "blocks", "targets")}
+        made = {kind: project.store.keys(kind) for kind in ("source", "shard", "blocks", "targets")}
         assert len(made["source"]) == SOURCES
         assert len(made["shard"]) >= SHARDS
         assert len(made["shard"]) == len(made["blocks"]) == len(made["targets"])
-        assert verify(place.store) == []
-        before = place.stamps()
+        assert verify(project.store) == []
+        before = project.creation_times()
 
-        again = own_server.wait(own_server.create_run("prepare", place, *SETTINGS), "COMPLETED")
+        again = own_server.wait(own_server.create_run("prepare", project, *SETTINGS), "COMPLETED")
         print(f"again, with nothing to do: {seconds(again):.1f} s")
         assert again.state
         assert again.state.message == "nothing to do"
-        assert place.stamps() == before
+        assert project.creation_times() == before
         assert seconds(again) < AGAIN_SECONDS
 
         with own_server.client as client:

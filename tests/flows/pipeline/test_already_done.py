@@ -8,7 +8,7 @@ import pytest
 
 from flows.pipeline import already_done
 from flows.pipeline.already_done import OLD_TABLE, Done, all_done, remember_done, show_done
-from flows.views.links import places
+from flows.views.links import location_rows
 from flows.views.tables import Rows
 from storage.arrow import BLOCKS_FILE
 from storage.store import Store
@@ -49,10 +49,10 @@ def test_a_second_user_of_a_shared_store_sees_folders_of_the_own_home(
 
 def test_a_database_has_no_page_so_the_command_for_one_is_shown(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "my home")
-    rows = dict(places(recipe, tmp_path, "postgresql+psycopg2://me:secret@db/mlflow"))
+    rows = dict(location_rows(recipe, tmp_path, "postgresql+psycopg2://me:secret@db/mlflow"))
     assert rows["curves, models and runs"] == f"distil up --home '{tmp_path}/my home'"
     assert rows["status"] == "distil status RECIPE.toml"
-    rows = dict(places(recipe, tmp_path, "http://me:secret@mlflow:5000", "a.toml train.lr=1"))
+    rows = dict(location_rows(recipe, tmp_path, "http://me:secret@mlflow:5000", "a.toml train.lr=1"))
     assert rows["curves and models"] == "http://mlflow:5000"
     assert rows["status"] == "distil status a.toml train.lr=1"
 
@@ -63,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     model = put(Store(tmp_path / "store"), "tiny", kind="model").ref
     lineage = SimpleNamespace(shards=(1,), targets=(1,), lacks=lambda store: False)
     run = SimpleNamespace(run_key="b" * 64, rows=7)
-    monkeypatch.setattr("tasks.lineage._trace", lambda workspace: lineage)
+    monkeypatch.setattr("tasks.lineage._compute_lineage", lambda workspace: lineage)
     monkeypatch.setattr(already_done, "planned_key", lambda workspace: run.run_key)
     monkeypatch.setattr(already_done, "model_ref", lambda key, name: model)
     return run

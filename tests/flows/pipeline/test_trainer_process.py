@@ -70,13 +70,13 @@ def test_a_store_that_does_not_answer_is_a_retryable_error(tmp_path: Path, monke
         launch_trainer(run, lambda lines, final: None)
 
 
-def test_torchrun_gives_its_ranks_the_grace_period_of_the_trainer(
+def test_the_launcher_gets_the_grace_period_of_the_trainer_for_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     code = "import os; print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']); exit(1)"
     run = a_run(tmp_path, launcher=(sys.executable, "-c", code, "{run}"))
-    with pytest.raises(FatalError, match=f"{GRACE_SECONDS:.0f}"):
+    with pytest.raises(FatalError, match=rf": {GRACE_SECONDS:.0f} \(log"):
         launch_trainer(run, lambda lines, final: None)
 
 

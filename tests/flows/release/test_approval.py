@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from storage.fingerprint import sha256_bytes
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import load_recipe
 from tasks.release.results import SetResult
+from tests.harness.processes import wait_for
 from tests.harness.recipe_values import simple_recipe
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def scored_version(recipe: Recipe) -> "MlflowRuns":
     from flows.tracking.mlflow_runs import open_mlflow_runs
 
     mlflow_runs, name = open_mlflow_runs(recipe), recipe.register_as.name
-    run = mlflow_runs.run("chain", sha256_bytes(b"approval"), "tiny")
+    run = mlflow_runs.start_or_resume_run("chain", sha256_bytes(b"approval"), "tiny")
     mlflow_runs.client.create_registered_model(name)
     mlflow_runs.client.create_model_version(name, f"runs:/{run}/model", run_id=run)
     record_results(
@@ -164,13 +165,6 @@ def link_in(said: Path, process: "subprocess.Popen[bytes]") -> tuple[str, str, s
     assert found, said.read_text()
     server, page, run = found.groups()
     return server, page, run
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT
-    while not what():
-        assert time.monotonic() < end, "it did not happen within three minutes"
-        time.sleep(0.2)
 
 
 def test_no_answer_in_time_is_a_no_and_a_retried_run_asks_again(recipe: Recipe) -> None:

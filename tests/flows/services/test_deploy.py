@@ -23,7 +23,7 @@ from tasks.recipe.config import Recipe
 from tasks.recipe.load import load_recipe
 from tests.flows.conftest import DeployedRecipe
 from tests.harness.output import refusal
-from tests.harness.place import make_place
+from tests.harness.project import make_project
 from tests.harness.servers.prefect_server import working
 
 FLOWS = ["distill", "prepare", "score", "promote", "retry-shard", "watch-snapshots"]
@@ -166,7 +166,7 @@ def test_the_server_has_one_deployment_for_each_flow(deployed: DeployedRecipe) -
         assert deployment["work_pool_name"] == "distil"
         assert deployment["work_queue_name"] == (flow if flow in OWN_QUEUE else "default")
         assert deployment["concurrency_limit"] is None
-        assert Recipe.model_validate(deployment["parameters"]["recipe"]) == load_recipe(deployed.place.recipe)
+        assert Recipe.model_validate(deployment["parameters"]["recipe"]) == load_recipe(deployed.project.recipe)
         assert bool(deployment["schedules"]) == (flow == "watch-snapshots")
     with deployed.client() as client:
         queues = client.post("/work_pools/distil/queues/filter", json={}).json()
@@ -223,9 +223,9 @@ def test_a_published_snapshot_starts_the_watcher_and_nothing_else(deployed: Depl
 
 @pytest.mark.slow
 def test_a_docker_pool_is_made_by_prefects_own_schema(deployed: DeployedRecipe, tmp_path: Path) -> None:
-    place = make_place(tmp_path, tmp_path, tmp_path)
-    place.recipe.write_text(place.recipe.read_text().replace('name = "tiny"', 'name = "far"'), encoding="utf-8")
-    far = deployed._replace(place=place)
+    project = make_project(tmp_path, tmp_path, tmp_path)
+    project.recipe.write_text(project.recipe.read_text().replace('name = "tiny"', 'name = "far"'), encoding="utf-8")
+    far = deployed._replace(project=project)
     done = far.deploy("--pool", "boxes", "--pool-type", "docker", "--image", "registry/distil:1")
     assert done.status == 0, done.err
     with deployed.client() as client:

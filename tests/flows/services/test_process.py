@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,7 +12,7 @@ import pytest
 
 from flows.services.process import free_port, start, stop, wait_until_up
 from storage.errors import FatalError
-from tests.harness.processes import MARK, started_for
+from tests.harness.processes import MARK, started_for, wait_for
 
 FAMILY = """
 import subprocess, sys, time
@@ -33,13 +32,6 @@ def marked(tmp_path: Path) -> Iterator[dict[str, str]]:
     yield dict(os.environ) | {MARK: str(tmp_path)}
     for process in started_for(tmp_path):
         process.kill()
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < end, "it did not happen within a minute"
-        time.sleep(0.05)
 
 
 def family(answer: str, end: str) -> list[str]:

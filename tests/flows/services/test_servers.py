@@ -131,6 +131,6 @@ def test_every_flow_runs_as_a_deployment(api: dict[str, str], place: Path, repo:
     assert "retry-shard COMPLETED 1 artifacts made" in ended
     assert any(line.startswith("score COMPLETED") for line in ended)
     names = [line for line in ended if line.startswith("task ")]
-    assert names.count("task blocks fr_meta_part_2-0000 COMPLETED") == 2
-    assert names.count("task teach fr_meta_part_3-0000 COMPLETED") == 1
+    assert names.count("task pack fr_meta_part_2-0000 COMPLETED") == 2
+    assert names.count("task compute targets fr_meta_part_3-0000 COMPLETED") == 1
     assert not os.listdir(place / "elsewhere")

@@ -25,10 +25,10 @@ def lines(first: int, last: int) -> list[dict[str, float]]:
 
 
 def test_a_resumed_run_shows_one_curve(mlflow_runs: MlflowRuns) -> None:
-    run = mlflow_runs.run("train", KEY, "tiny train")
-    mlflow_runs.send(run, lines(1, 300), mlflow_runs.last_steps(run))
-    again = mlflow_runs.run("train", KEY, "tiny train")
-    mlflow_runs.send(again, lines(200, 400), mlflow_runs.last_steps(again))
+    run = mlflow_runs.start_or_resume_run("train", KEY, "tiny train")
+    mlflow_runs.log_curves(run, lines(1, 300), mlflow_runs.last_steps(run))
+    again = mlflow_runs.start_or_resume_run("train", KEY, "tiny train")
+    mlflow_runs.log_curves(again, lines(200, 400), mlflow_runs.last_steps(again))
     assert again == run
     for name in ("loss", "heldout_loss"):
         assert [metric.step for metric in mlflow_runs.client.get_metric_history(run, name)] == list(range(1, 401))
@@ -37,7 +37,7 @@ def test_a_resumed_run_shows_one_curve(mlflow_runs: MlflowRuns) -> None:
 def test_lines_that_mlflow_did_not_receive_are_sent_again(
     mlflow_runs: MlflowRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = mlflow_runs.run("train", sha256_bytes(b"away"), "tiny train")
+    run = mlflow_runs.start_or_resume_run("train", sha256_bytes(b"away"), "tiny train")
     last = mlflow_runs.last_steps(run)
     with monkeypatch.context() as away:
 
@@ -46,14 +46,14 @@ def test_lines_that_mlflow_did_not_receive_are_sent_again(
 
         away.setattr(mlflow_runs.client, "log_batch", refuse)
         with pytest.raises((ConnectionError, RetryableError)):
-            mlflow_runs.send(run, lines(1, 5), last)
-    mlflow_runs.send(run, lines(1, 8), last)
+            mlflow_runs.log_curves(run, lines(1, 5), last)
+    mlflow_runs.log_curves(run, lines(1, 8), last)
     assert [metric.step for metric in mlflow_runs.client.get_metric_history(run, "loss")] == list(range(1, 9))
 
 
 def test_settings_become_parameters_in_batches(mlflow_runs: MlflowRuns) -> None:
     settings = {"train": {f"field{number}": number for number in range(150)}, "note": "x" * 7000}
-    run = mlflow_runs.run("chain", KEY, "tiny", settings=settings)
+    run = mlflow_runs.start_or_resume_run("chain", KEY, "tiny", settings=settings)
     kept = mlflow_runs.client.get_run(run).data.params
     assert kept["train.field149"] == "149"
     assert len(kept) == 151
@@ -65,14 +65,17 @@ def test_a_run_that_was_killed_before_its_settings_gets_the_missing_ones(mlflow_
     tags = {"distil.run_key": key, "distil.part": "chain"}
     killed = mlflow_runs.client.create_run(mlflow_runs.experiment, tags=tags).info.run_id
     mlflow_runs.client.log_param(killed, "run.workers", "1")
-    assert mlflow_runs.run("chain", key, "tiny", settings={"run": {"workers": 2}, "train": {"lr": 0.1}}) == killed
+    assert (
+        mlflow_runs.start_or_resume_run("chain", key, "tiny", settings={"run": {"workers": 2}, "train": {"lr": 0.1}})
+        == killed
+    )
     assert mlflow_runs.client.get_run(killed).data.params == {"run.workers": "1", "train.lr": "0.1"}
 
 
 def test_data_sets_are_logged_once(mlflow_runs: MlflowRuns) -> None:
-    run = mlflow_runs.run("chain", sha256_bytes(b"other"), "tiny")
+    run = mlflow_runs.start_or_resume_run("chain", sha256_bytes(b"other"), "tiny")
     for _ in range(2):
-        mlflow_runs.data(run, {"snapshot": ("f" * 64, "/data/oscar")})
+        mlflow_runs.log_inputs(run, {"snapshot": ("f" * 64, "/data/oscar")})
     inputs = mlflow_runs.client.get_run(run).inputs.dataset_inputs
     assert [(one.dataset.name, one.dataset.digest) for one in inputs] == [("snapshot", "f" * 36)]
 
@@ -109,7 +112,7 @@ def test_artifacts_are_kept_where_the_recipe_says_for_good(mlflow_runs: MlflowRu
     def opened(artifacts: str) -> MlflowRuns:
         return open_experiment(mlflow_runs, "elsewhere", artifacts=artifacts)
 
-    run = opened(wanted).run("chain", KEY, "tiny")
+    run = opened(wanted).start_or_resume_run("chain", KEY, "tiny")
     mlflow_runs.client.log_dict(run, {"a": 1}, "a.json")
     assert list((tmp_path / "artifacts").rglob("a.json"))
     assert opened("").experiment == opened(f"{wanted}/").experiment

@@ -22,7 +22,7 @@ def test_a_model_is_one_version_and_loads_as_a_pipeline(
     from transformers import AutoModel, AutoTokenizer
 
     folder = make_folder(tmp_path_factory)
-    run = mlflow_runs.run("chain", KEY, "tiny")
+    run = mlflow_runs.start_or_resume_run("chain", KEY, "tiny")
     sentence = "Le juge <mask> le dossier."
     first = mlflow_runs.registry.register(run, "tiny", KEY, folder, sentence, {"distil.prefect_run_id": "17"})
     assert mlflow_runs.registry.register(run, "tiny", KEY, folder, sentence, {}) == first
@@ -39,7 +39,7 @@ def test_a_model_is_one_version_and_loads_as_a_pipeline(
 def test_an_interrupted_registration_is_completed_but_takes_no_alias_from_a_newer_version(
     mlflow_runs: MlflowRuns, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, run = make_folder(tmp_path_factory), mlflow_runs.run("chain", sha256_bytes(b"half"), "half")
+    folder, run = make_folder(tmp_path_factory), mlflow_runs.start_or_resume_run("chain", sha256_bytes(b"half"), "half")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -62,14 +62,16 @@ def test_files_of_a_result_are_next_to_the_weights(
 ) -> None:
     import mlflow
 
-    run = mlflow_runs.run("chain", sha256_bytes(b"kept"), "kept")
+    run = mlflow_runs.start_or_resume_run("chain", sha256_bytes(b"kept"), "kept")
     mlflow_runs.registry.register(run, "kept", KEY, make_folder(tmp_path_factory), "Le juge <mask>.", {})
-    mlflow_runs.keep(run, {"README.md": "# Modèle".encode()}, mlflow_runs.registry.named("models:/kept@challenger"))
+    mlflow_runs.log_files(
+        run, {"README.md": "# Modèle".encode()}, mlflow_runs.registry.version_at("models:/kept@challenger")
+    )
     inside = Path(mlflow.artifacts.download_artifacts("models:/kept/1")) / "model"
     assert (inside / "README.md").read_text(encoding="utf-8") == "# Modèle"
     assert (inside / "model.safetensors").exists()
     assert [file.path for file in mlflow_runs.client.list_artifacts(run)] == ["README.md"]
-    assert mlflow_runs.registry.named("models:/kept/1") == mlflow_runs.registry.version("kept")
+    assert mlflow_runs.registry.version_at("models:/kept/1") == mlflow_runs.registry.version("kept")
 
 
 @pytest.mark.parametrize(

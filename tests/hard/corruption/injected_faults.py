@@ -1,8 +1,8 @@
 """Injects faults, one at a time, into copies of a store for test_corruption.py.
 
-    for damage in damages(store, receipt, others):      # others: valid receipts of the same kind
-        copy = mended_copy(store, folder)
-        damage.plant(copy)
+    for fault in injected_faults(store, receipt, others):      # others: valid receipts of the same kind
+        copy = restored_copy(store, folder)
+        fault.inject(copy)
 
 Copies consist of hard links, so files are replaced, never written to. A fault changes files, or changes a receipt so
 that its seal does not match; `reseal` makes a wrong receipt with a matching seal, as a faulty program could.
@@ -33,11 +33,11 @@ Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Damage:
-    """One fault; `plant` injects it into a copy of the store."""
+class InjectedFault:
+    """One fault; `inject` injects it into a copy of the store."""
 
     name: str
-    plant: Callable[[Store], object]
+    inject: Callable[[Store], object]
 
 
 def linked_copy(store: Store, folder: Path) -> Store:
@@ -46,7 +46,7 @@ def linked_copy(store: Store, folder: Path) -> Store:
     return Store(folder)
 
 
-def mended_copy(store: Store, folder: Path) -> Store:
+def restored_copy(store: Store, folder: Path) -> Store:
     """Makes a linked copy in `folder`, or restores an existing one: deleting thousands of copies takes minutes."""
     if not folder.exists():
         return linked_copy(store, folder)
@@ -68,16 +68,16 @@ def _inodes(root: Path) -> dict[Path, int]:
     return {name: path.lstat().st_ino for path in paths if (name := path.relative_to(root)).parts[0] != "scratch"}
 
 
-def damages(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> list[Damage]:
+def injected_faults(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> list[InjectedFault]:
     """Returns all faults that can be injected into one artifact."""
     return [*_of_files(store, receipt), *_of_wholes(receipt, others), *_of_receipts(store, receipt, others)]
 
 
-def data_of(store: Store, receipt: Receipt, name: str) -> Path:
+def data_path(store: Store, receipt: Receipt, name: str) -> Path:
     return Path(store.path(f"{layout.content_folder(receipt.kind, receipt.key, receipt.content)}/{name}"))
 
 
-def receipt_of(store: Store, receipt: Receipt) -> Path:
+def receipt_path_in(store: Store, receipt: Receipt) -> Path:
     return Path(store.path(layout.receipt_path(receipt.kind, receipt.key)))
 
 
@@ -124,36 +124,40 @@ FILES: Mapping[str, Change] = {
 }
 
 
-def _of_files(store: Store, receipt: Receipt) -> Iterator[Damage]:
+def _of_files(store: Store, receipt: Receipt) -> Iterator[InjectedFault]:
     for file in receipt.files:
-        data = data_of(store, receipt, file.name).read_bytes()
+        data = data_path(store, receipt, file.name).read_bytes()
         for name, change in FILES.items():
             changed = change(data)
             if changed != data:
-                yield Damage(f"{file.name} {name}", partial(_put_data, receipt, file.name, changed))
+                yield InjectedFault(f"{file.name} {name}", partial(_put_data, receipt, file.name, changed))
 
 
 def _put_data(receipt: Receipt, name: str, data: bytes | None, store: Store) -> None:
-    put(data_of(store, receipt, name), data)
+    put(data_path(store, receipt, name), data)
 
 
 # ---- whole artifacts ---------------------------------------------------------------------------------------
 
 
-def _of_wholes(receipt: Receipt, others: Sequence[Receipt]) -> Iterator[Damage]:
+def _of_wholes(receipt: Receipt, others: Sequence[Receipt]) -> Iterator[InjectedFault]:
     first = receipt.files[0].name
     for name in ("extra.bin", "inner/adapter_config.json", f"{first}.bak"):
-        yield Damage(f"a file {name} too many", partial(_add, receipt, name))
-    yield Damage("an older version of its files", partial(_replay, receipt))
-    yield Damage("the files of a new version under the old receipt", partial(_foretell, receipt))
+        yield InjectedFault(f"a file {name} too many", partial(_add, receipt, name))
+    yield InjectedFault("an older version of its files", partial(_replay, receipt))
+    yield InjectedFault(
+        "the files of a new version under the old receipt", partial(_new_files_under_old_receipt, receipt)
+    )
     for other in others:
-        yield Damage(f"the files of {other.label} {other.key[:6]}", partial(_take_files, receipt, other))
-        yield Damage(f"files exchanged with {other.label} {other.key[:6]}", partial(_exchange_files, receipt, other))
-        yield Damage(f"all exchanged with {other.label} {other.key[:6]}", partial(_exchange_all, receipt, other))
+        yield InjectedFault(f"the files of {other.label} {other.key[:6]}", partial(_take_files, receipt, other))
+        yield InjectedFault(
+            f"files exchanged with {other.label} {other.key[:6]}", partial(_exchange_files, receipt, other)
+        )
+        yield InjectedFault(f"all exchanged with {other.label} {other.key[:6]}", partial(_exchange_all, receipt, other))
 
 
 def _add(receipt: Receipt, name: str, store: Store) -> None:
-    path = data_of(store, receipt, name)
+    path = data_path(store, receipt, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"{}")
 
@@ -176,7 +180,7 @@ def again(store: Store, receipt: Receipt, ref: Ref, files: Mapping[str, bytes], 
 
 
 def bytes_of(store: Store, receipt: Receipt) -> dict[str, bytes]:
-    return {file.name: data_of(store, receipt, file.name).read_bytes() for file in receipt.files}
+    return {file.name: data_path(store, receipt, file.name).read_bytes() for file in receipt.files}
 
 
 def version(store: Store, receipt: Receipt, ref: Ref) -> Receipt:
@@ -188,28 +192,28 @@ def _replay(receipt: Receipt, store: Store) -> None:
     old = bytes_of(store, receipt)
     new = version(store, receipt, receipt.ref)
     for name, data in old.items():
-        put(data_of(store, new, name), data)
+        put(data_path(store, new, name), data)
 
 
-def _foretell(receipt: Receipt, store: Store) -> None:
-    old = receipt_of(store, receipt).read_bytes()
+def _new_files_under_old_receipt(receipt: Receipt, store: Store) -> None:
+    old = receipt_path_in(store, receipt).read_bytes()
     new = bytes_of(store, version(store, receipt, receipt.ref))
-    put(receipt_of(store, receipt), old)
+    put(receipt_path_in(store, receipt), old)
     for name, data in new.items():
-        put(data_of(store, receipt, name), data)
+        put(data_path(store, receipt, name), data)
 
 
 def _take_files(receipt: Receipt, other: Receipt, store: Store) -> None:
     theirs = bytes_of(store, other)
     for file in receipt.files:
-        put(data_of(store, receipt, file.name), theirs.get(file.name))
+        put(data_path(store, receipt, file.name), theirs.get(file.name))
 
 
 def _exchange_files(receipt: Receipt, other: Receipt, store: Store) -> None:
     own = bytes_of(store, receipt)
     _take_files(receipt, other, store)
     for file in other.files:
-        put(data_of(store, other, file.name), own.get(file.name))
+        put(data_path(store, other, file.name), own.get(file.name))
 
 
 def _exchange_all(receipt: Receipt, other: Receipt, store: Store) -> None:
@@ -219,9 +223,9 @@ def _exchange_all(receipt: Receipt, other: Receipt, store: Store) -> None:
     one.rename(aside)
     two.rename(one)
     aside.rename(two)
-    first, second = (receipt_of(store, each).read_bytes() for each in (receipt, other))
-    put(receipt_of(store, receipt), second)
-    put(receipt_of(store, other), first)
+    first, second = (receipt_path_in(store, each).read_bytes() for each in (receipt, other))
+    put(receipt_path_in(store, receipt), second)
+    put(receipt_path_in(store, other), first)
 
 
 # ---- receipts ----------------------------------------------------------------------------------------------
@@ -305,20 +309,20 @@ RECEIPTS: Mapping[str, Change] = {
 }
 
 
-def _of_receipts(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> Iterator[Damage]:
-    data = receipt_of(store, receipt).read_bytes()
+def _of_receipts(store: Store, receipt: Receipt, others: Sequence[Receipt]) -> Iterator[InjectedFault]:
+    data = receipt_path_in(store, receipt).read_bytes()
     for name, change in RECEIPTS.items():
         changed = change(data)
         if changed == data:
             raise ValueError(f"the fault {name!r} does not change the receipt")
-        yield Damage(f"receipt {name}", partial(_put_receipt, receipt, changed))
+        yield InjectedFault(f"receipt {name}", partial(_put_receipt, receipt, changed))
     for other in others:
-        theirs = receipt_of(store, other).read_bytes()
-        yield Damage(f"receipt of {other.label} {other.key[:6]}", partial(_put_receipt, receipt, theirs))
+        theirs = receipt_path_in(store, other).read_bytes()
+        yield InjectedFault(f"receipt of {other.label} {other.key[:6]}", partial(_put_receipt, receipt, theirs))
 
 
 def _put_receipt(receipt: Receipt, data: bytes | None, store: Store) -> None:
-    put(receipt_of(store, receipt), data)
+    put(receipt_path_in(store, receipt), data)
 
 
 # ---- artifacts with a receipt that fits --------------------------------------------------------------------

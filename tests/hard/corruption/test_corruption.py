@@ -21,8 +21,8 @@ from storage.store import Store
 from storage.verify import verify
 from tasks.corpus.shard import shard_source
 from tasks.corpus.snapshot import take_snapshot
-from tasks.eval.scores import ScoreKey, keep_scores, read_scores
-from tasks.lineage import Workspace, plan_training, trace, vocabulary_of
+from tasks.eval.scores import ScoreKey, read_scores, store_scores
+from tasks.lineage import Workspace, plan_training, vocabulary_of
 from tasks.recipe.config import Recipe
 from tasks.recipe.run_json import RunSpec
 from tasks.targets.calibration import calibrate, read_calibration
@@ -38,13 +38,13 @@ from tasks.train.setup import set_up_training
 from tasks.train.step import Ranks
 from tasks.train.trainer import Trainer, train
 from tests.hard.corruption.injected_faults import (
-    Damage,
+    InjectedFault,
     again,
     bytes_of,
-    damages,
     forge_targets,
+    injected_faults,
     linked_copy,
-    mended_copy,
+    restored_copy,
     version,
 )
 from tests.hard.reliability import record
@@ -115,12 +115,12 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     recipe = recipe_in(folder)
     store = Store(recipe.store)
     sources = [shard_source(store, source, recipe.corpus) for source in take_snapshot(recipe.corpus).sources]
-    lineage = trace(store, recipe)
+    lineage = Workspace(store, recipe).lineage
     shards = [store.receipt(ref) for ref in lineage.shards]
     vocabulary = vocabulary_of(recipe)
     for ref in (*lineage.shards, *lineage.heldout_shards):
         make_blocks(store, ref, recipe.blocks, vocabulary)
-    lineage = trace(store, recipe)
+    lineage = Workspace(store, recipe).lineage
     blocks = [store.receipt(ref) for ref in lineage.training_blocks]
     counts = count_tokens(store, lineage.sample, vocabulary)
     bare, capture = captures(store, recipe, counts.ref, list(lineage.sample))
@@ -130,7 +130,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     steps = [store.receipt(checkpoint_ref(run, step)) for step in steps_kept(store, run)]
     model = store.receipt(run.model_ref)
     trial = ScoreKey(model.key, {"name": "p"}, "set")
-    scores = keep_scores(store, trial, {"accuracy": 0.5, "by": {"x": 1.0}})
+    scores = store_scores(store, trial, {"accuracy": 0.5, "by": {"x": 1.0}})
     first = [blocks[0].ref]
     other_model = version(store, model, replace(model.ref, key="a" * 64))
     chosen = dict(zip(KINDS, (sources[0], shards[0], counts, blocks[0]), strict=False))
@@ -145,7 +145,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         "targets": [targets[1], of_another_seed(store, recipe, counts.ref, first[0])],
         "checkpoint": [steps[0]],
         "model": [other_model],
-        "scores": [keep_scores(store, replace(trial, seed=1), {"accuracy": 0.6, "by": {"x": 2.0}})],
+        "scores": [store_scores(store, replace(trial, seed=1), {"accuracy": 0.6, "by": {"x": 2.0}})],
     }
     assert verify(store) == []
     built = set_up_training(run, store, CPU)
@@ -196,7 +196,7 @@ READERS: Mapping[str, tuple[Callable[[Chain, Store], object], ...]] = {
     "calibration": (lambda chain, store: read_calibration(store, chain.chosen["calibration"].ref),),
     "targets": (all_batches,),
     "checkpoint": (resume,),
-    "model": (lambda chain, store: store.check(store.receipt(chain.chosen["model"].ref)),),
+    "model": (lambda chain, store: store.verified_folder(store.receipt(chain.chosen["model"].ref)),),
     "scores": (lambda chain, store: read_scores(store, chain.chosen["scores"].ref),),
 }
 
@@ -205,54 +205,55 @@ OF_FILES = [f"receipt sealed: another {what}" for what in ("sha256", "size", "na
 """Faults of a receipt that can only be detected by reading the files."""
 
 
-def missed_by_stages(chain: Chain, kind: str, store: Store, damage: Damage) -> list[str]:
+def missed_by_stages(chain: Chain, kind: str, store: Store, fault: InjectedFault) -> list[str]:
     """Returns a sentence for each reader that did not reject the fault."""
     receipt = chain.chosen[kind]
     if store.missing([receipt.ref]):
         return []  # it is made again before anybody reads it
-    if kind == "source" and (damage.name in OF_FILES or not damage.name.startswith(("receipt", "all exchanged"))):
+    if kind == "source" and (fault.name in OF_FILES or not fault.name.startswith(("receipt", "all exchanged"))):
         return []  # no stage reads the files of a source, its quarantine: only people do
     said = []
     for reader in READERS[kind]:
         try:
             reader(chain, store)
-            said.append(f"{damage.name}: read without an error")
+            said.append(f"{fault.name}: read without an error")
         except FatalError as error:
             if receipt.label not in str(error) and receipt.key not in str(error):
-                said.append(f"{damage.name}: the error does not name the artifact: {error}")
+                said.append(f"{fault.name}: the error does not name the artifact: {error}")
         except Exception as error:  # noqa: BLE001  any other exception counts as a missed fault
-            said.append(f"{damage.name}: {error!r}")
+            said.append(f"{fault.name}: {error!r}")
     return said
 
 
-def missed_by_verify(chain: Chain, kind: str, store: Store, damage: Damage) -> list[str]:
+def missed_by_verify(chain: Chain, kind: str, store: Store, fault: InjectedFault) -> list[str]:
     keys = {chain.chosen[kind].key}
-    about = keys | ({one.key for one in chain.others[kind]} if "exchanged" in damage.name else set())
+    about = keys | ({one.key for one in chain.others[kind]} if "exchanged" in fault.name else set())
     lost = bool(store.missing([chain.chosen[kind].ref]))
     try:
         found = {fault.ref.key for fault in verify(store)}
     except Exception as error:  # noqa: BLE001  as above
-        return [f"{damage.name}: {error!r}"]
+        return [f"{fault.name}: {error!r}"]
     if not (lost or keys <= found) or not found <= about:
-        return [f"{damage.name}: {sorted(found)}"]
+        return [f"{fault.name}: {sorted(found)}"]
     return []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_damage_is_found_by_the_next_stage_and_by_verify(kind: str, chain: Chain, tmp_path: Path) -> None:
-    planted = damages(chain.store, chain.chosen[kind], chain.others[kind])
+    injected = injected_faults(chain.store, chain.chosen[kind], chain.others[kind])
     missed: dict[str, list[str]] = {"stage": [], "verify": []}
-    for damage in planted:
+    for fault in injected:
         for who, look in (("stage", missed_by_stages), ("verify", missed_by_verify)):
-            store = mended_copy(chain.store, tmp_path / "store")
-            damage.plant(store)
-            missed[who] += look(chain, kind, store, damage)
+            store = restored_copy(chain.store, tmp_path / "store")
+            fault.inject(store)
+            missed[who] += look(chain, kind, store, fault)
     counts = ", ".join(f"{who} missed {len(names)}" for who, names in missed.items())
-    print(f"\n{kind}: {len(planted)} planted, {counts}")
+    print(f"\n{kind}: {len(injected)} injected, {counts}")
     record(
-        "tests/hard/corruption/test_corruption.py", {"planted": len(planted), "missed": sum(map(len, missed.values()))}
+        "tests/hard/corruption/test_corruption.py",
+        {"injected": len(injected), "missed": sum(map(len, missed.values()))},
     )
-    assert len(planted) > 50
+    assert len(injected) > 50
     assert missed == {"stage": [], "verify": []}
 
 

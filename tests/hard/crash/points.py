@@ -3,7 +3,7 @@
     DISTIL_CRASH_FOLDER   folder of this run; its file `points` records a line for each crash point that was passed
     DISTIL_CRASH_HOME     only files below this folder have crash points
     DISTIL_CRASH_AT       the crash point to kill at, as in that file; empty: only record
-    DISTIL_CRASH_WHOM     `all`: kill the flow and all its descendants; `one`: kill only the process that got there
+    DISTIL_CRASH_TARGET   `all`: kill the flow and all its descendants; `one`: kill only the process at the point
 
 `hook/sitecustomize.py` calls `arm` in started processes, forked_commands.py in forked ones. The name of a crash
 point consists of the operation, its file and a counter, so it is the same in every run of a pipeline that works
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-FOLDER, HOME, AT, WHOM = "DISTIL_CRASH_FOLDER", "DISTIL_CRASH_HOME", "DISTIL_CRASH_AT", "DISTIL_CRASH_WHOM"
+FOLDER, HOME, AT, TARGET = "DISTIL_CRASH_FOLDER", "DISTIL_CRASH_HOME", "DISTIL_CRASH_AT", "DISTIL_CRASH_TARGET"
 FLOW = "flow.pid"
 """Name of the file in the folder that contains the process id of the flow."""
 
@@ -90,11 +90,11 @@ def point(name: str) -> None:
         file.write(f"{here}\n")
         file.flush()
         if here == os.environ.get(AT):
-            _strike()
+            _kill()
 
 
-def _strike() -> None:
-    if os.environ.get(WHOM) == "all":
+def _kill() -> None:
+    if os.environ.get(TARGET) == "all":
         import psutil
 
         flow = psutil.Process(int((Path(os.environ[FOLDER]) / FLOW).read_text(encoding="utf-8")))

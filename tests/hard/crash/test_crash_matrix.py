@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.hard.crash.matrix import kind_of, line_of, matrix, spread, visit
+from tests.hard.crash.matrix import kind_of, line_of, matrix, run_trials, spread
 
 
 @pytest.mark.guard
 @pytest.mark.slow
 def test_a_chain_killed_at_its_points_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    with matrix(tmp_path) as made:
-        lives = list(visit(made, spread(made.points, 5), moments=1, seed=8))
-    assert not [line_of(life) for life in lives if life.faults]
-    assert sum(life.struck for life in lives) >= 4, "most runs ended before they reached their crash point"
+    with matrix(tmp_path) as inputs:
+        trials = list(run_trials(inputs, spread(inputs.points, 5), moments=1, seed=8))
+    assert not [line_of(trial) for trial in trials if trial.faults]
+    assert sum(trial.killed for trial in trials) >= 4, "most runs ended before they reached their crash point"
 
 
 def test_a_spread_takes_every_kind_before_it_takes_one_twice() -> None:

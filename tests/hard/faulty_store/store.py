@@ -5,8 +5,8 @@
         store = Store(f"faulty://{name}/store")
 
 The operations are read, write, list (one folder), info (one object) and remove. A fault applies to one operation and a
-pattern of paths (without the protocol), `times` times; `script.met` records every operation. Like S3, the store is a
-flat list of objects; folders exist only as prefixes of names. fsspec implements listings of more than one folder.
+pattern of paths (without the protocol), `times` times; `script.operations` records all operations. Like S3, the store
+is a flat list of objects; folders exist only as prefixes of names. fsspec implements listings of more than one folder.
 """
 
 import io
@@ -27,14 +27,14 @@ from s3fs.errors import translate_boto_error
 ALWAYS = 1 << 30
 
 
-class Thing(NamedTuple):
+class StoredObject(NamedTuple):
     """One object: its bytes, and the number of the write that created it."""
 
     data: bytes
     number: int
 
 
-Objects = dict[str, Thing]
+Objects = dict[str, StoredObject]
 Act = Callable[["Call"], None]
 
 
@@ -71,7 +71,7 @@ class Script:
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
-        self.met: list[tuple[str, str]] = []
+        self.operations: list[tuple[str, str]] = []
         self.lock = threading.Lock()
 
     def add(self, op: str, pattern: str, act: Act, times: int = 1) -> None:
@@ -80,20 +80,16 @@ class Script:
 
     def clear(self) -> None:
         """Removes all faults and recorded operations."""
-        self.faults, self.met = [], []
+        self.faults, self.operations = [], []
 
     def count(self, op: str, pattern: str = "*") -> int:
         """Returns the number of these operations so far, on paths that match the pattern."""
-        return sum(one == op and fnmatchcase(path, pattern) for one, path in self.met)
+        return sum(one == op and fnmatchcase(path, pattern) for one, path in self.operations)
 
-    def used_up(self) -> bool:
-        """Returns True if all faults with a limited number of times were applied."""
-        return all(fault.times > ALWAYS // 2 for fault in self.faults)
-
-    def meet(self, call: Call) -> None:
+    def record(self, call: Call) -> None:
         """Records the operation and applies the first fault that matches it."""
         with self.lock:
-            self.met.append((call.op, call.path))
+            self.operations.append((call.op, call.path))
             fits = [one for one in self.faults if one.op == call.op and fnmatchcase(call.path, one.pattern)]
             fault = next((one for one in fits if one.times > 0), None)
             if fault is not None:
@@ -138,9 +134,9 @@ def stale(call: Call) -> None:
         del call.objects[max(below, key=lambda path: call.objects[path].number)]
 
 
-def ghosts(call: Call) -> None:
+def deleted_objects_listed(call: Call) -> None:
     """Includes all deleted objects in a listing."""
-    call.objects |= {path: thing for path, thing in call.gone.items() if path not in call.objects}
+    call.objects |= {path: stored for path, stored in call.gone.items() if path not in call.objects}
 
 
 def refuse(error: Callable[[], Exception]) -> Act:
@@ -194,24 +190,13 @@ class Clock:
         return act
 
 
-def wait_for(event: threading.Event, began: threading.Event) -> Act:
-    """Delays an operation: sets `began`, then waits until `event` is set."""
-
-    def act(call: Call) -> None:
-        began.set()
-        if not event.wait(60):
-            raise TimeoutError("the event was never set")
-
-    return act
-
-
 def broken_close(call: Call) -> None:
     """Fails a write when its file is closed, and stores nothing."""
     call.kept = False
     call.after = (0, OSError(5, "the upload could not be completed"))
 
 
-def lies(size: int | None) -> Act:
+def short_write(size: int | None) -> Act:
     """Reports success of a write that stores only `size` bytes, or no object if `size` is None."""
 
     def act(call: Call) -> None:
@@ -223,12 +208,12 @@ def lies(size: int | None) -> Act:
 
 def each_once(*acts: Act) -> Act:
     """Applies one of the faults, in turn, to the first operation on each object; later operations succeed."""
-    met: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
 
     def act(call: Call) -> None:
-        if (call.op, call.path) not in met:
-            met.add((call.op, call.path))
-            acts[len(met) % len(acts)](call)
+        if (call.op, call.path) not in seen:
+            seen.add((call.op, call.path))
+            acts[len(seen) % len(acts)](call)
 
     return act
 
@@ -260,7 +245,7 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
     def _call(self, op: str, path: str, data: bytes = b"") -> Call:
         with self.guard:
             call = Call(op, path, dict(self.objects), dict(self.gone), data)
-        self.script.meet(call)
+        self.script.record(call)
         return call
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
@@ -310,18 +295,18 @@ class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         call = self._call("write", path, data)
         if call.kept:
             with self.guard:
-                self.objects[path] = Thing(call.data, _next_number(self))
+                self.objects[path] = StoredObject(call.data, _next_number(self))
         if call.after:
             raise call.after[1]
 
 
 def _next_number(fs: FaultyFileSystem) -> int:
-    return 1 + max((thing.number for thing in (*fs.objects.values(), *fs.gone.values())), default=0)
+    return 1 + max((stored.number for stored in (*fs.objects.values(), *fs.gone.values())), default=0)
 
 
-def _described(path: str, thing: Thing) -> dict[str, Any]:
-    written = datetime.fromtimestamp(thing.number, UTC)
-    return {"name": path, "size": len(thing.data), "type": "file", "LastModified": written, "ETag": str(thing.number)}
+def _described(path: str, stored: StoredObject) -> dict[str, Any]:
+    written = datetime.fromtimestamp(stored.number, UTC)
+    return {"name": path, "size": len(stored.data), "type": "file", "LastModified": written, "ETag": str(stored.number)}
 
 
 def _folder(path: str) -> dict[str, Any]:

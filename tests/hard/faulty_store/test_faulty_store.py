@@ -19,13 +19,13 @@ from tests.hard.faulty_store.store import (
     Clock,
     Script,
     broken_close,
+    deleted_objects_listed,
     each_once,
     forbidden,
-    ghosts,
-    lies,
     no_bucket,
     reset,
     short,
+    short_write,
     slow_down,
     staged,
     stale,
@@ -75,9 +75,9 @@ WRITES = {
     "503": lambda clock: slow_down(),
     "hangs": lambda clock: clock.hang(60),
     "fails at its close": lambda clock: broken_close,
-    "keeps less": lambda clock: lies(3),
-    "keeps an empty object": lambda clock: lies(0),
-    "keeps nothing": lambda clock: lies(None),
+    "keeps less": lambda clock: short_write(3),
+    "keeps an empty object": lambda clock: short_write(0),
+    "keeps nothing": lambda clock: short_write(None),
 }
 OBJECTS = {"data": "*/blocks.arrow", "receipt": "*.receipt.json"}
 
@@ -90,7 +90,7 @@ def test_a_read_that_fails_is_tried_again(
     put(store, "a")
     other = cold(store, tmp_path)
     script.add("read", OBJECTS[what], READS[fault](clock), times=2)
-    folder = other.check(other.receipt(ref_of("a")))
+    folder = other.verified_folder(other.receipt(ref_of("a")))
     assert (folder / BLOCKS_FILE).read_bytes() == b"bytes"
     assert clock.waited == list(PAUSES)
     assert script.count("read", OBJECTS[what]) == 3
@@ -105,14 +105,14 @@ def test_a_read_that_never_succeeds_ends_with_one_sentence(
     other = cold(store, tmp_path)
     script.add("read", OBJECTS[what], READS[fault](clock), times=ALWAYS)
     with pytest.raises(RetryableError) as caught:
-        other.check(other.receipt(ref_of("a")))
+        other.verified_folder(other.receipt(ref_of("a")))
     said(caught.value)
     assert clock.waited == list(PAUSES)
     assert script.count("read", OBJECTS[what]) == 1 + len(PAUSES)
     (fault_found,) = verify(store)
     assert (fault_found.what, fault_found.withdrawn) == ("unread", False)
     script.clear()
-    assert other.check(other.receipt(ref_of("a"))).exists()
+    assert other.verified_folder(other.receipt(ref_of("a"))).exists()
     assert verify(store) == []
 
 
@@ -137,7 +137,7 @@ def test_a_write_that_fails_is_tried_again(
     receipt = put(store, "a")
     assert clock.waited == list(PAUSES)
     assert script.count("write", OBJECTS[what]) == 3
-    assert (cold(store, tmp_path).check(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
+    assert (cold(store, tmp_path).verified_folder(receipt) / BLOCKS_FILE).read_bytes() == b"bytes"
     assert verify(store) == []
 
 
@@ -179,7 +179,7 @@ def test_what_cannot_pass_is_said_at_once(
     put(store, "a")
     other = cold(store, tmp_path)
     calls = {
-        "read": lambda: other.check(other.receipt(ref_of("a"))),
+        "read": lambda: other.verified_folder(other.receipt(ref_of("a"))),
         "write": lambda: put(other, "b"),
         "list": lambda: other.missing([ref_of("a")]),
         "info": lambda: other.has(ref_of("a")),
@@ -201,7 +201,7 @@ def test_other_bytes_are_fetched_once_more_and_then_named(
     other = cold(store, tmp_path)
     script.add("read", OBJECTS["data"], wrong, times=ALWAYS)
     with pytest.raises(FatalError, match=r"blocks a: the sha256 of .*blocks\.arrow differs from the receipt"):
-        other.check(other.receipt(ref_of("a")))
+        other.verified_folder(other.receipt(ref_of("a")))
     assert script.count("read", OBJECTS["data"]) == 2
     assert clock.waited == []
 
@@ -218,7 +218,7 @@ def test_a_listing_that_is_behind_costs_work_done_twice_and_no_more(store: Store
 def test_a_listing_that_shows_what_was_deleted_gives_no_artifact(store: Store, script: Script, tmp_path: Path) -> None:
     put(store, "a")
     store.withdraw(ref_of("a"))
-    script.add("list", "*", ghosts, times=ALWAYS)
+    script.add("list", "*", deleted_objects_listed, times=ALWAYS)
     assert store.missing([ref_of("a")]) == []
     assert not store.has(ref_of("a"))
     with pytest.raises(FatalError, match="blocks a is not in the store"):
@@ -226,7 +226,9 @@ def test_a_listing_that_shows_what_was_deleted_gives_no_artifact(store: Store, s
 
 
 def test_every_object_fails_once_in_every_way_and_all_is_made(store: Store, script: Script, clock: Clock) -> None:
-    script.add("write", "*", each_once(reset(), slow_down(), broken_close, lies(2), lies(None)), times=ALWAYS)
+    script.add(
+        "write", "*", each_once(reset(), slow_down(), broken_close, short_write(2), short_write(None)), times=ALWAYS
+    )
     labels = [f"shard-{number}" for number in range(12)]
     for label in labels:
         put(store, label)

@@ -29,7 +29,7 @@ from mlflow.tracking import MlflowClient
 from flows.services.servers import RETENTION
 from tests.hard.reliability import record
 from tests.hard.soak.growth import BOUNDS, Sample, grown, growth, heading, line_of, verdict
-from tests.harness.place import Place, environment, make_place
+from tests.harness.project import Project, environment, make_project
 from tests.harness.servers.prefect_server import serving
 from tests.harness.tiny import documents, make_teacher
 
@@ -49,7 +49,7 @@ STAMPS = (("flow_run", "end_time"), ("events", "occurred"), ("event_resources", 
 class Soak:
     """A server, a process that runs flows, their folders, and the initial size of the server's database."""
 
-    place: Place
+    project: Project
     corpus: Path
     temporary: Path
     process: "subprocess.Popen[str]"
@@ -81,7 +81,7 @@ class Soak:
 
     def log(self) -> str:
         """Returns the last 3,000 characters of the flows' output."""
-        return (self.place.folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
+        return (self.project.folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def figures(self) -> dict[str, float]:
         """Returns the current measurements, by the names of BOUNDS."""
@@ -95,7 +95,7 @@ class Soak:
             "temporary": self._temporary(),
             "prefect": used_kilobytes(self.database),
             "wal": wal.stat().st_size / 1e3 if wal.exists() else 0.0,
-            "mlflow": used_kilobytes(self.place.home / "mlflow" / "mlflow.db"),
+            "mlflow": used_kilobytes(self.project.home / "mlflow" / "mlflow.db"),
             "server memory": self.server.memory_info().rss / 1e6,
             "server files": self.server.num_fds(),
             "server threads": self.server.num_threads(),
@@ -103,7 +103,7 @@ class Soak:
 
     def _temporary(self) -> int:
         """Counts temporary files and run folders, except one folder per training run."""
-        home = self.place.home
+        home = self.project.home
         scratch = [*self.temporary.rglob("*"), *(home / "store" / "scratch").rglob("*")]
         return len(scratch) + len(list((home / "run").glob("*"))) - self.trainings
 
@@ -156,16 +156,16 @@ def soaking(folder: Path) -> Iterator[Soak]:
     make_teacher(folder / "teacher")
     for number in range(1, SOURCES + 1):
         renew(folder / "corpus", number)
-    place = small_place(folder)
+    project = small_project(folder)
     (folder / "tmp").mkdir()
     vacuum = {"PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": str(VACUUM_SECONDS)}
     vacuum["PREFECT_SERVER_SERVICES_DB_VACUUM_ORPHAN_CLEANUP_LOOP_SECONDS"] = str(VACUUM_SECONDS)
-    log = place.folder / "log"
+    log = project.folder / "log"
     with serving(folder / "server", RETENTION | vacuum) as server, log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hard.soak.many_flows", str(place.recipe)],
+            [sys.executable, "-m", "tests.hard.soak.many_flows", str(project.recipe)],
             cwd=folder,
-            env=environment(place.folder, server.url) | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")},
+            env=environment(project.folder, server.url) | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -176,7 +176,7 @@ def soaking(folder: Path) -> Iterator[Soak]:
             assert server.process
             parent = psutil.Process(server.process.pid)
             used = used_kilobytes(database)
-            made = Soak(place, folder / "corpus", folder / "tmp", process, parent, database, rows_of(database), used)
+            made = Soak(project, folder / "corpus", folder / "tmp", process, parent, database, rows_of(database), used)
             made.answer()
             yield made
         finally:
@@ -184,13 +184,13 @@ def soaking(folder: Path) -> Iterator[Soak]:
             process.communicate()
 
 
-def small_place(folder: Path) -> Place:
-    """Makes a place with few training steps and an empty MLflow database."""
+def small_project(folder: Path) -> Project:
+    """Makes a project with few training steps and an empty MLflow database."""
     train = {"max_steps": 4, "validate_steps": 4}
-    place = make_place(folder / "place", folder / "corpus", folder / "teacher", train=train, run={"workers": 1})
-    (place.home / "mlflow").mkdir(parents=True)
-    MlflowClient(place.mlflow).search_experiments()
-    return place
+    project = make_project(folder / "project", folder / "corpus", folder / "teacher", train=train, run={"workers": 1})
+    (project.home / "mlflow").mkdir(parents=True)
+    MlflowClient(project.mlflow).search_experiments()
+    return project
 
 
 def used_kilobytes(database: Path) -> float:

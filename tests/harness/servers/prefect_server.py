@@ -2,7 +2,7 @@
 
 with serving(folder) as server:                 # with SQLite in the folder, unless `database` is a URL
     server.start_worker()
-    run = server.create_run("distill", place, "train.max_steps=5")
+    run = server.create_run("distill", project, "train.max_steps=5")
     server.wait(run, "COMPLETED")
 """
 
@@ -23,8 +23,8 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows.services.process import free_port
 from tasks.recipe.load import load_recipe
-from tests.harness.place import REPO, Place, environment
 from tests.harness.processes import LIMIT, kill, running, start, started_for, wait_for
+from tests.harness.project import REPO, Project, environment
 
 POOL = "distil"
 ENTRIES = {
@@ -115,9 +115,9 @@ class PrefectServer:
 
     # ---- flow runs ---------------------------------------------------------------------------------------------
 
-    def create_run(self, flow: str, place: Place, *settings: str) -> UUID:
-        """Deploys the flow with the place's recipe as its parameter and creates a run. Returns the id of the run."""
-        recipe = load_recipe(place.recipe, settings).model_dump(mode="json", by_alias=True)
+    def create_run(self, flow: str, project: Project, *settings: str) -> UUID:
+        """Deploys the flow with the project's recipe as its parameter and creates a run. Returns the id of the run."""
+        recipe = load_recipe(project.recipe, settings).model_dump(mode="json", by_alias=True)
         with self.client as client:
             deployment = client.create_deployment(
                 client.create_flow_from_name(flow),

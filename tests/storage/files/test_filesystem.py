@@ -53,7 +53,7 @@ def test_a_commit_is_visible_to_other_clients_at_once(store: Store) -> None:
     assert other.missing([ref_of("a"), ref_of("b")]) == [ref_of("b")]
     assert other.receipt(ref_of("a")) == written
     assert list(other.receipts("blocks")) == [written]
-    folder = other.check(written)
+    folder = other.verified_folder(written)
     assert (folder / BLOCKS_FILE).read_bytes() == b"bytes"
     assert (folder / "inner" / "more.txt").read_bytes() == b"more"
     store.withdraw(ref_of("a"))
@@ -62,8 +62,8 @@ def test_a_commit_is_visible_to_other_clients_at_once(store: Store) -> None:
 
 def test_concurrent_writers_of_one_key_leave_complete_artifacts(store: Store) -> None:
     first, second = put(store, "a", b"one"), put(reopened(store), "a", b"two!")
-    assert (reopened(store).check(first) / BLOCKS_FILE).read_bytes() == b"one"
-    assert (reopened(store).check(second) / BLOCKS_FILE).read_bytes() == b"two!"
+    assert (reopened(store).verified_folder(first) / BLOCKS_FILE).read_bytes() == b"one"
+    assert (reopened(store).verified_folder(second) / BLOCKS_FILE).read_bytes() == b"two!"
     assert store.receipt(ref_of("a")) == second
     writers = [threading.Thread(target=put, args=(reopened(store), "b", bytes([n]) * 100_000)) for n in range(6)]
     for writer in writers:
@@ -71,7 +71,7 @@ def test_concurrent_writers_of_one_key_leave_complete_artifacts(store: Store) ->
     for writer in writers:
         writer.join()
     other = reopened(store)
-    assert len((other.check(other.receipt(ref_of("b"))) / BLOCKS_FILE).read_bytes()) == 100_000
+    assert len((other.verified_folder(other.receipt(ref_of("b"))) / BLOCKS_FILE).read_bytes()) == 100_000
     assert verify(store) == []
 
 
@@ -117,7 +117,7 @@ def test_a_truncated_object_is_refused_when_it_is_read(store: Store) -> None:
     receipt = put(store, "a", b"a" * 100)
     store.fs.pipe_file(data_path(store, receipt), b"a" * 50)
     with pytest.raises(FatalError, match=r"the size of blocks\.arrow .* differs .*`distil verify`"):
-        reopened(store).local(receipt)
+        reopened(store).local_folder(receipt)
 
 
 def test_gc_deletes_unreferenced_artifacts(store: Store) -> None:
@@ -145,7 +145,7 @@ def test_a_large_file_is_transferred_in_parts_with_bounded_memory(
         receipt = store.commit(ref_of("big"), folder, schema=1, rows=0, tokens=0, settings={}, parents=[])
         upload_peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        reopened(store).check(receipt)
+        reopened(store).verified_folder(receipt)
         download_peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     bound = 4 * PARALLEL_PARTS * part  # the client holds two or three copies of each part
@@ -240,7 +240,7 @@ def test_an_upload_survives_two_kills_of_the_server(store: Store, s3: Endpoint) 
             shutil.rmtree(s3.path("store/data"))  # so that the loop detects the start of the next attempt
             s3.start()
         receipt = upload.result()
-    assert (reopened(store).check(receipt) / "big").stat().st_size == 100 << 20
+    assert (reopened(store).verified_folder(receipt) / "big").stat().st_size == 100 << 20
     assert verify(store) == []
 
 

@@ -33,7 +33,7 @@ def shard(store: Store, settings: CorpusSettings, **options: Any) -> Receipt:
 
 
 def rows_of(store: Store, refs: tuple[Ref, ...]) -> list[tuple[str, int]]:
-    tables = [open_arrow(store.check(store.receipt(ref)) / TEXT_FILE).read_all() for ref in refs]
+    tables = [open_arrow(store.verified_folder(store.receipt(ref)) / TEXT_FILE).read_all() for ref in refs]
     return [(row["text"], row["line"]) for table in tables for row in table.to_pylist()]
 
 
@@ -103,7 +103,7 @@ def test_every_filter_counts_the_documents_that_it_drops(corpus: Any, store: Sto
         "heldout": 0,
         "bytes": 17 + 22 + 22,
     }
-    quarantine = json.loads((store.local(receipt) / "quarantine.jsonl").read_text("utf-8"))
+    quarantine = json.loads((store.local_folder(receipt) / "quarantine.jsonl").read_text("utf-8"))
     assert quarantine == {"line": 9, "reason": "a document of 41 characters", "excerpt": "x" * 41}
 
 

@@ -14,10 +14,10 @@ from tasks.eval.finetuned_scores import (
     protocol_key,
     score_key_of,
     score_seed,
-    set_scores,
+    scores_of_set,
 )
 from tasks.eval.protocol import Protocol
-from tasks.release.results import set_results
+from tasks.release.results import results_of_sets
 from tests.harness.eval_sets import write_pairs
 from tests.harness.tiny import make_teacher
 
@@ -90,13 +90,13 @@ def test_set_has_intervals_and_a_result(store, xnli, calls):
     for key, folder in ((KEY, "student"), (OTHER, "teacher")):
         for seed in PROTOCOL.seeds:
             score_seed(store, key, folder, xnli, PROTOCOL, seed)
-    found = set_scores(store, KEY, xnli, PROTOCOL)
+    found = scores_of_set(store, KEY, xnli, PROTOCOL)
     assert [run["accuracy"] for run in found["runs"].values()] == pytest.approx([0.75, 0.7, 0.65])
     assert found["summary"]["accuracy"]["mean"] == pytest.approx(0.7)
     assert found["summary"]["accuracy"]["low"] < 0.65
     assert (found["metric"], found["lr"]) == ("accuracy", 1e-2)
     assert "predictions" not in str(found)
-    (result,) = set_results({"xnli": found})
+    (result,) = results_of_sets({"xnli": found})
     assert (result.set_name, result.metric) == ("xnli", "accuracy")
     assert result.values == pytest.approx((0.75, 0.7, 0.65))
     difference = compare_models(store, KEY, OTHER, xnli, PROTOCOL)
@@ -112,4 +112,4 @@ def test_real_fine_tuning(store, xnli, tmp_path):
     assert len(runs[0]["choice"]["grid"]) == 2
     assert {run["choice"]["lr"] for run in runs} == {runs[0]["choice"]["lr"]}
     assert len(runs[1]["choice"]["grid"]) == 1
-    assert set_scores(store, KEY, xnli, PROTOCOL)["summary"]["accuracy"]["seeds"] == 3
+    assert scores_of_set(store, KEY, xnli, PROTOCOL)["summary"]["accuracy"]["seeds"] == 3

@@ -101,7 +101,7 @@ def test_sums_per_block_add_up_to_the_figures(inputs):
 def test_chunk_size_does_not_change_the_figures(inputs, monkeypatch):
     student, teacher, vocabulary, blocks = inputs
     one_chunk = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
-    monkeypatch.setattr(heldout, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(heldout, "CHUNK_POSITIONS", 7)
     monkeypatch.setattr(heldout, "FORWARD_TOKENS", 96)
     many_chunks = score_heldout(student, vocabulary, blocks, MASK, 10_000, teacher)
     assert flat(many_chunks) == pytest.approx(flat(one_chunk), rel=1e-5)

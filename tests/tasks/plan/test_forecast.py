@@ -35,8 +35,8 @@ INVENTORY = Inventory(
     largest_unread=10_000,
     text_bytes=0,
     heldout_bytes=0,
-    unblocked_bytes=0,
-    untaught_bytes=0,
+    bytes_without_blocks=0,
+    bytes_without_targets=0,
     kept=dict.fromkeys(("shard", "blocks", "targets", "model"), 0),
 )
 FILES = 10 * (1_900 + 22 * 32)
@@ -105,7 +105,7 @@ def test_done_and_remaining_artifacts_are_counted_separately(teacher: Path) -> N
         INVENTORY,
         unread_bytes=50_000,
         text_bytes=200_000,
-        untaught_bytes=200_000,
+        bytes_without_targets=200_000,
         kept={"shard": 220_000, "blocks": 102_000, "targets": 0, "model": 0},
     )
     found = forecast(recipe_of(teacher), inventory)

@@ -63,7 +63,7 @@ def test_a_small_corpus_is_counted_exactly(store: Store, corpus: CorpusFolder, t
 def test_the_beginning_predicts_the_complete_source(
     name: str, store: Store, corpus: CorpusFolder, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LEAST", 300_000)
+    monkeypatch.setattr(module, "MIN_BYTES", 300_000)
     texts = hexadecimal(1)
     if name.endswith("parquet"):
         corpus.parquet(name, {"text": texts})
@@ -79,7 +79,7 @@ def test_text_that_compresses_better_later_is_not_underestimated(
     store: Store, corpus: CorpusFolder, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second half of the beginning, which compresses well, predicts the rest."""
-    monkeypatch.setattr(module, "LEAST", 700_000)
+    monkeypatch.setattr(module, "MIN_BYTES", 700_000)
     fresh, known = hexadecimal(1)[:60], hexadecimal(1)[:6]
     corpus.oscar_2301("big.jsonl.zst", [*fresh, *(f"{a[:2000]}{b[:8000]}" for a in hexadecimal(2) for b in known)])
     settings = corpus.settings()

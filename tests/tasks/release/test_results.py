@@ -1,7 +1,7 @@
 """Results from scores: the metric of each set, protocol keys, sets that were not run, and summaries of all models."""
 
 from tasks.eval.scores import not_run
-from tasks.release.results import SetResult, protocol_keys, set_results, summarize_models, teacher_among
+from tasks.release.results import SetResult, protocol_keys, results_of_sets, summarize_models, teacher_among
 
 RATIO = {"value": 0.9, "low": 0.8, "high": 1.0}
 STUDENT = {
@@ -26,7 +26,7 @@ def test_result_of_every_set() -> None:
         "paws-x": not_run("no such folder"),
         "fine-tuning": not_run("no protocol"),
     }
-    results = set_results(scores)
+    results = results_of_sets(scores)
     assert results == (
         SetResult("heldout", "top1", (0.5,), error=0.01),
         SetResult("xnli", "accuracy", (0.7, 0.8)),

@@ -122,7 +122,7 @@ def test_receipt_and_metadata_describe_the_file(store, teacher_folder, parts, en
     assert receipt.info["probe"]["rows"] == 6
     assert receipt.info["probe"]["kl"] < 5e-3
     assert receipt.info["probe"]["cosine"] < 6e-3
-    table = open_arrow(store.local(receipt) / TARGETS_FILE).read_all()
+    table = open_arrow(store.local_folder(receipt) / TARGETS_FILE).read_all()
     assert table.schema.remove_metadata().equals(TARGETS_SCHEMA)
     lengths = {len(value) for value in table.column("payload").to_pylist()}
     sizes = {count * receipt.info["bytes"] for count in table.column("positions").to_pylist()}
@@ -267,7 +267,7 @@ def check_all_rows(store: Store, capture: Capture, blocks_ref: Ref) -> None:
 
 def test_a_flipped_byte_is_detected_on_open(store, parts, capture):
     receipt = make_targets(store, parts[0].blocks_ref(), capture)
-    path = store.local(receipt) / TARGETS_FILE
+    path = store.local_folder(receipt) / TARGETS_FILE
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
@@ -277,7 +277,7 @@ def test_a_flipped_byte_is_detected_on_open(store, parts, capture):
 
 def test_a_truncated_file_is_detected_on_open(store, parts, capture):
     receipt = make_targets(store, parts[0].blocks_ref(), capture)
-    path = store.local(receipt) / TARGETS_FILE
+    path = store.local_folder(receipt) / TARGETS_FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(FatalError, match=r"targets part-0000: .*its size differs"):
         open_targets(store, receipt.ref)
@@ -288,7 +288,7 @@ def test_swapped_files_are_detected_even_without_hashes(store, parts, capture):
     for part in parts:
         receipt = make_targets(store, part.blocks_ref(), capture)
         refs.append(receipt.ref)
-        paths.append(store.local(receipt) / TARGETS_FILE)
+        paths.append(store.local_folder(receipt) / TARGETS_FILE)
     contents = [path.read_bytes() for path in paths]
     for path, content in zip(paths, reversed(contents), strict=True):
         path.write_bytes(content)
@@ -457,7 +457,7 @@ def test_probe_cache_checks_parts_of_the_manifest(store, tmp_path, parts, captur
 def test_a_file_with_unknown_metadata_is_refused(store, parts, capture):
     blocks = parts[0].blocks_ref()
     ref = make_targets(store, blocks, capture).ref
-    table = open_arrow(store.local(store.receipt(ref)) / TARGETS_FILE).read_all()
+    table = open_arrow(store.local_folder(store.receipt(ref)) / TARGETS_FILE).read_all()
     metadata = metadata_of(table.schema)
     del metadata["top_k"]
     with store.scratch() as folder:

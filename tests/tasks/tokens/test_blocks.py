@@ -207,7 +207,7 @@ def test_the_key_depends_on_length_packing_tokenizer_and_shard(
 
 def test_a_flipped_byte_is_detected_on_open(store: Store, vocabulary: Vocabulary) -> None:
     receipt = make_blocks(store, write_shard(store, ["w10 w11"]), Settings(length=8), vocabulary)
-    path = store.local(receipt) / BLOCKS_FILE
+    path = store.local_folder(receipt) / BLOCKS_FILE
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -290,7 +290,7 @@ def test_blocks_open_as_a_hugging_face_dataset(store: Store, vocabulary: Vocabul
     from datasets import load_dataset
 
     receipt = make_blocks(store, write_shard(store, ["w10 w11", "w12"]), Settings(length=8), vocabulary)
-    files = str(store.local(receipt) / BLOCKS_FILE)
+    files = str(store.local_folder(receipt) / BLOCKS_FILE)
     rows = load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[0] == {"input_ids": [BOS, 10, 11, EOS, 12, EOS, PAD, PAD], "length": 6}
 
@@ -315,5 +315,5 @@ def test_blocks_are_memory_mapped_as_one_array(store: Store, vocabulary: Vocabul
     blocks = blocks_of(store, ["w10 w11"] * 500, Settings(length=8), vocabulary)
     assert not blocks.input_ids.flags.owndata
     assert not blocks.input_ids.flags.writeable
-    table = open_arrow(store.local(store.receipt(Ref("blocks", blocks.key, ""))) / BLOCKS_FILE).read_all()
+    table = open_arrow(store.local_folder(store.receipt(Ref("blocks", blocks.key, ""))) / BLOCKS_FILE).read_all()
     assert table.column("input_ids").num_chunks == 1

@@ -69,7 +69,7 @@ def finish(run: RunSpec, ranks: int = 1, trainer: str = "tasks.train") -> dict[s
 
 def weights_of(run: RunSpec) -> dict[str, torch.Tensor]:
     store = Store(run.store)
-    return load_file(store.check(store.receipt(run.model_ref)) / "model.safetensors")
+    return load_file(store.verified_folder(store.receipt(run.model_ref)) / "model.safetensors")
 
 
 def wait_for_step(run: RunSpec, process: subprocess.Popen[str], step: int) -> None:

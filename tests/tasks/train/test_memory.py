@@ -59,11 +59,11 @@ def trace(blocks: int, vocabulary: int) -> LiveTensors:
     """Forward, loss and backward of one micro-batch, with the teacher's hidden states from a cache."""
     student, batch = camembert(vocabulary), batch_of(blocks)
     student_with_loss = StudentWithLoss(student, LossSettings(), compile_encoder=False)
-    hidden_ND = torch.empty(batch.rows, WIDTH)
+    hidden_ND = torch.empty(batch.selected, WIDTH)
     with LiveTensors() as live:
         with torch.no_grad():
             signal = TeacherSignal(decoder_logits(head_features(student, hidden_ND), *decoder_of(student)), hidden_ND)
-        losses = student_with_loss(batch, signal, RowCounts(float(batch.rows), float(batch.masked)))
+        losses = student_with_loss(batch, signal, RowCounts(float(batch.selected), float(batch.masked)))
         losses.total.backward()
     return live
 

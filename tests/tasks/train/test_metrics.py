@@ -21,7 +21,7 @@ from tasks.train.flops import Work
 from tasks.train.metrics import HeldoutLosses, MetricsWriter, read_metrics
 from tasks.train.step import StepCounts
 
-COUNTS = StepCounts(rows=2, masked=1, tokens=1, stop=False)
+COUNTS = StepCounts(selected=2, masked=1, tokens=1, stop=False)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def train_here(run: RunSpec, stop: StopSignal | None = None) -> bool:
 
 def checkpoint_weights(run: RunSpec, step: int) -> dict[str, torch.Tensor]:
     store = Store(run.store)
-    return load_file(store.check(store.receipt(checkpoint_ref(run, step))) / "model.safetensors")
+    return load_file(store.verified_folder(store.receipt(checkpoint_ref(run, step))) / "model.safetensors")
 
 
 def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
@@ -110,7 +110,7 @@ def test_a_damaged_best_checkpoint_is_trained_again(place: Path, tmp_path: Path)
     store, save_result = Store(run.store), trainer._save_result
 
     def damage_then_save(*given: object) -> None:
-        path = store.local(store.receipt(checkpoint_ref(run, BEST))) / "model.safetensors"
+        path = store.local_folder(store.receipt(checkpoint_ref(run, BEST))) / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
         save_result(*given)  # type: ignore[arg-type]
 

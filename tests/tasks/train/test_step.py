@@ -103,7 +103,7 @@ def test_all_positions_carry_loss_only_where_attended(
     assert batch.positions is None
     assert batch.attention_mask is not None
     assert torch.equal(batch.valid, batch.attention_mask)
-    assert batch.rows == batch.tokens > batch.masked > 0
+    assert batch.selected == batch.tokens > batch.masked > 0
 
 
 @pytest.mark.parametrize(("rows", "ranks", "micro"), [(8, 1, 0), (8, 2, 3), (7, 3, 2), (16, 4, 1)])

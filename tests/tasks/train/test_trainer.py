@@ -140,7 +140,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(place: Path, tmp_path: Pa
 def logits(run: RunSpec) -> torch.Tensor:
     """The logits of the finished model on a few rows of tokens."""
     store = Store(run.store)
-    model = AutoModelForMaskedLM.from_pretrained(store.local(store.receipt(run.model_ref))).eval()
+    model = AutoModelForMaskedLM.from_pretrained(store.local_folder(store.receipt(run.model_ref))).eval()
     input_ids = torch.arange(4 * 16).view(4, 16) % model.config.vocab_size
     with torch.no_grad():
         return model(input_ids=input_ids).logits
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_checkpo
     store = Store(run.store)
     assert not store.has(run.model_ref)
     for step in steps_kept(store, run):
-        folder = store.check(store.receipt(Ref("checkpoint", f"{run.run_key}-{step:09d}", "x")))
+        folder = store.verified_folder(store.receipt(Ref("checkpoint", f"{run.run_key}-{step:09d}", "x")))
         assert all(torch.isfinite(value).all() for value in load_file(folder / "model.safetensors").values())
 
 
@@ -237,19 +237,14 @@ def test_a_damaged_checkpoint_is_skipped(
     process.communicate()
     store = Store(run.store)
     newest = steps_kept(store, run)[-1]
-    path = store.local(store.receipt(Ref("checkpoint", f"{run.run_key}-{newest:09d}", "x"))) / "optimizer.safetensors"
+    path = (
+        store.local_folder(store.receipt(Ref("checkpoint", f"{run.run_key}-{newest:09d}", "x")))
+        / "optimizer.safetensors"
+    )
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     assert same(finish(run), undisturbed[1])
-
-
-def test_settings_of_the_machine_are_not_in_the_run_key(place: Path, tmp_path: Path) -> None:
-    base = run_of(place, tmp_path)
-    for moved in ({"micro_rows": 2}, {"ranks": 2}, {"log_steps": 7}, {"threads": 2}, {"device": "auto"}):
-        assert run_of(place, tmp_path, **moved).run_key == base.run_key
-    for changed in ({"lr": 2e-3}, {"seed": 1}, {"batch_rows": 5}, {"max_steps": 31}):
-        assert run_of(place, tmp_path, **changed).run_key != base.run_key
 
 
 def test_a_trainer_continues_when_the_shell_that_started_it_exits(place: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Makes small project folders and runs the `distil` command on them from a different folder, as a user may.
 
-place = make_place(folder, corpus, teacher)
-result = place.distil("run", "train.max_steps=5")       # in a separate process
-place.stamps()                                          # creation time of each artifact in the store
+project = make_project(folder, corpus, teacher)
+result = project.distil("run", "train.max_steps=5")       # in a separate process
+project.creation_times()                                          # creation time of each artifact in the store
 """
 
 import json
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class Project:
     """A project folder with recipe.toml and home/."""
 
     folder: Path
@@ -81,12 +81,12 @@ class Place:
         """Returns the receipts of these kinds of artifacts."""
         return [receipt for kind in kinds for receipt in self.store.receipts(kind)]
 
-    def stamps(self) -> dict[Stamp, str]:
+    def creation_times(self) -> dict[Stamp, str]:
         """Returns the creation time of each artifact in the store."""
         return {(one.kind, one.label, one.key): one.created for one in self.receipts(*KINDS)}
 
-    def copy(self, folder: Path, *, corpus: Path | None = None, without: tuple[str, ...] = ()) -> "Place":
-        """Makes a place with a copy of this store, except all artifacts of the kinds `without`."""
+    def copy(self, folder: Path, *, corpus: Path | None = None, without: tuple[str, ...] = ()) -> "Project":
+        """Makes a project with a copy of this store, except all artifacts of the kinds `without`."""
         shutil.copytree(self.home / "store", folder / "home" / "store")
         for kind in without:
             for part in ("data", "receipts"):
@@ -95,9 +95,9 @@ class Place:
         text = text.replace(json.dumps(str(self.home)), json.dumps(str(folder / "home")))
         if corpus:
             text = text.replace(json.dumps(str(self.folder / "corpus")), json.dumps(str(corpus)))
-        place = Place(folder)
-        place.recipe.write_text(text, encoding="utf-8")
-        return place
+        project = Project(folder)
+        project.recipe.write_text(text, encoding="utf-8")
+        return project
 
 
 Shell = Callable[..., Result]
@@ -106,29 +106,29 @@ Shell = Callable[..., Result]
 
 @dataclass(frozen=True)
 class History:
-    """Results of three runs of `distil run` in one place: with a truncated source, with the complete one, and again."""
+    """Results of three runs of `distil run`: with a truncated source, with the complete one, and once more."""
 
-    place: Place
+    project: Project
     truncated: Result
-    truncated_stamps: dict[Stamp, str]
+    truncated_times: dict[Stamp, str]
     complete: Result
-    complete_stamps: dict[Stamp, str]
+    complete_times: dict[Stamp, str]
     repeated: Result
-    repeated_stamps: dict[Stamp, str]
+    repeated_times: dict[Stamp, str]
 
 
-def make_place(folder: Path, corpus: Path, teacher: Path, **changes: Any) -> Place:
-    """Makes a place with an empty store; `changes` are changes of recipe sections, such as `run={"workers": 3}`."""
+def make_project(folder: Path, corpus: Path, teacher: Path, **changes: Any) -> Project:
+    """Makes a project with an empty store; `changes` are changes of recipe sections, such as `run={"workers": 3}`."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = Place(folder)
-    text = recipe_toml(home=place.home, corpus=corpus, teacher=teacher, **changes)
-    place.recipe.write_text(text, encoding="utf-8")
-    return place
+    project = Project(folder)
+    text = recipe_toml(home=project.home, corpus=corpus, teacher=teacher, **changes)
+    project.recipe.write_text(text, encoding="utf-8")
+    return project
 
 
-def run_folder_of(place: Place) -> Path:
-    """Returns the folder of the only training run of a place."""
-    (folder,) = (path.parent for path in (place.home / "run").glob("*/run.json"))
+def run_folder_of(project: Project) -> Path:
+    """Returns the folder of the only training run of a project."""
+    (folder,) = (path.parent for path in (project.home / "run").glob("*/run.json"))
     return folder
 
 
@@ -156,7 +156,7 @@ def ended(process: subprocess.Popen[str]) -> Result:
     return Result(process.returncode, out, err)
 
 
-def made(before: Mapping[Stamp, str], after: Mapping[Stamp, str], *kinds: str) -> set[tuple[str, str]]:
-    """Returns kind and label of the artifacts that were made, or made again, between two calls of `stamps`."""
+def new_artifacts(before: Mapping[Stamp, str], after: Mapping[Stamp, str], *kinds: str) -> set[tuple[str, str]]:
+    """Returns kind and label of the artifacts that were made, or made again, between two calls of `creation_times`."""
     fresh = {stamp for stamp, created in after.items() if before.get(stamp) != created}
     return {(kind, label) for kind, label, _ in fresh if not kinds or kind in kinds}
