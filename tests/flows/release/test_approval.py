@@ -159,7 +159,7 @@ def test_without_distil_up_the_link_leads_to_the_server_of_the_run(
 
 def link_in(said: Path, process: "subprocess.Popen[bytes]") -> tuple[str, str, str]:
     """Waits until a process prints the link to its form: server, page and run."""
-    link = re.compile(r"answer in (http://127\.0\.0\.1:\d+)(/\S+/)(\S+)\n")
+    link = re.compile(r"decline in (http://127\.0\.0\.1:\d+)(/\S+/)(\S+)\n")
     wait_for(lambda: link.search(said.read_text()) or process.poll() is not None)
     found = link.search(said.read_text())
     assert found, said.read_text()
