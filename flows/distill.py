@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from flows.release.gate import GateDecision, decide_in_flow, gate_rows
 from flows.release.rescore_champion import score_champion
 from flows.release.version_results import record_results
 from flows.scoring.compute_scores import failure_sentence, score_models
-from flows.scoring.evaluated_models import EvaluatedModel, ScoredModels, control_of, protocol_of
+from flows.scoring.evaluated_models import STUDENT, EvaluatedModel, ScoredModels, control_of, protocol_of
 from flows.scoring.record_scores import record_scores
 from flows.tracking.mlflow_runs import MlflowRuns, open_mlflow_runs
 from flows.tracking.model_registry import Version
@@ -112,12 +111,12 @@ def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
     with mlflow_runs.ending(parent):
         with _timed(seconds, "train"):
             run_one("train", recipe.name, partial(_train, store, mlflow_runs, parent, run), recipe.run)
-        model = EvaluatedModel("student", run.model_ref.key, store.verified_folder(store.receipt(run.model_ref)))
+        folder = store.verified_folder(store.receipt(run.model_ref))
         with _timed(seconds, "register"):
-            register = partial(_register, mlflow_runs, parent, recipe, model)
+            register = partial(_register, mlflow_runs, parent, recipe, run.model_ref.key, folder)
             version = run_one("register", recipe.name, register, recipe.run)
         with _timed(seconds, "score"):
-            scored = _score(workspace, model)
+            scored = _score(workspace, folder)
             record_scores(mlflow_runs, parent, run.run_key, scored)
             if scored.failures:
                 raise FatalError(failure_sentence(scored))
@@ -127,12 +126,12 @@ def _train_and_score(prepared: Prepared, command: str) -> RunSummary:
     return RunSummary(
         workspace=workspace,
         run=run,
-        model_folder=link_model(recipe, model.folder),
+        model_folder=link_model(recipe, folder),
         mlflow_model=", alias ".join(filter(None, [str(version), aliases])),
         mlflow_uri=mlflow_runs.uri,
         mlflow_run=parent,
         mlflow_url=mlflow_runs.url(parent),
-        scores=scored.scores[model.name],
+        scores=scored.scores[STUDENT],
         stage_seconds=seconds,
         gate=gate_rows(decision),
         command=command,
@@ -146,13 +145,12 @@ def _explain_repeated_training(workspace: Workspace, run: RunSpec) -> None:
         print(TRAINED_AGAIN, file=sys.stderr)  # Prefect's log lines do not reach the terminal
 
 
-def _score(workspace: Workspace, student: EvaluatedModel) -> ScoredModels:
-    """Scores the student, the recipe's control (if it has one) and the teacher."""
+def _score(workspace: Workspace, folder: Path) -> ScoredModels:
+    """Scores the student in `folder`, the recipe's control (if it has one) and the teacher."""
     recipe = workspace.recipe
     # Keyed by content, as in `distil score`, so that neither repeats the scores of the other.
-    student = replace(
-        student, key=model_content_key(student.folder, trust_remote_code=recipe.teacher.trust_remote_code)
-    )
+    key = model_content_key(folder, trust_remote_code=recipe.teacher.trust_remote_code)
+    student = EvaluatedModel(STUDENT, key, folder)
     control = control_of(recipe)
     models = [student, *([control] if control else [])]
     return score_models(workspace, models, {model.name: workspace for model in models})
@@ -235,10 +233,10 @@ class _MetricsFollower:
                 get_run_logger().warning(error.message)
 
 
-def _register(mlflow_runs: MlflowRuns, parent: str, recipe: Recipe, model: EvaluatedModel) -> Version:
+def _register(mlflow_runs: MlflowRuns, parent: str, recipe: Recipe, model_key: str, folder: Path) -> Version:
     sentence = recipe.score.sentences[0] if recipe.score.sentences else "<mask>"
     name, trusted = recipe.register_as.name, recipe.teacher.trust_remote_code
-    return mlflow_runs.registry.register(parent, name, model.key, model.folder, sentence, _prefect_tags(), trusted)
+    return mlflow_runs.registry.register(parent, name, model_key, folder, sentence, _prefect_tags(), trusted)
 
 
 def _show_and_remember(summary: RunSummary, seconds: float) -> None:

@@ -17,7 +17,7 @@ from tasks.models.model_files import model_content_key, resolve_model
 from tasks.recipe.config import Recipe
 from tasks.tokens.vocabulary import load_vocabulary
 
-TEACHER, CONTROL = "teacher", "control"
+STUDENT, TEACHER, CONTROL = "student", "teacher", "control"
 
 
 @dataclass(frozen=True)
