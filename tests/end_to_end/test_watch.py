@@ -45,7 +45,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServ
 
 @pytest.fixture
 def project(history: History, own_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """All of the history but its project; its model is the champion, its corpus the snapshot 2026-9; all deployed."""
+    """A copy of the history's store; its model is the champion, its corpus the snapshot 2026-9; all deployed."""
     sources = Path(shutil.copytree(history.project.folder / "corpus", tmp_path / "oscar" / "2026-9"))
     # By their checksums the store knows the copies; without, a run would have to read them first.
     write_sums(sources, *sources.iterdir())

@@ -40,7 +40,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServ
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Project:
-    """A project with half a hundred shards whose targets are still to be made."""
+    """A project with about fifty shards that have no targets yet."""
     folder = tmp_path_factory.mktemp("blocks")
     project = make_project(folder, write_oscar(folder / "corpus", parts=1, texts=1500), teacher)
     result = project.distil("prepare", "targets.source=online")

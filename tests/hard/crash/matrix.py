@@ -332,12 +332,12 @@ def line_of(trial: KillTrial) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for each trial, then the totals. Returns 1 if any trial has faults, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.hard.crash.matrix", description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="run_trials all crash points")
+    parser.add_argument("--all", action="store_true", help="visit all crash points")
     parser.add_argument(
         "--points", type=int, default=40, help="number of crash points, evenly distributed over all kinds"
     )
     parser.add_argument("--random", type=int, default=0, help="number of kills at random times")
-    parser.add_argument("--at", action="append", help="run_trials this crash point, as printed by --list; repeatable")
+    parser.add_argument("--at", action="append", help="visit this crash point, as printed by --list; repeatable")
     parser.add_argument("--seed", type=int, default=8, help="seed of the random times")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parser.add_argument("--list", action="store_true", help="only list the crash points")
