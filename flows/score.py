@@ -24,7 +24,6 @@ from flows.release.card import FIGURE
 from flows.release.version_results import record_results
 from flows.scoring.compute_scores import failure_sentence, score_models
 from flows.scoring.evaluated_models import (
-    TEACHER,
     EvaluatedModel,
     ScoredModels,
     find_model,
@@ -44,7 +43,7 @@ from tasks.lineage import Workspace
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import with_absolute_paths
 from tasks.release.figure import render_figure
-from tasks.release.results import protocol_keys, results_of_sets, summarize_models
+from tasks.release.results import TEACHER, protocol_keys, results_of_sets, summarize_models
 
 # ---- the flow ----------------------------------------------------------------------------------------------
 

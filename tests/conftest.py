@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from tests.hard import reliability
 from tests.harness.servers.postgres import postgres
@@ -20,9 +20,7 @@ __all__ = ["postgres", "s3"]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # For .ci/nightly: 1,000 random examples per property.
-settings.register_profile(
-    "nightly", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
+settings.register_profile("nightly", settings.get_profile("ci"), derandomize=False, max_examples=1000)
 
 REPO = Path(__file__).resolve().parent.parent
 HISTORY = "tests/end_to_end/"

@@ -15,6 +15,7 @@ import typer
 from flows.cli import app
 from tasks.recipe.config import Recipe
 from tasks.recipe.load import load_recipe, make_recipe
+from tests.harness.markdown import FENCED, code_blocks
 
 REPO = Path(__file__).resolve().parent.parent
 GUIDES = (
@@ -27,7 +28,6 @@ GUIDES = (
 )
 LINES, WORDS = 170, 1500
 """Maximum length of README.md."""
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"")
 SECTIONS = {field.alias or name for name, field in Recipe.model_fields.items() if "." not in name}
@@ -75,9 +75,7 @@ def test_overrides_name_fields_of_a_recipe(guide: Path) -> None:
 
 
 def test_toml_blocks_are_parts_of_valid_recipes(guide: Path, tmp_path: Path) -> None:
-    for language, text in FENCED.findall(guide.read_text(encoding="utf-8")):
-        if language != "toml":
-            continue
+    for text in code_blocks(guide.read_text(encoding="utf-8"), "toml"):
         values = tomllib.loads(text)
         if base := values.pop("extends", ""):
             path = tmp_path / "mine.toml"
@@ -167,7 +165,7 @@ def _commands() -> dict[str, Any]:
 def _distil_lines(guide: Path) -> list[str]:
     """Every `distil COMMAND ...` of the shell blocks and of the inline code."""
     text = guide.read_text(encoding="utf-8")
-    lines = [line for language, block in FENCED.findall(text) if language == "sh" for line in block.splitlines()]
+    lines = [line for block in code_blocks(text, "sh") for line in block.splitlines()]
     lines += INLINE.findall(FENCED.sub("", text))
     return [line for line in lines if re.match(r"distil [a-z]", line)]
 

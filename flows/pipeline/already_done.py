@@ -24,7 +24,6 @@ from tasks.recipe.run_json import RunSpec, model_ref
 TOPIC = "finished-2"
 """Topic of the notes in the store. Notes of the first version do not contain the number of blocks."""
 
-
 OLD_TABLE = "sheet"
 """Name of the table in notes that were written before 2026-11-28."""
 

@@ -15,9 +15,10 @@ from tasks.eval.scores import Scores
 from tasks.lineage import vocabulary_of
 from tasks.models.model_files import model_content_key, resolve_model
 from tasks.recipe.config import Recipe
+from tasks.release.results import TEACHER
 from tasks.tokens.vocabulary import load_vocabulary
 
-STUDENT, TEACHER, CONTROL = "student", "teacher", "control"
+STUDENT, CONTROL = "student", "control"
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def score_rows(scores: Mapping[str, Scores]) -> Rows:
     """Returns one row per main metric, followed by the scores that were not run, with their reasons."""
     rows: list[tuple[str, str]] = []
     for part, figures in scores.items():
-        if part in _ROWS_OF and figures.get("status") != "not run":
+        if part in _ROWS_OF and was_run(figures):
             rows += _ROWS_OF[part](figures)
         elif "metric" in figures:
             rows += _rows_of_set(part, figures)

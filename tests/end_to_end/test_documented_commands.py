@@ -6,7 +6,6 @@ Only what a reader replaces is replaced: the corpus, the teacher, the model and 
 recipe with tiny settings, so that a run takes seconds.
 """
 
-import re
 import shlex
 import shutil
 import signal
@@ -19,25 +18,19 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from flows.services.process import free_port
-from tests.harness.processes import LIMIT, MARK, kill, started_for, wait_for
-from tests.harness.project import REPO, Result, ended, environment
+from tests.harness.markdown import code_blocks
+from tests.harness.processes import kill, started_for
+from tests.harness.project import REPO, Result, ended, environment, start_program
 from tests.harness.recipe_values import recipe_toml
-from tests.harness.servers.up import READY, start_up
+from tests.harness.servers.up import running_up
 from tests.harness.tiny import make_teacher, write_oscar
 
 pytestmark = [pytest.mark.slow, pytest.mark.guard]
 
 CHAPTER = (REPO / "README.md").read_text(encoding="utf-8").split("## Your corpus and teacher")[1].split("\n## ")[0]
-RECIPE, COMMANDS, PYTHON = (
-    re.findall(rf"^```{language}\n(.*?)^```$", CHAPTER, re.MULTILINE | re.DOTALL)[0]
-    for language in ("toml", "sh", "python")
-)
-BACKUP, RESTORE = re.findall(
-    r"^```sh\n(.*?)^```$",
-    (REPO / "docker/README.md").read_text(encoding="utf-8").split("**Backup** works")[1],
-    re.MULTILINE | re.DOTALL,
-)
+RECIPE, COMMANDS, PYTHON = (code_blocks(CHAPTER, language)[0] for language in ("toml", "sh", "python"))
+SERVERS = (REPO / "docker/README.md").read_text(encoding="utf-8")
+BACKUP, RESTORE = code_blocks(SERVERS.split("**Backup** works")[1], "sh")
 """The lines for `distil up` without Docker."""
 OUTPUT = {
     "plan": "one training run",
@@ -80,7 +73,7 @@ def results(folder: Path) -> dict[str, Result]:
             if name == "up":
                 stack.enter_context(services(folder, *words))
             else:
-                results[name] = ended(call("distil", name, *as_a_reader(words), folder=folder))
+                results[name] = call("distil", name, *as_a_reader(words), folder=folder)
     return results
 
 
@@ -93,7 +86,7 @@ def test_every_command_of_the_chapter(results: dict[str, Result]) -> None:
 @pytest.mark.usefixtures("results")
 def test_the_model_answers_in_transformers(folder: Path) -> None:
     code = PYTHON.replace("models/demo", "models/mine").replace('pipeline("fill', 'answers = pipeline("fill')
-    result = ended(call("python", "-c", f"{code}\nprint(len(answers), answers[0]['sequence'])", folder=folder))
+    result = call("python", "-c", f"{code}\nprint(len(answers), answers[0]['sequence'])", folder=folder)
     assert result.status == 0, result.err
     assert result.out.startswith("5 Le contrat de travail est")
 
@@ -106,7 +99,7 @@ def test_a_backup_of_running_services_can_be_restored(folder: Path) -> None:
     shutil.rmtree(folder / ".distil")
     bash(RESTORE, folder)
     for command, sentence in (("verify", "all artifacts exist and are undamaged"), ("run", "nothing to do")):
-        result = ended(call("distil", command, "mine.toml", folder=folder))
+        result = call("distil", command, "mine.toml", folder=folder)
         assert sentence in result.out, result.err
     client = MlflowClient(f"sqlite:///{folder}/.distil/mlflow/mlflow.db")
     champion = client.get_model_version_by_alias("mine", "champion")
@@ -114,17 +107,9 @@ def test_a_backup_of_running_services_can_be_restored(folder: Path) -> None:
     assert [one.path for one in client.list_artifacts(champion.run_id)]
 
 
-def call(program: str, *words: str, folder: Path) -> "subprocess.Popen[str]":
-    """Starts a program of this virtual environment in a folder, as from a terminal there."""
-    return subprocess.Popen(
-        [Path(sys.executable).with_name(program), *words],
-        cwd=folder,
-        env=environment(folder) | {MARK: str(folder)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def call(program: str, *words: str, folder: Path) -> Result:
+    """Runs a program of this virtual environment in a folder."""
+    return ended(start_program([Path(sys.executable).with_name(program), *words], folder, environment(folder)))
 
 
 def as_a_reader(words: list[str]) -> list[str]:
@@ -135,16 +120,12 @@ def as_a_reader(words: list[str]) -> list[str]:
 
 @contextmanager
 def services(folder: Path, *words: str) -> Iterator[None]:
-    """Runs `distil up WORDS` on free ports and stops it with Ctrl-C. No process of it is left."""
-    ports = (str(free_port("Prefect", None)), str(free_port("MLflow", None)))
-    up = start_up(folder, environment(folder), *words, "--port", ports[0], "--mlflow-port", ports[1])
-    output = folder / "out"
-    wait_for(lambda: READY in output.read_text(encoding="utf-8"), process=up)
-    yield
-    up.send_signal(signal.SIGINT)
-    assert up.wait(LIMIT) == 0
-    assert "all services stopped" in output.read_text(encoding="utf-8")
-    assert started_for(folder) == []
+    """Runs `distil up WORDS` and stops it with Ctrl-C. No process of it is left."""
+    with running_up(folder, environment(folder), *map(Path, words), home="") as up:
+        yield
+        assert up.stop(signal.SIGINT) == 0
+        assert "all services stopped" in up.output
+        assert started_for(folder) == []
 
 
 def bash(script: str, folder: Path) -> None:

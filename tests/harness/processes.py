@@ -80,7 +80,7 @@ def kill(pid: int) -> None:
         return
 
 
-def kill_tree(process: "subprocess.Popen[bytes]") -> None:
+def kill_tree(process: "subprocess.Popen[Any]") -> None:
     """Sends SIGKILL to a process and all its descendants."""
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     for pid in (*(child.pid for child in children), process.pid):

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,16 +62,8 @@ class Project:
         """Starts `distil COMMAND RECIPE ARGUMENTS` in an empty folder; without `server`, it starts a Prefect server."""
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", command, str(self.recipe), *arguments],
-            cwd=elsewhere,
-            env=environment(self.folder, server),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
+        words = [sys.executable, "-m", "flows.cli", command, str(self.recipe), *arguments]
+        return start_program(words, elsewhere, environment(self.folder, server), **options)
 
     def distil(self, command: str, *arguments: str, server: str = "") -> Result:
         """Runs the command and waits until it has ended."""
@@ -143,6 +135,22 @@ def environment(folder: Path, server: str = "") -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def start_program(
+    words: Sequence[str | Path], folder: Path, variables: Mapping[str, str], **options: Any
+) -> subprocess.Popen[str]:
+    """Starts a program in a folder, as from a terminal there; `ended` returns its output."""
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=dict(variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> Result:

@@ -86,11 +86,15 @@ def start_up(folder: Path, environment: Mapping[str, str], *arguments: str) -> "
 
 
 @contextmanager
-def running_up(folder: Path, environment: Mapping[str, str], *recipes: Path) -> Iterator[Up]:
-    """Runs `distil up` with the home `folder/home` until it is ready; kills its remaining processes afterwards."""
+def running_up(folder: Path, environment: Mapping[str, str], *recipes: Path, home: str = "home") -> Iterator[Up]:
+    """Runs `distil up` with the home `folder/home`, and kills its remaining processes afterwards.
+
+    An empty `home` leaves the home to the recipes. The block starts once the services are ready.
+    """
     port, mlflow_port = free_port("Prefect", None), free_port("MLflow", None)
     ports = ("--port", str(port), "--mlflow-port", str(mlflow_port))
-    process = start_up(folder, environment, *map(str, recipes), "--home", str(folder / "home"), *ports)
+    homes = ("--home", str(folder / home)) if home else ()
+    process = start_up(folder, environment, *map(str, recipes), *homes, *ports)
     up = Up(folder, process, folder / "out", port, mlflow_port)
     try:
         wait_for(lambda: READY in up.output or process.poll() is not None)

@@ -33,6 +33,7 @@ from tasks.train.setup import set_up_training
 from tasks.train.step import Ranks
 from tasks.train.trainer import make_metrics_writer
 from tasks.train.trainer import train as run_training
+from tests.harness.processes import kill_tree
 from tests.tasks.train.programs import recording_trainer
 from tests.tasks.train.runs import REPO, STEPS, finish, run_of, start, wait_for_step, weights_of
 
@@ -94,9 +95,7 @@ def kill_and_resume(place: Path, home: Path, at_steps: list[int], ranks: int = 1
     for step in at_steps:
         process = start(run, ranks)
         wait_for_step(run, process, step)
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
+        kill_tree(process)
         process.communicate()
     finish(run, ranks)
     return run
@@ -170,9 +169,7 @@ def test_two_ranks_killed_and_resumed_on_one_read_every_block_once(place: Path, 
     run = run_of(place, tmp_path, max_steps=0, epochs=1.0, batch_rows=6, checkpoint_steps=5)
     process = start(run, ranks=2, trainer="tests.tasks.train.programs.recording_trainer")
     wait_for_step(run, process, 13)
-    for rank in psutil.Process(process.pid).children(recursive=True):
-        rank.kill()
-    process.kill()
+    kill_tree(process)
     process.communicate()
     records = Path(run.folder) / recording_trainer.FILE
     first = [json.loads(line) for line in records.read_text().splitlines() if line.endswith("}")]
