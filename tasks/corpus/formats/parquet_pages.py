@@ -10,7 +10,8 @@ contradicts itself.
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
@@ -31,29 +32,47 @@ MAX_BATCH_BYTES = 1 << 28
 
 Columns = Collection[str]
 
-Chunk = Mapping[int, Any]
-"""ColumnMetaData of a column chunk, from the footer, by Thrift field number."""
-
-NUM_VALUES, TOTAL_COMPRESSED_SIZE, DATA_PAGE_OFFSET, DICTIONARY_PAGE_OFFSET = 5, 7, 9, 11
-
 _MAX_HEADER_BYTES = 1 << 24  # Arrow rejects longer headers
 
 _MAX_DEPTH = 16
 
 
-def row_groups(file: BinaryIO, name: str) -> list[list[Chunk]]:
+@dataclass(frozen=True)
+class ColumnChunk:
+    """Number of values of a column chunk, and the bytes `[start, end)` of its pages, according to the footer."""
+
+    values: int
+    start: int
+    end: int
+
+
+def row_groups(file: BinaryIO, name: str) -> list[list[ColumnChunk]]:
     """Returns the column chunks of each row group. Raises FatalError if the footer cannot be parsed."""
     end = file.seek(-8, os.SEEK_END)
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, end - length))
     try:
         footer, _ = _struct(file.read(length), 0, 0)
-        return [[column[3] for column in group[1]] for group in footer[4]]
+        return [[_column_chunk(column) for column in group[1]] for group in footer[4]]
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise FatalError(f"{name} is damaged: its footer cannot be parsed; download it again", name) from error
 
 
-def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO, name: str, columns: Columns) -> int:
+def _column_chunk(column: Any) -> ColumnChunk:
+    """Returns the chunk of an entry of the footer. Raises ValueError if a field is missing, negative or no number."""
+    match column:
+        case {3: {5: int(values), 7: int(length), 9: int(start)} as metadata}:
+            dictionary = metadata.get(11)
+            if isinstance(dictionary, int) and 0 < dictionary < start:
+                start = dictionary
+            if min(values, length, start) >= 0:
+                return ColumnChunk(values, start, start + length)
+    raise ValueError("a column chunk does not list its pages")
+
+
+def batch_rows(
+    group: Sequence[ColumnChunk], schema: pq.ParquetSchema, file: BinaryIO, name: str, columns: Columns
+) -> int:
     """Returns how many rows to decode at once, 1 to MAX_BATCH_ROWS, so that they take at most MAX_BATCH_BYTES bytes.
 
     Reads the page headers of `columns` and their nested columns in one row group. Errors cite the file as `name`.
@@ -77,18 +96,14 @@ def batch_rows(group: Sequence[Chunk], schema: pq.ParquetSchema, file: BinaryIO,
     return max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // largest))
 
 
-def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]:
+def _pages(file: BinaryIO, chunk: ColumnChunk, name: str) -> Iterator[tuple[int, int]]:
     """Yields the unpacked size in bytes and the number of values of each page of a chunk, from the page headers."""
-    values, length, at = (chunk.get(field) for field in (NUM_VALUES, TOTAL_COMPRESSED_SIZE, DATA_PAGE_OFFSET))
-    dictionary = chunk.get(DICTIONARY_PAGE_OFFSET)
-    if not (isinstance(values, int) and isinstance(length, int) and isinstance(at, int)):
-        raise FatalError(f"{name} is damaged: its footer lists no offset of the pages; download it again", name)
-    if values <= 0:  # Arrow does not read such a column, which may have no page
+    if chunk.values == 0:  # Arrow does not read such a column, which may have no page
         return
-    if isinstance(dictionary, int) and 0 < dictionary < at:
-        at = dictionary
-    end = at + length
-    while at < end:
+    at, file_size = chunk.start, file.seek(0, os.SEEK_END)
+    while at < chunk.end:
+        if at >= file_size:
+            raise _damaged(name, at)
         header, length = _header(file, at, name)
         size, packed = header.get(2), header.get(3)
         if not isinstance(size, int) or not isinstance(packed, int) or size < 0 or packed < 0:
@@ -102,7 +117,7 @@ def _pages(file: BinaryIO, chunk: Chunk, name: str) -> Iterator[tuple[int, int]]
 def _header(file: BinaryIO, at: int, name: str) -> tuple[dict[int, Any], int]:
     """Returns the fields of the page header at an offset, by number, and its size in bytes."""
     window = 1 << 12
-    while at >= 0 and window <= _MAX_HEADER_BYTES:
+    while window <= _MAX_HEADER_BYTES:
         file.seek(at)
         data = file.read(window)
         try:
@@ -128,8 +143,6 @@ def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
 
     Raises IndexError if `data` ends inside the struct, and ValueError if `data` is not Thrift.
     """
-    if depth > _MAX_DEPTH:
-        raise ValueError("the struct is nested too deeply")
     fields: dict[int, Any] = {}
     field = 0
     while kind := data[at]:
@@ -137,19 +150,24 @@ def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
         if kind >> 4:
             field += kind >> 4
         else:
-            field, at = _varint(data, at)
+            field, at = _integer(data, at)
         kind &= 15
+        if field in fields:  # which of the two values Arrow would use depends on their types
+            raise ValueError(f"field {field} occurs twice")
         fields[field], at = (kind == 1, at) if kind in (1, 2) else _value(data, at, kind, depth)
     return fields, at + 1
 
 
 def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    if depth > _MAX_DEPTH:
+        raise ValueError("the value is nested too deeply")
     if kind in (1, 2, 3):
         return data[at], at + 1
     if kind in (4, 5, 6):
-        raw, at = _varint(data, at)
-        return (raw >> 1) ^ -(raw & 1), at
+        return _integer(data, at)
     if kind == 7:
+        if at + 8 > len(data):  # without this check, a list of a few bytes could claim any number of them
+            raise IndexError("the data end inside a double")
         return None, at + 8
     if kind == 8:
         length, at = _varint(data, at)
@@ -169,12 +187,17 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
     raise ValueError(f"Parquet has no type {kind}")
 
 
+def _integer(data: bytes, at: int) -> tuple[int, int]:
+    raw, at = _varint(data, at)
+    return (raw >> 1) ^ -(raw & 1), at
+
+
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while shift < 70:
         value |= (data[at] & 127) << shift
         at += 1
         if data[at - 1] < 128:
-            return value, at
+            return value & (1 << 64) - 1, at
         shift += 7
     raise ValueError("a varint does not end")

@@ -15,7 +15,7 @@ from storage.errors import FatalError
 from tests.hard.fuzz.targets import TARGETS, attempt, seeds
 
 FOUND = sorted((Path(__file__).parent / "found").iterdir())
-"""Inputs of former findings by target, such as column names that are not text, or a footer that made pyarrow abort."""
+"""Inputs of former findings by target: column names that are not text, and footers that contradict themselves."""
 EXAMPLES = int(os.environ.get("DISTIL_FUZZ", "40"))
 
 
