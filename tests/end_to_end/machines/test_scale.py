@@ -73,7 +73,7 @@ def report(database: str, own_server: PrefectServer, run: FlowRun) -> None:
     print(f"\n{database}: {jobs} jobs in {wall:.1f} s; {submitted} task runs submitted, {submitted - recorded} lost")
     record(
         "tests/end_to_end/machines/test_scale.py",
-        f"{database}: {jobs} jobs in {wall:.0f} s, {submitted - recorded} task runs lost",
+        f"{database}: {jobs:,} jobs in {wall:.0f} s, {submitted - recorded} task runs lost",
     )
     print(f"orchestration: {1000 * overhead / jobs:.2f} ms per job, {100 * overhead / wall:.1f} % of the time")
     for stage in stages:
@@ -95,16 +95,20 @@ def postgres_server(folder: Path, request: pytest.FixtureRequest) -> Iterator[Pr
         yield own_server
 
 
-@pytest.mark.parametrize("on", [sqlite_server, postgres_server])
+@pytest.mark.parametrize(("database", "on"), [("SQLite", sqlite_server), ("PostgreSQL", postgres_server)])
 def test_two_thousand_shards(
-    on: Callable[..., "contextmanager[PrefectServer]"], teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
+    database: str,
+    on: Callable[..., "contextmanager[PrefectServer]"],
+    teacher: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     corpus = write_oscar(tmp_path / "corpus", parts=SOURCES, texts=2700)
     project = make_project(tmp_path / "project", corpus, teacher)
     with on(tmp_path / "own_server", request) as own_server:
         own_server.start_worker()
         first = own_server.wait(own_server.create_run("prepare", project, *SETTINGS), "COMPLETED")
-        report(on.__name__, own_server, first)
+        report(database, own_server, first)
         made = {kind: project.store.keys(kind) for kind in ("source", "shard", "blocks", "targets")}
         assert len(made["source"]) == SOURCES
         assert len(made["shard"]) >= SHARDS

@@ -241,10 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line_of(sample), flush=True)
         left = made.retention()
     print(f"{len(samples)} runs\n{verdict(samples)}")
-    slopes = {name: growth([one.figures[name] for one in samples]) for name in ("memory", "server memory", "prefect")}
-    per_run = ", ".join(f"{value:+.2f} {BOUNDS[name].unit} {name}" for name, value in slopes.items())
+    growing = {"memory": "process", "server memory": "server", "prefect": "Prefect's database until retention"}
+    slopes = {name: growth([one.figures[name] for one in samples]) for name in growing}
+    per_run = ", ".join(f"{value:+.2f} {BOUNDS[name].unit} {growing[name]}" for name, value in slopes.items())
     other = ", ".join(grown(samples)) or "none"
-    record("tests.hard.soak.soak", f"{len(samples)} runs; growth per run {per_run}; above their bounds: {other}")
+    record("tests.hard.soak.soak", f"{len(samples)} runs; growth per run: {per_run}; above their bounds: {other}")
     print(f"after retention: {', '.join(left) if left else 'the initial size'}")
     return int(bool(left or grown(samples)))
 
