@@ -59,13 +59,16 @@ def row_groups(file: BinaryIO, name: str) -> list[list[ColumnChunk]]:
 
 
 def _column_chunk(column: Any) -> ColumnChunk:
-    """Returns the chunk of an entry of the footer. Raises ValueError if a field is missing, negative or no number."""
+    """Returns the chunk of an entry of the footer.
+
+    Raises ValueError if a field is missing or no number, or negative although the chunk has values.
+    """
     match column:
         case {3: {5: int(values), 7: int(length), 9: int(start)} as metadata}:
             dictionary = metadata.get(11)
             if isinstance(dictionary, int) and 0 < dictionary < start:
                 start = dictionary
-            if min(values, length, start) >= 0:
+            if values == 0 or min(values, length, start) >= 0:
                 return ColumnChunk(values, start, start + length)
     raise ValueError("a column chunk does not list its pages")
 
@@ -198,6 +201,6 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (data[at] & 127) << shift
         at += 1
         if data[at - 1] < 128:
-            return value & (1 << 64) - 1, at
+            return value, at
         shift += 7
     raise ValueError("a varint does not end")

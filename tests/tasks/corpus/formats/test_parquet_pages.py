@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import FatalError
-from tasks.corpus.formats.parquet_pages import ColumnChunk, batch_rows, row_groups
+from tasks.corpus.formats.parquet_pages import MAX_BATCH_ROWS, ColumnChunk, batch_rows, row_groups
 
 I64, DOUBLE, LIST, STRUCT = 6, 7, 9, 12
 """Types of Thrift's compact protocol."""
@@ -89,6 +89,15 @@ def test_a_dictionary_before_the_data_is_the_first_page() -> None:
     fields = ((5, 40), (7, 100), (9, 60), (11, 4))
     chunk = (3, STRUCT, struct(*((number, I64, integer(value)) for number, value in fields)))
     assert row_groups(file_of(footer(chunk)), "a.parquet") == [[ColumnChunk(40, 4, 104)]]
+
+
+def test_a_column_without_values_has_no_pages_wherever_its_footer_claims_them() -> None:
+    file = file_of(footer((3, STRUCT, metadata(values=0, length=-1, start=-4))))
+    ((chunk,),) = row_groups(file, "a.parquet")
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": ["un"]}), table)
+    schema = pq.ParquetFile(table).schema
+    assert batch_rows([chunk], schema, file, "a.parquet", ("text",)) == MAX_BATCH_ROWS
 
 
 @pytest.mark.parametrize("reason", REFUSED)
